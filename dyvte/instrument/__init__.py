@@ -1,0 +1,1 @@
+"""Measuring what a model does without changing it."""

@@ -1,0 +1,133 @@
+"""The role of every position of a multimodal prompt: system, visual, instruction or answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import BoolTensor, LongTensor, Tensor
+
+ROLES = ("system", "visual", "instruction", "answer")
+SYSTEM, VISUAL, INSTRUCTION, ANSWER = range(len(ROLES))
+PADDING = -1
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Role of every position of a batch.
+
+    `visual` are the image placeholders, `system` is the text before the first of them, `instruction` the text after
+    it up to the end of the prompt (text between images included), `answer` what was generated or teacher-forced.
+    In a row without an image all prompt text is `instruction`.
+
+    Attributes:
+        roles: [B, N] with the index into `ROLES`, or -1 for padding. Padding may be on either side.
+    """
+
+    roles: LongTensor
+
+    @classmethod
+    def from_input_ids(
+        cls,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        visual_token_ids: Sequence[int],
+        answer_start: int | Tensor | None = None,
+    ) -> TokenLayout:
+        """Find the roles from token ids.
+
+        Args:
+            input_ids: [B, N] ids of the prompt, with the image token repeated once per visual token.
+            attention_mask: [B, N], 0 at padding; None when nothing is padded.
+            visual_token_ids: ids of the image (and video) placeholders.
+            answer_start: index of the first answer position, one for all rows or [B]; None when there is no answer.
+                An image token that a model generated after this position is `answer`, not `visual`.
+        """
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must be [batch, length], got shape {tuple(input_ids.shape)}")
+        if attention_mask is None:
+            valid = torch.ones_like(input_ids, dtype=torch.bool)
+        elif attention_mask.shape == input_ids.shape:
+            valid = attention_mask.to(input_ids.device).bool()
+        else:
+            raise ValueError(
+                f"attention_mask must be 2-D like input_ids {tuple(input_ids.shape)} to find roles, "
+                f"got {tuple(attention_mask.shape)}"
+            )
+        batch, length = input_ids.shape
+        position = torch.arange(length, device=input_ids.device)
+        start = torch.as_tensor(length if answer_start is None else answer_start, device=input_ids.device)
+        in_answer = position >= start.expand(batch)[:, None]
+
+        placeholders = torch.tensor(list(visual_token_ids), dtype=input_ids.dtype, device=input_ids.device)
+        visual = torch.isin(input_ids, placeholders) & valid & ~in_answer
+        before_image = (visual.cumsum(1) == 0) & visual.any(1, keepdim=True)
+
+        roles = torch.full_like(input_ids, INSTRUCTION, dtype=torch.long)
+        roles[before_image] = SYSTEM
+        roles[visual] = VISUAL
+        roles[in_answer] = ANSWER
+        roles[~valid] = PADDING
+        layout = cls(roles)
+        empty = ((roles == PADDING) | (roles == ANSWER)).all(1).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"row {empty[0]} of the batch has no prompt token: its attention_mask is 0 everywhere")
+        return layout
+
+    @property
+    def system(self) -> BoolTensor:
+        """[B, N] text before the first visual position."""
+        return self.roles == SYSTEM  # type: ignore[return-value]
+
+    @property
+    def visual(self) -> BoolTensor:
+        """[B, N] image placeholders."""
+        return self.roles == VISUAL  # type: ignore[return-value]
+
+    @property
+    def instruction(self) -> BoolTensor:
+        """[B, N] prompt text after the first visual position (all prompt text of a row without an image)."""
+        return self.roles == INSTRUCTION  # type: ignore[return-value]
+
+    @property
+    def answer(self) -> BoolTensor:
+        """[B, N] generated or teacher-forced text."""
+        return self.roles == ANSWER  # type: ignore[return-value]
+
+    @property
+    def text(self) -> BoolTensor:
+        """[B, N] every position that is neither visual nor padding."""
+        return (self.roles != VISUAL) & (self.roles != PADDING)  # type: ignore[return-value]
+
+    @property
+    def padding(self) -> BoolTensor:
+        """[B, N] padding."""
+        return self.roles == PADDING  # type: ignore[return-value]
+
+    @property
+    def has_image(self) -> BoolTensor:
+        """[B] whether the row holds a visual position."""
+        return self.visual.any(1)  # type: ignore[return-value]
+
+    @property
+    def text_status_positions(self) -> BoolTensor:
+        """[B, N] instruction positions after the last visual one: what the text status and `cross` look at."""
+        visual_from_here_on = self.visual.flip(1).cumsum(1).flip(1) > 0
+        return self.instruction & ~visual_from_here_on  # type: ignore[return-value]
+
+    @property
+    def last_prompt(self) -> LongTensor:
+        """[B] index of the last prompt token (the one whose logits predict the answer's first token)."""
+        position = torch.arange(self.roles.shape[1], device=self.roles.device)
+        in_prompt = (self.roles != PADDING) & (self.roles != ANSWER)
+        return torch.where(in_prompt, position, -1).amax(1)  # type: ignore[return-value]
+
+    @property
+    def first_token(self) -> LongTensor:
+        """[B] index of the first position that is not padding: the attention sink."""
+        return (self.roles != PADDING).int().argmax(1)  # type: ignore[return-value]
+
+    def to(self, device: torch.device | str) -> TokenLayout:
+        """The same layout on another device."""
+        return TokenLayout(self.roles.to(device))  # type: ignore[arg-type]
