@@ -15,7 +15,7 @@ _PUBLIC = {
     "wrap": "dyvte.mllm",
     "MLLM": "dyvte.mllm",
     "Batch": "dyvte.mllm",
-    "ModelError": "dyvte.mllm",
+    "ModelError": "dyvte.errors",
     "ROLES": "dyvte.layout",
     "TokenLayout": "dyvte.layout",
     "AttentionProbe": "dyvte.instrument.attention",
@@ -34,8 +34,9 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
+    from dyvte.errors import ModelError
     from dyvte.layout import ROLES, TokenLayout
-    from dyvte.mllm import MLLM, Batch, ModelError, load, wrap
+    from dyvte.mllm import MLLM, Batch, load, wrap
 
 
 def __getattr__(name: str) -> Any:

@@ -59,9 +59,9 @@ def compose(name: str, overrides: Sequence[str] = ()) -> DictConfig:
 def command(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[..., None]]:
     """Make a function a command whose settings are `conf/<name>.yaml` and the `key=value` words after it.
 
-    It prints the run folder first. The project's own errors (`DyvteError`) end the process with one line on stderr and status 1,
-    Ctrl-C with status 130. Called with a configuration, as in `main(compose("stages"))`, it is an ordinary function
-    and raises.
+    It prints the run folder first. The project's own errors (`DyvteError`) end the process with one line on stderr and
+    status 1, Ctrl-C with status 130. Called with a configuration, as in `main(compose("stages"))`, it is an ordinary
+    function and raises.
     """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[..., None]:
@@ -102,7 +102,7 @@ def load_model(cfg: DictConfig) -> MLLM:
     path = settings.pop("path")
     if not path:
         raise ConfigError("no model to load: set model.path to a Hub id or a folder")
-    return load(path, device=cfg.device, **settings)
+    return load(path, device=None if cfg.device == "auto" else cfg.device, **settings)
 
 
 def _to_dict(cfg: DictConfig) -> dict[str, Any]:

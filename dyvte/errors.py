@@ -14,7 +14,7 @@ class ConfigError(DyvteError, ValueError):
     """A setting is missing, unknown or out of range."""
 
 
-class ModelError(DyvteError):
+class ModelError(DyvteError, ValueError):
     """A model cannot be found, loaded or read (weights missing, no image token, wrong width or depth)."""
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import LongTensor, Tensor, nn
 
+from dyvte.errors import ModelError
 from dyvte.layout import TokenLayout
 
 SHIPPED_MODELS = {"llava_shapes": Path(__file__).parent / "testbed" / "weights"}
@@ -25,10 +26,6 @@ IGNORE_INDEX = -100
 """Padding of answer ids and labels, as in `torch.nn.CrossEntropyLoss`."""
 
 Image = Any  # PIL.Image.Image; Pillow is only needed by whoever opens the images
-
-
-class ModelError(ValueError):
-    """A model cannot be loaded or used; the message is one line that says what to do."""
 
 
 class Batch(dict[str, Any]):
