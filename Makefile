@@ -1,0 +1,45 @@
+# `make` or `make help` lists the targets. The first one that needs it creates .venv and installs into it.
+
+PYTHON  ?= python3
+VENV    ?= .venv
+WORKERS ?= 2
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install stages test lint format types pytest testbed-eval clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Create .venv and install the package with the versions in constraints.txt
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,notebooks]'
+	touch $@
+
+stages: $(STAMP) ## Layer-by-layer attention of the shipped model: tables and figures in outputs/stages/
+	$(BIN)/python -m analysis.stages
+
+test: stages lint types pytest ## The main job, then every check; what CI runs
+
+lint: $(STAMP) ## Check format and style
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(STAMP) ## Format the code and repair what can be repaired
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: $(STAMP) ## Check type hints
+	$(BIN)/mypy
+
+# One thread a worker: the tests' models are too small for more.
+pytest: $(STAMP) ## Run the tests (WORKERS=2 processes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+
+testbed-eval: $(STAMP) ## Accuracy and controls of the shipped model, and its model card
+	$(BIN)/python -m dyvte.testbed.evaluate
+
+clean: ## Remove .venv and caches; results under outputs/ stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
