@@ -34,9 +34,12 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
-    from dyvte.errors import ModelError
-    from dyvte.layout import ROLES, TokenLayout
-    from dyvte.mllm import MLLM, Batch, load, wrap
+    from dyvte.layout import ROLES as ROLES
+    from dyvte.layout import TokenLayout as TokenLayout
+    from dyvte.mllm import MLLM as MLLM
+    from dyvte.mllm import Batch as Batch
+    from dyvte.mllm import load as load
+    from dyvte.mllm import wrap as wrap
 
 
 def __getattr__(name: str) -> Any:

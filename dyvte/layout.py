@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import BoolTensor, LongTensor, Tensor
+from torch import Tensor
 
 ROLES = ("system", "visual", "instruction", "answer")
 SYSTEM, VISUAL, INSTRUCTION, ANSWER = range(len(ROLES))
@@ -25,7 +25,7 @@ class TokenLayout:
         roles: [B, N] with the index into `ROLES`, or -1 for padding. Padding may be on either side.
     """
 
-    roles: LongTensor
+    roles: Tensor
 
     @classmethod
     def from_input_ids(
@@ -76,58 +76,58 @@ class TokenLayout:
         return layout
 
     @property
-    def system(self) -> BoolTensor:
+    def system(self) -> Tensor:
         """[B, N] text before the first visual position."""
-        return self.roles == SYSTEM  # type: ignore[return-value]
+        return self.roles == SYSTEM
 
     @property
-    def visual(self) -> BoolTensor:
+    def visual(self) -> Tensor:
         """[B, N] image placeholders."""
-        return self.roles == VISUAL  # type: ignore[return-value]
+        return self.roles == VISUAL
 
     @property
-    def instruction(self) -> BoolTensor:
+    def instruction(self) -> Tensor:
         """[B, N] prompt text after the first visual position (all prompt text of a row without an image)."""
-        return self.roles == INSTRUCTION  # type: ignore[return-value]
+        return self.roles == INSTRUCTION
 
     @property
-    def answer(self) -> BoolTensor:
+    def answer(self) -> Tensor:
         """[B, N] generated or teacher-forced text."""
-        return self.roles == ANSWER  # type: ignore[return-value]
+        return self.roles == ANSWER
 
     @property
-    def text(self) -> BoolTensor:
+    def text(self) -> Tensor:
         """[B, N] every position that is neither visual nor padding."""
-        return (self.roles != VISUAL) & (self.roles != PADDING)  # type: ignore[return-value]
+        return (self.roles != VISUAL) & (self.roles != PADDING)
 
     @property
-    def padding(self) -> BoolTensor:
+    def padding(self) -> Tensor:
         """[B, N] padding."""
-        return self.roles == PADDING  # type: ignore[return-value]
+        return self.roles == PADDING
 
     @property
-    def has_image(self) -> BoolTensor:
+    def has_image(self) -> Tensor:
         """[B] whether the row holds a visual position."""
-        return self.visual.any(1)  # type: ignore[return-value]
+        return self.visual.any(1)
 
     @property
-    def text_status_positions(self) -> BoolTensor:
+    def text_status_positions(self) -> Tensor:
         """[B, N] instruction positions after the last visual one: what the text status and `cross` look at."""
         visual_from_here_on = self.visual.flip(1).cumsum(1).flip(1) > 0
-        return self.instruction & ~visual_from_here_on  # type: ignore[return-value]
+        return self.instruction & ~visual_from_here_on
 
     @property
-    def last_prompt(self) -> LongTensor:
+    def last_prompt(self) -> Tensor:
         """[B] index of the last prompt token (the one whose logits predict the answer's first token)."""
         position = torch.arange(self.roles.shape[1], device=self.roles.device)
         in_prompt = (self.roles != PADDING) & (self.roles != ANSWER)
-        return torch.where(in_prompt, position, -1).amax(1)  # type: ignore[return-value]
+        return torch.where(in_prompt, position, -1).amax(1)
 
     @property
-    def first_token(self) -> LongTensor:
+    def first_token(self) -> Tensor:
         """[B] index of the first position that is not padding: the attention sink."""
-        return (self.roles != PADDING).int().argmax(1)  # type: ignore[return-value]
+        return (self.roles != PADDING).int().argmax(1)
 
     def to(self, device: torch.device | str) -> TokenLayout:
         """The same layout on another device."""
-        return TokenLayout(self.roles.to(device))  # type: ignore[arg-type]
+        return TokenLayout(self.roles.to(device))

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import LongTensor, Tensor, nn
+from torch import Tensor, nn
 
-from dyvte.errors import ModelError
+from dyvte.errors import ModelError, UnsupportedError
 from dyvte.layout import TokenLayout
 
 SHIPPED_MODELS = {"llava_shapes": Path(__file__).parent / "testbed" / "weights"}
@@ -53,7 +53,7 @@ class Batch(dict[str, Any]):
         for name, value in self.items():
             if isinstance(value, Tensor) and value.shape == self["input_ids"].shape:
                 rolled[name] = value.gather(1, columns.to(value.device))
-        return Batch(rolled, TokenLayout(self.layout.roles.gather(1, columns)))  # type: ignore[arg-type]
+        return Batch(rolled, TokenLayout(self.layout.roles.gather(1, columns)))
 
 
 class MLLM:
@@ -77,7 +77,7 @@ class MLLM:
         self.visual_token_ids = _visual_token_ids(model, processor)
         self.image_token_id = self.visual_token_ids[0]
         self.decoder, self.layers = _find_decoder(model, self.text_config)
-        self.lm_head = model.get_output_embeddings()  # type: ignore[operator]
+        self.lm_head = self.model.get_output_embeddings()
         if self.lm_head is None:
             raise ModelError(
                 f"{type(model).__name__} has no output embeddings: load the ...ForConditionalGeneration class"
@@ -122,16 +122,18 @@ class MLLM:
         """The self-attention module of every decoder layer, in layer order.
 
         Raises:
-            ModelError: a layer has none (a recurrent or linear-attention layer of a hybrid model).
+            UnsupportedError: a layer has none (a recurrent or linear-attention layer of a hybrid model).
         """
-        found = [_self_attention(layer) for layer in self.layers]
-        missing = [index for index, module in enumerate(found) if module is None]
-        if missing:
-            raise ModelError(
-                f"{type(self.model).__name__}: decoder layer {missing[0]} "
-                f"({type(self.layers[missing[0]]).__name__}) has no self-attention module"
-            )
-        return found  # type: ignore[return-value]
+        found = []
+        for index, layer in enumerate(self.layers):
+            module = _self_attention(layer)
+            if module is None:
+                raise UnsupportedError(
+                    f"{type(self.model).__name__}: decoder layer {index} ({type(layer).__name__}) has no self-attention "
+                    "module; dyvte needs attention in every layer"
+                )
+            found.append(module)
+        return found
 
     # ------------------------------------------------------------------ inputs
 
@@ -181,13 +183,13 @@ class MLLM:
         expected = torch.tensor([bool(row) for row in rows], device=batch.layout.roles.device)
         if not torch.equal(batch.layout.has_image, expected):
             raise ModelError(
-                f"{type(processor).__name__} put no image token (id {self.image_token_id}) into the prompt of an image; "
-                "its chat template or image token does not fit the model"
+                f"{type(processor).__name__} put no image token (id {self.image_token_id}) where an image was given: "
+                "its chat template or its image token does not fit the model"
             )
         self._warn_if_question_precedes_image(prompts, questions, rows)
         return batch if answers is None else self._append_answers(batch, self.answer_ids(questions, answers))
 
-    def answer_ids(self, questions: Sequence[str], answers: Sequence[str]) -> LongTensor:
+    def answer_ids(self, questions: Sequence[str], answers: Sequence[str]) -> Tensor:
         """Ids [B, A] of the answers as they follow the prompts, end token included, -100 at padding."""
         self._require_processor()
         rows = []
@@ -201,7 +203,7 @@ class MLLM:
         padded = torch.full((len(rows), max(map(len, rows))), IGNORE_INDEX, dtype=torch.long)
         for index, ids in enumerate(rows):
             padded[index, : len(ids)] = torch.tensor(ids)
-        return padded.to(self.device)  # type: ignore[return-value]
+        return padded.to(self.device)
 
     # -------------------------------------------------------------- generation
 
@@ -211,7 +213,7 @@ class MLLM:
 
         Args:
             batch: from `encode` or `batch`, without answers, padded on either side.
-            kwargs: passed to `model.generate`.
+            **kwargs: passed to `model.generate`.
 
         Returns:
             Answers as text; without a processor the generated ids, end token included where one was generated.
@@ -332,9 +334,13 @@ def load(
         name_or_path: a shipped model ("llava_shapes"), a local folder in Hub layout, or a Hub id.
         device: where the model goes; default the GPU if there is one. Leave it out with `device_map`.
         dtype: floating-point type ("auto": as stored).
-        device_map, attn_implementation, quantization_config, revision, token, model_kwargs: passed to
-            `from_pretrained`.
+        device_map: passed to `from_pretrained`, for models spread over devices.
+        attn_implementation: passed to `from_pretrained`: "sdpa", "eager", "flash_attention_2", ...
+        quantization_config: passed to `from_pretrained`.
         trust_remote_code: run code from the model's repository.
+        revision: branch, tag or commit of a Hub id.
+        token: Hub token; by default the one of `hf auth login`.
+        **model_kwargs: passed to `from_pretrained`.
 
     Raises:
         ModelError: with one line that says what is wrong and what to do.
@@ -343,7 +349,7 @@ def load(
 
     source, hub_kwargs = _resolve_source(str(name_or_path), revision, token)
     hub_kwargs["trust_remote_code"] = trust_remote_code
-    with _one_line_errors(str(name_or_path)):
+    with _OneLineErrors(str(name_or_path)):
         config = AutoConfig.from_pretrained(source, **hub_kwargs)
     _check_config(str(name_or_path), config)
     for name, value in (
@@ -353,7 +359,7 @@ def load(
     ):
         if value is not None:
             model_kwargs[name] = value
-    with _one_line_errors(str(name_or_path)):
+    with _OneLineErrors(str(name_or_path)):
         model = AutoModelForImageTextToText.from_pretrained(
             source, config=config, dtype=dtype, **hub_kwargs, **model_kwargs
         )
@@ -366,7 +372,7 @@ def load(
 # ---------------------------------------------------------------------- loading
 
 
-class _one_line_errors:
+class _OneLineErrors:
     """Turn what transformers raises while it loads NAME into a `ModelError` of one line."""
 
     def __init__(self, name: str) -> None:
@@ -517,8 +523,8 @@ def _visual_token_ids(model: nn.Module, processor: Any) -> tuple[int, ...]:
     image_ids = [each for each in found if isinstance(each, int) and each >= 0]
     if not image_ids:
         raise ModelError(
-            f"{type(model).__name__} (model type {config.model_type!r}) has no image token: dyvte needs a multimodal LLM "
-            "that puts visual tokens into the sequence of its decoder"
+            f"{type(model).__name__} (model type {config.model_type!r}) has no image token: dyvte needs a multimodal "
+            "LLM that puts visual tokens into the sequence of its decoder"
         )
     video = [getattr(config, name, None) for name in ("video_token_id", "video_token_index")]
     video_ids = [each for each in video if isinstance(each, int) and each >= 0]
@@ -551,8 +557,8 @@ def _find_decoder(model: nn.Module, text_config: Any) -> tuple[nn.Module, nn.Mod
         crossing = [name for name, _ in layer.named_children() if "cross_attn" in name or "crossattention" in name]
         if crossing:
             raise ModelError(
-                f"{type(model).__name__}: decoder layer {index} reads the image through {crossing[0]}; dyvte needs visual "
-                "tokens in the sequence of the decoder"
+                f"{type(model).__name__}: decoder layer {index} reads the image through {crossing[0]}; dyvte needs "
+                "visual tokens in the sequence of the decoder"
             )
     return decoder, layers
 
