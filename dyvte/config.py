@@ -97,18 +97,12 @@ def load_model(cfg: DictConfig) -> MLLM:
     """
     from dyvte.mllm import load
 
-    settings = _to_dict(cfg.model)
+    settings: Any = OmegaConf.to_container(cfg.model, resolve=True)
     del settings["name"]
     path = settings.pop("path")
     if not path:
         raise ConfigError("no model to load: set model.path to a Hub id or a folder")
     return load(path, device=None if cfg.device == "auto" else cfg.device, **settings)
-
-
-def _to_dict(cfg: DictConfig) -> dict[str, Any]:
-    settings = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(settings, dict)
-    return {str(key): value for key, value in settings.items()}
 
 
 def _folder_name(path: str | None) -> str:

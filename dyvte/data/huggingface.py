@@ -1,0 +1,182 @@
+"""Hugging Face data sets, from the Hub or from local Parquet, JSON, CSV and saved data sets."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from PIL import Image
+
+from dyvte.data.base import (
+    Dataset,
+    Sample,
+    check_limit,
+    check_question,
+    find_image,
+    read_image,
+    text_fingerprint,
+    unique_ids,
+)
+from dyvte.errors import BrokenSample, ConfigError, DataError
+
+ROLES = ("image", "question", "answer", "id", "kind", "image_id")
+FILE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
+
+
+class HuggingFaceDataset(Dataset):
+    """Rows of a data set, with a map from what a sample needs to the columns that hold it.
+
+    Args:
+        path: Hub id, local file (Parquet, JSON, JSONL, CSV, Arrow), folder of such files, or a folder written by
+            `datasets.Dataset.save_to_disk`.
+        columns: Column of each of `image`, `question`, `answer`, `id`, `kind`, `image_id`; None or left out where there
+            is none. Only `question` is required. Images may be encoded in the column or be file names; of several
+            reference answers the most frequent is taken, all stay in the metadata.
+        split: Split to read; None where there is only one.
+        subset: Configuration of the data set on the Hub.
+        revision: Branch, tag or commit on the Hub.
+        image_folder: Folder that image names in the image column are relative to.
+        question_suffix: Text added to every question, for instance how short the answer should be.
+        limit: The first so many rows; None for all.
+
+    Raises:
+        DataError: The data set, the split or a column does not exist.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        columns: Mapping[str, str | None],
+        split: str | None = None,
+        subset: str | None = None,
+        revision: str | None = None,
+        image_folder: str | None = None,
+        question_suffix: str = "",
+        limit: int | None = None,
+    ) -> None:
+        check_limit(limit)
+        if not path:
+            raise ConfigError("no data to read: set data.path to a Hub id, a Parquet file or a folder")
+        self.columns = {role: column for role, column in columns.items() if column}
+        if unknown := sorted(set(self.columns) - set(ROLES)):
+            raise ConfigError(f"data.columns has unknown keys {', '.join(unknown)}; known are {', '.join(ROLES)}")
+        if "question" not in self.columns:
+            raise ConfigError("data.columns.question is not set: name the column that holds the question")
+        rows = _one_split(_load(path, subset, revision), split, path)
+        for role, column in self.columns.items():
+            if column not in rows.column_names:
+                known = ", ".join(rows.column_names)
+                raise DataError(f"{path} has no column {column!r} (set data.columns.{role} to one of {known})")
+        rows = rows.select_columns(list(dict.fromkeys(self.columns.values())))
+        image_column = self.columns.get("image")
+        if image_column and isinstance(rows.features[image_column], datasets.Image):
+            # decoded here, sample by sample, so that one broken image does not end the run
+            rows = rows.cast_column(image_column, datasets.Image(decode=False))
+        self.rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+        self.name = f"{path} {split}" if split else path
+        self.image_folder = Path(image_folder) if image_folder is not None else None
+        self.question_suffix = question_suffix
+        ids = self.rows[self.columns["id"]] if "id" in self.columns else range(len(self.rows))
+        self.ids = unique_ids(str(each) for each in ids)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        where = f"{self.name} row {index}"
+        row = self.rows[index]
+        values = {role: row[column] for role, column in self.columns.items()}
+        question = check_question(values["question"], where) + self.question_suffix
+        image, image_id = self._image(values.get("image"), where)
+        answers = _answers(values.get("answer"))
+        return Sample(
+            id=self.ids[index],
+            image=image,
+            question=question,
+            answer=Counter(answers).most_common(1)[0][0] if answers else None,
+            kind=str(values.get("kind") or "all"),
+            image_id=str(values.get("image_id") or image_id or self.ids[index]),
+            metadata={"answers": answers},
+        )
+
+    def _image(self, value: Any, where: str) -> tuple[Image.Image | None, str | None]:
+        """The image of a row, and a name that equal images share."""
+        if isinstance(value, list):
+            if len(value) > 1:
+                raise BrokenSample(where, f"has {len(value)} images; one a row is supported")
+            value = value[0] if value else None
+        content = value.get("bytes") if isinstance(value, dict) else value
+        if isinstance(content, bytes):
+            return read_image(content, "embedded in the row", where), hashlib.sha256(content).hexdigest()[:16]
+        name = value.get("path") if isinstance(value, dict) else value
+        if not name:
+            return None, None
+        if not isinstance(name, str):
+            raise BrokenSample(where, f"the image is {type(name).__name__}; encoded bytes or a file name are supported")
+        return read_image(find_image(name, self.image_folder, where), name, where), name
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the rows, as `datasets` keeps track of them, and the columns used."""
+        return text_fingerprint([self.rows._fingerprint, repr(sorted(self.columns.items())), self.question_suffix])
+
+
+def _load(path: str, subset: str | None, revision: str | None) -> datasets.Dataset | datasets.DatasetDict:
+    local = Path(path)
+    try:
+        if local.is_file():
+            if local.suffix not in FILE_FORMATS:
+                raise DataError(f"cannot read {path}: its name ends in none of {', '.join(FILE_FORMATS)}")
+            return datasets.load_dataset(FILE_FORMATS[local.suffix], data_files=str(local))
+        if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(path)
+        if not local.exists():
+            _check_hub(path, revision)
+        return datasets.load_dataset(path, subset, revision=revision)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise DataError(f"cannot load data set {path!r}: {reason} (set data.path)") from error
+
+
+def _check_hub(path: str, revision: str | None) -> None:
+    """Ask the Hub for the data set once, instead of the minute of retries that `load_dataset` makes offline."""
+    if huggingface_hub.constants.is_offline_mode():
+        return
+    failed = f"cannot load data set {path!r}"
+    try:
+        huggingface_hub.dataset_info(path, revision=revision, timeout=10)
+    except HFValidationError as error:
+        raise DataError(f"{failed}: no such file or folder, and not a Hub id (set data.path)") from error
+    except RevisionNotFoundError as error:
+        raise DataError(f"{failed}: the Hub has no revision {revision!r} of it (set data.revision)") from error
+    except RepositoryNotFoundError as error:
+        raise DataError(f"{failed}: not on the Hub under this name, or private (then run `hf auth login`)") from error
+    except Exception as error:  # whatever the HTTP client raises without a connection
+        raise DataError(
+            f"{failed}: the Hugging Face Hub cannot be reached; set data.path to a local file, or HF_HUB_OFFLINE=1 to "
+            "use what is cached here"
+        ) from error
+
+
+def _one_split(loaded: datasets.Dataset | datasets.DatasetDict, split: str | None, path: str) -> datasets.Dataset:
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    if split is None and len(loaded) == 1:
+        return next(iter(loaded.values()))
+    if split not in loaded:
+        raise DataError(f"{path} has no split {split!r} (set data.split to one of {', '.join(loaded)})")
+    return loaded[split]
+
+
+def _answers(value: Any) -> list[str]:
+    """The reference answers in an answer column: text, a number, or a list of them or of {'answer': ...} (VQA)."""
+    if value is None:
+        return []
+    values = value if isinstance(value, list) else [value]
+    return [str(each["answer"] if isinstance(each, dict) and "answer" in each else each) for each in values]

@@ -1,0 +1,206 @@
+"""LLaVA's own files: the training JSON with conversations and the evaluation JSONL, with an image folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dyvte.data.base import (
+    Dataset,
+    Sample,
+    check_limit,
+    check_question,
+    find_image,
+    read_image,
+    text_fingerprint,
+    unique_ids,
+)
+from dyvte.errors import BrokenSample, ConfigError, DataError
+
+IMAGE_PLACEHOLDER = "<image>"
+TURNS = ("first", "single", "all")
+
+
+class LlavaJsonDataset(Dataset):
+    """Records of the form `{"id", "image", "conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}`
+    (training) or `{"question_id", "image", "text"}` with optional `answer` or `label` and `category` (evaluation), as
+    one JSON list or one record a line.
+
+    Args:
+        file: JSON or JSONL file.
+        image_folder: Folder that the image names in the file are relative to; None if they are paths themselves.
+        turns: `first` question of each conversation, conversations of a `single` question (what DyVTE trains on), or
+            `all` questions, each on its own without the earlier ones.
+        require_image: Leave out records without an image.
+        limit: The first so many samples; None for all.
+
+    Raises:
+        DataError: The file is missing, or no JSON at all.
+    """  # noqa: D205
+
+    def __init__(
+        self,
+        file: str,
+        image_folder: str | None = None,
+        turns: str = "first",
+        require_image: bool = False,
+        limit: int | None = None,
+    ) -> None:
+        check_limit(limit)
+        if turns not in TURNS:
+            raise ConfigError(f"data.turns is {turns!r}; choose one of {', '.join(TURNS)}")
+        if not file:
+            raise ConfigError("no data to read: set data.file to a JSON or JSONL file")
+        self.file = Path(file)
+        self.image_folder = Path(image_folder) if image_folder is not None else None
+        try:
+            content = self.file.read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read {self.file}: {error.strerror} (set data.file)") from error
+        self.entries: list[_Entry] = []
+        for line, record in _records(content, self.file):
+            where = f"{self.file} line {line}"
+            for entry in _questions(record, turns, where):
+                if not (require_image and isinstance(entry, dict) and not entry["image"]):
+                    self.entries.append(entry)
+            if limit is not None and len(self.entries) >= limit:
+                break
+        self.entries = self.entries[:limit]
+        if not self.entries:
+            raise DataError(f"{self.file} holds no question that data.turns and data.require_image let through")
+        self.ids = unique_ids(entry.where if isinstance(entry, BrokenSample) else entry["id"] for entry in self.entries)
+        self._fingerprint = text_fingerprint([content])
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Sample:
+        entry = self.entries[index]
+        if isinstance(entry, BrokenSample):
+            raise BrokenSample(entry.where, entry.why)
+        where, name = entry["where"], entry["image"]
+        question = check_question(entry["question"], where)
+        image = read_image(find_image(name, self.image_folder, where), name, where) if name else None
+        return Sample(
+            id=self.ids[index],
+            image=image,
+            question=question,
+            answer=entry["answer"],
+            kind=entry["kind"],
+            image_id=name or self.ids[index],
+            metadata={"question_id": entry["question_id"]},
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the file's content (the images' is not read)."""
+        return self._fingerprint
+
+
+_Entry = dict[str, Any] | BrokenSample
+
+
+def _records(content: bytes, file: Path) -> Iterator[tuple[int, Any]]:
+    """Line number and record (or a `BrokenSample`) of each element of a JSON list or each line of a JSONL file."""
+    if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        yield from _json_list(content, file)
+        return
+    for number, line in enumerate(content.splitlines(), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
+                yield number, BrokenSample(f"{file} line {number}", f"not a JSON record ({reason})")
+
+
+def _json_list(content: bytes, file: Path) -> Iterator[tuple[int, Any]]:
+    # Element by element instead of json.loads, which does not tell the lines of the elements.
+    try:
+        text = content.decode("utf-8-sig")
+        decoder, space = json.JSONDecoder(), re.compile(r"\s*")
+        position = _skip(space, text, text.index("[") + 1)
+        counted, line = 0, 1
+        while text[position : position + 1] != "]":
+            line += text.count("\n", counted, position)
+            counted = position
+            record, position = decoder.raw_decode(text, position)
+            yield line, record
+            position = _skip(space, text, position)
+            if text[position : position + 1] == ",":
+                position = _skip(space, text, position + 1)
+            elif text[position : position + 1] != "]":
+                raise json.JSONDecodeError("expected ',' or ']'", text, position)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file} line {error.lineno} column {error.colno}: not JSON ({error.msg})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text (byte {error.start})") from error
+
+
+def _skip(pattern: re.Pattern[str], text: str, position: int) -> int:
+    match = pattern.match(text, position)
+    return match.end() if match else position
+
+
+def _questions(record: Any, turns: str, where: str) -> Iterator[_Entry]:
+    """The questions of one record that `turns` asks for; what is wrong with the record as a `BrokenSample`."""
+    if isinstance(record, BrokenSample):
+        yield record
+        return
+    try:
+        pairs = _question_answer_pairs(record, where)
+        image = _image_name(record, where)
+    except BrokenSample as broken:
+        yield broken
+        return
+    if turns == "single" and len(pairs) > 1:
+        return
+    question_id = record.get("question_id", record.get("id", where))
+    for turn, (question, answer) in enumerate(pairs if turns == "all" else pairs[:1]):
+        yield {
+            "id": str(question_id) if turn == 0 else f"{question_id}#{turn}",
+            "question_id": question_id,
+            "image": image,
+            "question": _without_placeholder(question),
+            "answer": answer,
+            "kind": str(record.get("kind", record.get("category", "all"))),
+            "where": where,
+        }
+
+
+def _question_answer_pairs(record: Any, where: str) -> list[tuple[Any, str | None]]:
+    if not isinstance(record, dict):
+        raise BrokenSample(where, f"a record must be a JSON object, not {type(record).__name__}")
+    if "conversations" not in record:
+        if "text" not in record:
+            raise BrokenSample(
+                where, f"needs 'conversations' or 'text', has {', '.join(map(repr, record)) or 'no keys'}"
+            )
+        answer = record.get("answer", record.get("label"))
+        return [(record["text"], None if answer is None else str(answer))]
+    turns = record["conversations"]
+    if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) and "value" in t for t in turns):
+        raise BrokenSample(where, "'conversations' must be a list of {'from': ..., 'value': ...}")
+    speakers = [turn.get("from") for turn in turns]
+    if speakers != ["human", "gpt"] * (len(turns) // 2):
+        raise BrokenSample(where, f"'conversations' must alternate between human and gpt, starts with {speakers[:3]}")
+    return [(turns[i]["value"], str(turns[i + 1]["value"])) for i in range(0, len(turns), 2)]
+
+
+def _image_name(record: dict[str, Any], where: str) -> str | None:
+    image = record.get("image")
+    if isinstance(image, list):
+        if len(image) > 1:
+            raise BrokenSample(where, f"has {len(image)} images; one an entry is supported")
+        image = image[0] if image else None
+    if image is not None and not isinstance(image, str):
+        raise BrokenSample(where, f"'image' must be a file name, not {type(image).__name__}")
+    return image or None
+
+
+def _without_placeholder(question: Any) -> Any:
+    # the processor's chat template puts the image where the model expects it
+    return question.replace(IMAGE_PLACEHOLDER, "").strip() if isinstance(question, str) else question

@@ -1,0 +1,57 @@
+"""The built-in task: questions of known depth about drawn scenes (see `dyvte.testbed.questions`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dyvte.data.base import Dataset, Sample, check_limit, text_fingerprint
+from dyvte.errors import ConfigError
+from dyvte.testbed.questions import ShapesQuestions
+
+
+class ShapesDataset(Dataset):
+    """Questions drawn from a seed: the same arguments give the same samples on every machine.
+
+    Args:
+        split: Scenes of different splits are disjoint.
+        limit: Number of questions; a smaller number gives the first of a larger one.
+        seed: Draws other scenes and questions of the same split.
+        kinds: Question kinds in equal shares; None for all.
+        per_scene: Questions about one image.
+        matched: Only the path kinds, asked of each scene in groups that differ in the number of hops alone.
+    """
+
+    def __init__(
+        self,
+        split: str = "test",
+        limit: int = 512,
+        seed: int = 0,
+        kinds: Sequence[str] | None = None,
+        per_scene: int = 3,
+        matched: bool = False,
+    ) -> None:
+        check_limit(limit)
+        try:
+            self.records = ShapesQuestions(split, limit, seed, kinds=kinds, per_scene=per_scene, matched=matched)
+        except ValueError as error:
+            raise ConfigError(f"data=shapes: {error}") from error
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample:
+        record = self.records[index]
+        return Sample(
+            id=record.question_id,
+            image=record.image(),
+            question=record.question,
+            answer=record.answer,
+            kind=record.kind,
+            image_id=record.image_id,
+            metadata={"hops": record.hops, "group": record.group},
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the questions and answers."""
+        return text_fingerprint(f"{r.question_id}\t{r.question}\t{r.answer}" for r in self.records)
