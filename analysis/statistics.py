@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -329,6 +329,7 @@ class StageVerdict:
     settings: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        """The verdict as plain data."""
         return asdict(self)
 
 
@@ -485,7 +486,7 @@ def _change_point_stability(
     three-level fit, since deviations that all images share are invisible to a bootstrap over images.
     """
     edges = [0, *points, len(curve)]
-    fit = np.concatenate([np.full(stop - start, curve[start:stop].mean()) for start, stop in zip(edges, edges[1:])])
+    fit = np.concatenate([np.full(stop - start, curve[start:stop].mean()) for start, stop in pairwise(edges)])
     residuals = (curve - fit) * np.sqrt(len(curve) / (len(curve) - 3))
     redrawn = np.random.default_rng(seed).choice(residuals, size=replicates.shape)
     found = np.array([change_points(replicate) for replicate in replicates])
