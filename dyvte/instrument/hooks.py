@@ -1,0 +1,287 @@
+"""Driving decoder layers: run a layer on some positions only, with the arguments that it really got.
+
+Outside a layer the sequence keeps its length (models index it with full-length masks between layers), so kept
+positions are packed before a layer and put back after it. Masks, rotary tables and position ids are packed from what
+the model passed to the layer, hence every kind of mask and every rotary scheme comes along unchanged.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import BoolTensor, LongTensor, Tensor, nn
+
+from dyvte.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from dyvte.mllm import MLLM
+
+
+@dataclass(eq=False)
+class Selection:
+    """Some positions of some rows of a batch, packed to the left of a rectangle.
+
+    Attributes:
+        rows: [b] rows of the batch.
+        index: [b, n] positions in ascending order; padding repeats the row's first one.
+        valid: [b, n] False at padding; None where nothing is padded.
+    """
+
+    rows: LongTensor
+    index: LongTensor
+    valid: BoolTensor | None
+    _memo: dict[tuple[str, int], tuple[Any, Any]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, kept: Tensor, rows: LongTensor, counts: list[int]) -> Selection:
+        """Pack the True positions of `kept` [B, N] of `rows`, which hold `counts` of them."""
+        width, chosen = max(counts), kept[rows]
+        index = (~chosen).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
+        if min(counts) == width:
+            return cls(rows, index, None)  # type: ignore[arg-type]
+        number = torch.tensor(counts, device=kept.device)[:, None]
+        valid = torch.arange(width, device=kept.device) < number
+        return cls(rows, torch.where(valid, index, index[:, :1]), valid)  # type: ignore[arg-type]
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """[B or 1, N, ...] -> [b, n, ...]."""
+        if tensor.shape[0] == 1:
+            return tensor[0][self.index]
+        return tensor[self.rows[:, None], self.index]
+
+    def put_back(self, full: Tensor, packed: Tensor) -> None:
+        """Write [b, n, ...] into the selected positions of [B, N, ...]."""
+        rows = self.rows[:, None].expand_as(self.index)
+        if self.valid is None:
+            full[rows, self.index] = packed
+        else:
+            full[rows[self.valid], self.index[self.valid]] = packed[self.valid]
+
+    def remembered(self, name: str, value: Any, make: Callable[[], Any]) -> Any:
+        """`make()`, computed once for every (name, value): all layers get the same mask and rotary tables."""
+        key = (name, id(value))
+        if key not in self._memo:
+            self._memo[key] = (value, make())  # holding the value keeps its id taken
+        return self._memo[key][1]
+
+
+def pack_mask(
+    mask: Tensor | None,
+    query_index: LongTensor | None,
+    key_index: LongTensor,
+    valid: BoolTensor | None,
+    key_bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor | None:
+    """Attention mask between packed queries and packed keys.
+
+    Args:
+        mask: [b, 1, N, K] boolean (True = attend) or additive, [b, K] (flash attention: True = not padding), or None for
+            causal attention (a single query then sees every key).
+        query_index: [b, q] rows of `mask` to take; None for all of them.
+        key_index: [b, k] columns of `mask` to take.
+        valid: [b, k] False where a packed key is padding; None where none is.
+        key_bias: [b, k] added to the scores of a key.
+        dtype: type of an additive mask made here.
+
+    Returns:
+        The packed mask, None where causal attention (or a single query's full attention) says the same.
+    """
+    if mask is not None and mask.ndim == 2:
+        if key_bias is not None:
+            raise UnsupportedError("flash attention takes no bias on its keys; load the model with attention 'sdpa'")
+        packed = mask.gather(1, key_index)
+        return packed if valid is None else packed & valid.to(packed.dtype)
+    if mask is None:
+        # Packed positions ascend and padding is on the right, so causal order is kept and hides the padding, except
+        # from queries that came later (decoding).
+        if key_bias is None and (valid is None or query_index is not None):
+            return None
+        if query_index is None:
+            packed = torch.ones(*key_index.shape, dtype=torch.bool, device=key_index.device)[:, None, None, :]
+        else:
+            packed = query_index[:, None, :, None] >= key_index[:, None, None, :]
+    else:
+        packed = mask.expand(key_index.shape[0], -1, -1, -1)
+        if query_index is not None:
+            packed = packed.gather(2, query_index[:, None, :, None].expand(-1, packed.shape[1], -1, packed.shape[3]))
+        packed = packed.gather(3, key_index[:, None, None, :].expand(-1, packed.shape[1], packed.shape[2], -1))
+    if packed.dtype == torch.bool:
+        if valid is not None:
+            packed = packed & valid[:, None, None, :]
+        if key_bias is None:
+            return packed
+        packed = torch.zeros_like(packed, dtype=dtype).masked_fill(~packed, torch.finfo(dtype).min)
+    elif valid is not None:
+        packed = packed.masked_fill(~valid[:, None, None, :], torch.finfo(packed.dtype).min)
+    return packed if key_bias is None else packed + key_bias[:, None, None, :].to(packed.dtype)
+
+
+@dataclass
+class LayerCall:
+    """One call of a decoder layer: its arguments by name, and how to repeat it on other positions.
+
+    Attributes:
+        hidden: [B, N, d] input states.
+        arguments: everything else that the layer got, by name.
+    """
+
+    index: int
+    forward: Callable[..., Any]
+    hidden_name: str
+    hidden: Tensor
+    arguments: dict[str, Any]
+    uses_flash: bool
+
+    @property
+    def cache(self) -> Any:
+        """The KV cache, or None."""
+        return self.arguments.get("past_key_values")
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The attention mask that the model made for this layer."""
+        return self.arguments.get("attention_mask")
+
+    def run(self, hidden: Tensor | None = None, **replaced: Any) -> Any:
+        """Call the layer, with other input states or arguments where given; returns what the layer returns."""
+        states = self.hidden if hidden is None else hidden
+        return self.forward(**{self.hidden_name: states}, **{**self.arguments, **replaced})
+
+    def packed(self, selection: Selection, key_bias: Tensor | None = None) -> dict[str, Any]:
+        """The arguments for the positions in `selection` only (attention among themselves)."""
+        batch, length = self.hidden.shape[:2]
+        result = {}
+        for name, value in self.arguments.items():
+            if name == "attention_mask":
+                result[name] = selection.remembered(
+                    name if key_bias is None else f"{name} {id(key_bias)}",
+                    value,
+                    functools.partial(self._packed_mask, selection, value, key_bias),
+                )
+            elif isinstance(value, (Tensor, tuple, list)):
+                result[name] = selection.remembered(
+                    name, value, functools.partial(_pack_argument, name, value, selection, batch, length, self.index)
+                )
+            else:
+                result[name] = value
+        if self.uses_flash and self.arguments.get("position_embeddings") is not None:
+            # Flash attention takes gaps in position ids for packed sequences; the rotary tables hold the positions.
+            result["position_ids"] = None
+        return result
+
+    def _packed_mask(self, selection: Selection, mask: Tensor | None, key_bias: Tensor | None) -> Tensor | None:
+        if mask is not None and not isinstance(mask, Tensor):
+            raise UnsupportedError(
+                f"attention masks of type {type(mask).__name__} (flex attention) cannot be packed; load the model with "
+                "attention 'sdpa'"
+            )
+        if mask is None and self.uses_flash and selection.valid is not None:
+            return selection.valid
+        if mask is not None:
+            mask = mask.expand(self.hidden.shape[0], *mask.shape[1:])[selection.rows]
+        return pack_mask(mask, selection.index, selection.index, selection.valid, key_bias, self.hidden.dtype)
+
+
+def _pack_argument(name: str, value: Any, selection: Selection, batch: int, length: int, layer: int) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(_pack_argument(name, each, selection, batch, length, layer) for each in value)
+    if not isinstance(value, Tensor) or length not in value.shape:
+        return value
+    shape = tuple(value.shape)
+    if name == "position_ids":
+        at = value.ndim - 1
+    elif name == "position_embeddings":
+        at = value.ndim - 2  # [batch, length, size], behind one axis a section for multimodal rotary tables
+    else:
+        at = 1
+    if at < 1 or shape[at] != length or shape[at - 1] not in (1, batch):
+        raise UnsupportedError(
+            f"decoder layer {layer} takes an argument {name!r} of shape {shape} that dyvte cannot cut to some positions "
+            f"of a batch of {batch} x {length}"
+        )
+    leading = shape[: at - 1]
+    if not leading:
+        return selection.pack(value)
+    flat = value.reshape(-1, *shape[at - 1 :])
+    return torch.stack([selection.pack(each) for each in flat]).reshape(
+        *leading, *selection.index.shape, *shape[at + 1 :]
+    )
+
+
+def output_states(output: Any) -> Tensor:
+    """The hidden states in what a decoder layer returned."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_states(output: Any, hidden: Tensor) -> Any:
+    """What a decoder layer returned, with other hidden states."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+class _Override:
+    """Stands in for a method of one object; a deep copy of the object gets the method of its class back."""
+
+    def __init__(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        self.owner, self.name, self.function = owner, name, function
+        functools.update_wrapper(self, getattr(owner, name))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        owner = memo.get(id(self.owner), self.owner)
+        return types.MethodType(getattr(type(owner), self.name), owner)
+
+
+@contextmanager
+def override_method(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Replace `owner.name` by `function` within the block, on this object only."""
+    before = owner.__dict__.get(name)  # accelerate, for one, puts its own forward on modules that it dispatches
+    owner.__dict__[name] = _Override(owner, name, function)
+    try:
+        yield
+    finally:
+        if before is None:
+            del owner.__dict__[name]
+        else:
+            owner.__dict__[name] = before
+
+
+def is_driven(mllm: MLLM) -> bool:
+    """Whether a policy or a sweep drives the decoder layers at this moment."""
+    return any(isinstance(layer.__dict__.get("forward"), _Override) for layer in mllm.layers)
+
+
+@contextmanager
+def drive_layers(mllm: MLLM, run: Callable[[LayerCall], Any]) -> Iterator[None]:
+    """Within the block, calling decoder layer i runs `run(call)` instead; `run` must return what the layer would.
+
+    Args:
+        mllm: the model.
+        run: gets a `LayerCall` with the arguments that the layer got; `call.run()` is the layer itself.
+    """
+    uses_flash = "flash" in (mllm.text_config._attn_implementation or "")
+
+    def driven(index: int, layer: nn.Module) -> Callable[..., Any]:
+        forward = layer.forward
+        names = list(inspect.signature(forward).parameters)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            arguments = dict(zip(names, args, strict=False)) | kwargs
+            hidden = arguments.pop(names[0])
+            return run(LayerCall(index, forward, names[0], hidden, arguments, uses_flash))
+
+        return call
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(mllm.layers):
+            stack.enter_context(override_method(layer, "forward", driven(index, layer)))
+        yield

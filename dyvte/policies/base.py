@@ -1,0 +1,373 @@
+"""What a policy is, and the engine that runs policies: which positions each decoder layer still sees.
+
+A policy is a dataclass. Calling it with a model gives a context manager; within the block everything that runs the
+model (`model(**batch)`, `model.generate`, a pipeline) runs under the policy:
+
+    with FixedExit(layer=16)(mllm):
+        answers = mllm.generate(batch)
+
+To write one, subclass `Policy` and override `before_layer`. It is called during prefill before every decoder layer, in
+order, with a `Prefill` that holds that layer's input states and the roles of the positions, and takes visual positions
+out with `prefill.drop(mask)`. What was dropped stays out: this layer and all later ones run on the remaining positions
+of each row, store only their keys and values, and generated tokens attend to those.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import BoolTensor, LongTensor, Tensor, nn
+from transformers.cache_utils import Cache
+
+from dyvte.errors import UnsupportedError
+from dyvte.instrument.cache import KeptLayer, check_cache, kept_layer, restore_layers
+from dyvte.instrument.hooks import (
+    LayerCall,
+    Selection,
+    drive_layers,
+    is_driven,
+    output_states,
+    override_method,
+    with_states,
+)
+from dyvte.layout import TokenLayout
+
+if TYPE_CHECKING:
+    from dyvte.mllm import MLLM
+
+
+@dataclass
+class Prefill:
+    """One prefill as a policy sees it.
+
+    Attributes:
+        mllm: the model.
+        layout: role of every position of the prompts.
+        hidden: [B, N, d] input states of the layer about to run, for every position (those that left keep the states
+            they left with). A policy may assign changed states, as token merging does.
+        kept: [B, N] positions that the layer will see; padding never is.
+        key_bias: [B, N] added to the attention scores of a key from this layer on, or None.
+        layers_with_image: [B] number of layers so far that saw a visual position of the row: at the end of the
+            prefill, the row's exit layer k.
+        state: for policies to remember things between the layers of one prefill.
+    """
+
+    mllm: MLLM
+    layout: TokenLayout
+    hidden: Tensor
+    kept: BoolTensor
+    layers_with_image: LongTensor
+    key_bias: Tensor | None = None
+    state: dict[Any, Any] = field(default_factory=dict)
+    _token_counts: list[int] | None = None
+    _changed: bool = False
+    _selections: list[Selection] | None = None
+
+    def drop(self, positions: Tensor) -> None:
+        """Take visual positions out of this layer and all later ones.
+
+        Args:
+            positions: [B, N] boolean; text positions in it stay where they are.
+        """
+        self.kept = self.kept & ~(positions & self.layout.visual)  # type: ignore[assignment]
+        self._changed = True
+
+    @property
+    def has_visual(self) -> BoolTensor:
+        """[B] whether the layer will see a visual position of the row."""
+        return (self.kept & self.layout.visual).any(1)  # type: ignore[return-value]
+
+    def selections(self) -> list[Selection] | None:
+        """The kept positions, as one selection for rows with and one for rows without visual tokens.
+
+        None as long as no row left any position out. Costs one host synchronisation after a `drop`.
+        """
+        if self._changed:
+            self._changed = False
+            if self._token_counts is None:
+                self._token_counts = (~self.layout.padding).sum(1).tolist()
+            counts, seeing = torch.stack([self.kept.sum(1), self.has_visual.long()]).tolist()
+            if counts == self._token_counts:
+                return self._selections
+            groups = [[row for row, sees in enumerate(seeing) if sees == wanted] for wanted in (1, 0)]
+            self._selections = [
+                Selection.of(self.kept, torch.tensor(rows, device=self.kept.device), [counts[row] for row in rows])  # type: ignore[arg-type]
+                for rows in groups
+                if rows
+            ]
+        return self._selections
+
+
+@dataclass
+class Policy:
+    """Decides which visual positions each decoder layer still sees. Subclass it as a dataclass of settings.
+
+    A policy object holds settings only; what belongs to one prefill goes to `Prefill.state`, so one object can serve
+    several models and calls. Policies nest: inner ones decide after outer ones, on what is left.
+    """
+
+    def check(self, mllm: MLLM) -> None:
+        """Refuse a model that the settings do not fit; called when the block is entered."""
+
+    def before_layer(self, layer: int, prefill: Prefill) -> None:
+        """Decide what leaves before decoder layer `layer` (0-based) runs.
+
+        `prefill.hidden` is that layer's input, that is, the output of layer `layer - 1`; leaving here means an exit
+        layer k = `layer`. Called for every layer of every prefill, and not while decoding. Should not read tensor
+        values on the host: `prefill.drop` takes the decision as a mask and the engine synchronises once.
+        """
+        raise NotImplementedError
+
+    @contextmanager
+    def __call__(self, mllm: MLLM, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
+        """Run the model under this policy within the block.
+
+        Args:
+            mllm: the model.
+            layout: roles of the positions of the next prefills, where ids alone do not tell (teacher-forced answers);
+                by default found from the ids of each forward call.
+
+        Yields:
+            A `PolicyRun`, whose `exit_layers` are those of the last prefill.
+
+        Raises:
+            UnsupportedError: the model, its cache or the way of generating cannot be driven exactly.
+        """
+        self.check(mllm)
+        with _Engine.of(mllm).running(self, layout) as run:
+            yield run
+
+
+@dataclass
+class PolicyRun:
+    """What happened under a policy.
+
+    Attributes:
+        prefill: the last prefill, None before the first.
+    """
+
+    prefill: Prefill | None = None
+
+    @property
+    def exit_layers(self) -> LongTensor:
+        """[B] exit layer k of every row of the last prefill: how many layers saw a visual token of it (0 without image)."""
+        if self.prefill is None:
+            raise RuntimeError("no prefill has run under this policy yet")
+        return self.prefill.layers_with_image
+
+
+class _Engine:
+    """Runs the policies that are active on one model. It exists from the first block entered to the last one left."""
+
+    _engines: weakref.WeakKeyDictionary[nn.Module, _Engine] = weakref.WeakKeyDictionary()
+
+    def __init__(self, mllm: MLLM) -> None:
+        self.mllm = mllm
+        self.policies: list[tuple[Policy, TokenLayout | None, PolicyRun]] = []
+        self.prefill: Prefill | None = None
+        self._decoding = False
+
+    @classmethod
+    def of(cls, mllm: MLLM) -> _Engine:
+        engine = cls._engines.get(mllm.model)
+        return cls(mllm) if engine is None else engine
+
+    @contextmanager
+    def running(self, policy: Policy, layout: TokenLayout | None) -> Iterator[PolicyRun]:
+        run = PolicyRun()
+        entry = (policy, layout, run)
+        with nullcontext() if self.policies else self._installed():
+            self.policies.append(entry)
+            try:
+                yield run
+            finally:
+                self.policies = [each for each in self.policies if each is not entry]
+
+    @contextmanager
+    def _installed(self) -> Iterator[None]:
+        check_model(self.mllm)
+        if is_driven(self.mllm):
+            raise UnsupportedError("the decoder layers are being driven by exit_sweep; run policies outside of it")
+        model = self.mllm.model
+        generate = model.generate
+
+        def checked_generate(*args: Any, **kwargs: Any) -> Any:
+            _check_generation(model, args, kwargs)
+            return generate(*args, **kwargs)
+
+        with ExitStack() as stack:
+            stack.enter_context(drive_layers(self.mllm, self._run_layer))
+            stack.enter_context(override_method(model, "generate", checked_generate))
+            stack.callback(model.register_forward_pre_hook(self._hook(self._begin), with_kwargs=True).remove)
+            stack.callback(model.register_forward_hook(self._hook(self._end), always_call=True).remove)
+            self._engines[model] = self
+            stack.callback(self._engines.pop, model)
+            yield
+
+    def _hook(self, function: Callable[..., None]) -> Callable[..., None]:
+        """A plain function that does nothing on a deep copy of the model."""
+        model = self.mllm.model
+
+        def hook(module: nn.Module, *rest: Any) -> None:
+            if module is model:
+                function(*rest)
+
+        return hook
+
+    # ------------------------------------------------------------------- a forward call
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = list(inspect.signature(self.mllm.model.forward).parameters)
+        inputs = dict(zip(names, args, strict=False)) | kwargs
+        input_ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+        if input_ids is None:
+            raise UnsupportedError(
+                "a policy finds the visual tokens by their ids: pass input_ids, not inputs_embeds alone"
+            )
+        if cache is not None:
+            check_cache(cache)
+        self.prefill, self._decoding = None, cache is not None and cache.get_seq_length() > 0
+        if self._decoding:
+            self._check_continued(cache, input_ids, inputs.get("pixel_values"))
+            return
+        mask = inputs.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise UnsupportedError("a policy needs a 2-D attention mask [batch, length] to tell padding from text")
+        layout = self._layout(input_ids, mask)
+        if layout.visual.gather(1, layout.last_prompt[:, None]).any():
+            raise UnsupportedError("a prompt ends with a visual token, so no text token would be left to answer from")
+        self.prefill = Prefill(
+            self.mllm,
+            layout,
+            hidden=input_ids.new_empty(0),
+            kept=~layout.padding,  # type: ignore[arg-type]
+            layers_with_image=torch.zeros_like(input_ids[:, 0]),  # type: ignore[arg-type]
+        )
+        for _, _, run in self.policies:
+            run.prefill = self.prefill
+
+    def _layout(self, input_ids: Tensor, mask: Tensor | None) -> TokenLayout:
+        for _, layout, _ in self.policies:
+            if layout is not None and layout.roles.shape == input_ids.shape:
+                return layout.to(input_ids.device)
+        return self.mllm.layout(input_ids, mask)
+
+    def _check_continued(self, cache: Cache, input_ids: Tensor, pixel_values: Tensor | None) -> None:
+        filled_under = getattr(cache, "dyvte_policies", None)
+        if filled_under != self._signature():
+            raise UnsupportedError(
+                f"the KV cache was filled under {filled_under or 'no policy'}, which is not the policy of this block "
+                f"({self._signature()}); prefill again"
+            )
+        if pixel_values is not None or self.mllm.layout(input_ids).visual.any():
+            raise UnsupportedError(
+                "images in a later part of a prompt (chunked prefill, a further turn) are not supported"
+            )
+
+    def _signature(self) -> str:
+        return ", ".join(repr(policy) for policy, _, _ in self.policies)
+
+    def _end(self, *_: Any) -> None:
+        if self.prefill is not None:
+            self.prefill.hidden = self.prefill.hidden.new_empty(0)  # do not hold on to activations
+        self.prefill, self._decoding = None, False
+
+    # -------------------------------------------------------------------------- a layer
+
+    def _run_layer(self, call: LayerCall) -> Any:
+        if self._decoding:
+            return self._decode_layer(call)
+        if self.prefill is None:
+            raise UnsupportedError(
+                f"decoder layer {call.index} was called outside of {type(self.mllm.model).__name__}.forward; a policy needs "
+                "the ids of the whole model's forward call"
+            )
+        return self._prefill_layer(call, self.prefill)
+
+    def _decode_layer(self, call: LayerCall) -> Any:
+        layer = call.cache.layers[self._cache_index(call.index)]
+        if not isinstance(layer, KeptLayer):
+            return call.run()
+        mask = layer.mask(call.mask, call.hidden.shape[1], call.hidden.dtype)
+        with layer.decoding():
+            return call.run(attention_mask=mask)
+
+    def _prefill_layer(self, call: LayerCall, prefill: Prefill) -> Any:
+        if call.index == 0 and call.cache is not None:
+            check_cache(call.cache)
+            restore_layers(call.cache)
+            call.cache.dyvte_policies = self._signature()
+        prefill.hidden = call.hidden
+        for policy, _, _ in self.policies:
+            policy.before_layer(call.index, prefill)
+        selections = prefill.selections()
+        prefill.layers_with_image += prefill.has_visual
+        hidden = prefill.hidden
+        if selections is None:
+            return call.run(hidden)
+        layer = None if call.cache is None else kept_layer(call.cache, self._cache_index(call.index))
+        result, output = hidden.clone(), None
+        for selection in selections:
+            key_bias = None if prefill.key_bias is None else selection.pack(prefill.key_bias)
+            with nullcontext() if layer is None else layer.prefilling(selection, key_bias):
+                output = call.run(selection.pack(hidden), **call.packed(selection, key_bias))
+            selection.put_back(result, output_states(output))
+        if layer is not None:
+            layer.finish_prefill(hidden.shape[1])
+        return with_states(output, result)
+
+    def _cache_index(self, layer: int) -> int:
+        return getattr(self.mllm.attentions[layer], "layer_idx", layer)
+
+
+_UNDRIVABLE_LAYERS = ("linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding")
+
+
+def check_model(mllm: MLLM) -> None:
+    """Refuse a model whose decoder layers cannot run on some positions only.
+
+    Raises:
+        UnsupportedError: with the kind of layer by name.
+    """
+    config = mllm.text_config
+    for index, kind in enumerate(getattr(config, "layer_types", None) or []):
+        if kind in _UNDRIVABLE_LAYERS:
+            raise UnsupportedError(
+                f"decoder layer {index} is of kind {kind!r}: it carries a running state over all positions, so visual "
+                "tokens cannot leave it"
+            )
+    if getattr(config, "num_kv_shared_layers", None):
+        raise UnsupportedError("decoder layers that share the keys of earlier layers cannot leave positions out")
+    if getattr(config, "cross_attention_layers", None):
+        raise UnsupportedError("the decoder reads images through cross-attention; no visual token is in its sequence")
+    implementation = config._attn_implementation or ""
+    if "flex" in implementation:
+        raise UnsupportedError("flex attention uses block masks, which cannot be packed; load the model with 'sdpa'")
+    if "flash" in implementation and getattr(config, "sliding_window", None):
+        raise UnsupportedError(
+            "flash attention counts a sliding window over what is left instead of original positions; load with 'sdpa'"
+        )
+
+
+def _check_generation(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse ways of generating that do not go through one prefill and single steps on a dynamic cache."""
+    config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
+    settings = {**copy.copy(config).to_dict(), **kwargs}
+    if settings.get("prefill_chunk_size") is not None:
+        raise UnsupportedError("chunked prefill (prefill_chunk_size) is not supported: a policy needs the whole prompt")
+    assistant = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+    for name in assistant:
+        if settings.get(name) is not None and settings[name] is not False:
+            raise UnsupportedError(
+                f"assisted decoding ({name}) is not supported: it takes tokens back from the KV cache"
+            )
+    implementation = settings.get("cache_implementation")
+    if implementation is not None and implementation not in ("dynamic", "dynamic_full"):
+        raise UnsupportedError(f"a KV cache of kind {implementation!r} is not supported under a policy; use 'dynamic'")

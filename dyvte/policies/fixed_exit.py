@@ -1,0 +1,30 @@
+"""All visual tokens leave at one fixed layer (VTW, arXiv 2405.05803; the manual exit of DyVTE, arXiv 2411.19628, Fig. 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dyvte.mllm import MLLM
+from dyvte.policies.base import Policy, Prefill
+
+
+@dataclass
+class FixedExit(Policy):
+    """Leave out visual tokens from decoder layer `layer` on.
+
+    Attributes:
+        layer: exit layer k in 0..L, the number of decoder layers that still see visual tokens. L changes nothing, 0
+            shows the decoder no image.
+    """
+
+    layer: int
+
+    def check(self, mllm: MLLM) -> None:
+        """Refuse an exit layer outside 0..L."""
+        if not 0 <= self.layer <= mllm.num_layers:
+            raise ValueError(f"FixedExit: layer must be in 0..{mllm.num_layers} for this model, got {self.layer}")
+
+    def before_layer(self, layer: int, prefill: Prefill) -> None:
+        """Drop every visual position at layer k."""
+        if layer == self.layer:
+            prefill.drop(prefill.layout.visual)
