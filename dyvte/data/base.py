@@ -117,11 +117,16 @@ def find_image(name: str, folder: Path | None, where: str) -> Path:
 
 def unique_ids(ids: Iterable[str]) -> list[str]:
     """The ids, with `~2`, `~3`, ... on repetitions: tables are joined by id, and LLaVA's training file repeats some."""
-    seen: Counter[str] = Counter()
-    unique = []
+    copies: Counter[str] = Counter()
+    unique: list[str] = []
+    taken: set[str] = set()
     for each in ids:
-        seen[each] += 1
-        unique.append(each if seen[each] == 1 else f"{each}~{seen[each]}")
+        name = each
+        while name in taken:
+            copies[each] += 1
+            name = f"{each}~{copies[each] + 1}"
+        taken.add(name)
+        unique.append(name)
     return unique
 
 

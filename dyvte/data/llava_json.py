@@ -176,9 +176,8 @@ def _question_answer_pairs(record: Any, where: str) -> list[tuple[Any, str | Non
         raise BrokenSample(where, f"a record must be a JSON object, not {type(record).__name__}")
     if "conversations" not in record:
         if "text" not in record:
-            raise BrokenSample(
-                where, f"needs 'conversations' or 'text', has {', '.join(map(repr, record)) or 'no keys'}"
-            )
+            keys = ", ".join(map(repr, record)) or "nothing"
+            raise BrokenSample(where, f"a record must have 'conversations' or 'text', this one has {keys}")
         answer = record.get("answer", record.get("label"))
         return [(record["text"], None if answer is None else str(answer))]
     turns = record["conversations"]

@@ -1,0 +1,310 @@
+"""Every source gives the same kind of sample, and names what is broken by file and line."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dyvte.config import compose
+from dyvte.data import BrokenSample, Dataset, build_dataset
+from dyvte.data.base import unique_ids
+from dyvte.data.huggingface import HuggingFaceDataset
+from dyvte.data.llava_json import LlavaJsonDataset
+from dyvte.data.shapes import ShapesDataset
+from dyvte.errors import ConfigError, DataError
+
+
+def png(colour: tuple[int, int, int] = (255, 0, 0)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6), colour).save(buffer, "png")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "red.png").write_bytes(png())
+    (folder / "truncated.png").write_bytes(png()[:40])
+    (folder / "text.png").write_text("no image")
+    return folder
+
+
+def conversation(name: str, *turns: str, image: str | None = "red.png") -> dict:
+    speakers = ("human", "gpt")
+    record = {"id": name, "conversations": [{"from": speakers[i % 2], "value": v} for i, v in enumerate(turns)]}
+    return record if image is None else {**record, "image": image}
+
+
+def broken(data: Dataset, index: int) -> str:
+    with pytest.raises(BrokenSample) as caught:
+        data[index]
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# ---------------------------------------------------------------- shapes
+def test_shapes_are_a_function_of_their_arguments():
+    once, again, other = ShapesDataset(limit=20), ShapesDataset(limit=20), ShapesDataset(limit=20, seed=1)
+    assert once.fingerprint == again.fingerprint != other.fingerprint
+    for first, second in zip(once, again, strict=True):
+        assert first.image is not None
+        assert second.image is not None
+        assert first.image.tobytes() == second.image.tobytes()
+        assert (first.id, first.question, first.answer) == (second.id, second.question, second.answer)
+
+
+def test_shapes_limit_takes_a_prefix():
+    long, short = ShapesDataset(limit=30), ShapesDataset(limit=9)
+    assert [s.id for s in short] == [s.id for s in long][:9]
+
+
+def test_shapes_samples_carry_kind_and_image_for_grouping():
+    samples = list(ShapesDataset(limit=60, kinds=["attribute", "two_hop"]))
+    assert {s.kind for s in samples} == {"attribute", "two_hop"}
+    assert {s.metadata["hops"] for s in samples} == {1, 3}
+    assert len({s.id for s in samples}) == 60
+    pixels: dict[str, set[bytes]] = {}
+    for sample in samples:
+        assert sample.image is not None
+        pixels.setdefault(sample.image_id, set()).add(sample.image.tobytes())
+    assert len(pixels) < 60  # questions do share images
+    assert all(len(each) == 1 for each in pixels.values())
+
+
+@pytest.mark.parametrize("arguments", [{"split": "nowhere"}, {"kinds": ["riddle"]}, {"limit": 0}])
+def test_shapes_refuse_what_does_not_exist(arguments):
+    with pytest.raises(ConfigError):
+        ShapesDataset(**arguments)
+
+
+# ---------------------------------------------------------------- LLaVA files
+def test_training_json(tmp_path: Path, images: Path):
+    records = [
+        conversation("a", "<image>\nWhat is it?", "A square.", "Which colour?", "Red."),
+        conversation("b", "Is it red?\n<image>", "Yes"),
+        conversation("c", "What is 1 plus 1?", "2", image=None),
+    ]
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps(records))
+    first = list(LlavaJsonDataset(str(file), str(images)))
+    assert [(s.id, s.question, s.answer) for s in first] == [
+        ("a", "What is it?", "A square."),
+        ("b", "Is it red?", "Yes"),
+        ("c", "What is 1 plus 1?", "2"),
+    ]
+    assert first[0].image is not None
+    assert first[0].image.getpixel((0, 0)) == (255, 0, 0)
+    assert first[2].image is None
+    assert [s.image_id for s in first] == ["red.png", "red.png", "c"]
+    assert [s.id for s in LlavaJsonDataset(str(file), str(images), turns="single")] == ["b", "c"]
+    assert [s.id for s in LlavaJsonDataset(str(file), str(images), turns="all")] == ["a", "a#1", "b", "c"]
+    assert [s.id for s in LlavaJsonDataset(str(file), str(images), require_image=True)] == ["a", "b"]
+    assert [s.id for s in LlavaJsonDataset(str(file), str(images), limit=1)] == ["a"]
+
+
+def test_evaluation_jsonl(tmp_path: Path, images: Path):
+    file = tmp_path / "pope.jsonl"
+    lines = [
+        {"question_id": 7, "image": "red.png", "text": "Is it red?", "label": "yes", "category": "colour"},
+        {"question_id": 8, "image": "red.png", "text": "Why?"},
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    one, two = LlavaJsonDataset(str(file), str(images))
+    assert (one.id, one.answer, one.kind, one.metadata) == ("7", "yes", "colour", {"question_id": 7})
+    assert (two.answer, two.kind) == (None, "all")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            {"question_id": 1, "image": "gone.png", "text": "?"},
+            "image 'gone.png' not found under IMAGES/ (set data.image_folder)",
+        ),
+        ({"question_id": 1, "image": "truncated.png", "text": "?"}, "image 'truncated.png' is unreadable"),
+        ({"question_id": 1, "image": "text.png", "text": "?"}, "image 'text.png' is unreadable (not an image"),
+        ({"question_id": 1, "image": "red.png", "text": "  "}, "the question is empty"),
+        ({"question_id": 1, "image": "red.png", "text": 3}, "the question is int, not text"),
+        ({"question_id": 1, "image": ["red.png", "red.png"], "text": "?"}, "has 2 images"),
+        ({"question_id": 1, "image": 5, "text": "?"}, "'image' must be a file name, not int"),
+        ({"question_id": 1, "image": "red.png"}, "must have 'conversations' or 'text'"),
+        ({"conversations": []}, "'conversations' must be a list"),
+        ({"conversations": [{"from": "gpt", "value": "x"}]}, "must alternate between human and gpt"),
+        ([1, 2], "must be a JSON object, not list"),
+        ("{'single': quotes}", "not a JSON record"),
+        (b'{"text": "\xff"}', "not a JSON record (not UTF-8)"),
+    ],
+)
+def test_broken_lines_are_named_and_leave_the_others_alone(tmp_path: Path, images: Path, line, expected: str):
+    good = b'{"question_id": 0, "image": "red.png", "text": "Is it red?"}'
+    bad = line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
+    file = tmp_path / "eval.jsonl"
+    file.write_bytes(b"\n".join([good, b"", bad, good]))
+    data = LlavaJsonDataset(str(file), str(images))
+    message = broken(data, 1)
+    assert message.startswith(f"{file} line 3: ")
+    assert expected.replace("IMAGES", str(images)) in message
+    assert data[0].question == data[2].question == "Is it red?"
+    assert [data[0].id, data[2].id] == ["0", "0~2"]  # tables are joined by id
+
+
+def test_lines_of_a_json_list(tmp_path: Path, images: Path):
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps([conversation("a", "one", "1"), conversation("b", " ", "2")], indent=2))
+    line = 1 + file.read_text().split('"id": "b"')[0].count("\n") - 1  # where the second record opens
+    assert broken(LlavaJsonDataset(str(file), str(images)), 1) == f"{file} line {line}: the question is empty"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("[{},\n{]", "line 2 column 2: not JSON"),
+        ("[1 2]", "expected ',' or ']'"),
+        ("[]", "holds no question"),
+        ("", "holds no question"),
+    ],
+)
+def test_a_file_that_is_no_json_is_refused(tmp_path: Path, content: str, expected: str):
+    file = tmp_path / "x.json"
+    file.write_text(content)
+    with pytest.raises(DataError) as caught:
+        LlavaJsonDataset(str(file))
+    assert expected in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+@settings(max_examples=50, derandomize=True, deadline=None)
+@given(st.lists(st.tuples(st.text(max_size=5), st.booleans()), min_size=1, max_size=6), st.sampled_from([None, 1, 4]))
+def test_json_list_agrees_with_json_loads(tmp_path_factory, texts: list[tuple[str, bool]], indent: int | None):
+    records = [conversation(str(i), text, "x", image=None) for i, (text, _) in enumerate(texts)]
+    file = tmp_path_factory.mktemp("json") / "list.json"
+    file.write_text(json.dumps(records, indent=indent, ensure_ascii=texts[0][1]), encoding="utf-8")
+    data = LlavaJsonDataset(str(file))
+    assert len(data) == len(texts)
+    for index, (text, _) in enumerate(texts):
+        stripped = text.strip()
+        if stripped:
+            assert (data[index].id, data[index].question) == (str(index), stripped)
+        else:
+            assert "the question is empty" in broken(data, index)
+
+
+def test_missing_file_says_which_setting():
+    with pytest.raises(DataError, match=r"cannot read nowhere\.jsonl: No such file or directory \(set data\.file\)"):
+        LlavaJsonDataset("nowhere.jsonl")
+
+
+# ---------------------------------------------------------------- Hugging Face data sets
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+ROWS = {
+    "picture": [{"bytes": png(), "path": None}, {"bytes": png((0, 0, 9)), "path": None}, {"bytes": b"?", "path": None}],
+    "question": ["Is it red?", "Is it red?", "Is it red?"],
+    "answers": [["yes", "no", "yes"], ["no"], []],
+    "type": ["a", "b", None],
+}
+COLUMNS = {"image": "picture", "question": "question", "answer": "answers", "kind": "type"}
+
+
+@pytest.mark.parametrize("image_feature", [True, False])
+@pytest.mark.parametrize("source", ["file", "folder", "saved"])
+def test_local_data_with_a_column_map(tmp_path: Path, source: str, image_feature: bool):
+    table = datasets.Dataset.from_dict(ROWS)
+    if image_feature:
+        table = table.cast_column("picture", datasets.Image())
+    folder = tmp_path / "questions"
+    if source == "saved":
+        table.save_to_disk(str(folder))
+    else:
+        folder.mkdir()
+        table.to_parquet(folder / "test.parquet")
+    data = HuggingFaceDataset(str(folder / "test.parquet" if source == "file" else folder), COLUMNS)
+    assert len(data) == 3
+    assert (data[0].id, data[0].answer, data[0].kind, data[0].metadata) == (
+        "0",
+        "yes",
+        "a",
+        {"answers": ["yes", "no", "yes"]},
+    )
+    assert data[1].image is not None
+    assert data[1].image.getpixel((0, 0)) == (0, 0, 9)
+    assert data[0].image_id != data[1].image_id
+    assert "row 2: image 'embedded in the row' is unreadable" in broken(data, 2)
+
+
+def test_image_names_suffix_and_limit(tmp_path: Path, images: Path):
+    file = tmp_path / "questions.csv"
+    file.write_text("qid,file,q,a\n5,red.png,Is it red?,1\n6,gone.png,Is it?,0\n7,,Why?,0\n")
+    columns = {"image": "file", "question": "q", "answer": "a", "id": "qid"}
+    data = HuggingFaceDataset(str(file), columns, image_folder=str(images), question_suffix="\nShort, please.")
+    assert (data[0].id, data[0].image_id, data[0].answer) == ("5", "red.png", "1")
+    assert data[0].question == "Is it red?\nShort, please."
+    assert broken(data, 1).endswith(f"row 1: image 'gone.png' not found under {images}/ (set data.image_folder)")
+    assert (data[2].image, data[2].image_id) == (None, "7")
+    shorter = HuggingFaceDataset(str(file), columns, image_folder=str(images), limit=2)
+    assert len(shorter) == 2
+    assert shorter.fingerprint != data.fingerprint
+
+
+def test_wrong_columns_splits_and_names_say_what_there_is(tmp_path: Path):
+    file = tmp_path / "q.json"
+    file.write_text('{"text": "?"}\n')
+    with pytest.raises(DataError, match=r"no column 'question' \(set data\.columns\.question to one of text\)"):
+        HuggingFaceDataset(str(file), {"question": "question"})
+    with pytest.raises(DataError, match=r"no split 'test' \(set data\.split to one of train\)"):
+        HuggingFaceDataset(str(file), {"question": "text"}, split="test")
+    with pytest.raises(ConfigError, match="unknown keys prompt"):
+        HuggingFaceDataset(str(file), {"question": "text", "prompt": "text"})
+    with pytest.raises(ConfigError, match=r"data\.columns\.question is not set"):
+        HuggingFaceDataset(str(file), {"image": "text"})
+    with pytest.raises(DataError, match=r"ends in none of \.parquet"):
+        HuggingFaceDataset(str(Path(__file__)), {"question": "text"})
+
+
+def test_without_network_one_line_and_no_wait(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
+    with pytest.raises(DataError, match="not a Hub id"):
+        HuggingFaceDataset("a/b/c", {"question": "text"})
+    monkeypatch.setattr("huggingface_hub.dataset_info", unreachable)
+    with pytest.raises(DataError, match=r"'owner/name': the Hugging Face Hub cannot be reached; set data\.path"):
+        HuggingFaceDataset("owner/name", {"question": "text"})
+
+
+# ---------------------------------------------------------------- configurations
+def test_configurations_build_what_they_name(tmp_path: Path, images: Path):
+    file = tmp_path / "eval.jsonl"
+    file.write_text('{"question_id": 1, "image": "red.png", "text": "Is it red?"}\n')
+    shapes = build_dataset(compose("base", ["data.limit=3", "seed=5"]).data)
+    assert isinstance(shapes, ShapesDataset)
+    assert shapes.fingerprint == ShapesDataset(limit=3, seed=5).fingerprint
+    llava = build_dataset(compose("base", ["data=llava_json", f"data.file={file}", f"data.image_folder={images}"]).data)
+    assert llava[0].question == "Is it red?"
+    overrides = ["data=hf", f"data.path={file}", f"data.image_folder={images}", "data.columns.question=text"]
+    hf = build_dataset(compose("base", [*overrides, "data.columns.answer=null"]).data)
+    assert hf[0].question == "Is it red?"
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(st.sampled_from(["a", "b", "a~2"])))
+def test_ids_are_unique_and_the_first_of_each_is_kept(ids: list[str]):
+    unique = unique_ids(ids)
+    assert len(set(unique)) == len(ids)
+    for position, each in enumerate(ids):
+        if each not in ids[:position] and "~" not in each:
+            assert unique[position] == each
