@@ -1,0 +1,78 @@
+"""The testbed's architecture: a small ``LlavaForConditionalGeneration`` and its sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from dyvte.testbed.tokenizer import BOS, EOS, IMAGE, PAD, vocabulary
+from dyvte.testbed.world import IMAGE_SIZE
+
+
+@dataclass(frozen=True)
+class TestbedSizes:
+    """Sizes of the small model. Widths must divide by their number of heads, the image by the patch size."""
+
+    __test__ = False  # not a test class, whatever pytest thinks of its name
+
+    patch_size: int = 8
+    vision_layers: int = 3
+    vision_width: int = 128
+    vision_heads: int = 4
+    layers: int = 12
+    width: int = 160
+    heads: int = 5
+    mlp_width: int = 432
+    max_positions: int = 1024
+
+    @property
+    def visual_tokens(self) -> int:
+        return (IMAGE_SIZE // self.patch_size) ** 2
+
+
+def build_config(sizes: TestbedSizes) -> LlavaConfig:
+    """LLaVA configuration of the testbed; the tower's last layer is used, its class token dropped."""
+    words = vocabulary()
+    text = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=sizes.width,
+        intermediate_size=sizes.mlp_width,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.heads,
+        max_position_embeddings=sizes.max_positions,
+        initializer_range=0.04,
+        bos_token_id=words.index(BOS),
+        eos_token_id=words.index(EOS),
+        pad_token_id=words.index(PAD),
+        tie_word_embeddings=False,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=sizes.vision_width,
+        intermediate_size=4 * sizes.vision_width,
+        num_hidden_layers=sizes.vision_layers,
+        num_attention_heads=sizes.vision_heads,
+        image_size=IMAGE_SIZE,
+        patch_size=sizes.patch_size,
+        projection_dim=sizes.vision_width,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=words.index(IMAGE),
+        image_seq_length=sizes.visual_tokens,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+
+
+def build_model(sizes: TestbedSizes, seed: int) -> LlavaForConditionalGeneration:
+    """A freshly initialised testbed in float32."""
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(build_config(sizes))
+    model.generation_config.max_new_tokens = 64
+    model.generation_config.do_sample = False
+    return model

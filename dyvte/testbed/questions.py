@@ -1,0 +1,344 @@
+"""Questions about the testbed's scenes, of known depth, and captions.
+
+A *hop* is one look-up in the image: finding the object a question names is the first, following it to a neighbour or to
+the other object of the same colour is one more. Questions of one, two and three hops (kinds ``attribute``,
+``same_attribute`` / ``neighbor`` and ``two_hop``) share one template, one length and one answer set::
+
+    from the red circle go stay  then stay       : what size ?      1 hop
+    from the red circle go left  then stay       : what size ?      2 hops, kind neighbor
+    from the red circle go stay  then same-color : what size ?      2 hops, kind same_attribute
+    from the red circle go same-color then left  : what size ?      3 hops, kind two_hop
+
+so that their exit depths compare without a confound. Every description names two attributes of an object and every
+path question asks for the third, which no step of the path can reveal: a guesser who never sees the image is left with
+chance. Yes/no answers are drawn before the question, and a question is asked only where either answer was possible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+from PIL import Image
+
+from dyvte.testbed.world import (
+    ATTRIBUTES,
+    COLUMNS,
+    GRID,
+    MAX_OBJECTS,
+    MIN_OBJECTS,
+    ROWS,
+    VALUES,
+    Object,
+    Scene,
+    render,
+    sample_scene,
+    scene_generator,
+)
+
+DIRECTIONS: dict[str, tuple[int, int]] = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+STAY = "stay"
+SAME = {f"same-{attribute}": attribute for attribute in ATTRIBUTES}
+STEPS = (STAY, *DIRECTIONS, *SAME)
+MAX_NUMBER = 9
+MAX_COUNT = 3
+
+KINDS: dict[str, int] = {
+    "arithmetic": 0,
+    "existence": 1,
+    "attribute": 1,
+    "count": 1,
+    "relation": 2,
+    "same_attribute": 2,
+    "neighbor": 2,
+    "comparison": 2,
+    "two_hop": 3,
+}
+IMAGE_KINDS: tuple[str, ...] = tuple(k for k, hops in KINDS.items() if hops)
+PATH_KINDS: tuple[str, ...] = ("attribute", "same_attribute", "neighbor", "two_hop")
+YES, NO = "yes", "no"
+
+# Probability with which a count question with a given answer is kept, so that the four answers come equally often:
+# inverse to how often a scene admits them (measured over 20,000 scenes; a test holds the outcome to balance).
+COUNT_KEEP = {0: 0.26, 1: 0.345, 2: 0.443, 3: 1.0}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its one-word answer. ``hops`` counts look-ups in the image (0: needs no image)."""
+
+    kind: str
+    text: str
+    answer: str
+
+    @property
+    def hops(self) -> int:
+        return KINDS[self.kind]
+
+
+# ---------------------------------------------------------------- descriptions
+def describe(item: Object, omitted: str) -> str:
+    """Name an object by its two attributes other than ``omitted``: "red circle", "small circle", "small red"."""
+    return " ".join(item[a] for a in ("size", "color", "shape") if a != omitted)
+
+
+def unique_objects(scene: Scene, omitted: str) -> list[Object]:
+    """Objects that ``describe(item, omitted)`` names without ambiguity."""
+    names = [describe(o, omitted) for o in scene.objects]
+    return [o for o, name in zip(scene.objects, names, strict=True) if names.count(name) == 1]
+
+
+def follow(scene: Scene, start: Object, step: str) -> Object | None:
+    """Where one step of a path leads, or None if it leads nowhere or is ambiguous.
+
+    A direction leads to the object in the neighbouring cell; ``same-color`` (``-shape``, ``-size``) to the only other
+    object with that attribute in common.
+    """
+    if step == STAY:
+        return start
+    if step in DIRECTIONS:
+        row, column = start.row + DIRECTIONS[step][0], start.column + DIRECTIONS[step][1]
+        return scene.at(row, column) if 0 <= row < GRID and 0 <= column < GRID else None
+    attribute = SAME[step]
+    others = [o for o in scene.objects if o is not start and o[attribute] == start[attribute]]
+    return others[0] if len(others) == 1 else None
+
+
+# ---------------------------------------------------------------- one function a kind
+def _pick(rng: np.random.Generator, items: Sequence):  # type: ignore[no-untyped-def]
+    return items[int(rng.integers(len(items)))]
+
+
+def _arithmetic(rng: np.random.Generator) -> Question:
+    result, plus = int(rng.integers(MAX_NUMBER + 1)), bool(rng.integers(2))
+    if plus:
+        first = int(rng.integers(result + 1))
+        text = f"what is {first} plus {result - first} ?"
+    else:
+        second = int(rng.integers(MAX_NUMBER - result + 1))
+        text = f"what is {result + second} minus {second} ?"
+    return Question("arithmetic", text, str(result))
+
+
+def _existence(scene: Scene, rng: np.random.Generator) -> Question | None:
+    omitted = _pick(rng, ATTRIBUTES)
+    first, second = (a for a in ("size", "color", "shape") if a != omitted)
+    present = sorted({(o[first], o[second]) for o in scene.objects})
+    # near misses: both words are true of something in the image, but not of one thing
+    near = sorted({(o[first], p[second]) for o in scene.objects for p in scene.objects} - set(present))
+    if not near:
+        return None
+    yes = bool(rng.integers(2))
+    pair = _pick(rng, present if yes else near)
+    return Question("existence", f"is there a {pair[0]} {pair[1]} ?", YES if yes else NO)
+
+
+def _count(scene: Scene, rng: np.random.Generator) -> Question | None:
+    target = int(rng.integers(MAX_COUNT + 1))
+    attribute = _pick(rng, ("color", "shape"))
+    fitting = [v for v in VALUES[attribute] if sum(o[attribute] == v for o in scene.objects) == target]
+    if not fitting or rng.random() > COUNT_KEEP[target]:
+        return None
+    return Question("count", f"how many {_pick(rng, fitting)} objects are there ?", str(target))
+
+
+def _relation(scene: Scene, rng: np.random.Generator) -> Question | None:
+    omitted = _pick(rng, ATTRIBUTES)
+    named = unique_objects(scene, omitted)
+    if len(named) < 2:
+        return None
+    i, j = rng.permutation(len(named))[:2]
+    a, b = named[int(i)], named[int(j)]
+    options = []
+    if a.column != b.column:
+        options.append("left" if a.column < b.column else "right")
+    if a.row != b.row:
+        options.append("above" if a.row < b.row else "below")
+    truth, yes = _pick(rng, options), bool(rng.integers(2))
+    asked = truth if yes else OPPOSITE[truth]
+    words = {"left": "left of", "right": "right of"}.get(asked, asked)
+    return Question("relation", f"is the {describe(a, omitted)} {words} the {describe(b, omitted)} ?", YES if yes else NO)
+
+
+def _comparison(scene: Scene, rng: np.random.Generator) -> Question | None:
+    asked = _pick(rng, ATTRIBUTES)
+    pairs = list(permutations(unique_objects(scene, asked), 2))
+    same = [p for p in pairs if p[0][asked] == p[1][asked]]
+    different = [p for p in pairs if p[0][asked] != p[1][asked]]
+    if not same or not different:
+        return None
+    yes = bool(rng.integers(2))
+    a, b = _pick(rng, same if yes else different)
+    text = f"do the {describe(a, asked)} and the {describe(b, asked)} have the same {asked} ?"
+    return Question("comparison", text, YES if yes else NO)
+
+
+def _steps(kind: str, asked: str, rng: np.random.Generator) -> tuple[str, str]:
+    """Two steps of a path of the given kind; a step through the asked attribute would give the answer away."""
+    same = [name for name, attribute in SAME.items() if attribute != asked]
+    if kind == "attribute":
+        return STAY, STAY
+    if kind == "two_hop":
+        # two directions would add up to one displacement, a single hop in disguise
+        first = _pick(rng, same)
+        second = _pick(rng, [s for s in (*DIRECTIONS, *same) if s != first])
+    else:
+        first, second = _pick(rng, same if kind == "same_attribute" else tuple(DIRECTIONS)), STAY
+    return (first, second) if rng.integers(2) else (second, first)
+
+
+def _path_text(start: Object, asked: str, steps: tuple[str, str]) -> str:
+    return f"from the {describe(start, asked)} go {steps[0]} then {steps[1]} : what {asked} ?"
+
+
+def _path(scene: Scene, kind: str, start: Object, asked: str, rng: np.random.Generator, tries: int) -> Question | None:
+    for _ in range(tries):
+        steps = _steps(kind, asked, rng)
+        middle = follow(scene, start, steps[0])
+        end = follow(scene, middle, steps[1]) if middle is not None else None
+        if end is not None and (kind == "attribute" or end is not start):
+            return Question(kind, _path_text(start, asked, steps), end[asked])
+    return None
+
+
+def ask(scene: Scene, kind: str, rng: np.random.Generator, tries: int = 12) -> Question | None:
+    """Ask one question of a kind about a scene, or None if the scene (or the draw) admits none."""
+    if kind == "arithmetic":
+        return _arithmetic(rng)
+    if kind in PATH_KINDS:
+        for _ in range(tries):
+            asked = _pick(rng, ATTRIBUTES)
+            named = unique_objects(scene, asked)
+            if named and (question := _path(scene, kind, _pick(rng, named), asked, rng, tries=1)):
+                return question
+        return None
+    functions = {"existence": _existence, "count": _count, "relation": _relation, "comparison": _comparison}
+    if kind not in functions:
+        raise ValueError(f"unknown question kind {kind!r}; choose from {sorted(KINDS)}")
+    # a second try at a count would favour the answers that most scenes admit
+    for _ in range(1 if kind == "count" else tries):
+        if question := functions[kind](scene, rng):
+            return question
+    return None
+
+
+def ask_matched(scene: Scene, rng: np.random.Generator, tries: int = 24) -> dict[str, Question] | None:
+    """One question of each path kind from the same start about the same attribute: matched in all but their hops."""
+    for _ in range(tries):
+        asked = _pick(rng, ATTRIBUTES)
+        named = unique_objects(scene, asked)
+        if not named:
+            continue
+        start = _pick(rng, named)
+        group = {kind: _path(scene, kind, start, asked, rng, tries) for kind in PATH_KINDS}
+        if all(group.values()):
+            return group  # type: ignore[return-value]
+    return None
+
+
+# ---------------------------------------------------------------- captions and text-only scenes
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """A caption that names every object with its place, in random order."""
+    order = rng.permutation(len(scene.objects))
+    parts = []
+    for i in order:
+        o = scene.objects[int(i)]
+        parts.append(f"a {o.size} {o.color} {o.shape} at {ROWS[o.row]} {COLUMNS[o.column]}")
+    return " , ".join(parts)
+
+
+CAPTION_PROMPT = "describe the image ."
+
+
+# ---------------------------------------------------------------- data sets
+@dataclass(frozen=True)
+class ShapesRecord:
+    """One question about one scene. ``group`` is shared by questions matched in all but their hops, else empty."""
+
+    scene: Scene
+    question_id: str
+    kind: str
+    question: str
+    answer: str
+    group: str = ""
+
+    @property
+    def hops(self) -> int:
+        return KINDS.get(self.kind, 1)
+
+    @property
+    def image_id(self) -> str:
+        return self.scene.image_id
+
+    def image(self) -> Image.Image:
+        return Image.fromarray(render(self.scene))
+
+
+class ShapesQuestions(Sequence[ShapesRecord]):
+    """``num`` questions of a split, kinds in turn (so that any prefix is balanced), ``per_scene`` to an image.
+
+    With ``matched`` the four path kinds about one scene come as a matched group. The kind ``caption`` asks for a
+    caption. Deterministic: record ``i`` of ``(split, seed, kinds, per_scene, matched)`` never changes.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        num: int,
+        seed: int = 0,
+        kinds: Sequence[str] | None = None,
+        per_scene: int = 3,
+        matched: bool = False,
+        min_objects: int = MIN_OBJECTS,
+        max_objects: int = MAX_OBJECTS,
+    ) -> None:
+        known = (*KINDS, "caption")
+        kinds = tuple(kinds) if kinds else tuple(KINDS)
+        if unknown := [k for k in kinds if k not in known]:
+            raise ValueError(f"unknown question kinds {unknown}; choose from {known}")
+        if num < 0 or per_scene < 1:
+            raise ValueError(f"num must be at least 0 and per_scene at least 1, got {num} and {per_scene}")
+        self.split, self.seed, self.kinds = split, seed, kinds
+        stream = self._matched(min_objects, max_objects) if matched else self._mixed(per_scene, min_objects, max_objects)
+        self._records = [record for record, _ in zip(stream, range(num), strict=False)]
+
+    def _mixed(self, per_scene: int, low: int, high: int) -> Iterator[ShapesRecord]:
+        owed = {k: 0 for k in self.kinds}  # questions asked so far: the kind that lags behind is asked next
+        index = 0
+        while True:
+            scene = sample_scene(self.split, self.seed, index, low, high)
+            rng = scene_generator(self.split, self.seed, index, purpose=2)
+            asked: set[str] = set()
+            least = min(owed.values())
+            for kind in sorted(self.kinds, key=lambda k: (owed[k], self.kinds.index(k))):
+                if len(asked) == per_scene or owed[kind] > least:
+                    break
+                if kind == "caption":
+                    question: Question | None = Question("existence", CAPTION_PROMPT, caption(scene, rng))
+                else:
+                    question = ask(scene, kind, rng)
+                if question is None or question.text in asked:
+                    continue
+                owed[kind] += 1
+                asked.add(question.text)
+                yield ShapesRecord(scene, f"{scene.image_id}-{len(asked)}", kind, question.text, question.answer)
+            index += 1
+
+    def _matched(self, low: int, high: int) -> Iterator[ShapesRecord]:
+        index = 0
+        while True:
+            scene = sample_scene(self.split, self.seed, index, low, high)
+            group = ask_matched(scene, scene_generator(self.split, self.seed, index, purpose=3))
+            for number, (kind, question) in enumerate((group or {}).items()):
+                name = f"{scene.image_id}-m"
+                yield ShapesRecord(scene, f"{name}{number}", kind, question.text, question.answer, group=name)
+            index += 1
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def,override]
+        return self._records[index]

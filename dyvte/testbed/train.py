@@ -1,0 +1,470 @@
+"""Train the testbed by LLaVA's recipe: ``python -m dyvte.testbed.train`` (Hydra, ``conf/testbed.yaml``).
+
+Stages, each with its own checkpoints, resumed where they stopped:
+
+language   the decoder learns scenes described in words, questions about them, and arithmetic (no image)
+vision     the tower learns, without questions, which attributes lie under each patch; frozen from then on
+align      the projector alone learns to caption images with the frozen decoder (LLaVA's stage 1)
+instruct   projector and decoder learn to answer questions about images (LLaVA's stage 2)
+
+A batch is a pure function of (seed, stage, step), so a killed and resumed run equals an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import LlavaForConditionalGeneration
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dyvte.config import command
+from dyvte.errors import ConfigError
+from dyvte.testbed.model import TestbedSizes, build_model
+from dyvte.testbed.packing import IGNORE, Branch, PackedBatch, pack
+from dyvte.testbed.questions import CAPTION_PROMPT, IMAGE_KINDS, ask, caption
+from dyvte.testbed.tokenizer import ASSISTANT, BOS, EOS, IMAGE, SYSTEM_PROMPT, USER, build_processor
+from dyvte.testbed.world import (
+    ATTRIBUTES,
+    MAX_OBJECTS,
+    MIN_OBJECTS,
+    VALUES,
+    Scene,
+    patch_labels,
+    render,
+    sample_scene,
+    scene_generator,
+)
+
+STAGES = ("language", "vision", "align", "instruct")
+
+
+# ---------------------------------------------------------------- speed
+def _matmul_attention(  # type: ignore[no-untyped-def]
+    module, query, key, value, attention_mask, scaling=None, **_
+) -> tuple[Tensor, None]:
+    """Attention as two matrix products: on a CPU with bfloat16 units, twice as fast to train as the fused kernel."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (query * scaling) @ key.transpose(-1, -2)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def fast_training(device: torch.device, precision: str) -> Iterator[None]:
+    """Autocast to ``precision`` and, on a CPU, attention by matrix products."""
+    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if device.type == "cpu":
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = _matmul_attention
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = original
+
+
+def choose_precision(requested: str, device: torch.device) -> str:
+    """``auto``: bfloat16 on a GPU and on CPUs with bfloat16 units (four times float32's speed there), else float32."""
+    if requested != "auto":
+        return requested
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.backends.mkldnn.is_available()
+    if device.type == "cpu":
+        native = native and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+    return "bf16" if native else "fp32"
+
+
+# ---------------------------------------------------------------- batches
+class Batches:
+    """The training batches of every stage, each a pure function of (seed, stage, step)."""
+
+    def __init__(self, cfg: DictConfig, sizes: TestbedSizes) -> None:
+        self.cfg, self.sizes = cfg, sizes
+        self.tokenizer = build_processor(sizes.patch_size).tokenizer
+        self.pad_id: int = self.tokenizer.pad_token_id
+        self.head = self.ids(f"{BOS} {SYSTEM_PROMPT} {USER}")
+        self.image = self.ids(IMAGE) * sizes.visual_tokens
+        names, shares = zip(*cfg.kind_weights.items(), strict=True)
+        self.kinds: tuple[str, ...] = names
+        self.shares = np.array(shares, dtype=float) / sum(shares)
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def branch(self, kind: str, question: str, answer: str) -> Branch:
+        return Branch(kind, self.ids(f"{question} {ASSISTANT}"), self.ids(f"{answer} {EOS}"))
+
+    def rng(self, stage: str, step: int) -> np.random.Generator:
+        return np.random.default_rng([self.cfg.seed, STAGES.index(stage), step])
+
+    def max_objects(self, progress: float) -> int:
+        """Scenes grow from three objects to all of them over the first ``curriculum`` of a stage."""
+        grown = min(progress / self.cfg.curriculum, 1.0) if self.cfg.curriculum else 1.0
+        return 3 + round(grown * (MAX_OBJECTS - 3))
+
+    def questions(self, scene: Scene, rng: np.random.Generator, number: int) -> list[Branch]:
+        branches, seen = [], set()
+        for kind in rng.choice(len(self.kinds), size=2 * number, p=self.shares):
+            question = ask(scene, self.kinds[kind], rng, tries=4)
+            if question is not None and question.text not in seen:
+                seen.add(question.text)
+                branches.append(self.branch(question.kind, question.text, question.answer))
+            if len(branches) == number:
+                break
+        return branches
+
+    def language(self, step: int, progress: float, size: int, stage: str = "language") -> PackedBatch:
+        """Scenes in words, with questions; half the rows also say the scene again in another order."""
+        rng, rows = self.rng(stage, step), []
+        for i in range(size):
+            scene = sample_scene("text", self.cfg.seed, step * size + i, MIN_OBJECTS, self.max_objects(progress))
+            branches = self.questions(scene, rng, self.cfg.language.questions)
+            if rng.random() < self.cfg.language.caption_share:
+                branches.insert(0, self.branch("caption", CAPTION_PROMPT, caption(scene, rng)))
+            rows.append(([*self.head, *self.ids(f"the image shows {caption(scene, rng)} .")], branches))
+        return pack(rows, self.cfg.language.length, self.pad_id, self.cfg.language.prompt_weight)
+
+    def align(self, step: int, size: int, stage: str = "align") -> tuple[PackedBatch, Tensor]:
+        """Images of caption scenes (which no question is ever asked about) with one caption each."""
+        rng = self.rng(stage, step)
+        scenes = [sample_scene("caption", self.cfg.seed, step * size + i) for i in range(size)]
+        prefix = [*self.head, *self.image]
+        rows = [(prefix, [self.branch("caption", CAPTION_PROMPT, caption(s, rng))]) for s in scenes]
+        return pack(rows, self.cfg.align.length, self.pad_id), pixels(scenes)
+
+    def instruct(self, step: int, progress: float, size: int) -> tuple[PackedBatch, Tensor]:
+        rng = self.rng("instruct", step)
+        high = self.max_objects(progress)
+        scenes = [sample_scene("train", self.cfg.seed, step * size + i, MIN_OBJECTS, high) for i in range(size)]
+        prefix = [*self.head, *self.image]
+        rows = [(prefix, self.questions(s, rng, self.cfg.instruct.questions)) for s in scenes]
+        return pack(rows, self.cfg.instruct.length, self.pad_id), pixels(scenes)
+
+    def validation(self, number: int) -> tuple[PackedBatch, Tensor]:
+        """Images of validation scenes with one question of every image kind that each admits."""
+        rows, scenes = [], []
+        for index in range(number):
+            scene = sample_scene("validation", 0, index)
+            rng = scene_generator("validation", 0, index, purpose=2)
+            asked = [q for k in IMAGE_KINDS if (q := ask(scene, k, rng)) is not None]
+            branches = [self.branch(q.kind, q.text, q.answer) for q in asked]
+            rows.append(([*self.head, *self.image], branches))
+            scenes.append(scene)
+        return pack(rows, self.cfg.instruct.length, self.pad_id), pixels(scenes)
+
+
+def pixels(scenes: list[Scene]) -> Tensor:
+    """Images as the processor prepares them: float32 [B, 3, H, W] in [-1, 1]."""
+    images = torch.from_numpy(np.stack([render(s) for s in scenes]))
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+# ---------------------------------------------------------------- forward passes
+def visual_features(model: LlavaForConditionalGeneration, images: Tensor) -> Tensor:
+    """Patch features [B, V, vision width] of the tower, as LLaVA takes them (class token dropped)."""
+    return model.model.vision_tower(images).last_hidden_state[:, 1:]
+
+
+def hidden_states(
+    model: LlavaForConditionalGeneration, decoder: Callable[..., Any], batch: PackedBatch, features: Tensor | None
+) -> Tensor:
+    """Final hidden states [B, N, width] of packed sequences, ``features`` standing at the image positions."""
+    embeds = model.get_input_embeddings()(batch.input_ids)
+    if features is not None:
+        projected = model.model.multi_modal_projector(features)
+        at_image = (batch.input_ids == model.config.image_token_id).unsqueeze(-1)
+        embeds = embeds.masked_scatter(at_image, projected.to(embeds.dtype))
+    autocast = torch.is_autocast_enabled(embeds.device.type)
+    mask = batch.attention_mask(torch.bfloat16 if autocast else torch.float32)
+    return decoder(
+        inputs_embeds=embeds, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+    ).last_hidden_state
+
+
+def packed_loss(model: LlavaForConditionalGeneration, states: Tensor, batch: PackedBatch) -> Tensor:
+    """Weighted mean cross-entropy (nats) over the labelled positions."""
+    chosen = batch.labels != IGNORE
+    logits = model.lm_head(states[chosen]).float()
+    losses = F.cross_entropy(logits, batch.labels[chosen], reduction="none")
+    weights = batch.weights[chosen]
+    return (losses * weights).sum() / weights.sum()
+
+
+@torch.no_grad()
+def packed_accuracy(
+    model: LlavaForConditionalGeneration, batch: PackedBatch, images: Tensor | None, chunk: int = 32
+) -> dict[str, float]:
+    """Teacher-forced accuracy of one-word answers by kind (exactly greedy accuracy, for one word and an end token)."""
+    right: dict[str, list[float]] = defaultdict(list)
+    for start in range(0, len(batch.input_ids), chunk):
+        part = slice(start, start + chunk)
+        piece = PackedBatch(
+            batch.input_ids[part], batch.position_ids[part], batch.branch[part], batch.labels[part],
+            batch.weights[part], {},
+        )  # fmt: skip
+        features = visual_features(model, images[part]) if images is not None else None
+        states = hidden_states(model, model.model.language_model, piece, features)
+        correct = model.lm_head(states).argmax(-1) == piece.labels
+        answered = piece.weights == 1.0
+        for (row, number), kind in batch.kinds.items():
+            if start <= row < start + chunk:
+                mine = answered[row - start] & (piece.branch[row - start] == number)
+                right[kind].append(float(correct[row - start][mine].all()))
+    return {k: float(np.mean(v)) for k, v in right.items()}
+
+
+# ---------------------------------------------------------------- the loop
+def learning_rate(step: int, steps: int, peak: float, warmup: float, decay: float) -> float:
+    """Linear warm-up, a constant stretch, then a cosine to zero over the last ``decay`` share of the steps."""
+    if step < warmup * steps:
+        return peak * (step + 1) / (warmup * steps)
+    rest = (step - (1 - decay) * steps) / (decay * steps)
+    return peak * (0.5 * (1 + math.cos(math.pi * min(rest, 1.0))) if rest > 0 else 1.0)
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def run_stage(
+    name: str,
+    folder: Path,
+    modules: dict[str, nn.Module],
+    cfg: DictConfig,
+    loss_of: Callable[[int, float], Tensor],
+    evaluate: Callable[[], dict[str, float]] | None,
+    seed_everything: int,
+) -> None:
+    """Train ``modules`` for one stage; resume from, and write, ``folder/<name>.pt``. A finished stage is a no-op.
+
+    Args:
+        loss_of: maps (step, progress 0..1) to the loss; all randomness must come from the step.
+        cfg: the stage's settings (steps, lr, warmup, decay, weight_decay, clip, checkpoint_every, eval_every).
+    """
+    path = folder / f"{name}.pt"
+    parameters = [p for m in modules.values() for p in m.parameters()]
+    decayed, plain = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98))
+    first, seconds = 0, 0.0
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        for key, module in modules.items():
+            module.load_state_dict(saved["modules"][key])
+        first, seconds = saved["step"], saved["seconds"]
+        if first < cfg.steps:
+            optimizer.load_state_dict(saved["optimizer"])
+    if first >= cfg.steps:
+        return
+    torch.manual_seed(seed_everything)
+    from torch.utils.tensorboard import SummaryWriter
+
+    log = (folder / f"{name}.jsonl").open("a")
+    started = time.monotonic()
+    with SummaryWriter(str(folder / "tensorboard" / name), purge_step=first) as board, log:
+        bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=name, mininterval=5.0)
+        running = float("nan")
+        for step in bar:
+            rate = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.decay)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss = loss_of(step, step / cfg.steps)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(parameters, cfg.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise FloatingPointError(f"testbed stage {name}: loss is {value} at step {step}; lower {name}.lr")
+            running = value if math.isnan(running) else 0.95 * running + 0.05 * value
+            bar.set_postfix(loss=f"{running:.3f}", lr=f"{rate:.1e}", refresh=False)
+            board.add_scalar(f"{name}/loss", value, step)
+            done = step + 1
+            if done % cfg.eval_every == 0 or done == cfg.steps:
+                elapsed = seconds + time.monotonic() - started
+                record: dict[str, Any] = {"stage": name, "step": done, "seconds": round(elapsed, 1), "loss": running}
+                record |= {"grad_norm": float(norm)} | (evaluate() if evaluate else {})
+                for key, number in record.items():
+                    if isinstance(number, float):
+                        board.add_scalar(f"{name}/{key}", number, done)
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                tqdm.write(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in record.items()}))
+            if done % cfg.checkpoint_every == 0 or done == cfg.steps:
+                content: dict[str, Any] = {"modules": {k: m.state_dict() for k, m in modules.items()}, "step": done}
+                content["seconds"] = seconds + time.monotonic() - started
+                if done < cfg.steps:
+                    content["optimizer"] = optimizer.state_dict()
+                _save(path, content)
+
+
+def load_stages(folder: Path, stages: list[str], modules: dict[str, nn.Module]) -> None:
+    """Load what the finished ``stages`` of another run learnt, in order; stages without a checkpoint are passed over."""
+    if not folder.is_dir():
+        raise ConfigError(f"init_from={folder} is not a folder of a testbed run")
+    for path in (folder / f"{s}.pt" for s in stages):
+        if path.exists():
+            saved = torch.load(path, weights_only=True)["modules"]
+            for key in modules.keys() & saved.keys():
+                modules[key].load_state_dict(saved[key])
+
+
+class PatchHeads(nn.Module):
+    """Linear read-outs of each patch's attributes, for the tower's pretraining only."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.heads = nn.ModuleDict({a: nn.Linear(width, 1 + len(VALUES[a])) for a in ATTRIBUTES})
+
+    def forward(self, features: Tensor) -> dict[str, Tensor]:
+        features = self.norm(features)
+        return {a: head(features) for a, head in self.heads.items()}
+
+
+def _vision_batch(cfg: DictConfig, sizes: TestbedSizes, step: int, split: str) -> tuple[Tensor, dict[str, Tensor]]:
+    size = cfg.vision.batch_size
+    scenes = [sample_scene(split, cfg.seed, step * size + i) for i in range(size)]
+    labels = [patch_labels(s, sizes.patch_size) for s in scenes]
+    return pixels(scenes), {a: torch.from_numpy(np.stack([x[a] for x in labels])) for a in ATTRIBUTES}
+
+
+def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
+    """Run the configured stages; returns the model after the last of them."""
+    sizes = TestbedSizes(**OmegaConf.to_container(cfg.sizes))  # type: ignore[arg-type]
+    if unknown := [s for s in cfg.stages if s not in STAGES]:
+        raise ConfigError(f"unknown testbed stages {unknown}: stages= takes a list from {list(STAGES)}")
+    device = torch.device(cfg.device)
+    precision = choose_precision(cfg.precision, device)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    model = build_model(sizes, cfg.seed).to(device)
+    batches = Batches(cfg, sizes)
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    language = model.model.language_model
+    decoder = torch.compile(language) if cfg.compile else language
+    talk = nn.ModuleDict({"decoder": language, "lm_head": model.lm_head})
+
+    def to_device(batch: PackedBatch) -> PackedBatch:
+        tensors = (batch.input_ids, batch.position_ids, batch.branch, batch.labels, batch.weights)
+        return PackedBatch(*(t.to(device) for t in tensors), batch.kinds)
+
+    def loss(batch: PackedBatch, images: Tensor | None) -> Tensor:
+        batch = to_device(batch)
+        with fast_training(device, precision):
+            features = None
+            if images is not None:
+                with torch.no_grad():
+                    features = visual_features(model, images.to(device))
+            states = hidden_states(model, decoder, batch, features)
+        return packed_loss(model, states.float(), batch)
+
+    held_out: list[tuple[PackedBatch, Tensor]] = []
+
+    def image_accuracy() -> dict[str, float]:
+        if not held_out:
+            held_out.append(batches.validation(cfg.validation_scenes))
+        batch, images = held_out[0]
+        with fast_training(device, precision):
+            found = packed_accuracy(model, to_device(batch), images.to(device))
+        return {"accuracy": float(np.mean(list(found.values())))} | found
+
+    def language_accuracy() -> dict[str, float]:
+        batch = batches.language(10**6, 1.0, cfg.validation_scenes)  # a step that training never reaches
+        with fast_training(device, precision):
+            return packed_accuracy(model, to_device(batch), None)
+
+    if cfg.init_from:
+        parts = {"tower": tower, "projector": projector, "talk": talk}
+        load_stages(Path(cfg.init_from), [s for s in STAGES if s not in cfg.stages], parts)
+    for name in (s for s in STAGES if s in cfg.stages):
+        stage = cfg[name]
+        common: dict[str, Any] = {"folder": folder, "cfg": stage, "seed_everything": cfg.seed}
+        if name == "language":
+            run_stage(
+                name, modules={"talk": talk}, evaluate=language_accuracy,
+                loss_of=lambda step, progress: loss(batches.language(step, progress, cfg.language.batch_size), None),
+                **common,
+            )  # fmt: skip
+        elif name == "vision":
+            heads = PatchHeads(sizes.vision_width).to(device)
+
+            def patch_loss(step: int, progress: float) -> Tensor:
+                images, labels = _vision_batch(cfg, sizes, step, "vision")
+                with fast_training(device, precision):
+                    outputs = heads(visual_features(model, images.to(device)))
+                losses = [
+                    F.cross_entropy(outputs[a].float().flatten(0, 1), labels[a].to(device).flatten())
+                    for a in ATTRIBUTES
+                ]
+                return torch.stack(losses).sum()
+
+            @torch.no_grad()
+            def patch_accuracy() -> dict[str, float]:
+                images, labels = _vision_batch(cfg, sizes, 0, "validation")
+                with fast_training(device, precision):
+                    outputs = heads(visual_features(model, images.to(device)))
+                on_object = labels["color"] > 0
+                return {a: float((outputs[a].argmax(-1).cpu() == labels[a])[on_object].float().mean()) for a in outputs}
+
+            run_stage(name, modules={"tower": tower, "heads": heads}, loss_of=patch_loss, evaluate=patch_accuracy, **common)
+        elif name == "align":
+            tower.requires_grad_(False)
+            talk.requires_grad_(False)
+            run_stage(
+                name, modules={"projector": projector}, evaluate=image_accuracy,
+                loss_of=lambda step, progress: loss(*batches.align(step, cfg.align.batch_size)), **common,
+            )  # fmt: skip
+            talk.requires_grad_(True)
+        else:
+            tower.requires_grad_(False)
+
+            def instruct_loss(step: int, progress: float) -> Tensor:
+                draw = batches.rng("instruct", step).random()
+                if draw < cfg.instruct.caption_share:
+                    return loss(*batches.align(10**6 + step, cfg.instruct.batch_size, stage="instruct"))
+                if draw < cfg.instruct.caption_share + cfg.instruct.text_share:
+                    return loss(batches.language(10**6 + step, progress, cfg.language.batch_size, "instruct"), None)
+                return loss(*batches.instruct(step, progress, cfg.instruct.batch_size))
+
+            run_stage(
+                name, modules={"projector": projector, "talk": talk}, loss_of=instruct_loss,
+                evaluate=image_accuracy, **common,
+            )  # fmt: skip
+    return model
+
+
+def export(model: LlavaForConditionalGeneration, patch_size: int, folder: Path) -> None:
+    """Write model and processor in transformers format, as ``AutoModelForImageTextToText`` reads it."""
+    model.float().save_pretrained(folder)
+    build_processor(patch_size).save_pretrained(folder)
+
+
+@command("testbed")
+def main(cfg: DictConfig) -> None:
+    folder = Path(cfg.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    model = train(cfg, folder)
+    if "instruct" in cfg.stages:
+        export(model, cfg.sizes.patch_size, folder / "model")
+        print(f"model written to {folder / 'model'}")
+
+
+if __name__ == "__main__":
+    main()
