@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import BoolTensor, LongTensor, Tensor
+from torch import Tensor
 from transformers.cache_utils import (
     BaseQuantizedLayer,
     Cache,
@@ -31,7 +31,7 @@ class _Prefix:
     values: Tensor
     key_bias: Tensor | None
 
-    def select_rows(self, order: LongTensor, local: LongTensor) -> _Prefix:
+    def select_rows(self, order: Tensor, local: Tensor) -> _Prefix:
         """The same prompt for the new rows `order`, copied from the rows `local` of this group."""
         old = self.selection
         valid = None if old.valid is None else old.valid[local]
@@ -131,8 +131,8 @@ class KeptLayer(DynamicLayer):
             return key_states, value_states
         if not self._reading:
             raise RuntimeError(
-                "this KV cache was filled under a dyvte policy that left visual tokens out; go on generating inside the "
-                "same `with policy(mllm):` block"
+                "this KV cache was filled under a dyvte policy that left visual tokens out; go on generating inside "
+                "the same `with policy(mllm):` block"
             )
         if self._tail is None:
             self._tail = (key_states, value_states)
@@ -146,12 +146,12 @@ class KeptLayer(DynamicLayer):
         self._forget_outside_window()
         return dense
 
-    @property  # type: ignore[override]
+    @property
     def keys(self) -> Tensor | None:
         """[B, heads, n, head size] keys of the kept positions, zeros where a row kept fewer than another."""
         return self._dense(0) if self._prefixes else None
 
-    @property  # type: ignore[override]
+    @property
     def values(self) -> Tensor | None:
         """[B, heads, n, head size] values of the kept positions."""
         return self._dense(1) if self._prefixes else None
@@ -181,7 +181,7 @@ class KeptLayer(DynamicLayer):
         """Forget everything."""
         self._clear()
 
-    def reorder_cache(self, beam_idx: LongTensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i a copy of row `beam_idx[i]` (beam search)."""
         self.batch_select_indices(beam_idx)
 
@@ -198,7 +198,7 @@ class KeptLayer(DynamicLayer):
             match = indices[:, None] == prefix.selection.rows[None, :]  # [new rows, rows of the group]
             order = match.any(1).nonzero().flatten()
             if len(order):
-                prefixes.append(prefix.select_rows(order, match[order].int().argmax(1)))  # type: ignore[arg-type]
+                prefixes.append(prefix.select_rows(order, match[order].int().argmax(1)))
         self._prefixes = prefixes
         if self._tail is not None:
             self._tail = (self._tail[0][indices], self._tail[1][indices])
@@ -235,7 +235,7 @@ class KeptLayer(DynamicLayer):
             dense[:, :, self._width() :] = self._tail[part]
         return dense
 
-    def _key_positions(self, num_queries: int) -> tuple[LongTensor, BoolTensor, Tensor | None]:
+    def _key_positions(self, num_queries: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Position [B, n], validity [B, n] and bias [B, n] of the keys that the next `update` will return."""
         rows, width = self._num_rows(), self._width()
         position = torch.zeros(rows, width, dtype=torch.long, device=self.device)
@@ -253,7 +253,7 @@ class KeptLayer(DynamicLayer):
             bias = torch.cat([bias, bias.new_zeros(new.shape)], dim=1)
         position = torch.cat([position, new], dim=1)
         valid = torch.cat([valid, torch.ones_like(new, dtype=torch.bool)], dim=1)
-        return position, valid, bias  # type: ignore[return-value]
+        return position, valid, bias
 
     def _forget_outside_window(self) -> None:
         if self.sliding_window is None or self._tail is None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import BoolTensor, LongTensor, Tensor, nn
+from torch import Tensor, nn
 
 from dyvte.errors import UnsupportedError
 
@@ -34,21 +34,21 @@ class Selection:
         valid: [b, n] False at padding; None where nothing is padded.
     """
 
-    rows: LongTensor
-    index: LongTensor
-    valid: BoolTensor | None
+    rows: Tensor
+    index: Tensor
+    valid: Tensor | None
     _memo: dict[tuple[str, int], tuple[Any, Any]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, kept: Tensor, rows: LongTensor, counts: list[int]) -> Selection:
+    def of(cls, kept: Tensor, rows: Tensor, counts: list[int]) -> Selection:
         """Pack the True positions of `kept` [B, N] of `rows`, which hold `counts` of them."""
         width, chosen = max(counts), kept[rows]
         index = (~chosen).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
         if min(counts) == width:
-            return cls(rows, index, None)  # type: ignore[arg-type]
+            return cls(rows, index, None)
         number = torch.tensor(counts, device=kept.device)[:, None]
         valid = torch.arange(width, device=kept.device) < number
-        return cls(rows, torch.where(valid, index, index[:, :1]), valid)  # type: ignore[arg-type]
+        return cls(rows, torch.where(valid, index, index[:, :1]), valid)
 
     def pack(self, tensor: Tensor) -> Tensor:
         """[B or 1, N, ...] -> [b, n, ...]."""
@@ -74,17 +74,17 @@ class Selection:
 
 def pack_mask(
     mask: Tensor | None,
-    query_index: LongTensor | None,
-    key_index: LongTensor,
-    valid: BoolTensor | None,
+    query_index: Tensor | None,
+    key_index: Tensor,
+    valid: Tensor | None,
     key_bias: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor | None:
     """Attention mask between packed queries and packed keys.
 
     Args:
-        mask: [b, 1, N, K] boolean (True = attend) or additive, [b, K] (flash attention: True = not padding), or None for
-            causal attention (a single query then sees every key).
+        mask: [b, 1, N, K] boolean (True = attend) or additive, [b, K] (flash attention: True = not padding), or None
+            for causal attention (a single query then sees every key).
         query_index: [b, q] rows of `mask` to take; None for all of them.
         key_index: [b, k] columns of `mask` to take.
         valid: [b, k] False where a packed key is padding; None where none is.
@@ -204,8 +204,8 @@ def _pack_argument(name: str, value: Any, selection: Selection, batch: int, leng
         at = 1
     if at < 1 or shape[at] != length or shape[at - 1] not in (1, batch):
         raise UnsupportedError(
-            f"decoder layer {layer} takes an argument {name!r} of shape {shape} that dyvte cannot cut to some positions "
-            f"of a batch of {batch} x {length}"
+            f"decoder layer {layer} takes an argument {name!r} of shape {shape}; dyvte does not know how to cut it to "
+            f"some positions of a batch of {batch} x {length}"
         )
     leading = shape[: at - 1]
     if not leading:

@@ -20,10 +20,10 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import BoolTensor, LongTensor, Tensor, nn
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from dyvte.errors import UnsupportedError
@@ -62,8 +62,8 @@ class Prefill:
     mllm: MLLM
     layout: TokenLayout
     hidden: Tensor
-    kept: BoolTensor
-    layers_with_image: LongTensor
+    kept: Tensor
+    layers_with_image: Tensor
     key_bias: Tensor | None = None
     state: dict[Any, Any] = field(default_factory=dict)
     _token_counts: list[int] | None = None
@@ -76,13 +76,13 @@ class Prefill:
         Args:
             positions: [B, N] boolean; text positions in it stay where they are.
         """
-        self.kept = self.kept & ~(positions & self.layout.visual)  # type: ignore[assignment]
+        self.kept = self.kept & ~(positions & self.layout.visual)
         self._changed = True
 
     @property
-    def has_visual(self) -> BoolTensor:
+    def has_visual(self) -> Tensor:
         """[B] whether the layer will see a visual position of the row."""
-        return (self.kept & self.layout.visual).any(1)  # type: ignore[return-value]
+        return (self.kept & self.layout.visual).any(1)
 
     def selections(self) -> list[Selection] | None:
         """The kept positions, as one selection for rows with and one for rows without visual tokens.
@@ -98,7 +98,7 @@ class Prefill:
                 return self._selections
             groups = [[row for row, sees in enumerate(seeing) if sees == wanted] for wanted in (1, 0)]
             self._selections = [
-                Selection.of(self.kept, torch.tensor(rows, device=self.kept.device), [counts[row] for row in rows])  # type: ignore[arg-type]
+                Selection.of(self.kept, torch.tensor(rows, device=self.kept.device), [counts[row] for row in rows])
                 for rows in groups
                 if rows
             ]
@@ -156,8 +156,11 @@ class PolicyRun:
     prefill: Prefill | None = None
 
     @property
-    def exit_layers(self) -> LongTensor:
-        """[B] exit layer k of every row of the last prefill: how many layers saw a visual token of it (0 without image)."""
+    def exit_layers(self) -> Tensor:
+        """[B] exit layer k of every row of the last prefill: how many layers saw a visual token of it.
+
+        0 for a row without image.
+        """
         if self.prefill is None:
             raise RuntimeError("no prefill has run under this policy yet")
         return self.prefill.layers_with_image
@@ -166,7 +169,7 @@ class PolicyRun:
 class _Engine:
     """Runs the policies that are active on one model. It exists from the first block entered to the last one left."""
 
-    _engines: weakref.WeakKeyDictionary[nn.Module, _Engine] = weakref.WeakKeyDictionary()
+    _engines: ClassVar[weakref.WeakKeyDictionary[nn.Module, _Engine]] = weakref.WeakKeyDictionary()
 
     def __init__(self, mllm: MLLM) -> None:
         self.mllm = mllm
@@ -247,8 +250,8 @@ class _Engine:
             self.mllm,
             layout,
             hidden=input_ids.new_empty(0),
-            kept=~layout.padding,  # type: ignore[arg-type]
-            layers_with_image=torch.zeros_like(input_ids[:, 0]),  # type: ignore[arg-type]
+            kept=~layout.padding,
+            layers_with_image=torch.zeros_like(input_ids[:, 0]),
         )
         for _, _, run in self.policies:
             run.prefill = self.prefill
@@ -286,8 +289,8 @@ class _Engine:
             return self._decode_layer(call)
         if self.prefill is None:
             raise UnsupportedError(
-                f"decoder layer {call.index} was called outside of {type(self.mllm.model).__name__}.forward; a policy needs "
-                "the ids of the whole model's forward call"
+                f"decoder layer {call.index} was called outside of {type(self.mllm.model).__name__}.forward; a policy "
+                "needs the ids of the whole model's forward call"
             )
         return self._prefill_layer(call, self.prefill)
 
@@ -308,7 +311,7 @@ class _Engine:
         for policy, _, _ in self.policies:
             policy.before_layer(call.index, prefill)
         selections = prefill.selections()
-        prefill.layers_with_image += prefill.has_visual
+        prefill.layers_with_image = prefill.layers_with_image + prefill.has_visual
         hidden = prefill.hidden
         if selections is None:
             return call.run(hidden)
