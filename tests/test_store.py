@@ -1,0 +1,259 @@
+"""Run folders: killed anywhere a run ends with the same bytes, and it never mixes with another run."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from dyvte import runner, store
+from dyvte.data.base import Dataset, Sample
+from dyvte.errors import BrokenSample, ConfigError, DataError, RunFolderError
+from tests.families import FAMILIES
+
+CONFIG = OmegaConf.create(
+    {"command": "test", "seed": 0, "batch_size": 3, "model": {"name": "m"}, "data": {"name": "d"}}
+)
+FINGERPRINT = {"model": {"weights": "abc"}, "data": {"limit": 14}, "settings": {"batch_size": 3}}
+
+
+class Numbers(Dataset):
+    """Samples whose question is a number; some are broken."""
+
+    def __init__(self, length: int = 14, broken: tuple[int, ...] = (4, 9, 10, 11)) -> None:
+        self.length, self.broken = length, broken
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        if index in self.broken:
+            raise BrokenSample(f"numbers line {index + 1}", "is broken")
+        return Sample(str(index), None, str(index), None, "even" if index % 2 == 0 else "odd", str(index // 2))
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.length} {self.broken}"
+
+
+def squares(samples: list[Sample]) -> dict[str, pd.DataFrame]:
+    numbers = np.array([int(sample.question) for sample in samples])
+    labels = [None if number < 6 else f"n{number}" for number in numbers]  # the first shards have no type for this
+    return {
+        "squares": pd.DataFrame({"id": numbers, "square": numbers.astype(np.float32) ** 2 / 3, "label": labels}),
+        "kinds": pd.DataFrame({"kind": [sample.kind for sample in samples]}),
+    }
+
+
+def execute(path: Path, compute: runner.Compute = squares, **options: Any) -> store.RunFolder:
+    folder = store.RunFolder.open(path, FINGERPRINT, CONFIG, **options)
+    dataset = Numbers()
+    runner.run(folder, dataset, runner.consecutive_batches(len(dataset), 3), compute)
+    return folder
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Every file of a run except the shards' records, which hold times."""
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.name != "shard.json"
+    }
+
+
+@pytest.fixture
+def expected(tmp_path: Path) -> dict[str, bytes]:
+    execute(tmp_path / "uninterrupted")
+    return contents(tmp_path / "uninterrupted")
+
+
+def test_tables_hold_what_was_computed(tmp_path: Path) -> None:
+    folder = execute(tmp_path)
+    used = [index for index in range(14) if index not in Numbers().broken]
+    table = folder.read_table("squares")
+    assert table["id"].tolist() == used
+    np.testing.assert_allclose(table["square"], np.array(used) ** 2 / 3, rtol=1e-6)
+    assert table["label"].isna().tolist() == [index < 6 for index in used]
+    as_csv = pd.read_csv(tmp_path / "squares.csv")
+    np.testing.assert_allclose(as_csv["square"], table["square"], rtol=1e-6)
+    assert folder.read_table("kinds")["kind"].tolist() == ["odd" if index % 2 else "even" for index in used]
+    failures = [json.loads(line) for line in (tmp_path / "failures.jsonl").read_text().splitlines()]
+    assert failures[1] == {"index": 9, "where": "numbers line 10", "why": "is broken"}
+    summary = folder.write_summary(model="m", data="d", num_layers=4, extra=np.array([1.0, np.nan]))
+    assert summary == json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["num_samples"], summary["num_failed"], summary["extra"]) == (10, 4, [1.0, None])
+    assert summary["versions"]["torch"] == torch.__version__
+    assert OmegaConf.load(tmp_path / "config.yaml") == CONFIG
+
+
+class Crash(BaseException):
+    """Stands for a kill: nothing may catch it."""
+
+
+def test_abort_at_any_file_operation_changes_nothing(
+    tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stop before each fsync and each rename in turn, then start again."""
+    calls = 0
+    stop_at = -1
+
+    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == stop_at:
+                raise Crash
+            return original(*args, **kwargs)
+
+        return wrapper
+
+    monkeypatch.setattr(os, "fsync", counted(os.fsync))
+    monkeypatch.setattr(Path, "rename", counted(Path.rename))
+    monkeypatch.setattr(Path, "replace", counted(Path.replace))
+    monkeypatch.setattr(Path, "unlink", lambda *args, **kwargs: None)  # a killed process does not tidy up
+    execute(tmp_path / "counting")
+    operations = calls
+    assert operations > 30
+    for stop_at in range(1, operations + 1):
+        path, calls = tmp_path / str(stop_at), 0
+        with pytest.raises(Crash):
+            execute(path)
+        with monkeypatch.context() as patch:
+            patch.undo()
+            execute(path)
+        assert contents(path) == expected, f"stopped at operation {stop_at}"
+
+
+def test_killed_process_continues_to_the_same_bytes(tmp_path: Path, expected: dict[str, bytes]) -> None:
+    """SIGKILL a real process at several moments; what it finished is not computed again."""
+    path = tmp_path / "killed"
+    context = multiprocessing.get_context("fork")
+
+    def slow(samples: list[Sample]) -> dict[str, pd.DataFrame]:
+        time.sleep(0.05)
+        return squares(samples)
+
+    for moment in (0.02, 0.08, 0.12):
+        process = context.Process(target=execute, args=(path, slow))
+        process.start()
+        time.sleep(moment)
+        os.kill(process.pid or 0, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    finished = [index for index in range(5) if (path / "shards" / f"{index:08d}").is_dir()]
+    computed: list[str] = []
+
+    def recorded(samples: list[Sample]) -> dict[str, pd.DataFrame]:
+        computed.extend(sample.id for sample in samples)
+        return squares(samples)
+
+    execute(path, recorded)
+    assert contents(path) == expected
+    assert not {int(each) // 3 for each in computed} & set(finished)
+
+
+def test_finished_run_is_not_computed_again(tmp_path: Path) -> None:
+    execute(tmp_path)
+    before = contents(tmp_path)
+
+    def never(samples: list[Sample]) -> dict[str, pd.DataFrame]:
+        raise AssertionError("computed again")
+
+    execute(tmp_path, never)
+    assert contents(tmp_path) == before
+
+
+def test_error_in_a_batch_keeps_the_batches_before_it(tmp_path: Path) -> None:
+    def fails_late(samples: list[Sample]) -> dict[str, pd.DataFrame]:
+        if samples[0].id == "12":
+            raise FloatingPointError("NaN logits")
+        return squares(samples)
+
+    with pytest.raises(FloatingPointError):
+        execute(tmp_path, fails_late)
+    assert len(list((tmp_path / "shards").iterdir())) == 4
+
+
+def test_another_run_is_refused_and_says_why(tmp_path: Path) -> None:
+    execute(tmp_path)
+    before = contents(tmp_path)
+    other = {**FINGERPRINT, "data": {"limit": 99}}
+    with pytest.raises(RunFolderError, match=r"data\.limit was 14, is 99.*output_dir=.*overwrite=true"):
+        store.RunFolder.open(tmp_path, other, CONFIG)
+    assert contents(tmp_path) == before
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "mine.csv").write_text("a,b")
+    store.RunFolder.open(tmp_path, other, CONFIG, overwrite=True)
+    left = {file.name for file in tmp_path.iterdir()}
+    assert left == {"notes.txt", "mine.csv", "fingerprint.json", "config.yaml", "shards"}
+    assert not list((tmp_path / "shards").iterdir())
+
+
+def test_folders_that_no_run_wrote_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(RunFolderError, match=r"thesis\.tex.*give another output_dir="):
+            store.RunFolder.open(tmp_path, FINGERPRINT, CONFIG, overwrite=overwrite)
+    with pytest.raises(RunFolderError, match="is a file"):
+        store.RunFolder.open(tmp_path / "thesis.tex", FINGERPRINT, CONFIG)
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+def test_run_without_a_usable_sample_fails_by_name(tmp_path: Path) -> None:
+    folder = store.RunFolder.open(tmp_path, FINGERPRINT, CONFIG)
+    dataset = Numbers(4, broken=(0, 1, 2, 3))
+    with pytest.raises(DataError, match="none of the 4 samples could be used; the first: numbers line 1: is broken"):
+        runner.run(folder, dataset, runner.consecutive_batches(4, 3), squares)
+    assert len((tmp_path / "failures.jsonl").read_text().splitlines()) == 4
+    with pytest.raises(ConfigError, match="batch_size is 0"):
+        runner.consecutive_batches(4, 0)
+
+
+def test_out_of_memory_names_the_setting(tmp_path: Path) -> None:
+    def exhausts(samples: list[Sample]) -> dict[str, pd.DataFrame]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(ConfigError, match="batch of 3: set batch_size="):
+        execute(tmp_path, exhausts)
+
+
+def test_unfinished_table_is_named(tmp_path: Path) -> None:
+    folder = store.RunFolder.open(tmp_path, FINGERPRINT, CONFIG)
+    with pytest.raises(RunFolderError, match="no table 'squares'"):
+        folder.read_table("squares")
+
+
+def test_model_fingerprint_tells_weights_apart() -> None:
+    one, same, other = (FAMILIES["llava"](seed) for seed in (0, 0, 1))
+    assert store.model_fingerprint(one) == store.model_fingerprint(same)
+    assert store.model_fingerprint(one)["weights"] != store.model_fingerprint(other)["weights"]
+    assert store.model_fingerprint(one)["config"] == store.model_fingerprint(other)["config"]
+    with torch.no_grad():
+        one.lm_head.weight[0, 0] += 1
+    assert store.model_fingerprint(one)["weights"] != store.model_fingerprint(same)["weights"]
+
+
+def test_figures_are_reproducible(tmp_path: Path) -> None:
+    folder = store.RunFolder.open(tmp_path, FINGERPRINT, CONFIG)
+    written = []
+    for _ in range(2):
+        figure, axis = plt.subplots()
+        axis.plot([0, 1], [1, 0])
+        png = folder.save_figure("line", figure)
+        plt.close(figure)
+        written.append((png.read_bytes(), png.with_suffix(".pdf").read_bytes()))
+    assert written[0] == written[1]
+    assert written[0][0].startswith(b"\x89PNG")
+    assert written[0][1].startswith(b"%PDF")
