@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from dyvte.errors import UnsupportedError
+from dyvte.flops import overhead
 from dyvte.instrument.cache import KeptLayer, check_cache, kept_layer, restore_layers
 from dyvte.instrument.hooks import (
     LayerCall,
@@ -308,8 +309,9 @@ class _Engine:
             restore_layers(call.cache)
             call.cache.dyvte_policies = self._signature()
         prefill.hidden = call.hidden
-        for policy, _, _ in self.policies:
-            policy.before_layer(call.index, prefill)
+        with overhead():
+            for policy, _, _ in self.policies:
+                policy.before_layer(call.index, prefill)
         selections = prefill.selections()
         prefill.layers_with_image = prefill.layers_with_image + prefill.has_visual
         hidden = prefill.hidden
