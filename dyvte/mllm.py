@@ -70,14 +70,14 @@ class MLLM:
         visual_token_ids: all placeholder ids that count as visual (image and, where there is one, video).
     """
 
-    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+    def __init__(self, model: Any, processor: Any = None) -> None:
         self.model: Any = model.eval()
         self.processor = processor
         self.text_config = _text_config(model)
         self.visual_token_ids = _visual_token_ids(model, processor)
         self.image_token_id = self.visual_token_ids[0]
         self.decoder, self.layers = _find_decoder(model, self.text_config)
-        self.lm_head = self.model.get_output_embeddings()
+        self.lm_head = model.get_output_embeddings()
         if self.lm_head is None:
             raise ModelError(
                 f"{type(model).__name__} has no output embeddings: load the ...ForConditionalGeneration class"
@@ -207,7 +207,6 @@ class MLLM:
 
     # -------------------------------------------------------------- generation
 
-    @torch.no_grad()
     def generate(self, batch: Batch, **kwargs: Any) -> list[str] | list[list[int]]:
         """Answer the prompts of a batch; greedy and at most 64 new tokens unless `kwargs` say otherwise.
 
@@ -218,6 +217,12 @@ class MLLM:
         Returns:
             Answers as text; without a processor the generated ids, end token included where one was generated.
         """
+        ids = self.generate_ids(batch, **kwargs)
+        return ids if self.tokenizer is None else self.decode(ids)
+
+    @torch.no_grad()
+    def generate_ids(self, batch: Batch, **kwargs: Any) -> list[list[int]]:
+        """Like `generate`, but always the generated ids, end token included where one was generated."""
         if batch.layout.answer.any():
             raise ValueError("generate() needs a batch encoded without answers")
         settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 64}
@@ -230,9 +235,11 @@ class MLLM:
         inputs = batch.left_padded()
         generated = self.model.generate(**inputs, **settings)
         sequences = getattr(generated, "sequences", generated)[:, inputs["input_ids"].shape[1] :]
-        ids = [_cut_after_end(row.tolist(), end_ids) for row in sequences]
-        if self.tokenizer is None:
-            return ids
+        return [_cut_after_end(row.tolist(), end_ids) for row in sequences]
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Generated ids as text, without special tokens."""
+        self._require_processor()
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     # ----------------------------------------------------------------- private
