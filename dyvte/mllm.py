@@ -129,8 +129,8 @@ class MLLM:
             module = _self_attention(layer)
             if module is None:
                 raise UnsupportedError(
-                    f"{type(self.model).__name__}: decoder layer {index} ({type(layer).__name__}) has no self-attention "
-                    "module; dyvte needs attention in every layer"
+                    f"{type(self.model).__name__}: decoder layer {index} ({type(layer).__name__}) has no "
+                    "self-attention module; dyvte needs attention in every layer"
                 )
             found.append(module)
         return found

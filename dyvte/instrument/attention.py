@@ -1,0 +1,452 @@
+"""Attention statistics of every decoder layer while a model runs, without keeping attention maps.
+
+The model computes its attention as always, bit for bit; the probe looks at the queries and keys that go into it and
+reduces them to sums over token roles (`dyvte.instrument.role_attention`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dyvte.errors import UnsupportedError
+from dyvte.instrument.role_attention import (
+    ENTROPIES,
+    QUESTION,
+    Block,
+    Geometry,
+    Groups,
+    RoleSums,
+    allowed_pairs,
+    entropy_queries,
+    role_sums,
+    score_rows,
+)
+from dyvte.layout import INSTRUCTION, ROLES, VISUAL, TokenLayout
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from dyvte.mllm import MLLM
+
+MEASURES = ("mass", "mean_score", "enrichment", "mass_no_sink", "mean_score_no_sink", "enrichment_no_sink")
+"""The measures between two roles; definitions at `AttentionStats`."""
+
+CURVES = ("cross", "visual", "text")
+"""The three curves of the DyVTE paper (arXiv 2411.19628, Fig. 2)."""
+
+
+@dataclass(frozen=True)
+class AttentionStats:
+    """Attention of one prefill: B samples, L layers, H heads, N positions, on the CPU in float32.
+
+    Between roles, [B, L, H, 4, 4] (query role, key role; order `dyvte.ROLES`), NaN where a role is absent:
+
+    - `mass`: mean over queries of the probability summed over the keys of a role.
+    - `mean_score`: total probability over the pairs that the mask allows, divided by their number (NaN if 0).
+    - `enrichment`: mass divided by the mass that attention spread evenly over all allowed keys would give.
+    - `..._no_sink`: without the first token that is not padding as a key, rows renormalised. Queries that see nothing
+      else are left out.
+
+    Of the question, [B, L, H], mean over the instruction queries after the last image, in nats:
+
+    - `text_entropy`: entropy of the attention restricted to text keys and renormalised; `text_entropy_normalised` is
+      divided by the log of the number of allowed text keys; `..._no_sink` without the sink.
+    - `total_entropy`: entropy over all keys.
+
+    Per key, [B, L, H, N]:
+
+    - `received_last`: attention from the last prompt token.
+    - `received_instruction`: mean attention from the instruction queries.
+
+    The papers do not define their averages further than this; these are our reading.
+
+    Attributes:
+        layout: role of every position.
+        cross_queries: the six measures for the queries of the question only, [B, L, H, 6, 4] in the order of `MEASURES`
+            (with one image the same as the instruction's rows).
+        maps: [B, L, N, N] attention averaged over heads, None unless the probe was told to keep it.
+    """
+
+    layout: TokenLayout
+    mass: Tensor
+    mean_score: Tensor
+    enrichment: Tensor
+    mass_no_sink: Tensor
+    mean_score_no_sink: Tensor
+    enrichment_no_sink: Tensor
+    cross_queries: Tensor
+    total_entropy: Tensor
+    text_entropy: Tensor
+    text_entropy_normalised: Tensor
+    text_entropy_no_sink: Tensor
+    text_entropy_normalised_no_sink: Tensor
+    received_last: Tensor
+    received_instruction: Tensor
+    maps: Tensor | None
+
+    def curve(self, name: str, measure: str = "mass") -> Tensor:
+        """One of the paper's curves, [B, L, H].
+
+        Args:
+            name: "cross" (question to visual), "visual" (visual to visual) or "text" (question to instruction).
+            measure: one of `MEASURES`.
+        """
+        if name not in CURVES or measure not in MEASURES:
+            raise ValueError(f"unknown curve {name!r} or measure {measure!r}; curves {CURVES}, measures {MEASURES}")
+        if name == "visual":
+            return getattr(self, measure)[..., VISUAL, VISUAL]
+        return self.cross_queries[..., MEASURES.index(measure), VISUAL if name == "cross" else INSTRUCTION]
+
+    def to_frame(self, by_head: bool = False) -> pd.DataFrame:
+        """A row per sample and layer (and head), mean over heads otherwise.
+
+        Columns: `sample`, `layer`, (`head`,) `{cross,visual,text}_{measure}`, `{measure}_{query role}_{key role}` and
+        the entropies.
+        """
+        import pandas as pd
+
+        values = {f"{name}_{measure}": self.curve(name, measure) for measure in MEASURES for name in CURVES}
+        for measure in MEASURES:
+            table = getattr(self, measure)
+            for query, query_role in enumerate(ROLES):
+                for key, key_role in enumerate(ROLES):
+                    values[f"{measure}_{query_role}_{key_role}"] = table[..., query, key]
+        values |= {name: getattr(self, name) for name in ENTROPIES}
+        axes = ["sample", "layer", "head"] if by_head else ["sample", "layer"]
+        if not by_head:
+            values = {name: value.mean(-1) for name, value in values.items()}
+        index = pd.MultiIndex.from_product([range(size) for size in values["cross_mass"].shape], names=axes)
+        return pd.DataFrame({name: value.flatten().numpy() for name, value in values.items()}, index).reset_index()
+
+
+def _assemble(layout: TokenLayout, layers: list[tuple[RoleSums, Geometry]]) -> AttentionStats:
+    """Turn the sums of all layers into statistics."""
+
+    def stacked(of_layer: Callable[[RoleSums, Geometry], Tensor]) -> Tensor:
+        return torch.stack([of_layer(sums, geometry) for sums, geometry in layers], dim=1).cpu()
+
+    groups = layers[0][1].groups
+    has_query = groups.queries.sum(-1) > 0
+    measures = {}
+    for suffix in ("", "_no_sink"):
+        has_key = (groups.merge_sink(groups.keys) if suffix == "" else groups.keys[..., 1:]).sum(1) > 0
+        present = (has_query[:, :, None] & has_key[:, None]).cpu()[:, None, None]
+        probability = stacked(lambda sums, _: getattr(sums, f"probability{suffix}"))  # noqa: B023
+        counts = {
+            "mass": stacked(lambda _, geometry: getattr(geometry, f"counts{suffix}").queries[..., None]),  # noqa: B023
+            "mean_score": stacked(lambda _, geometry: getattr(geometry, f"counts{suffix}").pairs),  # noqa: B023
+            "enrichment": stacked(lambda _, geometry: getattr(geometry, f"counts{suffix}").uniform),  # noqa: B023
+        }
+        for name, count in counts.items():
+            measures[name + suffix] = torch.where(present, probability / count[:, :, None], torch.nan)
+
+    entropy = stacked(lambda sums, geometry: sums.entropy / entropy_queries(geometry).sum(-1)[:, None])
+    received = stacked(lambda sums, _: sums.received)
+    instruction_queries = groups.queries[:, INSTRUCTION].sum(-1).cpu()
+    return AttentionStats(
+        layout=layout.to("cpu"),
+        cross_queries=torch.stack([measures[name][..., QUESTION, :] for name in MEASURES], dim=-2),
+        received_last=received[..., 0, :],
+        received_instruction=received[..., 1, :] / instruction_queries[:, None, None, None],
+        maps=None if layers[0][0].mean_map is None else stacked(lambda sums, _: sums.mean_map),  # type: ignore
+        **{name: measures[name][..., : len(ROLES), :] for name in MEASURES},
+        **{name: entropy[..., index] for index, name in enumerate(ENTROPIES)},
+    )
+
+
+class _Pass:
+    """One forward call of the model while it runs."""
+
+    def __init__(self, layout: TokenLayout) -> None:
+        self.layout = layout
+        self.groups = Groups.of(layout)
+        self.layers: dict[int, tuple[RoleSums, Geometry]] = {}
+        self._geometries: dict[tuple[int, bool, int | None], tuple[Any, Geometry]] = {}
+
+    def geometry(self, mask: Tensor | None, causal: bool, sliding_window: int | None) -> Geometry:
+        """The geometry of a mask; layers that share the mask share it."""
+        name = (id(mask), causal, sliding_window)
+        if name not in self._geometries:
+            allowed, bias = allowed_pairs(
+                mask, self.layout.roles.shape[1], causal, sliding_window, self.layout.roles.device
+            )
+            self._geometries[name] = (mask, Geometry.of(self.groups, allowed, bias))  # the mask keeps its id taken
+        return self._geometries[name][1]
+
+
+class AttentionProbe:
+    """Measure the attention between token roles while the model runs.
+
+        with AttentionProbe(mllm) as probe:
+            mllm.model(**batch)
+        probe.stats.mass[..., 2, 1]      # instruction -> visual, [samples, layers, heads]
+
+    Outputs of the model do not change by a bit. Probes nest, and leave nothing behind however the block is left. Roles
+    are found from the `input_ids` of each prefill; calls that continue a KV cache are not measured.
+
+    Attributes:
+        history: statistics of every prefill seen, in order.
+    """
+
+    def __init__(self, mllm: MLLM, layout: TokenLayout | None = None, maps: bool = False) -> None:
+        """Prepare a probe.
+
+        Args:
+            mllm: the model.
+            layout: roles of the positions, to tell a teacher-forced answer from the instruction; by default found from
+                the ids of each call.
+            maps: also keep attention maps averaged over heads, [B, L, N, N].
+        """
+        self.mllm = mllm
+        self.history: list[AttentionStats] = []
+        self._layout = layout
+        self._maps = maps
+        self._pass: _Pass | None = None
+        self._skip = False
+        self._exit: ExitStack | None = None
+
+    @property
+    def stats(self) -> AttentionStats:
+        """Statistics of the last prefill."""
+        if not self.history:
+            raise RuntimeError("the probe has seen no prefill yet: run the model inside its `with` block")
+        return self.history[-1]
+
+    def __enter__(self) -> AttentionProbe:
+        if self._exit is not None:
+            raise RuntimeError("this probe is active already; make a second one to nest")
+        model = self.mllm.model
+        index_of = {id(module): index for index, module in enumerate(self.mllm.attentions)}
+
+        # Plain functions that check identity: on a deep copy of the model they do nothing.
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module is model:
+                self._begin(args, kwargs)
+
+        def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if module is model:
+                self._end(completed=output is not None)
+
+        def see(module: nn.Module, call: _AttentionCall) -> None:
+            self._see(index_of[id(module)], call)
+
+        with ExitStack() as stack:
+            for table, name in _attention_functions(self.mllm):
+                stack.callback(_Door.open(table, name, _Observer(frozenset(index_of), see)))
+            stack.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
+            stack.callback(model.register_forward_hook(end, always_call=True).remove)
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        stack, self._exit, self._pass = self._exit, None, None
+        if stack is not None:
+            stack.close()
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = inspect.signature(type(self.mllm.model).forward).parameters
+        inputs = dict(zip(list(names)[1:], args, strict=False)) | kwargs
+        cache = inputs.get("past_key_values")
+        self._skip = cache is not None and cache.get_seq_length() > 0
+        self._pass = None
+        if self._skip:
+            return
+        if inputs.get("input_ids") is None:
+            raise UnsupportedError(
+                "AttentionProbe finds the visual tokens by their ids: pass input_ids, not inputs_embeds alone"
+            )
+        layout = self._layout
+        if layout is None:
+            layout = self.mllm.layout(inputs["input_ids"], inputs.get("attention_mask"))
+        elif layout.roles.shape != inputs["input_ids"].shape:
+            raise ValueError(
+                f"the probe's layout is for inputs of shape {tuple(layout.roles.shape)}, the model got "
+                f"{tuple(inputs['input_ids'].shape)}"
+            )
+        self._pass = _Pass(layout.to(self.mllm.device))
+
+    def _end(self, completed: bool) -> None:
+        current, self._pass, skipped, self._skip = self._pass, None, self._skip, False
+        if current is None or skipped or not completed:
+            return
+        silent = [index for index in range(self.mllm.num_layers) if index not in current.layers]
+        if silent:
+            module: Any = self.mllm.attentions[silent[0]]
+            raise UnsupportedError(
+                f"AttentionProbe saw nothing of decoder layer {silent[0]} ({type(module).__name__}, attention "
+                f"{module.config._attn_implementation!r}): its attention does not go through transformers' attention "
+                "functions"
+            )
+        layers = [current.layers[index] for index in range(self.mllm.num_layers)]
+        self.history.append(_assemble(current.layout, layers))
+
+    @torch.no_grad()
+    def _see(self, index: int, call: _AttentionCall) -> None:
+        if self._skip:
+            return
+        current = self._pass
+        if current is None:
+            raise UnsupportedError(
+                f"decoder layer {index} was called outside of {type(self.mllm.model).__name__}.forward; AttentionProbe "
+                "needs the ids of the whole model's forward call"
+            )
+        length = current.layout.roles.shape[1]
+        if (
+            call.query.shape[0] != current.layout.roles.shape[0]
+            or call.query.shape[2] != length
+            or index in current.layers
+        ):
+            raise UnsupportedError(
+                f"AttentionProbe saw decoder layer {index} run on {call.query.shape[2]} of {length} positions: it "
+                "cannot look into a model whose layers a policy or a sweep drives"
+            )
+        geometry = current.geometry(call.mask, call.causal, call.sliding_window)
+        rows_of = call.rows(geometry)
+        current.layers[index] = role_sums(rows_of, geometry, call.query.shape[1], self._maps), geometry
+
+
+# ---------------------------------------------------------------- the attention functions
+
+
+@dataclass
+class _AttentionCall:
+    """What an attention function was called with.
+
+    Attributes:
+        query: [B, H, N, head size].
+        key: [B, H_kv, K, head size].
+        weights: [B, H, N, K] where the function computed them anyway (eager attention), else None.
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    causal: bool
+    scale: float
+    sliding_window: int | None
+    softcap: float | None
+    weights: Tensor | None
+
+    def rows(self, geometry: Geometry) -> Callable[[Block], Tensor]:
+        """Attention rows for `role_sums`."""
+        if self.weights is None:
+            length = self.query.shape[2]
+            return score_rows(self.query, self.key[:, :, :length], self.scale, self.softcap, geometry)
+        weights = self.weights
+        return lambda block: weights[:, :, block.rows, block.columns].float()
+
+
+def _attention_functions(mllm: MLLM) -> list[tuple[MutableMapping[str, Any], str]]:
+    """Where the decoder's attention modules look up the function that computes attention: (table, name) pairs."""
+    found: dict[tuple[int, str], tuple[MutableMapping[str, Any], str]] = {}
+    for index, module in enumerate(mllm.attentions):
+        names = inspect.unwrap(type(module).forward).__globals__
+        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None) or "eager"
+        # Models look an implementation up in transformers' table, and fall back on a function of their own for "eager".
+        table = names if implementation == "eager" else names.get("ALL_ATTENTION_FUNCTIONS", {})
+        name = "eager_attention_forward" if implementation == "eager" else implementation
+        if name not in table:
+            raise UnsupportedError(
+                f"AttentionProbe cannot look into decoder layer {index} ({type(module).__name__}, attention "
+                f"{implementation!r}): it does not use transformers' attention functions"
+            )
+        found[id(table), name] = (table, name)
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class _Observer:
+    """Wants to see the calls of some modules, known by their ids."""
+
+    modules: frozenset[int]
+    see: Callable[[nn.Module, _AttentionCall], None]
+
+
+class _Door:
+    """An attention function that shows what it is called with to the probes that look; it calls the original unchanged.
+
+    One door serves all the probes on the same function, so they may be left in any order.
+    """
+
+    _doors: dict[tuple[int, str], _Door] = {}  # noqa: RUF012
+
+    def __init__(self, table: MutableMapping[str, Any], name: str) -> None:
+        self.table, self.name, self.original = table, name, table[name]
+        self.signature = list(inspect.signature(self.original).parameters)
+        self.observers: list[_Observer] = []
+        self.was_local = name in getattr(table, "_local_mapping", table)
+
+    @classmethod
+    def open(cls, table: MutableMapping[str, Any], name: str, observer: _Observer) -> Callable[[], None]:
+        """Let `observer` look at the calls of `table[name]`; returns what ends it."""
+        door = cls._doors.get((id(table), name))
+        if door is None:
+            door = cls._doors[id(table), name] = cls(table, name)
+
+            def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                result = door.original(module, *args, **kwargs)
+                watching = [each for each in door.observers if id(module) in each.modules]
+                if watching:
+                    call = door.describe(module, args, kwargs, result)
+                    for each in watching:
+                        each.see(module, call)
+                return result
+
+            table[name] = attention
+        door.observers.append(observer)
+
+        def close() -> None:
+            door.observers.remove(observer)
+            if not door.observers:
+                del cls._doors[id(table), name]
+                if door.was_local:
+                    table[name] = door.original
+                else:  # an override on top of transformers' global table
+                    del table[name]
+
+        return close
+
+    def describe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> _AttentionCall:
+        """What the function was called with and what it returned, by name."""
+        arguments = dict(zip(self.signature[1:], args, strict=False)) | kwargs
+        unknown = [name for name in ("position_bias", "s_aux") if arguments.get(name) is not None]
+        mask = arguments.get("attention_mask")
+        weights = result[1] if self.name == "eager_attention_forward" else None
+        if mask is not None and not isinstance(mask, Tensor):
+            unknown.append(type(mask).__name__)
+        if unknown and weights is None:
+            raise UnsupportedError(
+                f"AttentionProbe cannot follow {self.name!r} attention with {unknown[0]} in {type(module).__name__}; "
+                "load the model with attn_implementation='sdpa' or 'eager'"
+            )
+        query = arguments["query"]
+        scale = arguments.get("scaling")
+        causal = arguments.get("is_causal")
+        return _AttentionCall(
+            query=query,
+            key=arguments["key"],
+            mask=mask,
+            causal=getattr(module, "is_causal", True) if causal is None else causal,
+            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            sliding_window=arguments.get("sliding_window"),
+            softcap=arguments.get("softcap"),
+            weights=weights,
+        )
+
+
+@contextmanager
+def watch_attention(mllm: MLLM, see: Callable[[int, _AttentionCall], None]) -> Iterator[None]:
+    """Within the block, show every call of the decoder's self-attention to `see(layer, call)`; change nothing."""
+    index_of = {id(module): index for index, module in enumerate(mllm.attentions)}
+    observer = _Observer(frozenset(index_of), lambda module, call: see(index_of[id(module)], call))
+    with ExitStack() as stack:
+        for table, name in _attention_functions(mllm):
+            stack.callback(_Door.open(table, name, observer))
+        yield
