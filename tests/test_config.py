@@ -1,0 +1,193 @@
+"""Every configuration composes, fits the code that reads it, and commands fail in one line."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+import yaml
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+
+from dyvte.config import HYDRA_VERSION, command, compose, config_folder, load_model
+from dyvte.errors import ConfigError, DyvteError
+from dyvte.mllm import load
+
+CONF = config_folder()
+COMMANDS = sorted(path.stem for path in CONF.glob("[!_]*.yaml") if path.stem != "base")
+GROUP_FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.glob("*/[!_]*.yaml"))
+MODELS = [path.name for path in GROUP_FILES if path.parent.name == "model"]
+DATA = [path.name for path in GROUP_FILES if path.parent.name == "data"]
+
+
+def groups_of(name: str) -> set[str]:
+    """Config groups that a command has a choice of."""
+    with hydra.initialize_config_dir(version_base=HYDRA_VERSION, config_dir=str(CONF)):
+        cfg = hydra.compose(config_name=name, return_hydra_config=True)
+    return {group for group in cfg.hydra.runtime.choices if not group.startswith("hydra/")}
+
+
+def resolve(cfg: DictConfig) -> dict:
+    settings = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    assert isinstance(settings, dict)
+    return settings
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_composes(name: str):
+    cfg = compose(name)
+    assert cfg.output_dir.startswith("outputs/")
+    resolve(cfg)
+
+
+@pytest.mark.parametrize("file", GROUP_FILES, ids=str)
+def test_every_file_of_every_group_composes_with_a_command(file: Path):
+    group, name = file.parent.as_posix(), file.name
+    users = [each for each in COMMANDS if group in groups_of(each)]
+    assert users, f"no command has a choice of {group}"
+    for user in users:
+        cfg = compose(user, [f"{group}={name}"])
+        assert group in cfg or group == "experiment"
+        resolve(cfg)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_common_overrides_work_everywhere(name: str):
+    if "model" not in groups_of(name):
+        return  # trains the shipped model: nothing to choose
+    overrides = ["model.path=x", "data.limit=2", "seed=3", "batch_size=5", "device=cpu", "output_dir=here"]
+    cfg = compose(name, overrides)
+    found = (cfg.model.path, cfg.data.limit, cfg.seed, cfg.batch_size, cfg.device, cfg.output_dir)
+    assert found == ("x", 2, 3, 5, "cpu", "here")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_settings_are_what_load_takes(name: str):
+    settings = resolve(compose("base", ["command=x", f"model={name}"]).model)
+    accepted = set(inspect.signature(load).parameters) | {"name", "path"}
+    assert set(settings) <= accepted
+    assert settings["name"] in (name, "unnamed")
+    assert settings["trust_remote_code"] is False
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data_settings_are_what_the_data_set_takes(name: str):
+    settings = resolve(compose("base", ["command=x", f"data={name}"]).data)
+    target = get_class(settings.pop("_target_"))
+    assert settings.pop("name")
+    assert set(settings) == set(inspect.signature(target).parameters)
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
+def test_every_key_is_explained(path: Path):
+    """By a comment above it or beside it, here or in the `_base.yaml` that the file builds on."""
+    base = path.parent / "_base.yaml"
+    explained = commented_keys(base) if base.is_file() else set()
+    explained |= commented_keys(path) | {"defaults", "hydra", "_target_", "command"}
+    assert path.read_text().lstrip().startswith("#"), "says nothing about itself"
+    assert set(yaml.safe_load(path.read_text()) or {}) <= explained
+
+
+def commented_keys(path: Path) -> set[str]:
+    lines = path.read_text().splitlines()
+    keys = {}
+    for number, line in enumerate(lines):
+        if match := re.match(r"(\w+):", line):
+            keys[match[1]] = "#" in line or (number > 0 and lines[number - 1].startswith("#"))
+    return {key for key, explained in keys.items() if explained}
+
+
+def test_run_folders_are_named_after_what_was_run():
+    cfg = compose("stages", ["model=hf", "model.path=owner/small-vlm-1b", "data=hf", "data.path=dir/questions.parquet"])
+    assert cfg.output_dir == "outputs/stages/small-vlm-1b/questions.parquet"
+    assert compose("stages").output_dir == "outputs/stages/llava_shapes/shapes"
+
+
+def test_a_model_without_a_path_is_refused():
+    with pytest.raises(ConfigError, match=r"set model\.path to a Hub id or a folder"):
+        load_model(compose("stages", ["model=hf"]))
+
+
+# ---------------------------------------------------------------- commands
+SCRIPT = """
+import sys
+from dyvte.config import command
+from dyvte.errors import ModelError
+
+@command("stages")
+def main(cfg):
+    if cfg.seed == 1:
+        raise ModelError("no weights in FOLDER; give a local folder (model.path=FOLDER)")
+    if cfg.seed == 2:
+        raise KeyboardInterrupt
+    if cfg.seed == 3:
+        raise ZeroDivisionError("a bug")
+    print("seed", cfg.seed)
+
+main()
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    folder = tmp_path / "somewhere"
+    folder.mkdir()
+
+    def call(*overrides: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        command = [sys.executable, str(script), *overrides]
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+    call.folder = folder  # type: ignore[attr-defined]
+    return call
+
+
+def test_a_command_prints_its_run_folder_and_leaves_nothing_else(run):
+    done = run("seed=0")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "run folder: outputs/stages/llava_shapes/shapes\nseed 0\n"
+    assert not list(run.folder.iterdir())
+
+
+def test_our_errors_are_one_line_and_status_1(run):
+    done = run("seed=1")
+    assert done.returncode == 1
+    assert done.stderr == "error: no weights in FOLDER; give a local folder (model.path=FOLDER)\n"
+
+
+def test_an_interrupted_command_says_where_its_results_are(run):
+    done = run("seed=2")
+    assert done.returncode == 130
+    assert done.stderr == "interrupted; what is finished is in outputs/stages/llava_shapes/shapes\n"
+
+
+def test_a_bug_keeps_its_stack(run):
+    done = run("seed=3")
+    assert done.returncode == 1
+    assert "ZeroDivisionError: a bug" in done.stderr
+    assert "Traceback" in done.stderr
+
+
+def test_a_failed_job_does_not_end_a_sweep(run):
+    done = run("--multirun", "seed=1,0")
+    assert done.returncode == 1
+    assert "seed 0" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert "no weights in FOLDER" in done.stderr
+
+
+def test_called_with_a_configuration_a_command_is_a_function():
+    @command("stages")
+    def main(cfg: DictConfig) -> None:
+        raise DyvteError(f"seed {cfg.seed}")
+
+    with pytest.raises(DyvteError, match="seed 4"):
+        main(compose("stages", ["seed=4"]))
