@@ -69,8 +69,11 @@ def command(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[...,
         def run(cfg: DictConfig) -> None:
             if not HydraConfig.initialized():
                 return task(cfg)
-            print(f"run folder: {cfg.output_dir}", flush=True)
             try:
+                if missing := sorted(OmegaConf.missing_keys(cfg)):
+                    settings = " ".join(f"{key}=..." for key in missing)
+                    raise ConfigError(f"needs a value: {settings} (conf/{name}.yaml says what it means)")
+                print(f"run folder: {cfg.output_dir}", flush=True)
                 task(cfg)
             except DyvteError as error:
                 if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs of the sweep go on
