@@ -41,6 +41,9 @@ MEASURES = ("mass", "mean_score", "enrichment", "mass_no_sink", "mean_score_no_s
 CURVES = ("cross", "visual", "text")
 """The three curves of the DyVTE paper (arXiv 2411.19628, Fig. 2)."""
 
+ALL_TEXT = len(ROLES)
+"""Key group of every position that is neither visual nor padding, behind the four roles."""
+
 
 @dataclass(frozen=True)
 class AttentionStats:
@@ -69,8 +72,8 @@ class AttentionStats:
 
     Attributes:
         layout: role of every position.
-        cross_queries: the six measures for the queries of the question only, [B, L, H, 6, 4] in the order of `MEASURES`
-            (with one image the same as the instruction's rows).
+        cross_queries: the six measures for the queries of the question only, [B, L, H, 6, 5] in the order of `MEASURES`
+            (with one image the same as the instruction's rows); the fifth key group is all text.
         maps: [B, L, N, N] attention averaged over heads, None unless the probe was told to keep it.
     """
 
@@ -95,14 +98,14 @@ class AttentionStats:
         """One of the paper's curves, [B, L, H].
 
         Args:
-            name: "cross" (question to visual), "visual" (visual to visual) or "text" (question to instruction).
+            name: "cross" (question to visual), "visual" (visual to visual) or "text" (question to text).
             measure: one of `MEASURES`.
         """
         if name not in CURVES or measure not in MEASURES:
             raise ValueError(f"unknown curve {name!r} or measure {measure!r}; curves {CURVES}, measures {MEASURES}")
         if name == "visual":
             return getattr(self, measure)[..., VISUAL, VISUAL]
-        return self.cross_queries[..., MEASURES.index(measure), VISUAL if name == "cross" else INSTRUCTION]
+        return self.cross_queries[..., MEASURES.index(measure), VISUAL if name == "cross" else ALL_TEXT]
 
     def to_frame(self, by_head: bool = False) -> pd.DataFrame:
         """A row per sample and layer (and head), mean over heads otherwise.
@@ -126,6 +129,12 @@ class AttentionStats:
         return pd.DataFrame({name: value.flatten().numpy() for name, value in values.items()}, index).reset_index()
 
 
+def _with_all_text(by_key_role: Tensor) -> Tensor:
+    """Append to the key roles [..., R] their sum (or "any") over the text roles: [..., R + 1]."""
+    of_text = by_key_role[..., [role for role in range(len(ROLES)) if role != VISUAL]]
+    return torch.cat([by_key_role, of_text.sum(-1, keepdim=True).to(by_key_role.dtype)], dim=-1)
+
+
 def _assemble(layout: TokenLayout, layers: list[tuple[RoleSums, Geometry]]) -> AttentionStats:
     """Turn the sums of all layers into statistics."""
 
@@ -137,14 +146,16 @@ def _assemble(layout: TokenLayout, layers: list[tuple[RoleSums, Geometry]]) -> A
     measures = {}
     for suffix in ("", "_no_sink"):
         has_key = (groups.merge_sink(groups.keys) if suffix == "" else groups.keys[..., 1:]).sum(1) > 0
+        has_key = _with_all_text(has_key)
         present = (has_query[:, :, None] & has_key[:, None]).cpu()[:, None, None]
-        probability = stacked(lambda sums, _: getattr(sums, f"probability{suffix}"))  # noqa: B023
+        probability = _with_all_text(stacked(lambda sums, _: getattr(sums, f"probability{suffix}")))  # noqa: B023
         counts = {
             "mass": stacked(lambda _, geometry: getattr(geometry, f"counts{suffix}").queries[..., None]),  # noqa: B023
             "mean_score": stacked(lambda _, geometry: getattr(geometry, f"counts{suffix}").pairs),  # noqa: B023
             "enrichment": stacked(lambda _, geometry: getattr(geometry, f"counts{suffix}").uniform),  # noqa: B023
         }
         for name, count in counts.items():
+            count = count if name == "mass" else _with_all_text(count)
             measures[name + suffix] = torch.where(present, probability / count[:, :, None], torch.nan)
 
     entropy = stacked(lambda sums, geometry: sums.entropy / entropy_queries(geometry).sum(-1)[:, None])
@@ -156,7 +167,7 @@ def _assemble(layout: TokenLayout, layers: list[tuple[RoleSums, Geometry]]) -> A
         received_last=received[..., 0, :],
         received_instruction=received[..., 1, :] / instruction_queries[:, None, None, None],
         maps=None if layers[0][0].mean_map is None else stacked(lambda sums, _: sums.mean_map),  # type: ignore
-        **{name: measures[name][..., : len(ROLES), :] for name in MEASURES},
+        **{name: measures[name][..., : len(ROLES), : len(ROLES)] for name in MEASURES},
         **{name: entropy[..., index] for index, name in enumerate(ENTROPIES)},
     )
 
