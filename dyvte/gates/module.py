@@ -1,0 +1,257 @@
+"""The gates of all layers as one module, saved in the layout of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from dyvte.errors import ModelError
+from dyvte.instrument.states import STATUS_PARTS, TEXT_STATUS
+from dyvte.store import write_atomic, write_json
+
+if TYPE_CHECKING:
+    from dyvte.mllm import MLLM
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+QUESTION = "question"
+"""A status part for the control that never saw the image (see `dyvte.gates.labels`); it cannot be run in a policy."""
+
+
+class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual-token-exit", "dyvte"]):
+    """One small classifier per decoder layer that looks at the token status after it and says stay (0) or exit (1).
+
+    Per layer `Linear(P * d -> width, no bias) -> GELU -> Linear(width -> 2, no bias)` (DyVTE, arXiv 2411.19628,
+    Section 4, and its published code). Gate i decides after decoder layer i; its exit layer is k = i + 1. A model of L
+    layers has L - 1 gates, since after the last layer nothing is left to save.
+
+    Attributes:
+        num_layers: L, decoder layers of the model that the gates are for.
+        hidden_size: d, the model's hidden size.
+        status: what the gates look at, of `dyvte.instrument.states.STATUS_PARTS`; P parts.
+        width: hidden width of a gate.
+        threshold: exit where the exit probability is above it. One number, or one a gate.
+        facts: how the gates were made (model, data, recipe, validation figures), for the model card.
+        shift, scale: [L - 1, P * d] the status is standardised as `(status - shift) * scale`; 0 and 1 leave it as is.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        hidden_size: int,
+        status: Sequence[str] = TEXT_STATUS,
+        width: int | None = None,
+        threshold: float | Sequence[float] = 0.5,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Make untrained gates, Xavier-initialised from torch's generator.
+
+        Args:
+            num_layers: decoder layers of the model, at least 2.
+            hidden_size: the model's hidden size.
+            status: what the gates look at.
+            width: hidden width of a gate; by default half the hidden size (2048 for 4096, as in the paper).
+            threshold: exit probability above which a gate says exit.
+            facts: JSON types only.
+
+        Raises:
+            ModelError: an unknown status part, or no layer to exit before.
+        """
+        super().__init__()
+        unknown = [part for part in status if part not in (*STATUS_PARTS, QUESTION)]
+        if unknown or not status:
+            raise ModelError(f"gates: status {list(status)} must be parts of {', '.join(STATUS_PARTS)}")
+        if num_layers < 2:
+            raise ModelError(f"gates: a model of {num_layers} layer has no layer that visual tokens could leave before")
+        self.num_layers, self.hidden_size = num_layers, hidden_size
+        self.status = tuple(status)
+        self.width = width or hidden_size // 2
+        self.threshold: float | list[float] = threshold if isinstance(threshold, (int, float)) else list(threshold)
+        self.facts = dict(facts or {})
+        inputs = len(self.status) * hidden_size
+        self.inner = nn.Parameter(torch.empty(num_layers - 1, inputs, self.width))
+        self.outer = nn.Parameter(torch.empty(num_layers - 1, self.width, 2))
+        for gate in range(num_layers - 1):
+            nn.init.xavier_normal_(self.inner[gate])
+            nn.init.xavier_normal_(self.outer[gate])
+        self.register_buffer("shift", torch.zeros(num_layers - 1, inputs))
+        self.register_buffer("scale", torch.ones(num_layers - 1, inputs))
+        self.shift: Tensor
+        self.scale: Tensor
+
+    def __repr__(self) -> str:
+        parts = " + ".join(self.status)
+        return f"Gates({len(self)} gates for {self.num_layers} layers of width {self.hidden_size}, {parts})"
+
+    def __len__(self) -> int:
+        return self.num_layers - 1
+
+    def forward(self, status: Tensor) -> Tensor:
+        """Logits [B, L - 1, 2] (stay, exit) of the statuses [B, L - 1, P * d] after every layer but the last."""
+        standardised = (status.to(self.inner.dtype) - self.shift) * self.scale
+        hidden = F.gelu(torch.bmm(standardised.transpose(0, 1), self.inner))
+        return torch.bmm(hidden, self.outer).transpose(0, 1)
+
+    def exit_probability(self, status: Tensor, layer: int) -> Tensor:
+        """[B] probability of exit by the gate after decoder layer `layer`, from its status [B, P * d]."""
+        standardised = (status.to(self.inner.dtype) - self.shift[layer]) * self.scale[layer]
+        return (F.gelu(standardised @ self.inner[layer]) @ self.outer[layer]).softmax(-1)[:, 1]
+
+    def thresholds(self, threshold: float | Sequence[float] | None = None) -> list[float]:
+        """One threshold a gate, from one number, one a gate, or None for the gates' own.
+
+        Raises:
+            ValueError: not L - 1 of them.
+        """
+        chosen = self.threshold if threshold is None else threshold
+        listed = [float(chosen)] * len(self) if isinstance(chosen, (int, float)) else [float(each) for each in chosen]
+        if len(listed) != len(self):
+            raise ValueError(f"threshold: need one number or {len(self)}, one a gate, got {len(listed)}")
+        return listed
+
+    def check(self, mllm: MLLM) -> None:
+        """Refuse a model that these gates were not made for.
+
+        Raises:
+            ModelError: other depth or width.
+        """
+        if (self.num_layers, self.hidden_size) != (mllm.num_layers, mllm.hidden_size):
+            raise ModelError(
+                f"these gates are for a model of {self.num_layers} layers of width {self.hidden_size}, this one has "
+                f"{mllm.num_layers} of width {mllm.hidden_size}: train gates for it with `python -m dyvte.train`"
+            )
+
+    # ---------------------------------------------------------------------- on disk
+
+    def config(self) -> dict[str, Any]:
+        """What `config.json` holds: the arguments of the constructor."""
+        return {
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "status": list(self.status),
+            "width": self.width,
+            "threshold": self.threshold,
+            "facts": self.facts,
+        }
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        write_atomic(save_directory / WEIGHTS, lambda out: out.write(save(weights, metadata={"format": "pt"})))
+        write_json(save_directory / CONFIG, self.config())
+        card = str(self.generate_model_card())
+        write_atomic(save_directory / "README.md", lambda out: out.write(card.encode()))
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        map_location: str = "cpu",
+        **settings: Any,
+    ) -> Gates:
+        if Path(model_id).is_dir():
+            file = Path(model_id) / WEIGHTS
+            if not file.is_file() or "num_layers" not in settings:
+                raise ModelError(
+                    f"no gates in {model_id}: need {CONFIG} and {WEIGHTS}, as `python -m dyvte.train` writes"
+                )
+        else:
+            file = Path(
+                hf_hub_download(
+                    repo_id=model_id,
+                    filename=WEIGHTS,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    token=token,
+                    local_files_only=local_files_only,
+                )
+            )
+        gates = cls(**settings)
+        try:
+            gates.load_state_dict(load_file(file, device=map_location))
+        except (RuntimeError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise ModelError(
+                f"cannot load the gates in {model_id}: {WEIGHTS} and {CONFIG} disagree ({reason})"
+            ) from None
+        return gates.to(map_location).eval()
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The README of a folder of gates, from `facts`."""
+        return ModelCard(model_card(self))
+
+
+def load_gates(source: str | Path | Gates) -> Gates:
+    """Gates from a folder or a Hub id (or as they are).
+
+    Raises:
+        ModelError: there are none, in one line.
+    """
+    if isinstance(source, Gates):
+        return source
+    if not Path(source).is_dir() and (str(source).startswith((".", "/", "~")) or str(source).count("/") != 1):
+        raise ModelError(f"no gates in {source}: there is no such folder; make gates with `python -m dyvte.train`")
+    try:
+        return Gates.from_pretrained(str(source))
+    except (HfHubHTTPError, EntryNotFoundError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise ModelError(f"no gates in {source}: neither a folder here nor found on the Hub ({reason})") from None
+
+
+def model_card(gates: Gates) -> str:
+    """A model card in Markdown: what the gates are for, how they were made, what they reached on validation data."""
+    facts = gates.facts
+    lines = [
+        "---",
+        "library_name: dyvte",
+        "tags:",
+        "- visual-token-exit",
+        "- model_hub_mixin",
+        "- pytorch_model_hub_mixin",
+        "---",
+        "",
+        f"# Visual-token exit gates{' for ' + str(facts['model']) if 'model' in facts else ''}",
+        "",
+        f"{len(gates)} gates, one after each decoder layer but the last, for a model of {gates.num_layers} layers of "
+        f"width {gates.hidden_size}. Each reads the token status ({', '.join(gates.status)}) during prefill and decides "
+        "whether the visual tokens leave (DyVTE, arXiv 2411.19628).",
+        "",
+        "```python",
+        "import dyvte",
+        "",
+        f'mllm = dyvte.load("{facts.get("model", "...")}")',
+        'gates = dyvte.Gates.from_pretrained("FOLDER_OR_HUB_ID")',
+        "with dyvte.DynamicExit(gates)(mllm):",
+        '    print(mllm.generate(mllm.encode([image], ["..."])))',
+        "```",
+        "",
+    ]
+    for title, content in facts.items():
+        if isinstance(content, Mapping):
+            lines += [f"## {title.replace('_', ' ').capitalize()}", "", "| | |", "|---|---|"]
+            lines += [f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in content.items()]
+            lines.append("")
+    own = f"{gates.threshold:.4f}" if isinstance(gates.threshold, float) else _cell(gates.threshold)
+    return "\n".join([*lines, f"Exit probability above which a gate says exit: {own}.", ""])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_cell(each) for each in value)
+    return json.dumps(value) if isinstance(value, (dict, bool)) or value is None else str(value)

@@ -1,0 +1,87 @@
+"""Visual tokens leave each row at the first layer whose gate says so.
+
+DyVTE, arXiv 2411.19628, Section 4: a gate after every layer looks at the status of the text tokens and removes all
+visual tokens once they have given what the answer needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from dyvte.errors import UnsupportedError
+from dyvte.flops import overhead
+from dyvte.gates.module import QUESTION, Gates, load_gates
+from dyvte.instrument.states import status_weights, token_status
+from dyvte.mllm import MLLM
+from dyvte.policies.base import Policy, Prefill
+
+
+@dataclass
+class DynamicExit(Policy):
+    """Leave out a row's visual tokens from the first layer on whose gate says exit.
+
+    Rows of a batch leave at their own layers; `PolicyRun.exit_layers` holds them. What generated tokens attend to
+    follows: they see the visual keys of the layers before the exit only.
+
+    Attributes:
+        gates: trained gates, a folder of them, or a Hub id.
+        threshold: exit where a gate's exit probability is above it; one number or one a gate. "auto" takes what
+            training chose on validation data and stored with the gates.
+        min_layer: no exit layer k below this one; 1 at the least, as the first gate follows the first layer.
+        max_layer: rows still there leave at this exit layer at the latest. None lets them stay to the end (k = L).
+    """
+
+    gates: Gates | str | Path
+    threshold: float | Sequence[float] | Literal["auto"] = "auto"
+    min_layer: int = 1
+    max_layer: int | None = None
+    _thresholds: list[float] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.gates = load_gates(self.gates)
+        if isinstance(self.threshold, str) and self.threshold != "auto":
+            raise ValueError(f'DynamicExit: threshold must be a number, one a gate, or "auto", got {self.threshold!r}')
+        self._thresholds = self.gates.thresholds(None if isinstance(self.threshold, str) else self.threshold)
+        if QUESTION in self.gates.status:
+            raise UnsupportedError("gates that look at the question alone are a control; they cannot run in a policy")
+
+    def check(self, mllm: MLLM) -> None:
+        """Refuse gates for another model, and exit layers outside 1..L; move the gates to the model's device."""
+        assert isinstance(self.gates, Gates)
+        self.gates.check(mllm)
+        last = mllm.num_layers if self.max_layer is None else self.max_layer
+        if not 1 <= self.min_layer <= last <= mllm.num_layers:
+            raise ValueError(
+                f"DynamicExit: need 1 <= min_layer <= max_layer <= {mllm.num_layers} for this model, "
+                f"got {self.min_layer} and {self.max_layer}"
+            )
+        self.gates.to(mllm.device)
+
+    @torch.no_grad()
+    def before_layer(self, layer: int, prefill: Prefill) -> None:
+        """Ask the gate after the layer before this one, and drop the visual tokens of the rows that it lets go."""
+        assert isinstance(self.gates, Gates)
+        if layer == 0 or layer < self.min_layer:
+            return
+        visual = prefill.layout.visual
+        if layer == self.max_layer:
+            prefill.drop(visual)
+            return
+        gates, weights = self.gates, prefill.state.get(self._key)
+        if weights is None:
+            weights = prefill.state[self._key] = status_weights(prefill.layout, gates.status)
+        with overhead():
+            device = gates.inner.device  # a model may be spread over devices
+            status = token_status(prefill.hidden, weights.to(prefill.hidden.device)).to(device)
+            leaves = gates.exit_probability(status, layer - 1) > self._thresholds[layer - 1]
+        prefill.drop(visual & leaves.to(visual.device)[:, None])
+
+    @property
+    def _key(self) -> tuple[str, tuple[str, ...]]:
+        assert isinstance(self.gates, Gates)
+        return "status weights", self.gates.status
