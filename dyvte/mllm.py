@@ -44,11 +44,18 @@ class Batch(dict[str, Any]):
 
     def left_padded(self) -> Batch:
         """The same batch with its padding moved to the left, where `generate` needs it."""
-        trailing = (~self.layout.padding).flip(1).int().argmax(1)
-        if not trailing.any():
+        return self._rolled((~self.layout.padding).flip(1).int().argmax(1))
+
+    def right_padded(self) -> Batch:
+        """The same batch with its padding moved to the right."""
+        return self._rolled(-self.layout.first_token)
+
+    def _rolled(self, shift: Tensor) -> Batch:
+        """The batch with row b moved `shift[b]` positions to the right, wrapping around."""
+        if not shift.any():
             return self
         length = self["input_ids"].shape[1]
-        columns = (torch.arange(length, device=trailing.device) - trailing[:, None]) % length
+        columns = (torch.arange(length, device=shift.device) - shift[:, None]) % length
         rolled = dict(self)
         for name, value in self.items():
             if isinstance(value, Tensor) and value.shape == self["input_ids"].shape:
@@ -187,7 +194,7 @@ class MLLM:
                 "its chat template or its image token does not fit the model"
             )
         self._warn_if_question_precedes_image(prompts, questions, rows)
-        return batch if answers is None else self._append_answers(batch, self.answer_ids(questions, answers))
+        return batch if answers is None else self.append_answers(batch, self.answer_ids(questions, answers))
 
     def answer_ids(self, questions: Sequence[str], answers: Sequence[str]) -> Tensor:
         """Ids [B, A] of the answers as they follow the prompts, end token included, -100 at padding."""
@@ -276,7 +283,8 @@ class MLLM:
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _append_answers(self, batch: Batch, answer_ids: Tensor) -> Batch:
+    def append_answers(self, batch: Batch, answer_ids: Tensor) -> Batch:
+        """Teacher-force answers [B, A], -100 at padding, behind the prompts of a batch."""
         real = answer_ids != IGNORE_INDEX
         prompt_length = batch["input_ids"].shape[1]
         if batch.layout.padding[:, -1].any():
