@@ -8,7 +8,7 @@ from families import FAMILIES, random_batch
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlavaConfig
 from transformers.models.clip import CLIPVisionConfig
 
-from dyvte.flops import FlopCounter, overhead, plan_decoder_flops, prefill_flops
+from dyvte.flops import FlopCounter, exit_flops, overhead, plan_decoder_flops, prefill_flops
 from dyvte.mllm import MLLM, wrap
 from dyvte.policies.fixed_exit import FixedExit
 
@@ -54,6 +54,18 @@ def test_the_plan_agrees_with_an_exit(exit_layer: int):
         counted = prefill_flops(mllm, batch).decoder
     lengths = [visual + text] * exit_layer + [text] * (mllm.num_layers - exit_layer)
     assert counted == plan_decoder_flops(mllm.text_config, lengths)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "gemma3"])
+def test_two_passes_give_the_count_of_every_exit(family: str):
+    mllm = FAMILIES[family](0)
+    batch = random_batch(mllm, generator(), num_images=(1,))
+    expected = []
+    for layer in range(mllm.num_layers + 1):
+        with FixedExit(layer)(mllm):
+            expected.append(prefill_flops(mllm, batch))
+    assert exit_flops(mllm, batch) == expected
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in mllm.layers)
 
 
 def test_full_size_architectures_have_the_published_cost():
