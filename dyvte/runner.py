@@ -9,11 +9,12 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from dyvte import distributed
 from dyvte.data.base import Dataset, Sample
 from dyvte.errors import BrokenSample, ConfigError, DataError
 from dyvte.store import RunFolder
 
-Compute = Callable[[list[Sample]], Mapping[str, pd.DataFrame]]
+Compute = Callable[[list[Sample]], Mapping[str, pd.DataFrame | dict[str, torch.Tensor]]]
 
 
 def consecutive_batches(num_samples: int, batch_size: int) -> list[range]:
@@ -36,24 +37,29 @@ def run(
 ) -> None:
     """Call `compute` on every batch that `folder` does not hold yet, store its tables, and join them at the end.
 
-    Samples that cannot be read are recorded in `failures.jsonl` and left out of their batch.
+    Samples that cannot be read are recorded in `failures.jsonl` and left out of their batch. Several processes
+    (`accelerate launch`, `torchrun`) take turns at the batches; the shards and what is joined from them stay the same.
 
     Args:
         folder: where the results go; its finished batches are not computed again.
         dataset: the samples.
         batches: sample indices of each batch, the same at every start (see `consecutive_batches`).
-        compute: turns the readable samples of a batch into named tables. It raises `BrokenSample` for nothing: a
-            sample that reaches it counts as used.
+        compute: turns the readable samples of a batch into named tables (or tensors, see `RunFolder.write_shard`). It
+            raises `BrokenSample` for nothing: a sample that reaches it counts as used.
         description: label of the progress bar.
 
     Raises:
         DataError: no sample of the whole run could be used.
         ConfigError: a batch does not fit into memory.
     """
-    todo = [index for index in range(len(batches)) if not folder.has_shard(index)]
-    total = sum(map(len, batches))
+    mine = range(distributed.rank(), len(batches), distributed.world_size())
+    todo = [index for index in mine if not folder.has_shard(index)]
+    total = sum(len(batches[index]) for index in mine)
     done = total - sum(len(batches[index]) for index in todo)
-    with tqdm(total=total, initial=done, desc=description, unit="sample", dynamic_ncols=True) as progress:
+    quiet = not distributed.is_main()
+    with tqdm(
+        total=total, initial=done, desc=description, unit="sample", dynamic_ncols=True, disable=quiet
+    ) as progress:
         for index in todo:
             start = time.perf_counter()
             samples, failures = _read(dataset, batches[index])
@@ -66,8 +72,11 @@ def run(
                 ) from error
             folder.write_shard(index, tables, failures, len(samples), time.perf_counter() - start)
             progress.update(len(batches[index]))
-    folder.merge()
-    failed = folder.failures()
+    distributed.barrier()
+    with distributed.main_process_first():
+        if distributed.is_main():
+            folder.merge()
+    failed, total = folder.failures(), sum(map(len, batches))
     if len(failed) == total:
         first = f"; the first: {failed[0]['where']}: {failed[0]['why']}" if failed else ""
         raise DataError(

@@ -34,8 +34,11 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import torch
 from omegaconf import DictConfig, OmegaConf
+from safetensors import safe_open
+from safetensors.torch import save
 
 import dyvte
+from dyvte import distributed
 from dyvte.errors import RunFolderError
 
 if TYPE_CHECKING:
@@ -191,27 +194,31 @@ class RunFolder:
                 run wrote.
         """
         folder = cls(Path(path))
-        wanted = plain(json.loads(json.dumps(run_fingerprint, default=str)))
-        file = folder.path / "fingerprint.json"
+        with distributed.main_process_first():  # which prepares the folder for the others
+            if distributed.is_main():
+                folder._prepare(plain(json.loads(json.dumps(run_fingerprint, default=str))), config, overwrite)
+        return folder
+
+    def _prepare(self, wanted: dict[str, Any], config: DictConfig, overwrite: bool) -> None:
+        file = self.path / "fingerprint.json"
         try:
-            folder.path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            raise RunFolderError(f"output_dir={folder.path} is a file: give a folder") from error
+            raise RunFolderError(f"output_dir={self.path} is a file: give a folder") from error
         if file.is_file() and overwrite:
-            folder._clear()
+            self._clear()
         elif file.is_file():
-            folder._check(json.loads(file.read_text()), wanted)
-        elif strangers := [each.name for each in folder.path.iterdir() if not each.name.startswith(".")]:
+            self._check(json.loads(file.read_text()), wanted)
+        elif strangers := [each.name for each in self.path.iterdir() if not each.name.startswith(".")]:
             raise RunFolderError(
-                f"{folder.path} is not empty ({strangers[0]}) and not the folder of a run: give another output_dir="
+                f"{self.path} is not empty ({strangers[0]}) and not the folder of a run: give another output_dir="
             )
-        for leftover in [*folder.path.glob(f"{TEMPORARY}*"), *folder.path.glob(f"*/{TEMPORARY}*")]:
+        for leftover in [*self.path.glob(f"{TEMPORARY}*"), *self.path.glob(f"*/{TEMPORARY}*")]:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         write_json(file, wanted)
-        (folder.path / "shards").mkdir(exist_ok=True)
+        (self.path / "shards").mkdir(exist_ok=True)
         yaml = OmegaConf.to_yaml(config, resolve=True)
-        write_atomic(folder.path / "config.yaml", lambda out: out.write(yaml.encode()))
-        return folder
+        write_atomic(self.path / "config.yaml", lambda out: out.write(yaml.encode()))
 
     def _check(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         before, now = dict(_flat(found)), dict(_flat(wanted))
@@ -242,7 +249,7 @@ class RunFolder:
     def write_shard(
         self,
         index: int,
-        tables: Mapping[str, pd.DataFrame],
+        tables: Mapping[str, pd.DataFrame | dict[str, torch.Tensor]],
         failures: Sequence[Mapping[str, Any]] = (),
         num_samples: int = 0,
         seconds: float = 0.0,
@@ -251,7 +258,8 @@ class RunFolder:
 
         Args:
             index: number of the batch; tables are joined in this order.
-            tables: name -> rows. A batch may leave a table out.
+            tables: name -> rows. A batch may leave a table out. A dict of tensors, samples first, is kept beside the
+                tables as safetensors (see `tensors`).
             failures: JSON objects, one for each sample that could not be used.
             num_samples: samples in the tables.
             seconds: what the batch took.
@@ -259,9 +267,13 @@ class RunFolder:
         final = self._shard(index)
         temporary = final.with_name(f"{TEMPORARY}{os.getpid()}-{final.name}")
         temporary.mkdir()
-        for name, frame in tables.items():
-            table = pa.Table.from_pandas(frame, preserve_index=False)
-            write_atomic(temporary / f"{name}.parquet", lambda out, table=table: pq.write_table(table, out))  # type: ignore[misc]
+        for name, content in tables.items():
+            if isinstance(content, dict):
+                data = save(content)
+                write_atomic(temporary / f"{name}.safetensors", lambda out, data=data: out.write(data))  # type: ignore[misc]
+            else:
+                table = pa.Table.from_pandas(content, preserve_index=False)
+                write_atomic(temporary / f"{name}.parquet", lambda out, table=table: pq.write_table(table, out))  # type: ignore[misc]
         write_json(
             temporary / "shard.json",
             {"num_samples": num_samples, "failures": list(failures), "seconds": seconds},
@@ -337,6 +349,13 @@ class RunFolder:
         if not file.is_file():
             raise RunFolderError(f"{self.path} has no table {name!r}: the run is not finished")
         return pd.read_parquet(file)
+
+    def tensors(self, name: str, keys: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """The tensors `keys` that each shard keeps under `name`, in order; nothing else is read from disk."""
+        for shard in self._shards():
+            if (shard / f"{name}.safetensors").is_file():
+                with safe_open(shard / f"{name}.safetensors", framework="pt") as file:
+                    yield {key: file.get_tensor(key) for key in keys}
 
     def failures(self) -> list[dict[str, Any]]:
         """The samples that could not be used, in order."""

@@ -227,8 +227,8 @@ def model_card(gates: Gates) -> str:
         f"# Visual-token exit gates{' for ' + str(facts['model']) if 'model' in facts else ''}",
         "",
         f"{len(gates)} gates, one after each decoder layer but the last, for a model of {gates.num_layers} layers of "
-        f"width {gates.hidden_size}. Each reads the token status ({', '.join(gates.status)}) during prefill and decides "
-        "whether the visual tokens leave (DyVTE, arXiv 2411.19628).",
+        f"width {gates.hidden_size}. Each reads the token status ({', '.join(gates.status)}) during prefill and "
+        "decides whether the visual tokens leave (DyVTE, arXiv 2411.19628).",
         "",
         "```python",
         "import dyvte",
