@@ -59,7 +59,7 @@ class ExitSweep:
     Attributes:
         logits: [B, L + 1, vocab] next-token logits at the prompt's end, float32.
         answer_ids: [B, A] the teacher-forced answer, -100 at padding. Without one, the full model's next token (A = 1).
-        token_argmax: [B, L + 1, A] most likely token at every answer position.
+        token_argmax: [B, L + 1, A] most likely token at every answer position; -100 at padding.
         token_agree: [B, L + 1, A] whether that is the answer's token; False at padding.
         token_nll: [B, L + 1, A] negative log-likelihood of the answer's token in nats; NaN at padding.
         agree: [B, L + 1] whether all answer tokens agree. If the answer is the full model's greedy one with its end
@@ -114,7 +114,7 @@ def exit_sweep(
 
     Args:
         mllm: the model.
-        batch: prompts from `encode` or `batch`, padded on either side. If it was encoded with answers, these are scored.
+        batch: prompts from `encode` or `batch`, padded on either side. Answers that it was encoded with are scored.
         answer_ids: [B, A] answers to score, teacher-forced after the prompts, -100 at padding (on the right). None:
             only the next token after the prompt is compared, with the full model's own choice.
         shared_image: [B] equal numbers for rows that show the same images after the same system text, whatever they
@@ -619,7 +619,7 @@ class _Sweep:
         query_valid: Tensor,
         frame: _Frame | None = None,
     ) -> None:
-        """Take the entropies of exits `exits` from the next attention call, whose queries and keys stand at these places."""
+        """Take the entropies of exits `exits` from the next attention call, whose tokens stand at these positions."""
         if plan is None:
             self._look = None
             return
@@ -687,7 +687,8 @@ class _Sweep:
         else:
             token_argmax, token_nll = torch.cat(argmax).transpose(0, 1), torch.cat(nll).transpose(0, 1)
         valid = answers != IGNORE_INDEX
-        token_agree = token_argmax == answers[:, None]
+        token_agree = (token_argmax == answers[:, None]) & valid[:, None]
+        token_argmax = token_argmax.masked_fill(~valid[:, None], IGNORE_INDEX)
         token_nll = token_nll.masked_fill(~valid[:, None], torch.nan)
         entropies = self._all_entropies().permute(3, 2, 0, 1)
         return ExitSweep(
