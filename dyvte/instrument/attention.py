@@ -234,7 +234,6 @@ class AttentionProbe:
         if self._exit is not None:
             raise RuntimeError("this probe is active already; make a second one to nest")
         model = self.mllm.model
-        index_of = {id(module): index for index, module in enumerate(self.mllm.attentions)}
 
         # Plain functions that check identity: on a deep copy of the model they do nothing.
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -245,12 +244,8 @@ class AttentionProbe:
             if module is model:
                 self._end(completed=output is not None)
 
-        def see(module: nn.Module, call: _AttentionCall) -> None:
-            self._see(index_of[id(module)], call)
-
         with ExitStack() as stack:
-            for table, name in _attention_functions(self.mllm):
-                stack.callback(_Door.open(table, name, _Observer(frozenset(index_of), see)))
+            stack.enter_context(watch_attention(self.mllm, self._see))
             stack.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
             stack.callback(model.register_forward_hook(end, always_call=True).remove)
             self._exit = stack.pop_all()
@@ -299,7 +294,7 @@ class AttentionProbe:
         self.history.append(_assemble(current.layout, layers))
 
     @torch.no_grad()
-    def _see(self, index: int, call: _AttentionCall) -> None:
+    def _see(self, index: int, call: AttentionCall) -> None:
         if self._skip:
             return
         current = self._pass
@@ -326,8 +321,28 @@ class AttentionProbe:
 # ---------------------------------------------------------------- the attention functions
 
 
+@contextmanager
+def watch_attention(mllm: MLLM, see: Callable[[int, AttentionCall], None]) -> Iterator[None]:
+    """Within the block, `see(layer, call)` is told of every call of a decoder layer's attention function.
+
+    The model's own function runs unchanged. Calls of other modules, and of deep copies of the model, are not seen.
+
+    Raises:
+        UnsupportedError: a layer does not go through transformers' attention functions.
+    """
+    index_of = {id(module): index for index, module in enumerate(mllm.attentions)}
+
+    def observe(module: nn.Module, call: AttentionCall) -> None:
+        see(index_of[id(module)], call)
+
+    with ExitStack() as stack:
+        for table, name in _attention_functions(mllm):
+            stack.callback(_Door.open(table, name, _Observer(frozenset(index_of), observe)))
+        yield
+
+
 @dataclass
-class _AttentionCall:
+class AttentionCall:
     """What an attention function was called with.
 
     Attributes:
@@ -377,7 +392,7 @@ class _Observer:
     """Wants to see the calls of some modules, known by their ids."""
 
     modules: frozenset[int]
-    see: Callable[[nn.Module, _AttentionCall], None]
+    see: Callable[[nn.Module, AttentionCall], None]
 
 
 class _Door:
@@ -424,7 +439,7 @@ class _Door:
 
         return close
 
-    def describe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> _AttentionCall:
+    def describe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> AttentionCall:
         """What the function was called with and what it returned, by name."""
         arguments = dict(zip(self.signature[1:], args, strict=False)) | kwargs
         unknown = [name for name in ("position_bias", "s_aux") if arguments.get(name) is not None]
@@ -440,7 +455,7 @@ class _Door:
         query = arguments["query"]
         scale = arguments.get("scaling")
         causal = arguments.get("is_causal")
-        return _AttentionCall(
+        return AttentionCall(
             query=query,
             key=arguments["key"],
             mask=mask,
@@ -450,14 +465,3 @@ class _Door:
             softcap=arguments.get("softcap"),
             weights=weights,
         )
-
-
-@contextmanager
-def watch_attention(mllm: MLLM, see: Callable[[int, _AttentionCall], None]) -> Iterator[None]:
-    """Within the block, show every call of the decoder's self-attention to `see(layer, call)`; change nothing."""
-    index_of = {id(module): index for index, module in enumerate(mllm.attentions)}
-    observer = _Observer(frozenset(index_of), lambda module, call: see(index_of[id(module)], call))
-    with ExitStack() as stack:
-        for table, name in _attention_functions(mllm):
-            stack.callback(_Door.open(table, name, observer))
-        yield
