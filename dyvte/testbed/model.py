@@ -29,6 +29,7 @@ class TestbedSizes:
 
     @property
     def visual_tokens(self) -> int:
+        """Visual tokens of one image."""
         return (IMAGE_SIZE // self.patch_size) ** 2
 
 

@@ -1,14 +1,15 @@
 """Many questions about one scene in one training sequence.
 
-A prefix (system prompt and image, or a scene described in words) is followed by branches, one for each question with its
+A prefix (system prompt and image, or a scene in words) is followed by branches, one for each question with its
 answer. A branch sees the prefix and itself, never another branch, and its positions continue those of the prefix: each
-question is trained exactly as if it stood alone, while the prefix, nine tenths of the sequence, is computed once.
+question trains as if it stood alone, while the prefix is computed once for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,18 @@ class PackedBatch:
     labels: Tensor
     weights: Tensor
     kinds: dict[tuple[int, int], str]
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch on another device."""
+        return self._each(lambda t: t.to(device))
+
+    def rows(self, part: slice) -> PackedBatch:
+        """Some of the rows; ``kinds`` stay those of the whole batch."""
+        return self._each(lambda t: t[part])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        tensors: dict[str, Any] = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "kinds"}
+        return replace(self, **tensors)
 
     def attention_mask(self, dtype: torch.dtype) -> Tensor:
         """Additive mask [B, 1, N, N]: 0 where the query (row) may see the key (column), else a very negative number."""

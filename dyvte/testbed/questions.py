@@ -76,6 +76,7 @@ class Question:
 
     @property
     def hops(self) -> int:
+        """Look-ups in the image that the answer takes."""
         return KINDS[self.kind]
 
 
@@ -160,7 +161,9 @@ def _relation(scene: Scene, rng: np.random.Generator) -> Question | None:
     truth, yes = _pick(rng, options), bool(rng.integers(2))
     asked = truth if yes else OPPOSITE[truth]
     words = {"left": "left of", "right": "right of"}.get(asked, asked)
-    return Question("relation", f"is the {describe(a, omitted)} {words} the {describe(b, omitted)} ?", YES if yes else NO)
+    return Question(
+        "relation", f"is the {describe(a, omitted)} {words} the {describe(b, omitted)} ?", YES if yes else NO
+    )
 
 
 def _comparison(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -267,13 +270,16 @@ class ShapesRecord:
 
     @property
     def hops(self) -> int:
+        """Look-ups in the image that the answer takes (a caption's objects are independent: 1)."""
         return KINDS.get(self.kind, 1)
 
     @property
     def image_id(self) -> str:
+        """Name of the scene, shared by the questions about it."""
         return self.scene.image_id
 
     def image(self) -> Image.Image:
+        """The rendered scene."""
         return Image.fromarray(render(self.scene))
 
 
@@ -302,11 +308,13 @@ class ShapesQuestions(Sequence[ShapesRecord]):
         if num < 0 or per_scene < 1:
             raise ValueError(f"num must be at least 0 and per_scene at least 1, got {num} and {per_scene}")
         self.split, self.seed, self.kinds = split, seed, kinds
-        stream = self._matched(min_objects, max_objects) if matched else self._mixed(per_scene, min_objects, max_objects)
+        stream = (
+            self._matched(min_objects, max_objects) if matched else self._mixed(per_scene, min_objects, max_objects)
+        )
         self._records = [record for record, _ in zip(stream, range(num), strict=False)]
 
     def _mixed(self, per_scene: int, low: int, high: int) -> Iterator[ShapesRecord]:
-        owed = {k: 0 for k in self.kinds}  # questions asked so far: the kind that lags behind is asked next
+        owed = dict.fromkeys(self.kinds, 0)  # questions asked so far: the kind that lags behind is asked next
         index = 0
         while True:
             scene = sample_scene(self.split, self.seed, index, low, high)
@@ -340,5 +348,5 @@ class ShapesQuestions(Sequence[ShapesRecord]):
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def,override]
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
         return self._records[index]

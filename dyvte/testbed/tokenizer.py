@@ -30,16 +30,16 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ ' " + ASSISTANT + "' }}{% endif %}"
 )
 
-_TEMPLATE_WORDS = (
+_TEMPLATES = (
     "what is plus minus ? there a how many objects are the left right of above below do and have same "
     "from go then : color shape size describe image . , at shows"
-).split()
+)
 
 
 def vocabulary() -> list[str]:
     """Every word the world can say, special tokens first, in a fixed order."""
     words = [PAD, BOS, EOS, UNKNOWN, IMAGE, USER, ASSISTANT]
-    words += SYSTEM_PROMPT.split() + _TEMPLATE_WORDS + [str(n) for n in range(2 * MAX_NUMBER + 1)]
+    words += SYSTEM_PROMPT.split() + _TEMPLATES.split() + [str(n) for n in range(2 * MAX_NUMBER + 1)]
     words += [v for values in VALUES.values() for v in values] + [*ROWS, *COLUMNS, *STEPS, YES, NO]
     return list(dict.fromkeys(words))
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -24,15 +23,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dyvte.config import command
 from dyvte.errors import ConfigError
+from dyvte.store import write_atomic
 from dyvte.testbed.model import TestbedSizes, build_model
 from dyvte.testbed.packing import IGNORE, Branch, PackedBatch, pack
 from dyvte.testbed.questions import CAPTION_PROMPT, IMAGE_KINDS, ask, caption
@@ -102,12 +102,15 @@ class Batches:
         self.shares = np.array(shares, dtype=float) / sum(shares)
 
     def ids(self, text: str) -> list[int]:
+        """Token ids of words, without the start token."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def branch(self, kind: str, question: str, answer: str) -> Branch:
+        """A question with its answer and end token, in the chat format."""
         return Branch(kind, self.ids(f"{question} {ASSISTANT}"), self.ids(f"{answer} {EOS}"))
 
     def rng(self, stage: str, step: int) -> np.random.Generator:
+        """The random generator of one step of a stage."""
         return np.random.default_rng([self.cfg.seed, STAGES.index(stage), step])
 
     def max_objects(self, progress: float) -> int:
@@ -116,6 +119,7 @@ class Batches:
         return 3 + round(grown * (MAX_OBJECTS - 3))
 
     def questions(self, scene: Scene, rng: np.random.Generator, number: int) -> list[Branch]:
+        """At most ``number`` different questions about a scene, kinds drawn by their weights."""
         branches, seen = [], set()
         for kind in rng.choice(len(self.kinds), size=2 * number, p=self.shares):
             question = ask(scene, self.kinds[kind], rng, tries=4)
@@ -145,15 +149,23 @@ class Batches:
         rows = [(prefix, [self.branch("caption", CAPTION_PROMPT, caption(s, rng))]) for s in scenes]
         return pack(rows, self.cfg.align.length, self.pad_id), pixels(scenes)
 
-    def instruct(self, step: int, progress: float, size: int) -> tuple[PackedBatch, Tensor]:
+    @property
+    def prefix(self) -> list[int]:
+        """What stands before a question: the system prompt and the image, for the blind control no image."""
+        return self.head if self.cfg.instruct.blind else [*self.head, *self.image]
+
+    def _images(self, scenes: list[Scene]) -> Tensor | None:
+        return None if self.cfg.instruct.blind else pixels(scenes)
+
+    def instruct(self, step: int, progress: float, size: int) -> tuple[PackedBatch, Tensor | None]:
+        """Images of question scenes, with a random mix of questions about each."""
         rng = self.rng("instruct", step)
         high = self.max_objects(progress)
         scenes = [sample_scene("train", self.cfg.seed, step * size + i, MIN_OBJECTS, high) for i in range(size)]
-        prefix = [*self.head, *self.image]
-        rows = [(prefix, self.questions(s, rng, self.cfg.instruct.questions)) for s in scenes]
-        return pack(rows, self.cfg.instruct.length, self.pad_id), pixels(scenes)
+        rows = [(self.prefix, self.questions(s, rng, self.cfg.instruct.questions)) for s in scenes]
+        return pack(rows, self.cfg.instruct.length, self.pad_id), self._images(scenes)
 
-    def validation(self, number: int) -> tuple[PackedBatch, Tensor]:
+    def validation(self, number: int) -> tuple[PackedBatch, Tensor | None]:
         """Images of validation scenes with one question of every image kind that each admits."""
         rows, scenes = [], []
         for index in range(number):
@@ -161,9 +173,9 @@ class Batches:
             rng = scene_generator("validation", 0, index, purpose=2)
             asked = [q for k in IMAGE_KINDS if (q := ask(scene, k, rng)) is not None]
             branches = [self.branch(q.kind, q.text, q.answer) for q in asked]
-            rows.append(([*self.head, *self.image], branches))
+            rows.append((self.prefix, branches))
             scenes.append(scene)
-        return pack(rows, self.cfg.instruct.length, self.pad_id), pixels(scenes)
+        return pack(rows, self.cfg.instruct.length, self.pad_id), self._images(scenes)
 
 
 def pixels(scenes: list[Scene]) -> Tensor:
@@ -198,7 +210,7 @@ def packed_loss(model: LlavaForConditionalGeneration, states: Tensor, batch: Pac
     """Weighted mean cross-entropy (nats) over the labelled positions."""
     chosen = batch.labels != IGNORE
     logits = model.lm_head(states[chosen]).float()
-    losses = F.cross_entropy(logits, batch.labels[chosen], reduction="none")
+    losses = cross_entropy(logits, batch.labels[chosen], reduction="none")
     weights = batch.weights[chosen]
     return (losses * weights).sum() / weights.sum()
 
@@ -211,10 +223,7 @@ def packed_accuracy(
     right: dict[str, list[float]] = defaultdict(list)
     for start in range(0, len(batch.input_ids), chunk):
         part = slice(start, start + chunk)
-        piece = PackedBatch(
-            batch.input_ids[part], batch.position_ids[part], batch.branch[part], batch.labels[part],
-            batch.weights[part], {},
-        )  # fmt: skip
+        piece = batch.rows(part)
         features = visual_features(model, images[part]) if images is not None else None
         states = hidden_states(model, model.model.language_model, piece, features)
         correct = model.lm_head(states).argmax(-1) == piece.labels
@@ -236,9 +245,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float, decay: floa
 
 
 def _save(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    write_atomic(path, lambda out: torch.save(content, out))
 
 
 def run_stage(
@@ -314,7 +321,7 @@ def run_stage(
 
 
 def load_stages(folder: Path, stages: list[str], modules: dict[str, nn.Module]) -> None:
-    """Load what the finished ``stages`` of another run learnt, in order; stages without a checkpoint are passed over."""
+    """Load what the finished ``stages`` of another run learnt, in order; missing checkpoints are passed over."""
     if not folder.is_dir():
         raise ConfigError(f"init_from={folder} is not a folder of a testbed run")
     for path in (folder / f"{s}.pt" for s in stages):
@@ -333,6 +340,7 @@ class PatchHeads(nn.Module):
         self.heads = nn.ModuleDict({a: nn.Linear(width, 1 + len(VALUES[a])) for a in ATTRIBUTES})
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
+        """Logits [B, V, 1 + values] of every attribute from features [B, V, width]; class 0 is background."""
         features = self.norm(features)
         return {a: head(features) for a, head in self.heads.items()}
 
@@ -360,12 +368,8 @@ def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
     decoder = torch.compile(language) if cfg.compile else language
     talk = nn.ModuleDict({"decoder": language, "lm_head": model.lm_head})
 
-    def to_device(batch: PackedBatch) -> PackedBatch:
-        tensors = (batch.input_ids, batch.position_ids, batch.branch, batch.labels, batch.weights)
-        return PackedBatch(*(t.to(device) for t in tensors), batch.kinds)
-
     def loss(batch: PackedBatch, images: Tensor | None) -> Tensor:
-        batch = to_device(batch)
+        batch = batch.to(device)
         with fast_training(device, precision):
             features = None
             if images is not None:
@@ -374,24 +378,49 @@ def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
             states = hidden_states(model, decoder, batch, features)
         return packed_loss(model, states.float(), batch)
 
-    held_out: list[tuple[PackedBatch, Tensor]] = []
+    held_out: list[tuple[PackedBatch, Tensor | None]] = []
 
     def image_accuracy() -> dict[str, float]:
         if not held_out:
             held_out.append(batches.validation(cfg.validation_scenes))
         batch, images = held_out[0]
         with fast_training(device, precision):
-            found = packed_accuracy(model, to_device(batch), images.to(device))
+            found = packed_accuracy(model, batch.to(device), None if images is None else images.to(device))
         return {"accuracy": float(np.mean(list(found.values())))} | found
 
     def language_accuracy() -> dict[str, float]:
         batch = batches.language(10**6, 1.0, cfg.validation_scenes)  # a step that training never reaches
         with fast_training(device, precision):
-            return packed_accuracy(model, to_device(batch), None)
+            return packed_accuracy(model, batch.to(device), None)
 
     if cfg.init_from:
         parts = {"tower": tower, "projector": projector, "talk": talk}
         load_stages(Path(cfg.init_from), [s for s in STAGES if s not in cfg.stages], parts)
+    heads = PatchHeads(sizes.vision_width).to(device)
+
+    def patch_loss(step: int, progress: float) -> Tensor:
+        images, labels = _vision_batch(cfg, sizes, step, "vision")
+        with fast_training(device, precision):
+            outputs = heads(visual_features(model, images.to(device)))
+        losses = [cross_entropy(outputs[a].float().flatten(0, 1), labels[a].to(device).flatten()) for a in ATTRIBUTES]
+        return torch.stack(losses).sum()
+
+    @torch.no_grad()
+    def patch_accuracy() -> dict[str, float]:
+        images, labels = _vision_batch(cfg, sizes, 0, "validation")
+        with fast_training(device, precision):
+            outputs = heads(visual_features(model, images.to(device)))
+        on_object = labels["color"] > 0
+        return {a: float((outputs[a].argmax(-1).cpu() == labels[a])[on_object].float().mean()) for a in outputs}
+
+    def instruct_loss(step: int, progress: float) -> Tensor:
+        draw = batches.rng("instruct", step).random() + (1.0 if cfg.instruct.blind else 0.0)
+        if draw < cfg.instruct.caption_share:
+            return loss(*batches.align(10**6 + step, cfg.instruct.batch_size, stage="instruct"))
+        if draw < cfg.instruct.caption_share + cfg.instruct.text_share:
+            return loss(batches.language(10**6 + step, progress, cfg.language.batch_size, "instruct"), None)
+        return loss(*batches.instruct(step, progress, cfg.instruct.batch_size))
+
     for name in (s for s in STAGES if s in cfg.stages):
         stage = cfg[name]
         common: dict[str, Any] = {"folder": folder, "cfg": stage, "seed_everything": cfg.seed}
@@ -402,27 +431,9 @@ def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
                 **common,
             )  # fmt: skip
         elif name == "vision":
-            heads = PatchHeads(sizes.vision_width).to(device)
-
-            def patch_loss(step: int, progress: float) -> Tensor:
-                images, labels = _vision_batch(cfg, sizes, step, "vision")
-                with fast_training(device, precision):
-                    outputs = heads(visual_features(model, images.to(device)))
-                losses = [
-                    F.cross_entropy(outputs[a].float().flatten(0, 1), labels[a].to(device).flatten())
-                    for a in ATTRIBUTES
-                ]
-                return torch.stack(losses).sum()
-
-            @torch.no_grad()
-            def patch_accuracy() -> dict[str, float]:
-                images, labels = _vision_batch(cfg, sizes, 0, "validation")
-                with fast_training(device, precision):
-                    outputs = heads(visual_features(model, images.to(device)))
-                on_object = labels["color"] > 0
-                return {a: float((outputs[a].argmax(-1).cpu() == labels[a])[on_object].float().mean()) for a in outputs}
-
-            run_stage(name, modules={"tower": tower, "heads": heads}, loss_of=patch_loss, evaluate=patch_accuracy, **common)
+            run_stage(
+                name, modules={"tower": tower, "heads": heads}, loss_of=patch_loss, evaluate=patch_accuracy, **common
+            )
         elif name == "align":
             tower.requires_grad_(False)
             talk.requires_grad_(False)
@@ -433,14 +444,6 @@ def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
             talk.requires_grad_(True)
         else:
             tower.requires_grad_(False)
-
-            def instruct_loss(step: int, progress: float) -> Tensor:
-                draw = batches.rng("instruct", step).random()
-                if draw < cfg.instruct.caption_share:
-                    return loss(*batches.align(10**6 + step, cfg.instruct.batch_size, stage="instruct"))
-                if draw < cfg.instruct.caption_share + cfg.instruct.text_share:
-                    return loss(batches.language(10**6 + step, progress, cfg.language.batch_size, "instruct"), None)
-                return loss(*batches.instruct(step, progress, cfg.instruct.batch_size))
 
             run_stage(
                 name, modules={"projector": projector, "talk": talk}, loss_of=instruct_loss,
@@ -457,6 +460,7 @@ def export(model: LlavaForConditionalGeneration, patch_size: int, folder: Path) 
 
 @command("testbed")
 def main(cfg: DictConfig) -> None:
+    """Train the configured stages; after the last one write the model in transformers format."""
     folder = Path(cfg.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)

@@ -77,6 +77,7 @@ class Scene:
 
     @property
     def image_id(self) -> str:
+        """Name of the scene, unique over splits and seeds."""
         return f"{self.split}-{self.seed}-{self.index:07d}"
 
     def at(self, row: int, column: int) -> Object | None:
@@ -133,9 +134,7 @@ def sample_scene(
     return Scene(split, seed, index, tuple(objects))
 
 
-def signed_distance(
-    shape: str, x: NDArray[np.float64], y: NDArray[np.float64], radius: float
-) -> NDArray[np.float64]:
+def signed_distance(shape: str, x: NDArray[np.float64], y: NDArray[np.float64], radius: float) -> NDArray[np.float64]:
     """Distance in pixels from the outline of a shape centred at the origin, negative inside."""
     if shape == "circle":
         return np.hypot(x, y) - radius
