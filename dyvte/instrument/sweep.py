@@ -39,7 +39,7 @@ from dyvte.layout import TokenLayout
 from dyvte.mllm import IGNORE_INDEX, MLLM, Batch
 
 if TYPE_CHECKING:
-    from dyvte.instrument.attention import _AttentionCall
+    from dyvte.instrument.attention import AttentionCall
 
 ENTROPIES = (
     "text_entropy",
@@ -479,7 +479,7 @@ class _Sweep:
         self.branches: Tensor | None = None  # [L, b, M, d]
         self.final: Tensor | None = None  # [B, N, d] after the last layer
         self.template: Any = None
-        self._look: Callable[[_AttentionCall], None] | None = None
+        self._look: Callable[[AttentionCall], None] | None = None
 
     def run(self) -> ExitSweep:
         model = self.mllm.model
@@ -493,7 +493,7 @@ class _Sweep:
             raise UnsupportedError(f"{type(model).__name__} did not run its decoder layers in order")
         return self._score()
 
-    def _see(self, layer: int, call: _AttentionCall) -> None:
+    def _see(self, layer: int, call: AttentionCall) -> None:
         if self._look is not None:
             self._look(call)
 
@@ -632,7 +632,7 @@ class _Sweep:
             queries = _locate(query_positions, query_valid, plan.query_positions, self.length)
         keys = None if whole else _locate(key_positions, key_valid, plan.frame.key_positions, self.length)
 
-        def look(seen: _AttentionCall) -> None:
+        def look(seen: AttentionCall) -> None:
             self._look = None
             times = len(seen.query) // len(queries)
             query = _take(seen.query, _repeated(queries, times))
