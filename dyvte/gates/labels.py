@@ -1,0 +1,289 @@
+"""The label set: what every question's answer becomes under every exit layer, and the token status after every layer.
+
+One pass over a data set: the model answers greedily, one sweep scores that answer under all exits (`dyvte.exit_sweep`)
+and gives the status after every layer. It lies in a run folder, a shard a batch, so a killed pass goes on where it was
+and a folder never mixes models, data or settings. Label rules, ratios and status ablations are views of one set.
+
+    samples      id image_id kind metadata reference answer correct answer_tokens text_tokens visual_tokens
+    exits        id exit_layer agree nll, with `ground_truth` truth_agree truth_nll, with `answers` answer correct
+    status       (tensors) one [b, L - 1, d] a part, after every layer but the last
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from dyvte.criteria import paper_labels
+from dyvte.data.base import Dataset, Sample
+from dyvte.data.metrics import exact_match
+from dyvte.errors import ConfigError, DataError
+from dyvte.gates.module import QUESTION
+from dyvte.instrument.states import STATUS_PARTS, status_weights, token_status
+from dyvte.instrument.sweep import exit_sweep, greedy_answer_ids
+from dyvte.mllm import IGNORE_INDEX, MLLM, Batch
+from dyvte.policies.fixed_exit import FixedExit
+from dyvte.runner import consecutive_batches, run
+from dyvte.store import RunFolder, fingerprint
+
+LABEL_RULES = ("stable", "agree", "paper", "release")
+"""stable: the answer is the full model's under this exit and every later one. agree: under this exit. paper and
+release: `dyvte.criteria.paper_labels` and `release_labels`."""
+
+
+@dataclass(frozen=True)
+class LabelSettings:
+    """What a label set holds.
+
+    Attributes:
+        max_new_tokens: the full model's answers are cut at this length.
+        status: token status parts to keep, of `STATUS_PARTS`; `question` adds the status that a model has at its end
+            when it never saw the image, for the control that may look at the question only.
+        ground_truth: also score the reference answer (needed by the label rule `release`).
+        answers: also decode the answer of every exit that disagrees (needed for the accuracy of every exit).
+    """
+
+    max_new_tokens: int = 64
+    status: tuple[str, ...] = (*STATUS_PARTS, QUESTION)
+    ground_truth: bool = False
+    answers: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [part for part in self.status if part not in (*STATUS_PARTS, QUESTION)]
+        if unknown:
+            raise ConfigError(f"unknown status part {unknown[0]!r}; choose from {', '.join((*STATUS_PARTS, QUESTION))}")
+
+
+def collect_labels(
+    mllm: MLLM, dataset: Dataset, cfg: DictConfig, path: str, settings: LabelSettings, description: str = "labels"
+) -> LabelSet:
+    """Make the label set of a data set in the folder `path`, or finish the one that is there.
+
+    Args:
+        mllm: the model.
+        dataset: its questions; those without an image have nothing to exit and are left out of training later.
+        cfg: the composed configuration (`model`, `data`, `seed`, `batch_size`, `overwrite`).
+        path: the folder.
+        settings: what to keep.
+        description: label of the progress bar.
+
+    Raises:
+        RunFolderError: the folder holds labels of another model, other data or other settings.
+    """
+    own = OmegaConf.merge(cfg, {"command": "labels"})
+    assert isinstance(own, DictConfig)
+    kept = {
+        "max_new_tokens": settings.max_new_tokens,
+        "status": list(settings.status),
+        "ground_truth": settings.ground_truth,
+        "answers": settings.answers,
+    }
+    folder = RunFolder.open(path, fingerprint(mllm, dataset, own, **kept), own)
+    batches = consecutive_batches(len(dataset), cfg.batch_size)
+    run(folder, dataset, batches, functools.partial(label_batch, mllm, settings=settings), description)
+    return LabelSet(folder)
+
+
+@torch.no_grad()
+def label_batch(
+    mllm: MLLM, samples: Sequence[Sample], settings: LabelSettings
+) -> dict[str, pd.DataFrame | dict[str, Tensor]]:
+    """Tables and tensors of one batch, as listed at the top of this file."""
+    batch = mllm.encode([sample.image for sample in samples], [sample.question for sample in samples])
+    answer_ids = greedy_answer_ids(mllm, batch, settings.max_new_tokens)
+    parts = [part for part in settings.status if part != QUESTION]
+    sweep = exit_sweep(mllm, batch, answer_ids, shared_image=_image_numbers(samples), status_parts=parts, entropy=False)
+    answers = mllm.decode(_ids(answer_ids))
+    num_exits = mllm.num_layers + 1
+    exits = {
+        "id": np.repeat([sample.id for sample in samples], num_exits),
+        "exit_layer": np.tile(np.arange(num_exits), len(samples)),
+        "agree": _flat(sweep.agree),
+        "nll": _flat(sweep.nll),
+    }
+    if settings.ground_truth:
+        exits.update(_truth_columns(mllm, batch, samples))
+    correct = [_correct(answer, sample.answer) for answer, sample in zip(answers, samples, strict=True)]
+    if settings.answers:
+        by_exit = _answers_by_exit(mllm, samples, answers, sweep.agree, settings.max_new_tokens)
+        exits["answer"] = np.array([answer for row in by_exit for answer in row], dtype=object)
+        exits["correct"] = np.array(
+            [_correct(answer, sample.answer) for row, sample in zip(by_exit, samples, strict=True) for answer in row]
+        )
+    table = pd.DataFrame(
+        {
+            "id": [sample.id for sample in samples],
+            "image_id": [sample.image_id for sample in samples],
+            "kind": [sample.kind for sample in samples],
+            "metadata": [json.dumps(sample.metadata, sort_keys=True) for sample in samples],
+            "question": [sample.question for sample in samples],
+            "reference": [sample.answer for sample in samples],
+            "answer": answers,
+            "correct": correct,
+            "answer_tokens": _flat((answer_ids != IGNORE_INDEX).sum(1)),
+            "text_tokens": _flat(batch.layout.text.sum(1)),
+            "visual_tokens": _flat(batch.layout.visual.sum(1)),
+        }
+    )
+    # [b, L, P * d] -> one [b, L - 1, d] a part, in the model's own precision
+    pieces = sweep.text_status[:, :-1].to("cpu", mllm.dtype).chunk(len(parts), dim=-1) if parts else ()
+    status = {part: piece.contiguous() for part, piece in zip(parts, pieces, strict=True)}
+    if QUESTION in settings.status:
+        status[QUESTION] = _question_status(mllm, batch).to("cpu", mllm.dtype)
+    return {"samples": table, "exits": pd.DataFrame(exits), "status": status}
+
+
+def _flat(tensor: Tensor) -> np.ndarray[Any, Any]:
+    return tensor.cpu().flatten().numpy()
+
+
+def _ids(answer_ids: Tensor) -> list[list[int]]:
+    return [[token for token in row if token != IGNORE_INDEX] for row in answer_ids.tolist()]
+
+
+def _correct(answer: str, reference: str | None) -> float:
+    return float("nan") if reference is None else float(exact_match(answer, reference))
+
+
+def _image_numbers(samples: Sequence[Sample]) -> list[int]:
+    """Equal numbers for questions on one image; a question without image has its own."""
+    seen: dict[str, int] = {}
+    names = [f"none {row}" if each.image is None else f"image {each.image_id}" for row, each in enumerate(samples)]
+    return [seen.setdefault(name, len(seen)) for name in names]
+
+
+def _truth_columns(mllm: MLLM, batch: Batch, samples: Sequence[Sample]) -> dict[str, np.ndarray[Any, Any]]:
+    """Share of tokens that stay the full model's, and cross-entropy, teacher-forced on the reference answers."""
+    references = [sample.answer for sample in samples]
+    missing = [sample.id for sample in samples if sample.answer is None]
+    if missing:
+        raise DataError(f"sample {missing[0]!r} has no reference answer, which the label rule 'release' needs")
+    truth_ids = mllm.answer_ids([sample.question for sample in samples], [str(each) for each in references])
+    sweep = exit_sweep(mllm, batch, truth_ids, shared_image=_image_numbers(samples), entropy=False)
+    same = (sweep.token_argmax == sweep.token_argmax[:, -1:]) & sweep.answer_valid[:, None, :]
+    share = same.sum(-1) / sweep.answer_valid.sum(-1)[:, None]
+    return {"truth_agree": _flat(share), "truth_nll": _flat(sweep.nll)}
+
+
+def _answers_by_exit(
+    mllm: MLLM, samples: Sequence[Sample], answers: Sequence[str], agree: Tensor, max_new_tokens: int
+) -> list[list[str]]:
+    """The answer of every sample under every exit; only those that disagree with the full model are generated."""
+    by_exit = [[answer] * (mllm.num_layers + 1) for answer in answers]
+    for layer, agrees in enumerate(agree.T.tolist()):
+        rows = [row for row, same in enumerate(agrees) if not same]
+        if not rows:
+            continue
+        batch = mllm.encode([samples[row].image for row in rows], [samples[row].question for row in rows])
+        with FixedExit(layer)(mllm):
+            generated = mllm.decode(mllm.generate_ids(batch, max_new_tokens=max_new_tokens))
+        for row, answer in zip(rows, generated, strict=True):
+            by_exit[row][layer] = answer
+    return by_exit
+
+
+def _question_status(mllm: MLLM, batch: Batch) -> Tensor:
+    """[b, L - 1, d] last prompt state after the last layer of a model that never saw the image, once for each gate."""
+    weights = status_weights(batch.layout, ["text_last"])
+    with _layer_output(mllm, mllm.num_layers - 1) as outputs, FixedExit(0)(mllm):
+        mllm.model(**batch, logits_to_keep=1)
+    return token_status(outputs[0], weights)[:, None].repeat(1, mllm.num_layers - 1, 1)
+
+
+@contextmanager
+def _layer_output(mllm: MLLM, layer: int) -> Iterator[list[Tensor]]:
+    """Within the block, collect the hidden states that decoder layer `layer` returns."""
+    outputs: list[Tensor] = []
+    handle = mllm.layers[layer].register_forward_hook(
+        lambda module, args, output: outputs.append(output[0] if isinstance(output, tuple) else output)
+    )
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+class LabelSet:
+    """A finished label set: n samples, exit layers 0..L.
+
+    Attributes:
+        samples: one row a sample.
+        agree: [n, L + 1] whether exit k generates the full model's answer.
+        nll: [n, L + 1] cross-entropy of that answer, in nats.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.samples = folder.read_table("samples")
+        self._exits = folder.read_table("exits")
+        self.agree = torch.from_numpy(self._by_exit("agree").astype(bool))
+        self.nll = torch.from_numpy(self._by_exit("nll"))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.agree.shape[1] - 1
+
+    @property
+    def has_image(self) -> Tensor:
+        """[n] whether the sample shows an image."""
+        return torch.from_numpy(self.samples["visual_tokens"].to_numpy() > 0)
+
+    @property
+    def correct(self) -> Tensor:
+        """[n, L + 1] accuracy of every exit; NaN where there is no reference answer."""
+        return torch.from_numpy(self._by_exit("correct"))
+
+    def _by_exit(self, column: str) -> np.ndarray[Any, Any]:
+        if column not in self._exits:
+            raise ConfigError(f"the labels in {self.folder.path} hold no {column!r}: collect them anew with it")
+        return self._exits[column].to_numpy().reshape(len(self.samples), -1)
+
+    def labels(self, rule: str, ratio: float = 1.03, eps: float = 1e-3) -> Tensor:
+        """[n, L + 1] whether exit k is right, after one of `LABEL_RULES`.
+
+        Args:
+            rule: which.
+            ratio: largest factor on the full model's cross-entropy, for `paper` and `release`.
+            eps: largest difference in nats that `paper` forgives.
+
+        Raises:
+            ConfigError: an unknown rule, or one that needs what the set does not hold.
+        """
+        if rule == "agree":
+            return self.agree
+        if rule == "stable":
+            return self.agree.flip(1).cumprod(1).flip(1).bool()
+        if rule == "paper":
+            return paper_labels(self.agree, self.nll, ratio, eps)
+        if rule == "release":
+            share, nll = (torch.from_numpy(self._by_exit(each)) for each in ("truth_agree", "truth_nll"))
+            labels = (share >= 0.99) & (nll < ratio * nll[:, -1:])
+            labels[:, -1] = True
+            return labels
+        raise ConfigError(f"unknown label rule {rule!r}; choose from {', '.join(LABEL_RULES)}")
+
+    def status(self, parts: Sequence[str]) -> Tensor:
+        """[n, L - 1, P * d] status after every layer but the last.
+
+        Raises:
+            ConfigError: the set holds no such part.
+        """
+        try:
+            shards = [torch.cat([each[part] for part in parts], -1) for each in self.folder.tensors("status", parts)]
+        except Exception as error:  # safetensors names the key in an error type of its own
+            raise ConfigError(f"the labels in {self.folder.path} do not hold the status {list(parts)}") from error
+        return torch.cat(shards)
