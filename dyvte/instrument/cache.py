@@ -105,7 +105,7 @@ class KeptLayer(DynamicLayer):
             num_queries: number of new tokens.
             dtype: floating-point type of an additive mask, needed when keys carry a bias.
         """
-        position, valid, bias = self._key_positions(num_queries)
+        position, valid, bias = self.key_positions(num_queries)
         offset = self.get_mask_sizes(num_queries)[1]
         if mask is not None:
             # A row that attends to nothing else still sees itself, so out-of-window keys may point anywhere.
@@ -235,7 +235,7 @@ class KeptLayer(DynamicLayer):
             dense[:, :, self._width() :] = self._tail[part]
         return dense
 
-    def _key_positions(self, num_queries: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def key_positions(self, num_queries: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Position [B, n], validity [B, n] and bias [B, n] of the keys that the next `update` will return."""
         rows, width = self._num_rows(), self._width()
         position = torch.zeros(rows, width, dtype=torch.long, device=self.device)

@@ -254,8 +254,11 @@ class _Frame:
 class _Keys:
     """Stands in for a KV cache in one call of one layer: adds the keys of earlier tokens, and keeps what it saw."""
 
-    def __init__(self, earlier: tuple[Tensor, Tensor] | None = None) -> None:
+    def __init__(
+        self, earlier: tuple[Tensor, Tensor] | None = None, rows: Tensor | None = None, positions: Tensor | None = None
+    ) -> None:
         self.earlier = earlier
+        self.rows, self.positions = rows, positions  # [b] and [b, K]: which keys `update` returns, None for all
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
@@ -606,7 +609,8 @@ class _Sweep:
             }
             if earlier is not None:
                 earlier = _repeated(earlier[0], times), _repeated(earlier[1], times)
-        return output_states(call.run(states, **{**packed, "past_key_values": _Keys(earlier)}))
+        keys = _Keys(earlier, frame.rows.repeat(times), frame.key_positions.repeat(times, 1))
+        return output_states(call.run(states, **{**packed, "past_key_values": keys}))
 
     # ---------------------------------------------------------------------- entropies
 
