@@ -95,12 +95,12 @@ def test_every_key_is_explained(path: Path):
 
 
 def commented_keys(path: Path) -> set[str]:
-    lines = path.read_text().splitlines()
-    keys = {}
-    for number, line in enumerate(lines):
-        if match := re.match(r"(\w+):", line):
-            keys[match[1]] = "#" in line or (number > 0 and lines[number - 1].startswith("#"))
-    return {key for key, explained in keys.items() if explained}
+    keys, commented = set(), False  # a comment speaks for the block of lines under it
+    for line in path.read_text().splitlines():
+        commented = bool(line.strip()) and (commented or line.startswith("#"))
+        if (match := re.match(r"(\w+):", line)) and (commented or "#" in line):
+            keys.add(match[1])
+    return keys
 
 
 def test_run_folders_are_named_after_what_was_run():
