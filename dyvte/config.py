@@ -73,14 +73,15 @@ def command(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[...,
                 if missing := sorted(OmegaConf.missing_keys(cfg)):
                     settings = " ".join(f"{key}=..." for key in missing)
                     raise ConfigError(f"needs a value: {settings} (conf/{name}.yaml says what it means)")
-                print(f"run folder: {cfg.output_dir}", flush=True)
+                if "output_dir" in cfg:
+                    print(f"run folder: {cfg.output_dir}", flush=True)
                 task(cfg)
             except DyvteError as error:
                 if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs of the sweep go on
                     raise CompactHydraException(str(error)) from error
                 sys.exit(f"error: {error}")
             except KeyboardInterrupt:
-                print(f"interrupted; what is finished is in {cfg.output_dir}", file=sys.stderr)
+                print(f"interrupted; what is finished is in {cfg.get('output_dir', '.')}", file=sys.stderr)
                 sys.exit(130)
 
         decorated: Callable[..., None] = hydra.main(
