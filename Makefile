@@ -39,7 +39,7 @@ pytest: $(STAMP) ## Run the tests (WORKERS=2 processes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
 
 testbed-eval: $(STAMP) ## Accuracy and controls of the shipped model, and its model card
-	$(BIN)/python -m dyvte.testbed.evaluate
+	$(BIN)/python -m analysis.testbed
 
 clean: ## Remove .venv and caches; results under outputs/ stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
