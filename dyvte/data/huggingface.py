@@ -68,7 +68,7 @@ class HuggingFaceDataset(Dataset):
             raise ConfigError(f"data.columns has unknown keys {', '.join(unknown)}; known are {', '.join(ROLES)}")
         if "question" not in self.columns:
             raise ConfigError("data.columns.question is not set: name the column that holds the question")
-        rows = _one_split(_load(path, subset, revision), split, path)
+        rows = _one_split(_load(path, subset, split, revision), split, path)
         for role, column in self.columns.items():
             if column not in rows.column_names:
                 known = ", ".join(rows.column_names)
@@ -127,7 +127,9 @@ class HuggingFaceDataset(Dataset):
         return text_fingerprint([self.rows._fingerprint, repr(sorted(self.columns.items())), self.question_suffix])
 
 
-def _load(path: str, subset: str | None, revision: str | None) -> datasets.Dataset | datasets.DatasetDict:
+def _load(
+    path: str, subset: str | None, split: str | None, revision: str | None
+) -> datasets.Dataset | datasets.DatasetDict:
     local = Path(path)
     try:
         if local.is_file():
@@ -136,9 +138,10 @@ def _load(path: str, subset: str | None, revision: str | None) -> datasets.Datas
             return datasets.load_dataset(FILE_FORMATS[local.suffix], data_files=str(local))
         if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
             return datasets.load_from_disk(path)
-        if not local.exists():
-            _check_hub(path, revision)
-        return datasets.load_dataset(path, subset, revision=revision)
+        if local.exists():
+            return datasets.load_dataset(path, subset)
+        _check_hub(path, revision)
+        return datasets.load_dataset(path, subset, split=split, revision=revision)  # no other split is downloaded
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(f"cannot load data set {path!r}: {reason} (set data.path)") from error
