@@ -113,9 +113,10 @@ class Batches:
         """The random generator of one step of a stage."""
         return np.random.default_rng([self.cfg.seed, STAGES.index(stage), step])
 
-    def max_objects(self, progress: float) -> int:
+    def max_objects(self, stage: str, progress: float) -> int:
         """Scenes grow from three objects to all of them over the first ``curriculum`` of a stage."""
-        grown = min(progress / self.cfg.curriculum, 1.0) if self.cfg.curriculum else 1.0
+        curriculum = self.cfg[stage].curriculum
+        grown = min(progress / curriculum, 1.0) if curriculum else 1.0
         return 3 + round(grown * (MAX_OBJECTS - 3))
 
     def questions(self, scene: Scene, rng: np.random.Generator, number: int) -> list[Branch]:
@@ -134,7 +135,7 @@ class Batches:
         """Scenes in words, with questions; half the rows also say the scene again in another order."""
         rng, rows = self.rng(stage, step), []
         for i in range(size):
-            scene = sample_scene("text", self.cfg.seed, step * size + i, MIN_OBJECTS, self.max_objects(progress))
+            scene = sample_scene("text", self.cfg.seed, step * size + i, MIN_OBJECTS, self.max_objects(stage, progress))
             branches = self.questions(scene, rng, self.cfg.language.questions)
             if rng.random() < self.cfg.language.caption_share:
                 branches.insert(0, self.branch("caption", CAPTION_PROMPT, caption(scene, rng)))
@@ -160,7 +161,7 @@ class Batches:
     def instruct(self, step: int, progress: float, size: int) -> tuple[PackedBatch, Tensor | None]:
         """Images of question scenes, with a random mix of questions about each."""
         rng = self.rng("instruct", step)
-        high = self.max_objects(progress)
+        high = self.max_objects("instruct", progress)
         scenes = [sample_scene("train", self.cfg.seed, step * size + i, MIN_OBJECTS, high) for i in range(size)]
         rows = [(self.prefix, self.questions(s, rng, self.cfg.instruct.questions)) for s in scenes]
         return pack(rows, self.cfg.instruct.length, self.pad_id), self._images(scenes)
