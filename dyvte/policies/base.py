@@ -270,7 +270,8 @@ class _Engine:
                 f"the KV cache was filled under {filled_under or 'no policy'}, which is not the policy of this block "
                 f"({self._signature()}); prefill again"
             )
-        if pixel_values is not None or self.mllm.layout(input_ids).visual.any():
+        # A single token was generated; that it is the image token (of a model with random weights) does not matter.
+        if pixel_values is not None or (input_ids.shape[1] > 1 and self.mllm.layout(input_ids).visual.any()):
             raise UnsupportedError(
                 "images in a later part of a prompt (chunked prefill, a further turn) are not supported"
             )
