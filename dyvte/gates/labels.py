@@ -5,7 +5,8 @@ and gives the status after every layer. It lies in a run folder, a shard a batch
 and a folder never mixes models, data or settings. Label rules, ratios and status ablations are views of one set.
 
     samples      id image_id kind metadata reference answer correct answer_tokens text_tokens visual_tokens
-    exits        id exit_layer agree nll, with `ground_truth` truth_agree truth_nll, with `answers` answer correct
+    exits        id exit_layer agree nll flops_total flops_decoder,
+                 with `ground_truth` truth_agree truth_nll, with `answers` answer correct
     status       (tensors) one [b, L - 1, d] a part, after every layer but the last
 """
 
@@ -28,6 +29,7 @@ from dyvte.criteria import paper_labels
 from dyvte.data.base import Dataset, Sample
 from dyvte.data.metrics import exact_match
 from dyvte.errors import ConfigError, DataError
+from dyvte.flops import FlopCount, exit_flops
 from dyvte.gates.module import QUESTION
 from dyvte.instrument.states import STATUS_PARTS, status_weights, token_status
 from dyvte.instrument.sweep import exit_sweep, greedy_answer_ids
@@ -90,26 +92,41 @@ def collect_labels(
     }
     folder = RunFolder.open(path, fingerprint(mllm, dataset, own, **kept), own)
     batches = consecutive_batches(len(dataset), cfg.batch_size)
-    run(folder, dataset, batches, functools.partial(label_batch, mllm, settings=settings), description)
+    counted: FlopsByLength = {}
+    run(folder, dataset, batches, functools.partial(label_batch, mllm, settings=settings, counted=counted), description)
     return LabelSet(folder)
+
+
+FlopsByLength = dict[tuple[int, int], list[FlopCount]]
+"""What every exit costs, by number of text and of visual tokens."""
 
 
 @torch.no_grad()
 def label_batch(
-    mllm: MLLM, samples: Sequence[Sample], settings: LabelSettings
+    mllm: MLLM, samples: Sequence[Sample], settings: LabelSettings, counted: FlopsByLength
 ) -> dict[str, pd.DataFrame | dict[str, Tensor]]:
-    """Tables and tensors of one batch, as listed at the top of this file."""
+    """Tables and tensors of one batch, as listed at the top of this file.
+
+    `counted` remembers what prompts of a length cost; lengths that it lacks are counted on a prefill and added.
+    """
     batch = mllm.encode([sample.image for sample in samples], [sample.question for sample in samples])
     answer_ids = greedy_answer_ids(mllm, batch, settings.max_new_tokens)
     parts = [part for part in settings.status if part != QUESTION]
     sweep = exit_sweep(mllm, batch, answer_ids, shared_image=_image_numbers(samples), status_parts=parts, entropy=False)
     answers = mllm.decode(_ids(answer_ids))
+    text_tokens, visual_tokens = batch.layout.text.sum(1), batch.layout.visual.sum(1)
+    lengths = list(zip(text_tokens.tolist(), visual_tokens.tolist(), strict=True))
+    for length, sample in zip(lengths, samples, strict=True):
+        if length not in counted:
+            counted[length] = exit_flops(mllm, mllm.encode([sample.image], [sample.question]))
     num_exits = mllm.num_layers + 1
     exits = {
         "id": np.repeat([sample.id for sample in samples], num_exits),
         "exit_layer": np.tile(np.arange(num_exits), len(samples)),
         "agree": _flat(sweep.agree),
         "nll": _flat(sweep.nll),
+        "flops_total": [count.total for length in lengths for count in counted[length]],
+        "flops_decoder": [count.decoder for length in lengths for count in counted[length]],
     }
     if settings.ground_truth:
         exits.update(_truth_columns(mllm, batch, samples))
@@ -131,8 +148,8 @@ def label_batch(
             "answer": answers,
             "correct": correct,
             "answer_tokens": _flat((answer_ids != IGNORE_INDEX).sum(1)),
-            "text_tokens": _flat(batch.layout.text.sum(1)),
-            "visual_tokens": _flat(batch.layout.visual.sum(1)),
+            "text_tokens": _flat(text_tokens),
+            "visual_tokens": _flat(visual_tokens),
         }
     )
     # [b, L, P * d] -> one [b, L - 1, d] a part, in the model's own precision
@@ -240,7 +257,17 @@ class LabelSet:
     @property
     def has_image(self) -> Tensor:
         """[n] whether the sample shows an image."""
-        return torch.from_numpy(self.samples["visual_tokens"].to_numpy() > 0)
+        return torch.from_numpy(self.samples["visual_tokens"].to_numpy(copy=True) > 0)
+
+    @property
+    def flops(self) -> Tensor:
+        """[n, L + 1] operations that the decoder takes for the prefill under every exit."""
+        return torch.from_numpy(self._by_exit("flops_decoder"))
+
+    @property
+    def cost(self) -> Tensor:
+        """[n, L + 1] the same in full prefills."""
+        return self.flops / self.flops[:, -1:]
 
     @property
     def correct(self) -> Tensor:
@@ -250,7 +277,7 @@ class LabelSet:
     def _by_exit(self, column: str) -> np.ndarray[Any, Any]:
         if column not in self._exits:
             raise ConfigError(f"the labels in {self.folder.path} hold no {column!r}: collect them anew with it")
-        return self._exits[column].to_numpy().reshape(len(self.samples), -1)
+        return self._exits[column].to_numpy(copy=True).reshape(len(self.samples), -1)
 
     def labels(self, rule: str, ratio: float = 1.03, eps: float = 1e-3) -> Tensor:
         """[n, L + 1] whether exit k is right, after one of `LABEL_RULES`.

@@ -1,0 +1,185 @@
+"""How good gates are, as pure functions: per layer as classifiers, and together as the first one to fire."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import beta
+from torch import Tensor
+
+
+def first_exit(exit_probability: Tensor, thresholds: Sequence[float], min_layer: int = 1) -> Tensor:
+    """Exit layer k of every sample, as `DynamicExit` chooses it: the first gate above its threshold, else L.
+
+    Args:
+        exit_probability: [n, L - 1], gate i decides on k = i + 1.
+        thresholds: one a gate.
+        min_layer: no exit below this k.
+
+    Returns:
+        [n] in 1..L.
+    """
+    fires = exit_probability > torch.tensor(thresholds, dtype=exit_probability.dtype)
+    fires[:, : min_layer - 1] = False
+    always = torch.ones_like(fires[:, :1])
+    return 1 + torch.cat([fires, always], dim=1).int().argmax(1)
+
+
+def at_exit(table: Tensor, exit_layers: Tensor) -> Tensor:
+    """[n] entries of a table [n, L + 1] over exit layers at each sample's own exit layer [n]."""
+    return table.gather(1, exit_layers[:, None])[:, 0]
+
+
+def layer_report(exit_probability: Tensor, labels: Tensor, thresholds: Sequence[float], bins: int = 10) -> pd.DataFrame:
+    """Every gate as a classifier of "exit".
+
+    Args:
+        exit_probability: [n, L - 1].
+        labels: [n, L - 1] boolean.
+        thresholds: one a gate.
+        bins: equal bins of probability for the calibration error.
+
+    Returns:
+        One row a gate: `exit_layer`, `label_rate` and `exit_rate` (share of exits among labels and decisions),
+        `precision` and `recall` of exit (NaN without a decision or label for it), `calibration_error` (mean absolute
+        difference between probability and frequency, weighted by bin size) and `cross_entropy` in nats.
+    """
+    rows = []
+    for gate in range(exit_probability.shape[1]):
+        probability, label = exit_probability[:, gate].double(), labels[:, gate].double()
+        decided = (probability > thresholds[gate]).double()
+        hits = float((decided * label).sum())
+        number = (probability * bins).long().clamp(max=bins - 1)
+        gaps = torch.zeros(bins, dtype=torch.float64).index_add(0, number, probability - label)
+        clamped = probability.clamp(1e-7, 1 - 1e-7)
+        entropy = -(label * clamped.log() + (1 - label) * (1 - clamped).log()).mean()
+        rows.append(
+            {
+                "exit_layer": gate + 1,
+                "label_rate": float(label.mean()),
+                "exit_rate": float(decided.mean()),
+                "precision": hits / float(decided.sum()) if decided.any() else float("nan"),
+                "recall": hits / float(label.sum()) if label.any() else float("nan"),
+                "calibration_error": float(gaps.abs().sum()) / len(label),
+                "cross_entropy": float(entropy),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def upper_limit(failures: Tensor, clusters: Sequence[Any], level: float = 0.95) -> float:
+    """One-sided upper confidence limit of a failure rate when samples come in clusters.
+
+    Exact binomial (Clopper-Pearson) limit with the sample size divided by the design effect, the factor by which
+    clusters inflate the variance of the mean (Korn & Graubard, Survey Methodology 24, 1998); never below 1 here.
+
+    Args:
+        failures: [n] boolean.
+        clusters: length n, equal for samples of one cluster (image).
+        level: confidence.
+    """
+    values = failures.double().numpy()
+    n, rate = len(values), float(values.mean())
+    _, index = np.unique(np.asarray(clusters).astype(str), return_inverse=True)
+    num_clusters = int(index.max()) + 1
+    design = 1.0
+    if 0 < rate < 1 and num_clusters > 1:
+        residuals = np.bincount(index, weights=values - rate)
+        variance = num_clusters / (num_clusters - 1) * float(residuals @ residuals) / n**2
+        design = max(1.0, variance / (rate * (1 - rate) / n))
+    effective = n / design
+    failed = rate * effective
+    return 1.0 if failed >= effective else float(beta.ppf(level, failed + 1, effective - failed))
+
+
+def choose_threshold(
+    exit_probability: Tensor,
+    agree: Tensor,
+    clusters: Sequence[Any],
+    bound: float,
+    level: float = 0.95,
+    min_layer: int = 1,
+    grid: int = 400,
+) -> tuple[float, float]:
+    """The smallest threshold whose upper confidence limit on disagreement is at most `bound`, on validation data.
+
+    Thresholds are tried from the strictest down until the first that fails, so the statement holds for the chosen one
+    although many were looked at (fixed-sequence testing). A threshold of 1 never exits.
+
+    Args:
+        exit_probability: [n, L - 1].
+        agree: [n, L + 1] whether exit k gives the full model's answer.
+        clusters: length n, the image of each sample.
+        bound: largest acceptable upper limit on the share of samples whose answer changes.
+        level: confidence of the limit.
+        min_layer: no exit below this k.
+        grid: number of thresholds tried, spread evenly in rank over the largest probability of each sample.
+
+    Returns:
+        The threshold and the upper limit that it reaches.
+    """
+    gates = exit_probability.shape[1]
+    flat = exit_probability[:, min_layer - 1 :].flatten().sort(descending=True).values
+    # spread in log-rank: most candidates where few gates fire, which is where the bound is met
+    ranks = torch.logspace(0, float(np.log10(max(len(flat) - 1, 1))), grid).long().clamp(max=len(flat) - 1)
+    candidates = flat[ranks].unique().flip(0).tolist()
+    chosen, reached = 1.0, 0.0
+    for candidate in candidates:
+        exits = first_exit(exit_probability, [candidate] * gates, min_layer)
+        limit = upper_limit(~at_exit(agree, exits).bool(), clusters, level)
+        if limit > bound:
+            break
+        chosen, reached = candidate, limit
+    return chosen, reached
+
+
+def mixture_cost(cost: Tensor, agreement: Tensor, wanted: float) -> float:
+    """Cheapest mean cost at which fixed exits, mixed at random over questions, reach an agreement.
+
+    The lower convex hull of the points (agreement[k], cost[k]), read at `wanted`.
+
+    Args:
+        cost: [L + 1] mean cost of every exit layer.
+        agreement: [L + 1] agreement of every exit layer.
+        wanted: agreement to reach; at most that of the full model.
+    """
+    best = float("inf")
+    for i in range(len(cost)):
+        if agreement[i] >= wanted:
+            best = min(best, float(cost[i]))
+        for j in range(len(cost)):
+            if agreement[i] < wanted <= agreement[j]:
+                share = (wanted - float(agreement[i])) / float(agreement[j] - agreement[i])
+                best = min(best, float(cost[i]) + share * float(cost[j] - cost[i]))
+    return best
+
+
+def exit_by_kind(agree: Tensor, cost: Tensor, kinds: Sequence[str], wanted: float) -> dict[str, int]:
+    """The fixed exit of every kind of question that together reach an agreement at the least mean cost.
+
+    Kinds trade against each other at one price of a changed answer; the smallest price that reaches `wanted` is taken.
+
+    Args:
+        agree: [n, L + 1].
+        cost: [n, L + 1].
+        kinds: length n.
+        wanted: agreement over all samples.
+
+    Returns:
+        kind -> exit layer k.
+    """
+    names = np.asarray(kinds)
+    groups = {str(kind): torch.from_numpy(np.flatnonzero(names == kind)) for kind in np.unique(names)}
+    costs = {kind: cost[rows].mean(0) for kind, rows in groups.items()}
+    changed = {kind: 1 - agree[rows].double().mean(0) for kind, rows in groups.items()}
+    chosen: dict[str, int] = {}
+    for price in np.geomspace(1e-2, 1e5, 200):
+        chosen = {kind: int((costs[kind] + price * changed[kind]).argmin()) for kind in groups}
+        lost = sum(float(changed[kind][k]) * len(groups[kind]) for kind, k in chosen.items()) / len(names)
+        if 1 - lost >= wanted:
+            break
+    return chosen

@@ -1,0 +1,270 @@
+"""`python -m dyvte.train`: label a set of questions under every exit, then train the gates of all layers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from dyvte import distributed
+from dyvte.config import command, load_model
+from dyvte.data.base import build_dataset
+from dyvte.errors import ConfigError, DataError
+from dyvte.gates.labels import LabelSet, LabelSettings, collect_labels
+from dyvte.gates.metrics import (
+    at_exit,
+    choose_threshold,
+    exit_by_kind,
+    first_exit,
+    layer_report,
+    mixture_cost,
+    upper_limit,
+)
+from dyvte.gates.module import QUESTION, Gates
+from dyvte.gates.training import GateData, Recipe, exit_probabilities, train_gates
+from dyvte.store import RunFolder
+
+QUESTION_GATES = "question_only"
+"""Folder, inside that of the gates, of the control gates that saw the question only."""
+
+
+@command("train")
+def main(cfg: DictConfig) -> None:
+    """Train gates as `conf/train.yaml` says."""
+    train(cfg)
+
+
+def train(cfg: DictConfig) -> Gates | None:
+    """Collect or finish the label set, train, choose the threshold, save.
+
+    Returns:
+        The gates; None in all processes but the first.
+
+    Raises:
+        ConfigError: settings that do not fit together.
+        DataError: no question with an image.
+    """
+    mllm = load_model(cfg)
+    dataset = build_dataset(cfg.data)
+    settings = LabelSettings(
+        cfg.labels.max_new_tokens, tuple(cfg.labels.status), ground_truth=bool(cfg.labels.ground_truth)
+    )
+    labels = collect_labels(mllm, dataset, cfg, cfg.labels.dir, settings)
+    made_of = json.loads((labels.folder.path / "fingerprint.json").read_text())
+    run_settings = {
+        "recipe": OmegaConf.to_container(cfg.recipe, resolve=True),
+        "seed": cfg.seed,
+        "validation_share": cfg.validation_share,
+        "train_samples": cfg.train_samples,
+    }
+    folder = RunFolder.open(cfg.output_dir, {"labels": made_of, "training": run_settings}, cfg, cfg.overwrite)
+    if not distributed.is_main():
+        return None
+    started = time.perf_counter()
+    split = split_labels(labels, cfg)
+    fit = _fit(mllm.num_layers, mllm.hidden_size, split, cfg, list(cfg.recipe.status), mllm.device, folder)
+    fit.gates.facts = {
+        "model": cfg.model.name,
+        "data": cfg.data.name,
+        "recipe": _short_recipe(cfg),
+        "validation": fit.validation,
+        "controls": _fixed_exits(split, fit.validation["agreement"]),
+    }
+    _save(fit.gates, folder, "gates")
+    if QUESTION in settings.status:
+        control = _fit(mllm.num_layers, mllm.hidden_size, split, cfg, [QUESTION], mllm.device)
+        control.gates.facts = {**fit.gates.facts, "validation": control.validation}
+        _save(control.gates, folder, f"gates/{QUESTION_GATES}")
+    folder.write_table("layers", fit.report)
+    folder.write_table("history", fit.history)
+    folder.write_summary(
+        model=cfg.model.name,
+        data=cfg.data.name,
+        num_layers=mllm.num_layers,
+        num_samples=len(labels),
+        num_failed=len(labels.folder.failures()),
+        recipe=cfg.recipe.name,
+        training_seconds=round(time.perf_counter() - started, 2),
+        **fit.gates.facts["controls"],
+        **fit.validation,
+    )
+    print(fit.report.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    print("\n".join(f"{key.replace('_', ' ')}: {value}" for key, value in fit.validation.items()))
+    print(f"gates: {folder.path / 'gates'}")
+    return fit.gates
+
+
+@dataclass(frozen=True)
+class Split:
+    """A label set in two parts that share no image.
+
+    Attributes:
+        labels: the set.
+        rule: [n, L + 1] labels after the recipe's rule.
+        train, validation: rows of the set.
+    """
+
+    labels: LabelSet
+    rule: Tensor
+    train: Tensor
+    validation: Tensor
+
+    def data(self, rows: Tensor, status: Tensor) -> GateData:
+        """What gates learn from, for some rows."""
+        return GateData(status[rows], self.rule[rows], self.labels.cost[rows].float())
+
+    def column(self, name: str, rows: Tensor) -> list[Any]:
+        """A column of the sample table."""
+        return list(self.labels.samples[name].iloc[rows.numpy()])
+
+
+def split_labels(labels: LabelSet, cfg: DictConfig) -> Split:
+    """Questions with an image, split by image; the part that an image falls into depends on its id and the seed alone.
+
+    Raises:
+        DataError: one of the parts is empty.
+        ConfigError: `validation_share` is not between 0 and 1.
+    """
+    if not 0 < cfg.validation_share < 1:
+        raise ConfigError(f"validation_share is {cfg.validation_share}; give a number between 0 and 1")
+    share = torch.tensor([_hash_share(f"{cfg.seed} {image}") for image in labels.samples["image_id"]])
+    held_out = share < cfg.validation_share
+    train = (~held_out & labels.has_image).nonzero().flatten()
+    if cfg.train_samples is not None:
+        train = train[: cfg.train_samples]
+    validation = (held_out & labels.has_image).nonzero().flatten()
+    if not len(train) or not len(validation):
+        raise DataError(
+            f"{len(train)} questions to train on and {len(validation)} to validate on; both need some with an image"
+        )
+    return Split(labels, labels.labels(cfg.recipe.rule, cfg.recipe.ratio, cfg.recipe.eps), train, validation)
+
+
+def _hash_share(text: str) -> float:
+    return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16) / 16**12
+
+
+@dataclass(frozen=True)
+class _Fit:
+    gates: Gates
+    report: pd.DataFrame
+    history: pd.DataFrame
+    validation: dict[str, Any]
+
+
+def _fit(
+    num_layers: int,
+    hidden_size: int,
+    split: Split,
+    cfg: DictConfig,
+    parts: list[str],
+    device: torch.device,
+    folder: RunFolder | None = None,
+) -> _Fit:
+    """Train gates that look at some status parts; with a folder, log to TensorBoard there and show progress."""
+    recipe: Recipe = instantiate(cfg.recipe.training)
+    status = split.labels.status(parts)
+    torch.manual_seed(cfg.seed)
+    gates = Gates(num_layers, hidden_size, parts, cfg.recipe.width).to(device)
+    validation = split.data(split.validation, status)
+    history: list[dict[str, float]] = []
+    writer = None
+    if folder is not None:
+        shutil.rmtree(folder.path / "tensorboard", ignore_errors=True)
+        writer = SummaryWriter(str(folder.path / "tensorboard"))
+    with tqdm(total=recipe.epochs, desc="gates", unit="epoch", disable=writer is None, dynamic_ncols=True) as progress:
+
+        def log(epoch: int, losses: dict[str, float]) -> None:
+            history.append({"epoch": epoch, **losses})
+            progress.update()
+            progress.set_postfix({name: f"{value:.4f}" for name, value in losses.items()})
+            if writer is not None:
+                for name, value in losses.items():
+                    writer.add_scalar(name, value, epoch)
+                probability = exit_probabilities(gates, validation.status)
+                table = layer_report(probability, validation.labels[:, 1:-1], [0.5] * len(gates))
+                for row in table.to_dict("records"):
+                    for column, number in row.items():
+                        writer.add_scalar(f"{column}/exit_{int(row['exit_layer']):02d}", number, epoch)
+
+        trained = train_gates(
+            gates,
+            split.data(split.train, status),
+            validation,
+            recipe,
+            instantiate(cfg.recipe.optimizer),
+            cfg.seed,
+            log,
+        )
+    if writer is not None:
+        writer.close()
+    probability = exit_probabilities(gates, validation.status)
+    agree, cost = split.labels.agree[split.validation], split.labels.cost[split.validation]
+    images = split.column("image_id", split.validation)
+    if cfg.recipe.threshold == "auto":
+        gates.threshold, _ = choose_threshold(probability, agree, images, cfg.recipe.bound, cfg.recipe.confidence)
+    else:
+        gates.threshold = float(cfg.recipe.threshold)
+    exits = first_exit(probability, gates.thresholds())
+    agreement = float(at_exit(agree, exits).double().mean())
+    result = {
+        **trained,
+        "train_questions": len(split.train),
+        "validation_questions": len(split.validation),
+        "threshold": float(gates.thresholds()[0]),
+        "agreement": agreement,
+        "disagreement_upper_limit": upper_limit(~at_exit(agree, exits), images, cfg.recipe.confidence),
+        "mean_exit_layer": float(exits.double().mean()),
+        "cost": float(at_exit(cost, exits).mean()),
+        "cost_of_fixed_exits": mixture_cost(cost.mean(0), agree.double().mean(0), agreement),
+        "cost_of_oracle": float(at_exit(cost, agree.int().argmax(1)).mean()),
+    }
+    report = layer_report(probability, validation.labels[:, 1:-1], gates.thresholds())
+    return _Fit(gates.cpu(), report, pd.DataFrame(history), result)
+
+
+def _fixed_exits(split: Split, agreement: float) -> dict[str, Any]:
+    """Fixed exits chosen on the validation questions to reach the gates' agreement there: one, and one a kind."""
+    agree, cost = split.labels.agree[split.validation], split.labels.cost[split.validation]
+    reaches = (agree.double().mean(0) >= agreement).nonzero().flatten()
+    return {
+        "fixed_exit": int(reaches[0]),
+        "fixed_exit_by_kind": exit_by_kind(agree, cost, split.column("kind", split.validation), agreement),
+    }
+
+
+def _short_recipe(cfg: DictConfig) -> dict[str, Any]:
+    recipe: Any = OmegaConf.to_container(cfg.recipe, resolve=True)
+    optimizer = recipe.pop("optimizer")
+    training = recipe.pop("training")
+    return {
+        **{key: value for key, value in training.items() if not key.startswith("_")},
+        **recipe,
+        "optimizer": optimizer.pop("_target_").rpartition(".")[2],
+        **{key: value for key, value in optimizer.items() if not key.startswith("_")},
+    }
+
+
+def _save(gates: Gates, folder: RunFolder, name: str) -> None:
+    """Write a folder of gates that is complete or not there."""
+    final = folder.path / name
+    temporary = final.with_name(f".tmp-{final.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    gates.save_pretrained(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+
+
+if __name__ == "__main__":
+    main()
