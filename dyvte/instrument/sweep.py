@@ -36,7 +36,7 @@ from dyvte.instrument.hooks import (
 )
 from dyvte.instrument.states import TEXT_STATUS, status_weights, token_status
 from dyvte.layout import TokenLayout
-from dyvte.mllm import IGNORE_INDEX, MLLM, Batch
+from dyvte.mllm import IGNORE_INDEX, MLLM, Batch, _cut_after_end
 
 if TYPE_CHECKING:
     from dyvte.instrument.attention import AttentionCall
@@ -146,19 +146,18 @@ def exit_sweep(
 
 
 def greedy_answer_ids(mllm: MLLM, batch: Batch, max_new_tokens: int = 64) -> Tensor:
-    """The full model's greedy answers [B, A], end token included where it came in time, -100 at padding."""
-    from dyvte.mllm import _cut_after_end, _end_token_ids
+    """The full model's greedy answers [B, A], end token included where it came in time, -100 at padding.
 
-    end_ids = _end_token_ids(mllm.model)
-    prompts = batch.left_padded()
-    pad = mllm.model.generation_config.pad_token_id
-    pad = pad if pad is not None else (end_ids[0] if end_ids else 0)
-    generated = mllm.model.generate(**prompts, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad)
-    rows = [_cut_after_end(row.tolist(), end_ids) for row in generated[:, prompts["input_ids"].shape[1] :]]
+    A generated image token (random weights do that) ends an answer too: no image belongs to it, so nothing can be
+    teacher-forced after it.
+    """
+    rows = mllm.generate_ids(batch, max_new_tokens=max_new_tokens)
     answers = torch.full((len(rows), max(map(len, rows))), IGNORE_INDEX, dtype=torch.long)
     for index, row in enumerate(rows):
-        answers[index, : len(row)] = torch.tensor(row)
-    return answers.to(mllm.device)
+        answer = _cut_after_end(row, mllm.visual_token_ids)
+        answers[index, : len(answer)] = torch.tensor(answer)
+    longest = int((answers != IGNORE_INDEX).sum(1).max())
+    return answers[:, :longest].to(mllm.device)
 
 
 def _teacher_forced(mllm: MLLM, batch: Batch, answer_ids: Tensor | None) -> tuple[Batch, Tensor | None]:
