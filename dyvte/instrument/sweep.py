@@ -189,7 +189,10 @@ def _teacher_forced(mllm: MLLM, batch: Batch, answer_ids: Tensor | None) -> tupl
     # Nothing is predicted from the last token of an answer, so it does not have to run.
     if answer.any() or answer_ids.shape[1] == 1:
         return batch, answer_ids
-    return mllm.append_answers(batch, answer_ids[:, :-1]), answer_ids
+    # Where it ends a shorter answer it runs along, and must not be taken for an image without pixels.
+    last = real & ~torch.nn.functional.pad(real[:, 1:], (0, 1))
+    visual = torch.isin(answer_ids, torch.tensor(mllm.visual_token_ids, device=answer_ids.device))
+    return mllm.append_answers(batch, answer_ids.masked_fill(last & visual, 0)[:, :-1]), answer_ids
 
 
 # ---------------------------------------------------------------------- pieces of a layer
