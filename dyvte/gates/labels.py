@@ -16,7 +16,8 @@ import functools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,15 +67,27 @@ class LabelSettings:
             raise ConfigError(f"unknown status part {unknown[0]!r}; choose from {', '.join((*STATUS_PARTS, QUESTION))}")
 
 
+def label_fingerprint(mllm: MLLM, dataset: Dataset, cfg: DictConfig, settings: LabelSettings) -> dict[str, Any]:
+    """What a label set depends on, see `dyvte.store.fingerprint`."""
+    own = OmegaConf.merge(cfg, {"command": "labels"})
+    assert isinstance(own, DictConfig)
+    return fingerprint(mllm, dataset, own, **{**asdict(settings), "status": list(settings.status)})
+
+
 def collect_labels(
-    mllm: MLLM, dataset: Dataset, cfg: DictConfig, path: str, settings: LabelSettings, description: str = "labels"
+    mllm: MLLM,
+    dataset: Dataset,
+    cfg: DictConfig,
+    path: str | Path,
+    settings: LabelSettings,
+    description: str = "labels",
 ) -> LabelSet:
     """Make the label set of a data set in the folder `path`, or finish the one that is there.
 
     Args:
         mllm: the model.
         dataset: its questions; those without an image have nothing to exit and are left out of training later.
-        cfg: the composed configuration (`model`, `data`, `seed`, `batch_size`, `overwrite`).
+        cfg: the composed configuration (`model`, `data`, `seed`, `batch_size`).
         path: the folder.
         settings: what to keep.
         description: label of the progress bar.
@@ -82,15 +95,7 @@ def collect_labels(
     Raises:
         RunFolderError: the folder holds labels of another model, other data or other settings.
     """
-    own = OmegaConf.merge(cfg, {"command": "labels"})
-    assert isinstance(own, DictConfig)
-    kept = {
-        "max_new_tokens": settings.max_new_tokens,
-        "status": list(settings.status),
-        "ground_truth": settings.ground_truth,
-        "answers": settings.answers,
-    }
-    folder = RunFolder.open(path, fingerprint(mllm, dataset, own, **kept), own)
+    folder = RunFolder.open(path, label_fingerprint(mllm, dataset, cfg, settings), cfg)
     batches = consecutive_batches(len(dataset), cfg.batch_size)
     counted: FlopsByLength = {}
     run(folder, dataset, batches, functools.partial(label_batch, mllm, settings=settings, counted=counted), description)

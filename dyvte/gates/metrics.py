@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import beta
+from scipy.stats import beta, norm
 from torch import Tensor
 
 
@@ -183,3 +183,20 @@ def exit_by_kind(agree: Tensor, cost: Tensor, kinds: Sequence[str], wanted: floa
         if 1 - lost >= wanted:
             break
     return chosen
+
+
+def cluster_interval(values: Tensor, clusters: Sequence[Any], level: float = 0.95) -> tuple[float, float, float]:
+    """Mean of [n] values with a two-sided confidence interval, samples of one cluster (image) being dependent.
+
+    The interval is normal, with the variance between cluster totals.
+    """
+    numbers = values.double().numpy()
+    mean = float(numbers.mean())
+    _, index = np.unique(np.asarray(clusters).astype(str), return_inverse=True)
+    num_clusters = int(index.max()) + 1
+    if num_clusters < 2:
+        return mean, float("nan"), float("nan")
+    totals = np.bincount(index, weights=numbers - mean)
+    error = float(np.sqrt(num_clusters / (num_clusters - 1) * (totals @ totals))) / len(numbers)
+    half = float(norm.ppf(0.5 + level / 2)) * error
+    return mean, mean - half, mean + half

@@ -1,0 +1,334 @@
+"""`python -m dyvte.evaluate policy=...`: what a policy costs in answers and saves in computation."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from dyvte import distributed
+from dyvte.config import command, load_model
+from dyvte.data.base import Dataset, Sample, build_dataset
+from dyvte.data.metrics import exact_match
+from dyvte.figures import accuracy_against_flops
+from dyvte.flops import prefill_flops
+from dyvte.gates.labels import LabelSet, LabelSettings, collect_labels, label_fingerprint
+from dyvte.gates.metrics import at_exit, cluster_interval, mixture_cost
+from dyvte.measure import measure_generation, peak_memory_bytes
+from dyvte.mllm import MLLM, Batch
+from dyvte.policies.base import Policy
+from dyvte.runner import consecutive_batches, run
+from dyvte.store import RunFolder, fingerprint, write_atomic
+
+
+@command("evaluate")
+def main(cfg: DictConfig) -> None:
+    """Evaluate the policy that `conf/evaluate.yaml` names."""
+    evaluate(cfg)
+
+
+def build_policy(cfg: DictConfig) -> Policy | None:
+    """The policy of a configuration in `conf/policy/`; None for the unchanged model."""
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    settings.pop("name")
+    return instantiate(settings, _convert_="all") if "_target_" in settings else None
+
+
+def evaluate(cfg: DictConfig) -> dict[str, Any] | None:
+    """Run the policy over the data and compare with the full model and with every fixed exit.
+
+    Returns:
+        The summary; None in all processes but the first.
+    """
+    mllm = load_model(cfg)
+    dataset = build_dataset(cfg.data)
+    policy = build_policy(cfg.policy)
+    if policy is not None:
+        policy.check(mllm)  # before an hour of labels
+    reference = reference_labels(mllm, dataset, cfg)
+    settings = {"policy": OmegaConf.to_container(cfg.policy, resolve=True), "max_new_tokens": cfg.max_new_tokens}
+    if policy is not None:
+        settings["policy_state"] = policy_digest(policy)
+    folder = RunFolder.open(cfg.output_dir, fingerprint(mllm, dataset, cfg, **settings), cfg, cfg.overwrite)
+    compute = functools.partial(evaluate_batch, mllm, policy, max_new_tokens=cfg.max_new_tokens)
+    run(folder, dataset, consecutive_batches(len(dataset), cfg.batch_size), compute, cfg.policy.name)
+    if not distributed.is_main():
+        return None
+    answers = folder.read_table("answers").merge(_full_model(reference), on="id", validate="one_to_one")
+    answers["agree"] = answers["answer"] == answers["full_answer"]
+    folder.write_table("samples", answers)
+    write_answer_file(folder.path / "answers.jsonl", answers, cfg.model.name)
+    fixed = fixed_exit_table(reference)
+    folder.write_table("fixed_exits", fixed)
+    kinds = {str(kind): figures(rows, reference) for kind, rows in answers.groupby("kind")}
+    folder.write_table("kinds", pd.DataFrame([{"kind": kind, **_scalars(each)} for kind, each in kinds.items()]))
+    summary = folder.write_summary(
+        model=cfg.model.name,
+        data=cfg.data.name,
+        num_layers=mllm.num_layers,
+        policy=cfg.policy.name,
+        reference=reference.folder.path.name,
+        **figures(answers, reference),
+        **_timing(folder.read_table("batches")),
+        device=str(mllm.device),
+        kinds=kinds,
+    )
+    _print(summary)
+    if folder.path.parent == Path(cfg.comparison_dir):
+        compare(Path(cfg.comparison_dir), reference, fixed)
+    return summary
+
+
+# ---------------------------------------------------------------------- reference
+
+
+def reference_labels(mllm: MLLM, dataset: Dataset, cfg: DictConfig) -> LabelSet:
+    """The full model's answers and what every fixed exit makes of them, made once for a model and data."""
+    settings = LabelSettings(cfg.max_new_tokens, status=(), answers=True)
+    made_of = json.dumps(label_fingerprint(mllm, dataset, cfg, settings), sort_keys=True, default=str)
+    digest = hashlib.sha256(made_of.encode()).hexdigest()[:12]
+    path = Path(cfg.reference_dir) / f"{cfg.model.name}-{cfg.data.name}-{digest}"
+    return collect_labels(mllm, dataset, cfg, path, settings, "full model and every exit")
+
+
+def policy_digest(policy: Policy) -> str:
+    """Digest of the weights that a policy holds (its settings are in the configuration)."""
+    digest = hashlib.sha256()
+    for value in vars(policy).values():
+        if isinstance(value, torch.nn.Module):
+            digest.update(repr(getattr(value, "threshold", None)).encode())
+            for name, tensor in value.state_dict().items():
+                digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _full_model(reference: LabelSet) -> pd.DataFrame:
+    columns = {"answer": "full_answer", "correct": "full_correct"}
+    return reference.samples[["id", *columns]].rename(columns=columns)
+
+
+def fixed_exit_table(reference: LabelSet, rows: Sequence[int] | None = None) -> pd.DataFrame:
+    """One row a fixed exit: decoder FLOPs, accuracy and agreement, over all samples or some rows."""
+    chosen = slice(None) if rows is None else torch.as_tensor(rows)
+    return pd.DataFrame(
+        {
+            "exit_layer": np.arange(reference.num_layers + 1),
+            "flops_decoder": reference.flops[chosen].double().mean(0).numpy(),
+            "cost": reference.cost[chosen].mean(0).numpy(),
+            "accuracy": reference.correct[chosen].nanmean(0).numpy(),
+            "agreement": reference.agree[chosen].double().mean(0).numpy(),
+        }
+    )
+
+
+# ------------------------------------------------------------------------- a batch
+
+
+@torch.no_grad()
+def evaluate_batch(
+    mllm: MLLM, policy: Policy | None, samples: Sequence[Sample], max_new_tokens: int
+) -> dict[str, pd.DataFrame]:
+    """Answers, exit layers and costs of one batch under a policy."""
+    batch = mllm.encode([sample.image for sample in samples], [sample.question for sample in samples])
+    with measure_generation(mllm) as cost, _active(policy, mllm, batch) as exits:
+        ids = mllm.generate_ids(batch, max_new_tokens=max_new_tokens)
+        exit_layers = exits()
+    answers = mllm.decode(ids)
+    flops = _flops(mllm, policy, samples, batch)
+    rows = [
+        {
+            "id": sample.id,
+            "image_id": sample.image_id,
+            "kind": sample.kind,
+            "metadata": json.dumps(sample.metadata, sort_keys=True),
+            "question": sample.question,
+            "reference": sample.answer,
+            "answer": answer,
+            "correct": float("nan") if sample.answer is None else float(exact_match(answer, sample.answer)),
+            "exit_layer": exit_layer,
+            "new_tokens": len(tokens),
+            "flops_total": total,
+            "flops_decoder": decoder,
+            "kv_cache_bytes": cost.kv_cache_bytes / len(samples),
+        }
+        for sample, answer, exit_layer, tokens, (total, decoder) in zip(
+            samples, answers, exit_layers, ids, flops, strict=True
+        )
+    ]
+    batches = {
+        "samples": len(samples),
+        "prefill_seconds": cost.prefill_seconds,
+        "decode_seconds": sum(cost.decode_seconds),
+        "decode_steps": len(cost.decode_seconds),
+        "peak_memory_bytes": peak_memory_bytes(mllm.device),
+    }
+    return {"answers": pd.DataFrame(rows), "batches": pd.DataFrame([batches])}
+
+
+@contextmanager
+def _active(policy: Policy | None, mllm: MLLM, batch: Batch) -> Iterator[Any]:
+    """Run under the policy; yields a function that gives the exit layers of the last prefill."""
+    if policy is None:
+        yield lambda: (batch.layout.has_image * mllm.num_layers).tolist()
+    else:
+        with policy(mllm) as active:
+            yield lambda: active.exit_layers.tolist()
+
+
+def _flops(mllm: MLLM, policy: Policy | None, samples: Sequence[Sample], batch: Batch) -> list[tuple[float, float]]:
+    """Operations (total, decoder) of every sample's prefill, counted without padding.
+
+    Samples of one kind and one length are counted together and share the mean.
+    """
+    lengths = zip(batch.layout.text.sum(1).tolist(), batch.layout.visual.sum(1).tolist(), strict=True)
+    keys = [(sample.kind, *length) for sample, length in zip(samples, lengths, strict=True)]
+    found: dict[Any, tuple[float, float]] = {}
+    for key in dict.fromkeys(keys):
+        group = [sample for sample, own in zip(samples, keys, strict=True) if own == key]
+        part = mllm.encode([sample.image for sample in group], [sample.question for sample in group])
+        with _active(policy, mllm, part):
+            count = prefill_flops(mllm, part)
+        found[key] = (count.total / len(group), count.decoder / len(group))
+    return [found[key] for key in keys]
+
+
+# -------------------------------------------------------------------------- figures
+
+
+def figures(answers: pd.DataFrame, reference: LabelSet) -> dict[str, Any]:
+    """What some questions' answers and costs come to, beside fixed exits and the oracle on the same questions.
+
+    `cost` is decoder FLOPs over the full model's, `cost_of_fixed_exits` that of the best mixture of fixed exits with
+    the same agreement, `oracle` the cheapest exit of every question that keeps its answer. Intervals are two-sided 95%,
+    clustered by image.
+    """
+    position = pd.Series(np.arange(len(reference)), index=reference.samples["id"])
+    rows = torch.from_numpy(position.loc[answers["id"]].to_numpy(copy=True))
+    images = answers["image_id"].tolist()
+    agree, cost = reference.agree[rows], reference.cost[rows]
+    agreement = cluster_interval(_tensor(answers["agree"]), images)
+    loss = cluster_interval(_tensor(answers["full_correct"] - answers["correct"]), images)
+    accuracy = cluster_interval(_tensor(answers["correct"]), images)
+    exits = answers["exit_layer"].to_numpy()
+    flops = float(answers["flops_decoder"].mean())
+    own_cost = flops / float(reference.flops[rows, -1].double().mean())
+    fixed_cost = mixture_cost(cost.mean(0), agree.double().mean(0), agreement[0])
+    lucky = agree.int().argmax(1)
+    return {
+        "num_questions": len(answers),
+        "accuracy": accuracy[0],
+        "accuracy_ci": accuracy[1:],
+        "full_accuracy": float(answers["full_correct"].mean()),
+        "accuracy_loss": loss[0],
+        "accuracy_loss_ci": loss[1:],
+        "agreement": agreement[0],
+        "agreement_ci": agreement[1:],
+        "mean_exit_layer": float(exits.mean()),
+        "exit_layers": np.bincount(exits, minlength=reference.num_layers + 1).tolist(),
+        "flops_total": float(answers["flops_total"].mean()),
+        "flops_decoder": flops,
+        "cost": own_cost,
+        "cost_of_fixed_exits": fixed_cost,
+        "cost_ratio": own_cost / fixed_cost,
+        "oracle": {
+            "flops_decoder": float(at_exit(reference.flops[rows], lucky).double().mean()),
+            "cost": float(at_exit(cost, lucky).mean()),
+            "mean_exit_layer": float(lucky.double().mean()),
+            "accuracy": float(answers["full_correct"].mean()),
+            "agreement": 1.0,
+        },
+        "new_tokens": float(answers["new_tokens"].mean()),
+        "kv_cache_bytes": float(answers["kv_cache_bytes"].mean()),
+    }
+
+
+def _tensor(column: pd.Series) -> Tensor:
+    return torch.tensor(column.to_numpy(dtype=float, copy=True))
+
+
+def _scalars(content: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if isinstance(value, (int, float))}
+
+
+def _timing(batches: pd.DataFrame) -> dict[str, float | None]:
+    """Milliseconds a question for the prefill, and a step for decoding; memory."""
+    steps = int(batches["decode_steps"].sum())
+    return {
+        "prefill_ms": 1e3 * float(batches["prefill_seconds"].sum() / batches["samples"].sum()),
+        "decode_ms": 1e3 * float(batches["decode_seconds"].sum()) / steps if steps else None,
+        "peak_memory_bytes": int(batches["peak_memory_bytes"].max()),
+    }
+
+
+def write_answer_file(path: Path, answers: pd.DataFrame, model: str) -> None:
+    """Answers one JSON object a line, in the format of LLaVA's answer files."""
+    lines = [
+        json.dumps(
+            {
+                "question_id": row["id"],
+                "prompt": row["question"],
+                "text": row["answer"],
+                "answer_id": hashlib.sha256(f"{row['id']}\t{row['answer']}".encode()).hexdigest()[:16],
+                "model_id": model,
+                "metadata": {"exit_layer": row["exit_layer"]},
+            },
+            ensure_ascii=False,
+        )
+        for row in answers.to_dict("records")
+    ]
+    content = "".join(f"{line}\n" for line in lines)
+    write_atomic(path, lambda out: out.write(content.encode()))
+
+
+def _print(summary: dict[str, Any]) -> None:
+    columns = ["accuracy", "agreement", "mean_exit_layer", "cost", "cost_of_fixed_exits"]
+    rows = {"all": summary, **summary["kinds"]}
+    table = pd.DataFrame({name: {column: each[column] for column in columns} for name, each in rows.items()}).T
+    print(table.to_string(float_format=lambda value: f"{value:.3f}"))
+    low, high = summary["accuracy_loss_ci"]
+    print(f"accuracy loss {summary['accuracy_loss']:.4f}, 95% interval [{low:.4f}, {high:.4f}]")
+
+
+# ----------------------------------------------------------------------- comparison
+
+COMPARED = (
+    *("policy", "num_questions", "accuracy", "full_accuracy", "accuracy_loss", "agreement", "mean_exit_layer"),
+    *("flops_total", "flops_decoder", "cost", "cost_of_fixed_exits", "cost_ratio"),
+    *("prefill_ms", "decode_ms", "kv_cache_bytes", "peak_memory_bytes"),
+)
+
+
+def compare(path: Path, reference: LabelSet, fixed: pd.DataFrame) -> pd.DataFrame:
+    """One table and one plot of the policies evaluated below `path` on the same model and data."""
+    rows, oracle = [], {}
+    for file in sorted(path.glob("*/summary.json")):
+        summary = json.loads(file.read_text())
+        if summary.get("reference") != reference.folder.path.name:
+            continue
+        row = {column: summary[column] for column in COMPARED}
+        for column in ("accuracy", "accuracy_loss", "agreement"):
+            row[f"{column}_low"], row[f"{column}_high"] = summary[f"{column}_ci"]
+        rows.append(row)
+        oracle = summary["oracle"]
+    table = pd.DataFrame(rows).sort_values("flops_decoder", ignore_index=True)
+    folder = RunFolder(path)
+    folder.write_table("comparison", table)
+    title = f"{len(reference)} questions, {reference.num_layers} layers; intervals 95%, clustered by image"
+    folder.save_figure("accuracy_against_flops", accuracy_against_flops(fixed, table, oracle, title))
+    print(f"comparison: {path / 'comparison.csv'}")
+    return table
+
+
+if __name__ == "__main__":
+    main()

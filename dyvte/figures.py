@@ -1,0 +1,107 @@
+"""Figures of the commands in this package: policies against fixed exits, and where one question exited."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+_MARKERS = "sDv^P*X<>"
+_INK, _ACCENT, _SOFT = "#1f3a5f", "#c65911", "#7fa650"
+
+
+def accuracy_against_flops(
+    fixed: pd.DataFrame, policies: pd.DataFrame, oracle: dict[str, float], subtitle: str
+) -> Figure:
+    """Accuracy and agreement against the prefill's decoder FLOPs.
+
+    Args:
+        fixed: one row a fixed exit with `exit_layer`, `flops_decoder`, `accuracy`, `agreement`.
+        policies: one row a policy with `policy`, `flops_decoder`, `accuracy`, `agreement` and the limits
+            `accuracy_low`, `accuracy_high`, `agreement_low`, `agreement_high`.
+        oracle: `flops_decoder`, `accuracy`, `agreement` of the cheapest exit that keeps each answer.
+        subtitle: sample size and data.
+    """
+    full = float(fixed["flops_decoder"].iloc[-1])
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharex=True, layout="constrained")
+    for axis, column in zip(axes, ("accuracy", "agreement"), strict=True):
+        axis.plot(
+            fixed["flops_decoder"] / full, fixed[column], "-o", color=_INK, ms=3.5, lw=1.2, label="fixed exit, every k"
+        )
+        for _, row in fixed.iloc[:: max(1, len(fixed) // 8)].iterrows():
+            axis.annotate(
+                f"{int(row['exit_layer'])}",
+                (row["flops_decoder"] / full, row[column]),
+                fontsize=7,
+                xytext=(3, -9),
+                textcoords="offset points",
+                color=_INK,
+            )
+        axis.plot(
+            oracle["flops_decoder"] / full,
+            oracle[column],
+            "*",
+            color=_SOFT,
+            ms=12,
+            mec="black",
+            mew=0.5,
+            label="oracle",
+        )
+        for index, (_, row) in enumerate(policies.iterrows()):
+            low, high = row[column] - row[f"{column}_low"], row[f"{column}_high"] - row[column]
+            axis.errorbar(
+                row["flops_decoder"] / full,
+                row[column],
+                yerr=np.maximum([[low], [high]], 0),
+                lw=1,
+                fmt=_MARKERS[index % len(_MARKERS)],
+                ms=6,
+                color=_ACCENT,
+                mec="black",
+                mew=0.5,
+                ecolor="black",
+                capsize=2,
+                label=row["policy"],
+            )
+        axis.set_xlabel("decoder FLOPs of the prefill (full model = 1)")
+        axis.set_ylabel("accuracy" if column == "accuracy" else "same answer as the full model")
+        axis.grid(alpha=0.25)
+    axes[1].legend(fontsize=8, frameon=False, loc="lower right")
+    figure.suptitle(subtitle, fontsize=9)
+    return figure
+
+
+def exit_of_one_question(
+    image: Any, question: str, answer: str, probability: Sequence[float], thresholds: Sequence[float], exit_layer: int
+) -> Figure:
+    """The image beside the exit probability of every gate that was asked.
+
+    Args:
+        image: a PIL image.
+        question, answer: what was asked and answered.
+        probability: of the gates after layers 0, 1, ... up to the one that let the visual tokens go.
+        thresholds: one a gate.
+        exit_layer: k; the number of layers where none fired.
+    """
+    num_layers = len(thresholds) + 1
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", width_ratios=[1, 1.7])
+    left.imshow(image)
+    left.set_axis_off()
+    left.set_title(f"{question}\n{answer}", fontsize=9, wrap=True)
+    asked = np.arange(1, len(probability) + 1)
+    right.bar(asked, probability, width=0.7, color=[_ACCENT if k == exit_layer else _INK for k in asked])
+    right.step(np.arange(1, num_layers), thresholds, where="mid", color="black", lw=1, ls="--", label="threshold")
+    right.axvspan(exit_layer + 0.5, num_layers + 0.5, color="0.9", zorder=0)
+    if exit_layer < num_layers:
+        right.text(
+            (exit_layer + num_layers + 1) / 2, 0.5, "text only", ha="center", va="center", color="0.4", fontsize=9
+        )
+    right.set(xlabel="after decoder layers", ylabel="exit probability", ylim=(0, 1.05), xlim=(0.5, num_layers + 0.5))
+    kept = f"visual tokens leave after {exit_layer} of {num_layers} layers"
+    right.set_title(kept if exit_layer < num_layers else "visual tokens stay to the end", fontsize=9)
+    right.legend(frameon=False, fontsize=8, loc="upper left")
+    return figure

@@ -1,0 +1,90 @@
+"""What generating costs while it runs: time of prefill and decoding, KV cache, memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dyvte.instrument.cache import KeptLayer
+
+if TYPE_CHECKING:
+    from dyvte.mllm import MLLM
+
+
+@dataclass
+class GenerationCost:
+    """Of one `generate` call on a batch.
+
+    Attributes:
+        forward_seconds: of every forward call, the prefill first.
+        kv_cache_bytes: keys and values stored after the prefill, of all rows.
+    """
+
+    forward_seconds: list[float] = field(default_factory=list)
+    kv_cache_bytes: int = 0
+
+    @property
+    def prefill_seconds(self) -> float:
+        """Of the first forward call."""
+        return self.forward_seconds[0]
+
+    @property
+    def decode_seconds(self) -> list[float]:
+        """Of each later forward call: one token of every row."""
+        return self.forward_seconds[1:]
+
+
+@contextmanager
+def measure_generation(mllm: MLLM) -> Iterator[GenerationCost]:
+    """Measure the `generate` call in the block. Enter it outside of policies, so that their work counts."""
+    cost = GenerationCost()
+    started = 0.0
+
+    def start(module: torch.nn.Module, args: Any) -> None:
+        nonlocal started
+        _synchronize(mllm.device)
+        started = time.perf_counter()
+
+    def stop(module: torch.nn.Module, args: Any, output: Any) -> None:
+        _synchronize(mllm.device)
+        cost.forward_seconds.append(time.perf_counter() - started)
+        if len(cost.forward_seconds) == 1:
+            cost.kv_cache_bytes = kv_cache_bytes(output.past_key_values)
+
+    handles = [mllm.model.register_forward_pre_hook(start), mllm.model.register_forward_hook(stop)]
+    try:
+        yield cost
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def kv_cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values in a KV cache of transformers."""
+    total = 0
+    for layer in cache.layers:
+        if isinstance(layer, KeptLayer):
+            total += layer.nbytes
+        elif layer.keys is not None:
+            total += layer.keys.nbytes + layer.values.nbytes
+    return total
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory in use so far: allocated on a GPU, resident in the process otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else resident * 1024  # kilobytes on Linux
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
