@@ -6,6 +6,7 @@ Functions take plain arrays (what `summary.json` holds) and return a matplotlib 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ SERIES = {
     "visual": Series("visual (image → image)", "#c65911", (0, (5, 1.5)), "s"),
     "text": Series("text (question → text)", "#7fa650", (0, (1.5, 1.2)), "^"),
 }
+ANSWER = Series("answer → image", "#8064a2", (0, (5, 1.5, 1, 1.5)), "D")
 CYCLE = [
     Series("", "#1f3a5f", "-", "o"),
     Series("", "#c65911", (0, (5, 1.5)), "s"),
@@ -192,7 +194,8 @@ def measures(curves: Mapping[str, Mapping[str, Band]], title: str, footnote: str
     """Mass, mean score and enrichment (columns), with and without the attention sink (rows).
 
     Args:
-        curves: `mass`, `mean_score`, `enrichment`, each also as `<measure>_no_sink` -> series -> `[L]`.
+        curves: `mass`, `mean_score`, `enrichment`, each also as `<measure>_no_sink` -> series -> `[L]`; a series
+            `answer_cross` is drawn where there is one.
     """
     with style():
         figure, axes = plt.subplots(2, 3, figsize=(9.6, 5.2), layout="constrained", sharex=True, sharey="col")
@@ -201,8 +204,9 @@ def measures(curves: Mapping[str, Mapping[str, Band]], title: str, footnote: str
                 axis = axes[row, column]
                 bands = curves[measure + suffix]
                 num_layers = len(bands["cross"].mean)
-                for name, series in SERIES.items():
-                    draw_band(axis, np.arange(num_layers), bands[name], series)
+                for name, series in {**SERIES, "answer_cross": ANSWER}.items():
+                    if name in bands:
+                        draw_band(axis, np.arange(num_layers), bands[name], series)
                 layer_axis(axis, num_layers, "decoder layer" if row else "")
                 axis.set_ylabel(f"{label}\n{'without the sink' if row else 'with the sink'}")
                 axis.tick_params(labelleft=True)
@@ -215,7 +219,7 @@ def measures(curves: Mapping[str, Mapping[str, Band]], title: str, footnote: str
                     axis.axhline(1.0, color="#888888", linewidth=0.8, zorder=0)
                     ratio_axis(axis)
         figure.suptitle(title)
-        legend(figure, axes[0, 0], footnote)
+        legend(figure, axes[0, 0], footnote, 4)
         return figure
 
 
@@ -233,12 +237,12 @@ def small_multiples(
         counts: kind -> number of questions.
     """
     with style():
-        columns = min(len(curves), 4)
+        columns = min(math.ceil(math.sqrt(len(curves))), 4)
         rows = math.ceil(len(curves) / columns)
         figure, axes = plt.subplots(
             rows,
             columns,
-            figsize=(max(2.5 * columns, 5.0), 2.1 * rows + 0.6),
+            figsize=(max(2.8 * columns, 5.0), 2.1 * rows + 0.6),
             layout="constrained",
             sharex=True,
             sharey=True,
@@ -257,7 +261,7 @@ def small_multiples(
             axis.tick_params(labelbottom=last_in_column)
         for axis in axes.flat[: len(curves)]:
             ratio_axis(axis)
-        figure.supylabel(ylabel, fontsize=9, ha="center")
+        figure.supylabel(ylabel, fontsize=9)
         figure.suptitle(title)
         legend(figure, axes[0, 0], footnote, 3 if columns > 2 else 1)
         return figure
@@ -278,7 +282,7 @@ def attention_maps(
     num_layers = len(maps)
     total = maps.sum((1, 2), keepdims=True)
     relative = np.divide(maps, total, out=np.zeros_like(maps), where=total > 0) * maps[0].size
-    top = max(float(np.quantile(relative, 0.995)), 1.0)
+    top = max(float(np.quantile(relative, 0.995)), 4.0)  # attention that is nearly even stays pale
     with style():
         columns = min(num_layers + 1, max(5, math.ceil(math.sqrt(1.7 * (num_layers + 1)))))
         rows = math.ceil((num_layers + 1) / columns)
@@ -287,27 +291,29 @@ def attention_maps(
         )
         height, width = image.shape[:2]
         grey = image.mean(2, keepdims=True).repeat(3, 2)
-        grey = grey / max(float(grey.max()), 1e-9)
+        faded = 0.35 + 0.65 * grey / max(float(grey.max()), 1e-9)
         for axis in axes.flat:
             axis.set_axis_off()
         axes.flat[0].imshow(image)
         axes.flat[0].set_title("image", fontsize=8.5)
         for layer in range(num_layers):
             axis = axes.flat[layer + 1]
-            axis.imshow(grey, extent=(0, width, height, 0), vmin=0, vmax=1)
-            drawn = axis.imshow(
+            axis.imshow(faded, extent=(0, width, height, 0), vmin=0, vmax=1)
+            axis.imshow(
                 relative[layer],
                 extent=(0, width, height, 0),
-                cmap="inferno",
-                alpha=0.72,
+                cmap="rocket_r",
+                alpha=np.clip(relative[layer] / top, 0, 1) ** 0.75,
                 vmin=0,
                 vmax=top,
                 interpolation="nearest",
             )
             axis.set_title(f"layer {layer}: {mass[layer]:.0%}", fontsize=8.5)
-        bar = figure.colorbar(drawn, ax=axes, shrink=0.75, pad=0.015, aspect=30)
+        scale = plt.cm.ScalarMappable(plt.Normalize(0, top), "rocket_r")
+        bar = figure.colorbar(scale, ax=axes, shrink=0.75, pad=0.015, aspect=30)
         bar.set_label("attention per patch\n(even spread over the image = 1)")
-        bar.solids.set_alpha(1)
-        figure.suptitle(caption, fontsize=9.5)
+        width_in_characters = int(12 * figure.get_figwidth())
+        lines = [textwrap.shorten(line, 2 * width_in_characters, placeholder=" …") for line in caption.splitlines()]
+        figure.suptitle("\n".join(textwrap.fill(line, width_in_characters) for line in lines), fontsize=9.5)
         figure.supxlabel(footnote, fontsize=8)
         return figure

@@ -386,8 +386,10 @@ class RunFolder:
         """Write `figures/<name>.png` and `.pdf`; the same figure gives the same bytes. Returns the PNG."""
         folder = self.path / "figures"
         folder.mkdir(exist_ok=True)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # the layout is found; each format would find it again
         for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
             buffer = io.BytesIO()
-            figure.savefig(buffer, format=suffix, metadata=metadata, bbox_inches="tight")
+            figure.savefig(buffer, format=suffix, metadata=metadata)
             write_atomic(folder / f"{name}.{suffix}", lambda out, buffer=buffer: out.write(buffer.getvalue()))  # type: ignore[misc]
         return folder / f"{name}.png"

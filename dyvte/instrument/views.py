@@ -1,0 +1,71 @@
+"""Which visual token shows which part of the image, for maps drawn over it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dyvte.mllm import MLLM, Batch
+
+
+@dataclass(frozen=True)
+class View:
+    """The first `rows * columns` visual tokens of a sample, read row by row, cover `image`.
+
+    Attributes:
+        rows: patches from top to bottom.
+        columns: patches from left to right.
+        image: [height, width, 3] from 0 to 1 as the vision tower saw it (after cropping and resizing), None where the
+            processor hands over patches instead of an image.
+    """
+
+    rows: int
+    columns: int
+    image: npt.NDArray[np.float32] | None
+
+
+def view(mllm: MLLM, batch: Batch) -> View | None:
+    """How the visual tokens of a single sample with a single image lie over the image.
+
+    Covers one view of a fixed size (LLaVA-1.5), a whole-image view followed by tiles (LLaVA-NeXT, LLaVA-OneVision: the
+    tiles are left out), and the patch grids of the Qwen-VL family. None for any other arrangement.
+
+    Raises:
+        ValueError: the batch holds several samples.
+    """
+    if len(batch["input_ids"]) != 1:
+        raise ValueError(f"view() needs a batch of one sample, got {len(batch['input_ids'])}")
+    num_visual = int(batch.layout.visual.sum())
+    grid = batch.get("image_grid_thw")
+    if grid is not None and len(grid) == 1:
+        merge = mllm.model.config.vision_config.spatial_merge_size
+        rows, columns = int(grid[0, 1]) // merge, int(grid[0, 2]) // merge
+        return View(rows, columns, None) if rows * columns == num_visual else None
+    pixels = batch.get("pixel_values")
+    if pixels is None or pixels.shape[0] != 1 or num_visual == 0:
+        return None
+    if pixels.ndim == 4:
+        side = math.isqrt(num_visual)
+        return View(side, side, _image(mllm, pixels[0])) if side**2 == num_visual else None
+    if pixels.ndim == 5 and mllm.model.config.model_type.startswith("llava"):
+        vision = mllm.model.config.vision_config
+        side = vision.image_size // vision.patch_size
+        return View(side, side, _image(mllm, pixels[0, 0])) if side**2 <= num_visual else None
+    return None
+
+
+def _image(mllm: MLLM, pixels: torch.Tensor) -> npt.NDArray[np.float32]:
+    """Undo the processor's normalisation of [3, height, width]."""
+    processor: Any = getattr(mllm.processor, "image_processor", None)
+    mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+    image = pixels.detach().float().cpu().permute(1, 2, 0)
+    if mean is not None and std is not None:
+        image = image * torch.tensor(std) + torch.tensor(mean)
+    else:
+        image = (image - image.min()) / (image.max() - image.min()).clamp_min(1e-9)
+    return np.asarray(image.clamp(0, 1).numpy(), dtype=np.float32)
