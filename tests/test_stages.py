@@ -288,7 +288,7 @@ def test_nothing_to_look_at_is_an_error(model_folder: Path, tmp_path: Path) -> N
     assert len((tmp_path / "all_broken" / "failures.jsonl").read_text().splitlines()) == 2
     (tmp_path / "text").mkdir()
     data = own_data(tmp_path / "text", [None, None])
-    with pytest.raises(ConfigError, match="no sample of the data .* has an image"):
+    with pytest.raises(ConfigError, match=r"no sample of the data .* has an image"):
         run(model_folder, tmp_path / "text_only", *data, "data.limit=null")
 
 
