@@ -242,12 +242,12 @@ class AttentionProbe:
 
         def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if module is model:
-                self._end(completed=output is not None)
+                self._end()
 
         with ExitStack() as stack:
             stack.enter_context(watch_attention(self.mllm, self._see))
             stack.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
-            stack.callback(model.register_forward_hook(end, always_call=True).remove)
+            stack.callback(model.register_forward_hook(end).remove)
             self._exit = stack.pop_all()
         return self
 
@@ -278,9 +278,9 @@ class AttentionProbe:
             )
         self._pass = _Pass(layout.to(self.mllm.device))
 
-    def _end(self, completed: bool) -> None:
+    def _end(self) -> None:
         current, self._pass, skipped, self._skip = self._pass, None, self._skip, False
-        if current is None or skipped or not completed:
+        if current is None or skipped:
             return
         silent = [index for index in range(self.mllm.num_layers) if index not in current.layers]
         if silent:
