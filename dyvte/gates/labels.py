@@ -32,7 +32,7 @@ from dyvte.data.metrics import exact_match
 from dyvte.errors import ConfigError, DataError
 from dyvte.flops import FlopCount, exit_flops
 from dyvte.gates.module import QUESTION
-from dyvte.instrument.states import STATUS_PARTS, status_weights, token_status
+from dyvte.instrument.states import STATUS_PARTS, TEXT_STATUS, status_weights, token_status
 from dyvte.instrument.sweep import exit_sweep, greedy_answer_ids
 from dyvte.mllm import IGNORE_INDEX, MLLM, Batch
 from dyvte.policies.fixed_exit import FixedExit
@@ -117,7 +117,9 @@ def label_batch(
     batch = mllm.encode([sample.image for sample in samples], [sample.question for sample in samples])
     answer_ids = greedy_answer_ids(mllm, batch, settings.max_new_tokens)
     parts = [part for part in settings.status if part != QUESTION]
-    sweep = exit_sweep(mllm, batch, answer_ids, shared_image=_image_numbers(samples), status_parts=parts, entropy=False)
+    sweep = exit_sweep(
+        mllm, batch, answer_ids, shared_image=_image_numbers(samples), status_parts=parts or TEXT_STATUS, entropy=False
+    )
     answers = mllm.decode(_ids(answer_ids))
     text_tokens, visual_tokens = batch.layout.text.sum(1), batch.layout.visual.sum(1)
     lengths = list(zip(text_tokens.tolist(), visual_tokens.tolist(), strict=True))
