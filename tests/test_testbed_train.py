@@ -35,7 +35,7 @@ TINY = [
     "align.steps=4", "instruct.batch_size=2", "instruct.steps=4", "instruct.questions=4", "instruct.length=200",
     "language.checkpoint_every=2", "vision.checkpoint_every=2", "align.checkpoint_every=2",
     "instruct.checkpoint_every=2", "language.eval_every=2", "vision.eval_every=4", "align.eval_every=4",
-    "instruct.eval_every=4",
+    "instruct.eval_every=4", "workers=0",
 ]  # fmt: skip
 SIZES = TestbedSizes(16, 1, 32, 2, 2, 32, 2, 48)
 
@@ -182,5 +182,5 @@ def test_the_schedule_warms_up_stays_and_falls_to_zero() -> None:
     rates = [learning_rate(s, 100, 1.0, 0.1, 0.4) for s in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[10:60] == [1.0] * 50
-    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert all(a > b for a, b in itertools.pairwise(rates[60:]))
     assert rates[-1] < 0.01

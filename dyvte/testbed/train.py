@@ -26,6 +26,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -249,19 +250,32 @@ def _save(path: Path, content: dict[str, Any]) -> None:
     write_atomic(path, lambda out: torch.save(content, out))
 
 
+class _Steps(Dataset[Any]):
+    """Batches by step, so that a worker process can prepare the next ones."""
+
+    def __init__(self, batch_of: Callable[[int, float], Any], steps: int) -> None:
+        self.batch_of, self.steps = batch_of, steps
+
+    def __getitem__(self, step: int) -> Any:
+        return self.batch_of(step, step / self.steps)
+
+
 def run_stage(
     name: str,
     folder: Path,
     modules: dict[str, nn.Module],
     cfg: DictConfig,
-    loss_of: Callable[[int, float], Tensor],
+    batch_of: Callable[[int, float], Any],
+    loss_of: Callable[..., Tensor],
     evaluate: Callable[[], dict[str, float]] | None,
     seed_everything: int,
+    workers: int,
 ) -> None:
     """Train ``modules`` for one stage; resume from, and write, ``folder/<name>.pt``. A finished stage is a no-op.
 
     Args:
-        loss_of: maps (step, progress 0..1) to the loss; all randomness must come from the step.
+        batch_of: maps (step, progress 0..1) to a batch; all randomness must come from the step.
+        loss_of: maps a batch to its loss.
         cfg: the stage's settings (steps, lr, warmup, decay, weight_decay, clip, checkpoint_every, eval_every).
     """
     path = folder / f"{name}.pt"
@@ -287,11 +301,14 @@ def run_stage(
     with SummaryWriter(str(folder / "tensorboard" / name), purge_step=first) as board, log:
         bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=name, mininterval=5.0)
         running = float("nan")
-        for step in bar:
+        steps = DataLoader(
+            _Steps(batch_of, cfg.steps), batch_size=None, sampler=range(first, cfg.steps), num_workers=workers
+        )
+        for step, batch in zip(bar, steps, strict=True):
             rate = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.decay)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss = loss_of(step, step / cfg.steps)
+            loss = loss_of(batch)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(parameters, cfg.clip)
             optimizer.step()
@@ -366,11 +383,11 @@ def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
     batches = Batches(cfg, sizes)
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     language = model.model.language_model
-    decoder = torch.compile(language) if cfg.compile else language
+    decoder = torch.compile(language, dynamic=False) if cfg.compile else language
     talk = nn.ModuleDict({"decoder": language, "lm_head": model.lm_head})
 
-    def loss(batch: PackedBatch, images: Tensor | None) -> Tensor:
-        batch = batch.to(device)
+    def loss(packed: tuple[PackedBatch, Tensor | None]) -> Tensor:
+        batch, images = packed[0].to(device), packed[1]
         with fast_training(device, precision):
             features = None
             if images is not None:
@@ -399,8 +416,8 @@ def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
         load_stages(Path(cfg.init_from), [s for s in STAGES if s not in cfg.stages], parts)
     heads = PatchHeads(sizes.vision_width).to(device)
 
-    def patch_loss(step: int, progress: float) -> Tensor:
-        images, labels = _vision_batch(cfg, sizes, step, "vision")
+    def patch_loss(batch: tuple[Tensor, dict[str, Tensor]]) -> Tensor:
+        images, labels = batch
         with fast_training(device, precision):
             outputs = heads(visual_features(model, images.to(device)))
         losses = [cross_entropy(outputs[a].float().flatten(0, 1), labels[a].to(device).flatten()) for a in ATTRIBUTES]
@@ -414,42 +431,58 @@ def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
         on_object = labels["color"] > 0
         return {a: float((outputs[a].argmax(-1).cpu() == labels[a])[on_object].float().mean()) for a in outputs}
 
-    def instruct_loss(step: int, progress: float) -> Tensor:
+    def instruct_batch(step: int, progress: float) -> tuple[PackedBatch, Tensor | None]:
+        size = cfg.instruct.batch_size
         draw = batches.rng("instruct", step).random() + (1.0 if cfg.instruct.blind else 0.0)
         if draw < cfg.instruct.caption_share:
-            return loss(*batches.align(10**6 + step, cfg.instruct.batch_size, stage="instruct"))
+            return batches.align(10**6 + step, size, stage="instruct")
         if draw < cfg.instruct.caption_share + cfg.instruct.text_share:
-            return loss(batches.language(10**6 + step, progress, cfg.language.batch_size, "instruct"), None)
-        return loss(*batches.instruct(step, progress, cfg.instruct.batch_size))
+            return batches.language(10**6 + step, progress, size, stage="instruct"), None
+        return batches.instruct(step, progress, size)
 
     for name in (s for s in STAGES if s in cfg.stages):
         stage = cfg[name]
-        common: dict[str, Any] = {"folder": folder, "cfg": stage, "seed_everything": cfg.seed}
+        common: dict[str, Any] = {"folder": folder, "cfg": stage, "seed_everything": cfg.seed, "workers": cfg.workers}
         if name == "language":
             run_stage(
-                name, modules={"talk": talk}, evaluate=language_accuracy,
-                loss_of=lambda step, progress: loss(batches.language(step, progress, cfg.language.batch_size), None),
+                name,
+                modules={"talk": talk},
+                batch_of=lambda step, progress: (batches.language(step, progress, cfg.language.batch_size), None),
+                loss_of=loss,
+                evaluate=language_accuracy,
                 **common,
-            )  # fmt: skip
+            )
         elif name == "vision":
             run_stage(
-                name, modules={"tower": tower, "heads": heads}, loss_of=patch_loss, evaluate=patch_accuracy, **common
+                name,
+                modules={"tower": tower, "heads": heads},
+                batch_of=lambda step, progress: _vision_batch(cfg, sizes, step, "vision"),
+                loss_of=patch_loss,
+                evaluate=patch_accuracy,
+                **common,
             )
         elif name == "align":
             tower.requires_grad_(False)
             talk.requires_grad_(False)
             run_stage(
-                name, modules={"projector": projector}, evaluate=image_accuracy,
-                loss_of=lambda step, progress: loss(*batches.align(step, cfg.align.batch_size)), **common,
-            )  # fmt: skip
+                name,
+                modules={"projector": projector},
+                batch_of=lambda step, progress: batches.align(step, cfg.align.batch_size),
+                loss_of=loss,
+                evaluate=image_accuracy,
+                **common,
+            )
             talk.requires_grad_(True)
         else:
             tower.requires_grad_(False)
-
             run_stage(
-                name, modules={"projector": projector, "talk": talk}, loss_of=instruct_loss,
-                evaluate=image_accuracy, **common,
-            )  # fmt: skip
+                name,
+                modules={"projector": projector, "talk": talk},
+                batch_of=instruct_batch,
+                loss_of=loss,
+                evaluate=image_accuracy,
+                **common,
+            )
     return model
 
 
