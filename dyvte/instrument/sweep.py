@@ -17,6 +17,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +48,9 @@ ENTROPIES = (
     "text_entropy_no_sink",
     "text_entropy_normalised_no_sink",
 )
+
+_NEVER = -1e30
+"""Score of a pair that the mask forbids: its weight is 0, and weight times score still is."""
 
 _LOGITS_AT_ONCE = 2**25
 """Logits computed at once when the answer is scored: 128 MiB in float32."""
@@ -215,12 +219,12 @@ class _Frame:
         """[b] rows of the batch."""
         return self.own.rows
 
-    @property
+    @cached_property
     def key_positions(self) -> Tensor:
         """[b, K] positions of the keys: the earlier ones, then its own."""
         return self.own.index if self.earlier is None else torch.cat([self.earlier.index, self.own.index], dim=1)
 
-    @property
+    @cached_property
     def key_valid(self) -> Tensor:
         """[b, K] False where a key is padding."""
         parts = [self.own] if self.earlier is None else [self.earlier, self.own]
@@ -268,21 +272,37 @@ class _Keys:
         self.keys, self.values = keys, values
         if self.earlier is None:
             return keys, values
-        return torch.cat([self.earlier[0], keys], dim=2), torch.cat([self.earlier[1], values], dim=2)
+        return _behind(self.earlier[0], keys), _behind(self.earlier[1], values)
 
     def get_seq_length(self, *_: Any) -> int:
         return 0
 
-    def at(self, rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of positions [b, n] of `rows`: [b, heads, n, head size]."""
+    def of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of `rows`: [b, heads, N, head size]."""
         if self.keys is None or self.values is None:
             raise UnsupportedError("a decoder layer did not show its keys: it does not write to a KV cache")
-        return _take(self.keys[rows], index), _take(self.values[rows], index)
+        if len(self.keys) == 1:
+            return self.keys.expand(len(rows), -1, -1, -1), self.values.expand(len(rows), -1, -1, -1)
+        return self.keys[rows], self.values[rows]
+
+    def at(self, rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of positions [b, n] of `rows`: [b, heads, n, head size]."""
+        keys, values = self.of(rows)
+        return _take(keys, index), _take(values, index)
 
 
 def _take(tensor: Tensor, index: Tensor) -> Tensor:
     """[b, heads, N, size] at positions [b, n]."""
     return tensor.gather(2, index[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+
+
+def _behind(earlier: Tensor, own: Tensor) -> Tensor:
+    """Earlier keys [b, heads, E, size] in front of each repetition of the batch in [n * b, heads, M, size]."""
+    count = earlier.shape[2]
+    joint = own.new_empty(*own.shape[:2], count + own.shape[2], own.shape[3])
+    joint.unflatten(0, (-1, len(earlier)))[:, :, :, :count] = earlier
+    joint[:, :, count:] = own
+    return joint
 
 
 def _repeated(tensor: Tensor, times: int, axis: int = 0) -> Tensor:
@@ -368,8 +388,8 @@ class _EntropyPlan:
 def text_entropies(scores: Tensor, allowed: Tensor, sink: Tensor, valid: Tensor | None = None) -> Tensor:
     """Entropies of attention over text keys, mean over queries and heads, in nats.
 
-    With p the probabilities, T the sum of those without the sink and E = -sum p log p over the same keys, the entropy
-    of p / T is log T + E / T.
+    With e the exponentials of the scores s, T the sum of e and W that of e * s over some keys, the entropy of the
+    attention on these keys is log T - W / T.
 
     Args:
         scores: [n, b, H, q, K] attention scores of the queries for text keys, before masking.
@@ -381,19 +401,19 @@ def text_entropies(scores: Tensor, allowed: Tensor, sink: Tensor, valid: Tensor 
         [n, b, 4] in the order of `ENTROPIES`. Queries without an allowed key are left out; those with one only are
         left out of the normalised entropies, whose divisor is the log of the number of keys.
     """
-    attention = scores.masked_fill(~allowed[:, None], -torch.inf).softmax(-1)
-    columns = torch.stack([torch.ones_like(sink), ~sink], dim=-1).to(attention.dtype)  # [b, K, 2]
-    total = attention @ columns[:, None]
-    entropy = torch.special.entr(attention) @ columns[:, None]
-    total = total.clamp_min(torch.finfo(total.dtype).tiny)
-    entropy = (total.log() + entropy / total).clamp_min(0.0)  # [n, b, H, q, 2]
+    scores = scores.masked_fill(~allowed[:, None], _NEVER)
+    scores = scores - scores.amax(-1, keepdim=True)
+    weight = scores.exp()
+    columns = torch.stack([torch.ones_like(sink), ~sink], dim=-1).to(scores.dtype)  # [b, K, 2]
+    total = (weight @ columns[:, None]).clamp_min(torch.finfo(scores.dtype).tiny)
+    entropy = (total.log() - (weight * scores) @ columns[:, None] / total).clamp_min(0.0)  # [n, b, H, q, 2]
     counts = allowed.to(columns.dtype) @ columns  # [b, q, 2]
     asked = torch.ones_like(counts[..., :1]) if valid is None else valid[..., None].to(counts.dtype)
     results = []
     for divisor, counted in ((torch.ones_like(counts), counts > 0), (counts.clamp_min(2).log(), counts > 1)):
         weights = asked * counted / divisor
         number = (asked * counted).sum(1) * scores.shape[2]
-        results.append((entropy.nan_to_num(0.0) * weights[:, None]).sum((2, 3)) / number)
+        results.append((entropy * weights[:, None]).sum((2, 3)) / number)
     plain, normalised = results
     return torch.stack([plain[..., 0], normalised[..., 0], plain[..., 1], normalised[..., 1]], dim=-1)
 
@@ -406,7 +426,8 @@ class _SharedPrefix:
 
     Attributes:
         selection: the prefix of one representative row a group.
-        group: [B] group of every row (0 where a row shows no image and has no prefix).
+        group: [B] group of every row (0 where a row shows no image and has no prefix); `groups` as a list.
+        lengths: length of every row's prefix, which stands at its start.
         suffix: frame of the tokens behind the prefix, of all rows.
     """
 
@@ -415,27 +436,28 @@ class _SharedPrefix:
         length = torch.where(layout.visual, position, -1).amax(1) + 1
         prefix = position < length[:, None]
         representative: dict[int, int] = {}
-        groups, lengths = [], length.tolist()
+        self.lengths: list[int] = length.tolist()
+        self.groups: list[int] = []
         for row, image in enumerate(shared_image):
-            if lengths[row] == 0:
-                groups.append(-1)
+            if self.lengths[row] == 0:
+                self.groups.append(0)
                 continue
             first = representative.setdefault(image, row)
-            if not torch.equal(input_ids[row, : lengths[row]], input_ids[first, : lengths[first]]):
+            if not torch.equal(input_ids[row, : self.lengths[row]], input_ids[first, : self.lengths[first]]):
                 raise ValueError(
                     f"rows {first} and {row} are said to share an image, but their prompts differ before its last token"
                 )
-            groups.append(list(representative).index(image))
+            self.groups.append(list(representative).index(image))
         device = input_ids.device
-        rows = torch.arange(len(groups), device=device)
-        chosen = torch.tensor(list(representative.values()), device=device, dtype=torch.long)
-        self.selection = Selection.of(prefix, chosen, [lengths[row] for row in chosen.tolist()])
-        self.group = torch.tensor(groups, device=device).clamp(min=0)
+        rows = torch.arange(len(self.groups), device=device)
+        chosen = torch.tensor(list(representative.values()), device=device)
+        self.selection = Selection.of(prefix, chosen, [self.lengths[row] for row in representative.values()])
+        self.group = torch.tensor(self.groups, device=device)
         of_group = prefix[chosen][self.group] & (length > 0)[:, None]
         rest = ~layout.padding & ~prefix
         self.suffix = _Frame(
             Selection.of(rest, rows, rest.sum(1).tolist()),
-            Selection.of(of_group, rows, lengths),
+            Selection.of(of_group, rows, self.lengths),
         )
         self.mask = prefix
 
@@ -530,8 +552,9 @@ class _Sweep:
             if _sees_ahead(mask, self.shared.mask, ~self.shared.mask & ~layout.padding):
                 self.shared = None
         everyone = torch.arange(self.batch_size, device=call.hidden.device)
-        self.text = self._text_frame(early, everyone)
-        self.entropy_plan = _EntropyPlan.of(self.text, layout) if self.wants_entropy else None
+        position = torch.arange(self.length, device=call.hidden.device)
+        self.everything = _Frame(Selection(everyone, position.expand(self.batch_size, -1), None), None)
+        self.entropy_plan = _EntropyPlan.of(self._text_frame(early, everyone), layout) if self.wants_entropy else None
         if len(self.seeing):
             self.branch = self._text_frame(early, self.seeing)
             self.branch_entropy_plan = _EntropyPlan.of(self.branch, layout) if self.wants_entropy else None
@@ -552,8 +575,7 @@ class _Sweep:
         if self.shared is not None:
             return self._shared_main_pass(call, self.shared)
         keys = _Keys()
-        position = torch.arange(self.length, device=call.hidden.device).expand(self.batch_size, -1)
-        self._expect(call, self.entropy_plan, self.mllm.num_layers, position, torch.ones_like(position).bool())
+        self._expect(call, self.everything, self.entropy_plan, self.mllm.num_layers)
         output = call.run(past_key_values=keys)
         if self.branches is None or self.branch.earlier is None:
             return output, None
@@ -562,20 +584,15 @@ class _Sweep:
     def _shared_main_pass(self, call: LayerCall, shared: _SharedPrefix) -> tuple[Any, tuple[Tensor, Tensor] | None]:
         hidden = call.hidden.clone() if call.index == 0 else call.hidden
         keys = _Keys()
-        self._look = None
-        prefix = shared.selection
-        output = call.run(prefix.pack(hidden), **{**call.packed(prefix), "past_key_values": keys})
-        states = output_states(output)
-        # Branches and DeepStack read the prefix of every row.
-        earlier = shared.suffix.earlier
-        assert earlier is not None
-        earlier.put_back(hidden, states[shared.group])
-        own = shared.suffix.own
-        self._expect(
-            call, self.entropy_plan, self.mllm.num_layers, own.index, _or_all(own.valid, own.index), shared.suffix
+        output = call.run(shared.selection.pack(hidden), **{**call.packed(shared.selection), "past_key_values": keys})
+        # Branches and the status read the prefix of every row.
+        for row, (group, length) in enumerate(zip(shared.groups, shared.lengths, strict=True)):
+            hidden[row, :length] = output_states(output)[group, :length]
+        suffix = shared.suffix
+        self._expect(call, suffix, self.entropy_plan, self.mllm.num_layers)
+        suffix.own.put_back(
+            hidden, self._run_frame(call, suffix, suffix.own.pack(call.hidden), keys.of(shared.group), 1)
         )
-        of_rows = keys.at(shared.group, torch.arange(states.shape[1], device=own.rows.device).expand(len(own.rows), -1))
-        own.put_back(hidden, self._run_frame(call, shared.suffix, own.pack(call.hidden), of_rows, 1))
         early = None
         if self.branches is not None and self.branch.earlier is not None:
             early = keys.at(shared.group[self.branch.rows], self.branch.earlier.index)
@@ -586,15 +603,7 @@ class _Sweep:
         at_once = max(1, self.branch_tokens // (rows * tokens))
         for first in range(0, call.index + 1, at_once):
             exits = branches[first : min(first + at_once, call.index + 1)]
-            own = self.branch.own
-            self._expect(
-                call,
-                self.branch_entropy_plan,
-                slice(first, first + len(exits)),
-                own.index,
-                _or_all(own.valid, own.index),
-                self.branch,
-            )
+            self._expect(call, self.branch, self.branch_entropy_plan, slice(first, first + len(exits)))
             states = self._run_frame(call, self.branch, exits.reshape(-1, tokens, size), early, len(exits))
             exits.copy_(states.view_as(exits))
 
@@ -609,48 +618,35 @@ class _Sweep:
                 name: value if value is call.arguments.get(name) else _repeat_argument(name, value, times)
                 for name, value in packed.items()
             }
-            if earlier is not None:
-                earlier = _repeated(earlier[0], times), _repeated(earlier[1], times)
         keys = _Keys(earlier, frame.rows.repeat(times), frame.key_positions.repeat(times, 1))
         return output_states(call.run(states, **{**packed, "past_key_values": keys}))
 
     # ---------------------------------------------------------------------- entropies
 
-    def _expect(
-        self,
-        call: LayerCall,
-        plan: _EntropyPlan | None,
-        exits: int | slice,
-        query_positions: Tensor,
-        query_valid: Tensor,
-        frame: _Frame | None = None,
-    ) -> None:
-        """Take the entropies of exits `exits` from the next attention call, whose tokens stand at these positions."""
+    def _expect(self, call: LayerCall, frame: _Frame, plan: _EntropyPlan | None, exits: int | slice) -> None:
+        """Take the entropies of exits `exits` from the next attention call, in which the tokens of `frame` run."""
         if plan is None:
-            self._look = None
             return
-        key_positions, key_valid = (
-            (query_positions, query_valid) if frame is None else (frame.key_positions, frame.key_valid)
-        )
-        whole = frame is plan.frame
-        queries = plan.queries.index
-        if not whole:
-            queries = _locate(query_positions, query_valid, plan.query_positions, self.length)
-        keys = None if whole else _locate(key_positions, key_valid, plan.frame.key_positions, self.length)
+        queries, keys = frame.own.remembered("places", plan, lambda: self._places(frame, plan))
 
         def look(seen: AttentionCall) -> None:
             self._look = None
-            times = len(seen.query) // len(queries)
-            query = _take(seen.query, _repeated(queries, times))
+            query = _take(seen.query, _repeated(queries, len(seen.query) // len(queries)))
             key = seen.key if keys is None else _take(seen.key, keys)
             entropies = plan.entropies(call, query, key, seen.scale, seen.softcap)
-            rows = plan.frame.rows
             if isinstance(exits, int):
                 self.entropies[exits, call.index] = entropies[0]
             else:
-                self.entropies[exits, call.index, rows] = entropies
+                self.entropies[exits, call.index, plan.frame.rows] = entropies
 
         self._look = look
+
+    def _places(self, frame: _Frame, plan: _EntropyPlan) -> tuple[Tensor, Tensor | None]:
+        """Where the plan's queries and keys stand among those of `frame`; None for keys in the same order."""
+        if frame is plan.frame:
+            return plan.queries.index, None
+        queries = _locate(frame.own.index, _or_all(frame.own.valid, frame.own.index), plan.query_positions, self.length)
+        return queries, _locate(frame.key_positions, frame.key_valid, plan.frame.key_positions, self.length)
 
     # ------------------------------------------------------------------------- scoring
 
