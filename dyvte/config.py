@@ -70,7 +70,7 @@ def command(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[...,
             if not HydraConfig.initialized():
                 return task(cfg)
             try:
-                if missing := sorted(OmegaConf.missing_keys(cfg)):
+                if missing := missing_settings(cfg):
                     settings = " ".join(f"{key}=..." for key in missing)
                     raise ConfigError(f"needs a value: {settings} (conf/{name}.yaml says what it means)")
                 if "output_dir" in cfg:
@@ -90,6 +90,19 @@ def command(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[...,
         return decorated
 
     return decorate
+
+
+def missing_settings(cfg: DictConfig) -> list[str]:
+    """Keys that a user has to give a value (`???` in the file), as on the command line: `policy.layer`."""
+    found = []
+    todo: list[tuple[str, Any]] = [("", OmegaConf.to_container(cfg, resolve=False))]
+    while todo:
+        path, value = todo.pop()
+        if isinstance(value, dict):
+            todo.extend((f"{path}.{key}" if path else str(key), each) for key, each in value.items())
+        elif value == "???":
+            found.append(path)
+    return sorted(found)
 
 
 def load_model(cfg: DictConfig) -> MLLM:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import hydra
@@ -15,7 +16,7 @@ import yaml
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from dyvte.config import HYDRA_VERSION, command, compose, config_folder, load_model
+from dyvte.config import HYDRA_VERSION, command, compose, config_folder, load_model, missing_settings
 from dyvte.errors import ConfigError, DyvteError
 from dyvte.mllm import load
 
@@ -26,6 +27,7 @@ MODELS = [path.name for path in GROUP_FILES if path.parent.name == "model"]
 DATA = [path.name for path in GROUP_FILES if path.parent.name == "data"]
 
 
+@cache
 def groups_of(name: str) -> set[str]:
     """Config groups that a command has a choice of."""
     with hydra.initialize_config_dir(version_base=HYDRA_VERSION, config_dir=str(CONF)):
@@ -33,15 +35,17 @@ def groups_of(name: str) -> set[str]:
     return {group for group in cfg.hydra.runtime.choices if not group.startswith("hydra/")}
 
 
-def resolve(cfg: DictConfig) -> dict:
-    settings = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+def compose_and_resolve(name: str, *overrides: str) -> dict:
+    """The configuration with its interpolations filled in, and 1 where the user has to give a value."""
+    missing = missing_settings(compose(name, overrides))
+    settings = OmegaConf.to_container(compose(name, [*overrides, *(f"{key}=1" for key in missing)]), resolve=True)
     assert isinstance(settings, dict)
     return settings
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_composes(name: str):
-    resolve(compose(name))
+    compose_and_resolve(name)
 
 
 @pytest.mark.parametrize("file", GROUP_FILES, ids=str)
@@ -50,9 +54,7 @@ def test_every_file_of_every_group_composes_with_a_command(file: Path):
     users = [each for each in COMMANDS if group in groups_of(each)]
     assert users, f"no command has a choice of {group}"
     for user in users:
-        cfg = compose(user, [f"{group}={name}"])
-        assert group in cfg or group == "experiment"
-        resolve(cfg)
+        compose_and_resolve(user, f"{group}={name}")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -67,7 +69,7 @@ def test_common_overrides_work_everywhere(name: str):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_model_settings_are_what_load_takes(name: str):
-    settings = resolve(compose("base", ["command=x", f"model={name}"]).model)
+    settings = compose_and_resolve("base", f"model={name}")["model"]
     accepted = set(inspect.signature(load).parameters) | {"name", "path"}
     assert set(settings) <= accepted
     assert settings["name"] in (name, "unnamed")
@@ -76,7 +78,7 @@ def test_model_settings_are_what_load_takes(name: str):
 
 @pytest.mark.parametrize("name", DATA)
 def test_data_settings_are_what_the_data_set_takes(name: str):
-    settings = resolve(compose("base", ["command=x", f"data={name}"]).data)
+    settings = compose_and_resolve("base", f"data={name}")["data"]
     target = get_class(settings.pop("_target_"))
     assert settings.pop("name")
     assert set(settings) == set(inspect.signature(target).parameters)
@@ -84,20 +86,25 @@ def test_data_settings_are_what_the_data_set_takes(name: str):
 
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
 def test_every_key_is_explained(path: Path):
-    """By a comment above it or beside it, here or where all files of its kind take it from."""
-    base = path.parent / ("base.yaml" if path.parent == CONF else "_base.yaml")
-    explained = commented_keys(base) if base.is_file() else set()
-    explained |= commented_keys(path) | {"defaults", "hydra", "_target_", "command"}
+    """By a comment above it, beside it or first inside it, here or in a file that this one builds on."""
     assert path.read_text().lstrip().startswith("#"), "says nothing about itself"
-    assert set(yaml.safe_load(path.read_text()) or {}) <= explained
+    common = commented_keys(CONF / "base.yaml") | {"command", "defaults", "hydra", "name", "_target_"}
+    assert set(yaml.safe_load(path.read_text()) or {}) <= commented_keys(path) | common
 
 
 def commented_keys(path: Path) -> set[str]:
-    keys, commented = set(), False  # a comment speaks for the block of lines under it
+    keys, commented, last = set(), False, None  # a comment speaks for the block of lines under it
     for line in path.read_text().splitlines():
         commented = bool(line.strip()) and (commented or line.startswith("#"))
-        if (match := re.match(r"(\w+):", line)) and (commented or "#" in line):
-            keys.add(match[1])
+        if match := re.match(r"(\w+):", line):
+            last = match[1]
+            if commented or "#" in line:
+                keys.add(last)
+        elif last and line.lstrip().startswith("#"):
+            keys.add(last)
+    for parent in (yaml.safe_load(path.read_text()) or {}).get("defaults", []):
+        if isinstance(parent, str) and parent != "_self_":
+            keys |= commented_keys(path.parent / f"{parent}.yaml")
     return keys
 
 
@@ -165,6 +172,8 @@ def test_a_setting_without_a_value_is_named(run):
     done = run("data.split=???")
     assert done.returncode == 1
     assert done.stderr == "error: needs a value: data.split=... (conf/stages.yaml says what it means)\n"
+    done = run("data=hf", "data.path=???")  # which the name of the run folder is made from
+    assert done.stderr == "error: needs a value: data.path=... (conf/stages.yaml says what it means)\n"
 
 
 def test_an_interrupted_command_says_where_its_results_are(run):
