@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -76,14 +76,19 @@ def accuracy_against_flops(
 
 
 def exit_of_one_question(
-    image: Any, question: str, answer: str, probability: Sequence[float], thresholds: Sequence[float], exit_layer: int
+    image: Any,
+    question: str,
+    answer: str,
+    probability: Mapping[int, float],
+    thresholds: Sequence[float],
+    exit_layer: int,
 ) -> Figure:
     """The image beside the exit probability of every gate that was asked.
 
     Args:
         image: a PIL image.
         question, answer: what was asked and answered.
-        probability: of the gates after layers 0, 1, ... up to the one that let the visual tokens go.
+        probability: exit layer k -> what the gate that decides on it said.
         thresholds: one a gate.
         exit_layer: k; the number of layers where none fired.
     """
@@ -92,8 +97,8 @@ def exit_of_one_question(
     left.imshow(image)
     left.set_axis_off()
     left.set_title(f"{question}\n{answer}", fontsize=9, wrap=True)
-    asked = np.arange(1, len(probability) + 1)
-    right.bar(asked, probability, width=0.7, color=[_ACCENT if k == exit_layer else _INK for k in asked])
+    asked = list(probability)
+    right.bar(asked, list(probability.values()), width=0.7, color=[_ACCENT if k == exit_layer else _INK for k in asked])
     right.step(np.arange(1, num_layers), thresholds, where="mid", color="black", lw=1, ls="--", label="threshold")
     right.axvspan(exit_layer + 0.5, num_layers + 0.5, color="0.9", zorder=0)
     if exit_layer < num_layers:

@@ -12,21 +12,25 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from dyvte.errors import UnsupportedError
 from dyvte.flops import overhead
 from dyvte.gates.module import QUESTION, Gates, load_gates
 from dyvte.instrument.states import status_weights, token_status
 from dyvte.mllm import MLLM
-from dyvte.policies.base import Policy, Prefill
+from dyvte.policies.base import Policy, PolicyRun, Prefill
+
+PROBABILITIES = "exit_probabilities"
+"""Key of `Prefill.state` under which the gates' answers are kept: {k: [B]}."""
 
 
 @dataclass
 class DynamicExit(Policy):
     """Leave out a row's visual tokens from the first layer on whose gate says exit.
 
-    Rows of a batch leave at their own layers; `PolicyRun.exit_layers` holds them. What generated tokens attend to
-    follows: they see the visual keys of the layers before the exit only.
+    Rows of a batch leave at their own layers; `PolicyRun.exit_layers` holds them, and `exit_probabilities(run)` what
+    the gates said. What generated tokens attend to follows: they see the visual keys of layers before the exit only.
 
     Attributes:
         gates: trained gates, a folder of them, or a Hub id.
@@ -78,10 +82,25 @@ class DynamicExit(Policy):
         with overhead():
             device = gates.inner.device  # a model may be spread over devices
             status = token_status(prefill.hidden, weights.to(prefill.hidden.device)).to(device)
-            leaves = gates.exit_probability(status, layer - 1) > self._thresholds[layer - 1]
+            probability = gates.exit_probability(status, layer - 1)
+        prefill.state.setdefault(PROBABILITIES, {})[layer] = probability
+        leaves = probability > self._thresholds[layer - 1]
         prefill.drop(visual & leaves.to(visual.device)[:, None])
+
+    @property
+    def thresholds(self) -> list[float]:
+        """The threshold of every gate."""
+        return list(self._thresholds)
 
     @property
     def _key(self) -> tuple[str, tuple[str, ...]]:
         assert isinstance(self.gates, Gates)
         return "status weights", self.gates.status
+
+
+def exit_probabilities(run: PolicyRun) -> dict[int, Tensor]:
+    """Exit probability [B] of every gate that was asked in the last prefill, by the exit layer k it decides on.
+
+    What a gate says about a row that left before it has no meaning.
+    """
+    return {} if run.prefill is None else dict(run.prefill.state.get(PROBABILITIES, {}))

@@ -1,0 +1,87 @@
+"""`python -m dyvte.generate image=FILE question="..."`: answer one question and draw where its visual tokens left."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from PIL import Image
+
+from dyvte.config import command, load_model
+from dyvte.data.base import build_dataset
+from dyvte.errors import ConfigError
+from dyvte.evaluate import build_policy
+from dyvte.figures import exit_of_one_question
+from dyvte.flops import prefill_flops
+from dyvte.policies.dynamic_exit import DynamicExit, exit_probabilities
+from dyvte.store import RunFolder, write_json
+
+
+@command("generate")
+def main(cfg: DictConfig) -> None:
+    """Answer the question of `conf/generate.yaml`."""
+    generate(cfg)
+
+
+@torch.no_grad()
+def generate(cfg: DictConfig) -> dict[str, Any]:
+    """Answer with and without the policy; write `summary.json` and the figure.
+
+    Raises:
+        ConfigError: an image that cannot be read, or no question.
+    """
+    image, question = _what_to_ask(cfg)
+    mllm = load_model(cfg)
+    policy = build_policy(cfg.policy)
+    batch = mllm.encode([image], [question])
+    (full_answer,) = mllm.generate(batch, max_new_tokens=cfg.max_new_tokens)
+    full = prefill_flops(mllm, batch)
+    with nullcontext() if policy is None else policy(mllm) as run:
+        (answer,) = mllm.generate(batch, max_new_tokens=cfg.max_new_tokens)
+        exit_layer = mllm.num_layers if run is None else int(run.exit_layers[0])
+        asked = {} if run is None else exit_probabilities(run)
+        count = prefill_flops(mllm, batch)
+    probability = {k: float(each[0]) for k, each in asked.items() if k <= exit_layer}
+    folder = RunFolder(Path(cfg.output_dir))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    summary = {
+        "model": cfg.model.name,
+        "policy": cfg.policy.name,
+        "question": question,
+        "answer": answer,
+        "full_answer": full_answer,
+        "num_layers": mllm.num_layers,
+        "exit_layer": exit_layer,
+        "exit_probabilities": probability,
+        "flops_decoder": count.decoder,
+        "cost": count.decoder / full.decoder,
+    }
+    write_json(folder.path / "summary.json", summary)
+    print(f"{answer}\nvisual tokens left after {exit_layer} of {mllm.num_layers} layers; ", end="")
+    print(f"decoder FLOPs of the prefill: {summary['cost']:.2f} of the full model's, which answers: {full_answer}")
+    if isinstance(policy, DynamicExit):
+        figure = exit_of_one_question(image, question, str(answer), probability, policy.thresholds, exit_layer)
+        print(f"figure: {folder.save_figure('exit', figure)}")
+    return summary
+
+
+def _what_to_ask(cfg: DictConfig) -> tuple[Image.Image, str]:
+    if cfg.image is None:
+        sample = build_dataset(cfg.data)[0]
+        if sample.image is None:
+            raise ConfigError(f"the first question of data={cfg.data.name} has no image; give image=FILE question=...")
+        return sample.image, cfg.question or sample.question
+    if not cfg.question:
+        raise ConfigError('no question: give question="..." with the image')
+    try:
+        with Image.open(cfg.image) as file:
+            return file.convert("RGB"), cfg.question
+    except OSError as error:
+        raise ConfigError(f"image={cfg.image}: not an image file that can be read ({error})") from error
+
+
+if __name__ == "__main__":
+    main()
