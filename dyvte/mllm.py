@@ -234,10 +234,9 @@ class MLLM:
             raise ValueError("generate() needs a batch encoded without answers")
         settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 64}
         end_ids = _end_token_ids(self.model)
-        pad_id = self.model.generation_config.pad_token_id
-        if pad_id is None:  # transformers would choose the same one, with a warning at every call
-            pad_id = getattr(self.tokenizer, "pad_token_id", None) or (end_ids[0] if end_ids else 0)
-            settings["pad_token_id"] = pad_id
+        if self.model.generation_config.pad_token_id is None:  # else transformers chooses one, warning at every call
+            pad_id = getattr(self.tokenizer, "pad_token_id", None)
+            settings["pad_token_id"] = pad_id if pad_id is not None else end_ids[0] if end_ids else 0
         settings.update(kwargs)
         inputs = batch.left_padded()
         generated = self.model.generate(**inputs, **settings)
@@ -290,6 +289,10 @@ class MLLM:
         if batch.layout.padding[:, -1].any():
             batch = batch.left_padded()
         extension = {"input_ids": answer_ids.masked_fill(~real, 0), "attention_mask": real.long()}
+        types = batch.get("token_type_ids")
+        if types is not None and not types[batch.layout.visual].any():
+            # Types that do not mark the image mark the prefix (PaliGemma), which answers are not part of.
+            extension["token_type_ids"] = torch.ones_like(answer_ids)
         inputs = dict(batch)
         inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
         for name, value in inputs.items():
@@ -304,8 +307,6 @@ class MLLM:
     def _warn_if_question_precedes_image(
         self, prompts: Sequence[str], questions: Sequence[str], rows: Sequence[Sequence[Image]]
     ) -> None:
-        # Where the last image stands in the prompt: the longest start that the prompt shares with that of another
-        # question ends where the question begins, so it must hold every image.
         for prompt, question, row in zip(prompts, questions, rows, strict=True):
             if not row:
                 continue

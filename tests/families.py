@@ -10,8 +10,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForImageTextToText,
+    CLIPImageProcessorPil,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
+    Idefics3ImageProcessorPil,
+    Idefics3Processor,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from dyvte.mllm import MLLM, Batch, wrap
 
@@ -314,3 +327,96 @@ def _merge_images(mllm: MLLM, images: list[list[dict[str, Tensor]]]) -> dict[str
                 pixels[row, column] = image["pixel_values"][0]
         return {"pixel_values": pixels}
     return {name: torch.cat([image[name] for image in flat]) for name in flat[0]}
+
+
+# -------------------------------------------------------------------- processors
+
+QUESTION_WORDS = "what color is the square circle left of red blue green in this image ?"
+WORDS = [*QUESTION_WORDS.split(), "USER", ":", "ASSISTANT", "user", "assistant"]
+
+CHAT_TEMPLATE = (
+    "{{% for message in messages %}}{{{{ message['role'] }}}} : "
+    "{{% for part in message['content'] %}}"
+    "{{% if part['type'] == 'image' %}}{image} {{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
+    "{{% endfor %}}{end}{{% endfor %}}{{% if add_generation_prompt %}}assistant :{{% endif %}}"
+)
+
+
+def _tokenizer(special: dict[str, int], **named: str) -> PreTrainedTokenizerFast:
+    """One token a word, with the ids of the special tokens that the model of the family has."""
+    special = {"<pad>": PAD, "<s>": BOS, "</s>": EOS, "<unk>": FIRST_TEXT, **special}
+    vocabulary = dict(special)
+    free = iter(index for index in range(FIRST_TEXT + 1, VOCABULARY) if index not in special.values())
+    vocabulary |= {word: next(free) for word in WORDS}
+    vocabulary |= {f"word{index}": index for index in free}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=named,
+    )
+
+
+def processor_for(family: str, chat_template: bool = True) -> Any:
+    """A processor that fits the models of some families; without a chat template it has none."""
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    if family == "llava":
+        return LlavaProcessor(
+            CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size),
+            _tokenizer({"<image>": IMAGE_TOKEN}),
+            patch_size=PATCH_SIZE,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+            chat_template=CHAT_TEMPLATE.format(image="<image>", end=" ") if chat_template else None,
+        )
+    if family == "llava_next":
+        return LlavaNextProcessor(
+            LlavaNextImageProcessorPil(
+                size={"shortest_edge": 4},
+                crop_size={"height": 4, "width": 4},
+                image_grid_pinpoints=[[4, 8], [8, 4], [8, 8]],
+            ),
+            _tokenizer({"<image>": IMAGE_TOKEN}),
+            patch_size=PATCH_SIZE,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+            chat_template=CHAT_TEMPLATE.format(image="<image>", end=" "),
+        )
+    if family == "gemma3":
+        special = {"<image_soft_token>": IMAGE_TOKEN, "<start_of_image>": VISION_START, "<end_of_image>": VISION_END}
+        named = {
+            "image_token": "<image_soft_token>",
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+        }
+        return Gemma3Processor(
+            Gemma3ImageProcessorPil(size=size),
+            _tokenizer(special, **named),
+            image_seq_length=4,
+            chat_template=CHAT_TEMPLATE.format(image="<start_of_image>", end=" "),
+        )
+    if family == "idefics3":
+        special = {
+            "<image>": IMAGE_TOKEN,
+            "<fake_token_around_image>": VISION_START,
+            "<global-img>": VISION_END,
+            "<end_of_utterance>": VIDEO_TOKEN,
+        }
+        return Idefics3Processor(
+            Idefics3ImageProcessorPil(
+                size={"longest_edge": IMAGE_SIZE}, max_image_size={"longest_edge": IMAGE_SIZE}, do_image_splitting=False
+            ),
+            _tokenizer(special),
+            image_seq_len=4,
+            chat_template=CHAT_TEMPLATE.format(image="<image>", end="<end_of_utterance> "),
+        )
+    raise KeyError(family)
+
+
+PROCESSOR_FAMILIES = ("llava", "llava_next", "gemma3", "idefics3")
