@@ -176,7 +176,7 @@ def _fit(
     recipe: Recipe = instantiate(cfg.recipe.training)
     status = split.labels.status(parts)
     torch.manual_seed(cfg.seed)
-    gates = Gates(num_layers, hidden_size, parts, cfg.recipe.width).to(device)
+    gates = Gates(num_layers, hidden_size, parts, cfg.recipe.width, cfg.recipe.bias).to(device)
     validation = split.data(split.validation, status)
     history: list[dict[str, float]] = []
     writer = None

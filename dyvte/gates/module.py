@@ -29,8 +29,8 @@ QUESTION = "question"
 class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual-token-exit", "dyvte"]):
     """One small classifier per decoder layer that looks at the token status after it and says stay (0) or exit (1).
 
-    Per layer `Linear(P * d -> width, no bias) -> GELU -> Linear(width -> 2, no bias)` (DyVTE, arXiv 2411.19628,
-    Section 4, and its published code). Gate i decides after decoder layer i; its exit layer is k = i + 1. A model of L
+    Per layer `Linear(P * d -> width) -> GELU -> Linear(width -> 2)`, in DyVTE (arXiv 2411.19628, Section 4, and its
+    published code) without biases. Gate i decides after decoder layer i; its exit layer is k = i + 1. A model of L
     layers has L - 1 gates, since after the last layer nothing is left to save.
 
     Attributes:
@@ -40,6 +40,8 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
         width: hidden width of a gate.
         threshold: exit where the exit probability is above it. One number, or one a gate.
         facts: how the gates were made (model, data, recipe, validation figures), for the model card.
+        bias: whether the first layer has one. Standardised statuses need it: raw ones have entries that hardly vary and
+            serve as one.
         shift, scale: [L - 1, P * d] the status is standardised as `(status - shift) * scale`; 0 and 1 leave it as is.
     """
 
@@ -49,6 +51,7 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
         hidden_size: int,
         status: Sequence[str] = TEXT_STATUS,
         width: int | None = None,
+        bias: bool = False,
         threshold: float | Sequence[float] = 0.5,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
@@ -59,6 +62,7 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
             hidden_size: the model's hidden size.
             status: what the gates look at.
             width: hidden width of a gate; by default half the hidden size (2048 for 4096, as in the paper).
+            bias: give the first layer a bias, 0 at first.
             threshold: exit probability above which a gate says exit.
             facts: JSON types only.
 
@@ -78,6 +82,7 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
         self.facts = dict(facts or {})
         inputs = len(self.status) * hidden_size
         self.inner = nn.Parameter(torch.empty(num_layers - 1, inputs, self.width))
+        self.inner_bias = nn.Parameter(torch.zeros(num_layers - 1, 1, self.width)) if bias else None
         self.outer = nn.Parameter(torch.empty(num_layers - 1, self.width, 2))
         for gate in range(num_layers - 1):
             nn.init.xavier_normal_(self.inner[gate])
@@ -97,13 +102,18 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
     def forward(self, status: Tensor) -> Tensor:
         """Logits [B, L - 1, 2] (stay, exit) of the statuses [B, L - 1, P * d] after every layer but the last."""
         standardised = (status.to(self.inner.dtype) - self.shift) * self.scale
-        hidden = F.gelu(torch.bmm(standardised.transpose(0, 1), self.inner))
-        return torch.bmm(hidden, self.outer).transpose(0, 1)
+        hidden = torch.bmm(standardised.transpose(0, 1), self.inner)
+        if self.inner_bias is not None:
+            hidden = hidden + self.inner_bias
+        return torch.bmm(F.gelu(hidden), self.outer).transpose(0, 1)
 
     def exit_probability(self, status: Tensor, layer: int) -> Tensor:
         """[B] probability of exit by the gate after decoder layer `layer`, from its status [B, P * d]."""
         standardised = (status.to(self.inner.dtype) - self.shift[layer]) * self.scale[layer]
-        return (F.gelu(standardised @ self.inner[layer]) @ self.outer[layer]).softmax(-1)[:, 1]
+        hidden = standardised @ self.inner[layer]
+        if self.inner_bias is not None:
+            hidden = hidden + self.inner_bias[layer]
+        return (F.gelu(hidden) @ self.outer[layer]).softmax(-1)[:, 1]
 
     def thresholds(self, threshold: float | Sequence[float] | None = None) -> list[float]:
         """One threshold a gate, from one number, one a gate, or None for the gates' own.
@@ -138,6 +148,7 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
             "hidden_size": self.hidden_size,
             "status": list(self.status),
             "width": self.width,
+            "bias": self.inner_bias is not None,
             "threshold": self.threshold,
             "facts": self.facts,
         }

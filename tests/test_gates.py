@@ -1,0 +1,296 @@
+"""Gates: on disk, as classifiers, their training objectives, and the choice of a threshold."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linprog
+from scipy.stats import binomtest
+from torch import Tensor
+from torch.nn import functional as F
+
+from dyvte.errors import ConfigError, ModelError
+from dyvte.gates import Gates
+from dyvte.gates.metrics import (
+    at_exit,
+    choose_threshold,
+    cluster_interval,
+    exit_by_kind,
+    first_exit,
+    layer_report,
+    mixture_cost,
+    upper_limit,
+)
+from dyvte.gates.module import load_gates
+from dyvte.gates.training import (
+    GateData,
+    Recipe,
+    evaluate_loss,
+    exit_distribution,
+    exit_probabilities,
+    label_loss,
+    stopping_loss,
+    train_gates,
+)
+
+ADAM = functools.partial(torch.optim.AdamW, lr=3e-3)
+
+
+def random_gates(num_layers: int = 5, hidden_size: int = 6, seed: int = 0) -> Gates:
+    torch.manual_seed(seed)
+    gates = Gates(num_layers, hidden_size, bias=True, threshold=[0.1 * each for each in range(1, num_layers)])
+    torch.nn.init.normal_(gates.inner_bias)
+    gates.shift.normal_()
+    gates.scale.uniform_(0.5, 2)
+    return gates
+
+
+# ----------------------------------------------------------------------- on disk
+
+
+def test_gates_come_back_as_they_were_saved(tmp_path: Path) -> None:
+    gates = random_gates()
+    gates.facts = {"model": "m", "validation": {"agreement": 0.99}}
+    gates.save_pretrained(tmp_path)
+    assert {each.name for each in tmp_path.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    loaded = Gates.from_pretrained(tmp_path)
+    status = torch.randn(3, 4, 12)
+    assert torch.equal(gates(status), loaded(status))
+    assert loaded.config() == gates.config()
+    assert "0.99" in (tmp_path / "README.md").read_text()
+    loaded.facts["validation"] = {"agreement": 0.75}
+    loaded.save_pretrained(tmp_path)
+    assert "0.75" in (tmp_path / "README.md").read_text(), "the card must follow the gates"
+
+
+def test_missing_or_broken_gates_are_named_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such folder") as missing:
+        load_gates(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match="no gates in"):
+        load_gates(tmp_path)
+    gates = random_gates()
+    gates.save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"width": 3', '"width": 4'))
+    with pytest.raises(ModelError, match="disagree") as broken:
+        load_gates(tmp_path)
+    assert "\n" not in str(missing.value) + str(broken.value)
+
+
+def test_gates_of_another_depth_or_width_are_refused() -> None:
+    mllm = FAMILIES["llava"](num_layers=2)
+    Gates(2, mllm.hidden_size).check(mllm)
+    for wrong in (Gates(3, mllm.hidden_size), Gates(2, mllm.hidden_size // 2)):
+        with pytest.raises(ModelError, match=f"this one has 2 of width {mllm.hidden_size}"):
+            wrong.check(mllm)
+
+
+def test_one_gate_agrees_with_all_gates_together() -> None:
+    gates, status = random_gates(), torch.randn(7, 4, 12)
+    together = gates(status).softmax(-1)[..., 1]
+    for layer in range(4):
+        torch.testing.assert_close(gates.exit_probability(status[:, layer], layer), together[:, layer])
+
+
+def test_thresholds_are_one_number_or_one_a_gate() -> None:
+    gates = random_gates()
+    assert gates.thresholds(0.25) == [0.25] * 4
+    assert gates.thresholds() == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    with pytest.raises(ValueError, match="one a gate, got 2"):
+        gates.thresholds([0.1, 0.2])
+
+
+# -------------------------------------------------------------------- objectives
+
+
+def test_exit_distribution_is_that_of_gates_drawing_in_turn() -> None:
+    logits = torch.randn(6, 4, 2, generator=torch.Generator().manual_seed(0))
+    leave = logits.softmax(-1)[..., 1]
+    expected = torch.zeros(6, 5)
+    left = torch.ones(6)
+    for gate in range(4):
+        expected[:, gate] = left * leave[:, gate]
+        left = left * (1 - leave[:, gate])
+    expected[:, 4] = left
+    torch.testing.assert_close(exit_distribution(logits), expected)
+
+
+def test_stopping_loss_of_certain_gates_is_the_price_of_their_exit() -> None:
+    exits = torch.tensor([1, 2, 4])  # of L = 4
+    logits = torch.zeros(3, 3, 2)
+    logits[..., 0] = 50.0
+    for row, k in enumerate(exits.tolist()):
+        if k < 4:
+            logits[row, k - 1] = torch.tensor([0.0, 50.0])
+    labels = torch.tensor([[0, 0, 0, 1, 1], [0, 1, 1, 1, 1], [0, 0, 0, 0, 1]]).bool()
+    cost = torch.tensor([0.1, 0.3, 0.5, 0.7, 1.0]).repeat(3, 1)
+    wanted = torch.tensor([0.3 + 10.0, 0.5, 1.0]).mean()
+    torch.testing.assert_close(stopping_loss(logits, labels, cost, 10.0), wanted)
+
+
+def test_label_loss_is_weighted_cross_entropy_over_the_gates_that_count() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 3, 2, generator=generator)
+    labels = torch.rand(5, 5, generator=generator) > 0.5
+    target = labels[:, 1:-1].long()
+    torch.testing.assert_close(
+        label_loss(logits, labels, exit_weight=3.0),
+        F.cross_entropy(logits.flatten(0, 1), target.flatten(), weight=torch.tensor([1.0, 3.0])),
+    )
+    mask = torch.zeros(5, 3)
+    mask[:, 1] = 1
+    torch.testing.assert_close(label_loss(logits, labels, mask=mask), F.cross_entropy(logits[:, 1], target[:, 1]))
+
+
+def planted_data(n: int, seed: int) -> GateData:
+    """Statuses whose first entry tells from which exit on the answer is right; L = 5."""
+    generator = torch.Generator().manual_seed(seed)
+    depth = torch.randint(1, 6, (n,), generator=generator)
+    status = torch.randn(n, 4, 12, generator=generator)
+    status[..., 0] = depth[:, None] - torch.arange(1, 5) - 0.5
+    labels = torch.arange(6) >= depth[:, None]
+    return GateData(status, labels, (torch.arange(6) / 5.0).repeat(n, 1))
+
+
+@pytest.mark.parametrize("objective", ["labels", "stopping"])
+def test_training_finds_a_planted_rule(objective: str) -> None:
+    train, validation = planted_data(600, 0), planted_data(300, 1)
+    torch.manual_seed(0)
+    gates = Gates(5, 6, width=16, bias=True)
+    recipe = Recipe(objective=objective, epochs=30, patience=5, batch_size=32, disagreement_price=5.0)
+    result = train_gates(gates, train, validation, recipe, ADAM)
+    exits = first_exit(exit_probabilities(gates, validation.status), [0.5] * 4)
+    wanted = validation.labels.int().argmax(1)
+    assert at_exit(validation.labels, exits).double().mean() > 0.97
+    assert (exits - wanted).double().mean() < (0.1 if objective == "labels" else 0.6)  # early, too
+    assert evaluate_loss(gates, validation, recipe) == pytest.approx(result["validation_loss"], rel=1e-5)
+    assert result["best_epoch"] <= result["epochs"] <= 30
+
+
+def test_training_repeats_itself() -> None:
+    train, validation = planted_data(200, 0), planted_data(100, 1)
+
+    def run(seed: int) -> Tensor:
+        torch.manual_seed(0)
+        gates = Gates(5, 6)
+        train_gates(gates, train, validation, Recipe(epochs=3, layers_per_sample=1), ADAM, seed)
+        return gates.inner.detach()
+
+    assert torch.equal(run(0), run(0))
+    assert not torch.equal(run(0), run(1))
+
+
+def test_one_random_layer_a_sample_leaves_the_others_alone() -> None:
+    gates, data = Gates(5, 6), planted_data(1, 0)
+    before = gates.inner.detach().clone()
+    recipe = Recipe(epochs=1, patience=0, layers_per_sample=1, standardize=False, schedule="constant")
+    train_gates(gates, data, data, recipe, functools.partial(torch.optim.SGD, lr=1.0))
+    changed = [bool((gates.inner[gate] != before[gate]).any()) for gate in range(4)]
+    assert sum(changed) == 1
+
+
+def test_unknown_objective_is_refused() -> None:
+    with pytest.raises(ConfigError, match="choose from labels, stopping"):
+        Recipe(objective="luck")
+
+
+# ------------------------------------------------------------------------ metrics
+
+
+@given(st.integers(0, 10_000), st.integers(1, 5), st.floats(0, 1))
+def test_first_exit_is_the_first_gate_above_its_threshold(seed: int, min_layer: int, threshold: float) -> None:
+    probability = torch.rand(6, 4, generator=torch.Generator().manual_seed(seed))
+    thresholds = [threshold, 0.5, 1 - threshold, 0.9]
+    for row, found in zip(probability, first_exit(probability, thresholds, min_layer).tolist(), strict=True):
+        fired = [k for k in range(1, 5) if k >= min_layer and float(row[k - 1]) > np.float32(thresholds[k - 1])]
+        assert found == min([*fired, 5])
+
+
+def test_layer_report_counts_decisions() -> None:
+    probability = torch.tensor([[0.9], [0.8], [0.2], [0.1]])
+    labels = torch.tensor([[True], [False], [True], [False]])
+    row = layer_report(probability, labels, [0.5]).iloc[0]
+    assert (row.precision, row.recall, row.exit_rate, row.label_rate) == (0.5, 0.5, 0.5, 0.5)
+    # bins of 0.1: |0.9 - 1|, |0.8 - 0|, |0.2 - 1|, |0.1 - 0| over four samples
+    assert row.calibration_error == pytest.approx((0.1 + 0.8 + 0.8 + 0.1) / 4)
+    assert np.isnan(layer_report(probability, labels, [0.95]).iloc[0].precision)
+
+
+def test_upper_limit_is_exact_for_independent_samples_and_wider_for_clusters() -> None:
+    failures = torch.zeros(400, dtype=torch.bool)
+    failures[:12] = True
+    exact = binomtest(12, 400, alternative="less").proportion_ci(0.95, method="exact").high
+    spread = [f"{each}" for each in range(400)]
+    assert upper_limit(failures, spread) == pytest.approx(exact)
+    assert upper_limit(failures, [each // 4 for each in range(400)]) > exact + 0.005
+    assert upper_limit(torch.zeros(100, dtype=torch.bool), list(range(100))) == pytest.approx(1 - 0.05 ** (1 / 100))
+
+
+def test_upper_limit_covers_the_truth_under_clusters() -> None:
+    rng = np.random.default_rng(0)
+    below = 0
+    for _ in range(400):
+        rate = rng.beta(0.4, 19.6, size=150)  # mean 0.02, different from image to image
+        failures = torch.from_numpy(rng.random((150, 4)) < rate[:, None]).flatten()
+        below += upper_limit(failures, np.repeat(np.arange(150), 4)) < 0.02
+    assert below / 400 <= 0.08
+
+
+def test_cluster_interval_covers_the_mean() -> None:
+    rng = np.random.default_rng(0)
+    missed = 0
+    for _ in range(400):
+        values = torch.from_numpy(rng.normal(size=(60, 1)) + rng.normal(size=(60, 3))).flatten()
+        _, low, high = cluster_interval(values, np.repeat(np.arange(60), 3))
+        missed += not low <= 0 <= high
+    assert 0.02 <= missed / 400 <= 0.09
+
+
+def test_threshold_is_the_smallest_that_keeps_the_bound() -> None:
+    generator = torch.Generator().manual_seed(0)
+    probability = torch.rand(600, 4, generator=generator)
+    right = torch.rand(600, 4, generator=generator) < probability.pow(0.2)
+    agree = torch.cat([right[:, :1], right, torch.ones(600, 1, dtype=torch.bool)], dim=1)
+    images = list(range(600))
+
+    def limit(threshold: float) -> float:
+        return upper_limit(~at_exit(agree, first_exit(probability, [threshold] * 4)), images)
+
+    chosen, reached = choose_threshold(probability, agree, images, bound=0.1)
+    assert reached == pytest.approx(limit(chosen)) and reached <= 0.1
+    lower = [each for each in np.linspace(chosen - 0.05, chosen - 0.01, 5)]
+    assert max(limit(each) for each in lower) > 0.1, "a much smaller threshold would have kept the bound"
+
+
+def test_threshold_is_strict_where_nothing_keeps_the_bound() -> None:
+    probability, agree = torch.rand(30, 4), torch.zeros(30, 6, dtype=torch.bool)
+    agree[:, -1] = True
+    chosen, _ = choose_threshold(probability, agree, list(range(30)), bound=0.01)
+    assert (first_exit(probability, [chosen] * 4) == 5).all()
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10_000))
+def test_mixture_cost_is_the_best_mixture(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    cost, agreement = np.sort(rng.random(6)), rng.random(6)
+    agreement[-1] = 1.0
+    wanted = float(rng.random())
+    best = linprog(cost, A_ub=-agreement[None], b_ub=[-wanted], A_eq=np.ones((1, 6)), b_eq=[1.0])
+    found = mixture_cost(torch.from_numpy(cost), torch.from_numpy(agreement), wanted)
+    assert found == pytest.approx(best.fun, abs=1e-9)
+
+
+def test_exit_by_kind_spends_where_it_helps() -> None:
+    cost = torch.tensor([0.1, 0.4, 1.0]).repeat(8, 1)
+    agree = torch.tensor([[1, 1, 1]] * 4 + [[0, 0, 1]] * 2 + [[0, 1, 1]] * 2).bool()
+    kinds = ["easy"] * 4 + ["hard"] * 2 + ["middle"] * 2
+    assert exit_by_kind(agree, cost, kinds, wanted=1.0) == {"easy": 0, "middle": 1, "hard": 2}
+    assert exit_by_kind(agree, cost, kinds, wanted=0.75) == {"easy": 0, "middle": 1, "hard": 0}
