@@ -21,7 +21,7 @@ from torch import Tensor
 from analysis import exit_statistics, plots, plots_exits
 from analysis.exit_statistics import Finding
 from analysis.statistics import Array, Band, mean_band
-from dyvte import runner, store
+from dyvte import distributed, runner, store
 from dyvte.config import command, load_model
 from dyvte.criteria import exit_depth, kl_to_full, lucky_exit_depth, paper_labels
 from dyvte.data import BrokenSample, Dataset, Sample, build_dataset
@@ -102,11 +102,10 @@ class OtherImages:
         if self._pool is None:
             self._pool = []
             for sample in readable(self.dataset):
-                if sample.image is not None and self._first([sample], sample) is None:
-                    if all(sample.image_id != each.image_id for each in self._pool):
-                        self._pool.append(sample)
-                    if len(self._pool) == 2:
-                        break
+                if sample.image is not None and all(sample.image_id != each.image_id for each in self._pool):
+                    self._pool.append(sample)
+                if len(self._pool) == 2:
+                    break
         return self._pool
 
 
@@ -235,11 +234,14 @@ class Measurement:
     def _exits(self, samples: list[Sample], batch: Batch, sweep: ExitSweep, text: list[str]) -> pd.DataFrame:
         """One row per sample and exit layer, exit layers ascending."""
         answers = self._exit_answers(samples, sweep, text)
-        correct = [
-            None if sample.answer is None or answer is None else exact_match(answer, sample.answer)
-            for sample, of_sample in zip(samples, answers, strict=True)
-            for answer in of_sample
-        ]
+        correct: list[bool | None] = []
+        for sample, of_sample in zip(samples, answers, strict=True):
+            known = [answer for answer in of_sample if answer is not None]
+            if sample.answer is None or len(known) < len(of_sample):
+                # Those that agree with the full model would alone flatter the early exits.
+                correct += [None] * len(of_sample)
+            else:
+                correct += [exact_match(answer, sample.answer) for answer in known]
         flops = [count for row in range(len(samples)) for count in self._exit_flops(samples[row], batch, row)]
         return pd.DataFrame(
             {
@@ -492,10 +494,11 @@ def token_depths(tokens: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
 def token_summary(depths: pd.DataFrame, cfg: DictConfig, least: int = 10) -> dict[str, Any]:
     """Mean depth by index of the answer token, for questions and for captions, and how far the two differ.
 
-    Indices that fewer than `least` answers reach are left out.
+    Indices that fewer than `least` answers reach are left out, and captions if there are fewer.
     """
     summary: dict[str, Any] = {}
-    parts = [part for part in (QUESTIONS, CAPTIONS) if (depths["part"] == part).any()]
+    first_tokens = depths.loc[depths["token"] == 0, "part"].value_counts()
+    parts = [part for part in (QUESTIONS, CAPTIONS) if first_tokens.get(part, 0) >= least]
     for part in parts:
         of_part = depths[depths["part"] == part]
         of_index = {index: rows for index, rows in of_part.groupby("token") if len(rows) >= least}
@@ -581,13 +584,19 @@ def main(cfg: DictConfig) -> None:
     run(cfg, mllm, dataset)
 
 
-def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any]:
-    """The command with a model and data that are loaded already; returns the summary."""
+def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any] | None:
+    """The command with a model and data that are loaded already.
+
+    Returns:
+        The summary; None in processes other than the main one.
+    """
     measure = measurement(mllm, dataset, cfg)
     fingerprint = store.fingerprint(mllm, dataset, cfg, max_new_tokens=cfg.max_new_tokens, accuracy=cfg.accuracy)
     folder = store.RunFolder.open(cfg.output_dir, fingerprint, cfg, overwrite=cfg.overwrite)
     batches = runner.consecutive_batches(len(dataset), cfg.batch_size)
     runner.run(folder, dataset, batches, measure, f"{cfg.model.name} on {cfg.data.name}")
+    if not distributed.is_main():
+        return None
     summary = report(cfg, folder, mllm)
     print(outline(summary))
     failed = f", {summary['num_failed']} left out (failures.jsonl)" if summary["num_failed"] else ""
@@ -705,18 +714,20 @@ def draw(
 ) -> dict[str, plt.Figure]:
     """All figures, by file name."""
     title = f"{cfg.model.name} on {cfg.data.name}"
-    footnote = plots.band_note(len(overall.results.samples), len(np.unique(overall.results.images)), LEVEL)
+    num_samples, num_images = len(overall.results.samples), len(np.unique(overall.results.images))
+    footnote = plots.band_note(num_samples, num_images, LEVEL)
+    no_bands = f"means over n = {num_samples:,} questions on {num_images:,} images"
     figures = {
         "exits": plots_exits.exits(overall.curves, flops, overall.stops.exit_layer, title, footnote),
         "kl": plots_exits.kl(overall.curves["kl"], overall.curves["kl_reverse"], kl_exits, title, footnote),
-        "entropy": plots_exits.entropy(entropy["matrix"]["mean"], entropy["difference"]["mean"], title, footnote),
+        "entropy": plots_exits.entropy(entropy["matrix"]["mean"], entropy["difference"]["mean"], title, no_bands),
         "exit_depth": plots_exits.exit_depth(
             {
                 kind: (np.bincount(group.results.samples["exit_depth"], minlength=len(flops)), group.depth)
                 for kind, group in {**by_kind, "all": overall}.items()
             },
             title,
-            footnote,
+            no_bands,
         ),
     }
     if len(by_kind) > 1:

@@ -187,8 +187,7 @@ def entropy(matrix: npt.ArrayLike, difference: npt.ArrayLike, title: str, footno
         sns.heatmap(
             difference[:-1],
             ax=right,
-            cmap="RdBu_r",
-            center=0.0,
+            cmap="cividis",  # dark to light, so that signs survive a black-and-white print
             vmin=-limit,
             vmax=limit,
             cbar_kws={"label": "change from the full model (nats)"},
@@ -198,10 +197,10 @@ def entropy(matrix: npt.ArrayLike, difference: npt.ArrayLike, title: str, footno
         ticks = np.arange(0, num_layers, step)
         right.set_xticks(ticks + 0.5, ticks.astype(str), rotation=0)
         right.set_yticks(ticks + 0.5, ticks.astype(str), rotation=0)
-        right.set_facecolor("#eeeeee")
+        right.patch.set(facecolor="white", hatch="////", edgecolor="#bbbbbb")
         right.set_xlabel("decoder layer")
         right.set_ylabel("exit layer k")
-        right.set_title("change under every exit (grey: before the exit)")
+        right.set_title("change under every exit (hatched: before it)")
         figure.suptitle(title)
         legend(figure, left, footnote, columns=6)
         return figure
