@@ -24,7 +24,7 @@ from analysis.statistics import Band, StageVerdict
 from dyvte import runner, store
 from dyvte.config import command, load_model
 from dyvte.data import BrokenSample, Dataset, Sample, build_dataset
-from dyvte.errors import ConfigError
+from dyvte.errors import ConfigError, ModelError
 from dyvte.instrument.attention import CURVES, MEASURES, AttentionProbe
 from dyvte.instrument.role_attention import ENTROPIES
 from dyvte.instrument.views import view
@@ -73,7 +73,23 @@ def measure(mllm: MLLM, samples: list[Sample]) -> dict[str, pd.DataFrame]:
         for sample in samples
         for layer in range(mllm.num_layers)
     )
-    return {TABLE: labels.assign(**{name: value.mean(-1).flatten().numpy() for name, value in values.items()})}
+    table = labels.assign(**{name: value.mean(-1).flatten().numpy() for name, value in values.items()})
+    _check(mllm, table, batch)
+    # A layer whose mask shows the question no visual token has no enrichment; that its attention is 0 is known.
+    for name in ("cross_enrichment", "cross_enrichment_no_sink"):
+        table.loc[table["cross_mass"] == 0, name] = 0.0
+    return {TABLE: table}
+
+
+def _check(mllm: MLLM, table: pd.DataFrame, batch: Batch) -> None:
+    expected = np.repeat(batch.layout.has_image.cpu().numpy(), mllm.num_layers)
+    broken = table[expected & table["cross_mass"].isna()]
+    if len(broken):
+        row = broken.iloc[0]
+        raise ModelError(
+            f"attention of sample {row['id']!r} is not a number in layer {row['layer']}: {mllm.dtype} overflowed "
+            "(set model.dtype=float32 or bfloat16)"
+        )
 
 
 def choose(dataset: Dataset, count: int, ids: list[str] | None) -> list[Sample]:
@@ -147,11 +163,12 @@ def by_layer(table: pd.DataFrame, column: str) -> npt.NDArray[np.float64]:
 def bands(table: pd.DataFrame, columns: Mapping[str, str], n_boot: int, seed: int) -> Bands:
     """Mean curve with a pointwise 95% band for each column, keyed by `columns`' keys; columns without data left out."""
     images = table.loc[table["layer"] == 0, "image_id"].to_numpy()
-    curves = {name: by_layer(table, column) for name, column in columns.items()}
+    curves = np.stack([by_layer(table, column) for column in columns.values()], axis=1)  # [n, columns, L]
+    band = statistics.mean_band(curves, images, LEVEL, n_boot, seed)
     return {
-        name: statistics.mean_band(values, images, LEVEL, n_boot, seed)
-        for name, values in curves.items()
-        if np.isfinite(values).any()
+        name: Band(band.mean[index], band.low[index], band.high[index])
+        for index, name in enumerate(columns)
+        if np.isfinite(band.mean[index]).any()
     }
 
 
@@ -222,7 +239,8 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM, dataset: Datase
         raise ConfigError(
             f"no sample of the data ({cfg.data.name}) has an image: there is no attention on it to look at"
         )
-    kinds = {str(kind): rows for kind, rows in table.groupby("kind", sort=True)}
+    # Data without kinds call every sample "all", which would repeat the curves of all samples.
+    kinds = {str(kind): rows for kind, rows in table.groupby("kind", sort=True) if kind != "all"}
     samples = table[table["layer"] == 0]
     curves = {
         name: bands(table, {curve: f"{curve}_{name}" for curve in (*CURVES, "answer_cross")}, cfg.bootstrap, cfg.seed)

@@ -31,6 +31,8 @@ MIN_LAYERS = 8
 """Below this depth no ordering of the layers is rare enough to be evidence."""
 MIN_CLUSTERS = 10
 """Below this number of images a bootstrap over images means nothing."""
+WEIGHTS_AT_ONCE = 1 << 23
+"""Bootstrap weights held in memory together (64 MB)."""
 ENRICHMENT_FLOOR = 0.01
 """Enrichment below a hundredth of uniform attention counts as this much (keeps the logarithm finite)."""
 
@@ -89,9 +91,14 @@ def cluster_bootstrap(
     np.add.at(sums, index, np.where(finite, flat, 0.0))
     np.add.at(counts, index, finite)
     rng = np.random.default_rng(seed)
-    weights = rng.multinomial(n_clusters, np.full(n_clusters, 1.0 / n_clusters), size=n_boot).astype(np.float64)
-    total, count = weights @ sums, weights @ counts
-    means = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    even = np.full(n_clusters, 1.0 / n_clusters)
+    means = np.full((n_boot, flat.shape[1]), np.nan)
+    at_once = max(1, WEIGHTS_AT_ONCE // n_clusters)
+    for start in range(0, n_boot, at_once):
+        rows = means[start : start + at_once]
+        weights = rng.multinomial(n_clusters, even, size=len(rows)).astype(np.float64)
+        count = weights @ counts
+        np.divide(weights @ sums, count, out=rows, where=count > 0)
     return means.reshape(n_boot, *values.shape[1:])
 
 

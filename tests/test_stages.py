@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,23 +21,19 @@ from PIL import Image
 from analysis import plots, stages, statistics
 from dyvte.config import compose, load_model
 from dyvte.data import build_dataset
-from dyvte.errors import ConfigError, DataError, RunFolderError
+from dyvte.errors import ConfigError, DataError, ModelError, RunFolderError
 from dyvte.instrument.attention import CURVES, MEASURES, AttentionProbe
 from dyvte.instrument.views import view
 from dyvte.testbed.model import TestbedSizes, build_model
+from dyvte.testbed.planted import planted
 from dyvte.testbed.tokenizer import build_processor
 from tests.families import build, random_batch
 
 ROOT = Path(__file__).parent.parent
 LAYERS = 9
-SMALL = [
-    "data.limit=11",
-    "data.kinds=[attribute,count]",
-    "batch_size=3",
-    "bootstrap=50",
-    "permutations=99",
-    "maps.count=2",
-]
+SHAPES = ["data.limit=11", "data.kinds=[attribute,count]"]
+QUICK = ["batch_size=3", "bootstrap=50", "permutations=99", "maps.count=2"]
+SMALL = [*SHAPES, *QUICK]
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +48,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(model: Path, output: Path, *overrides: str) -> Path:
-    stages.main(compose("stages", ["model=hf", f"model.path={model}", f"output_dir={output}", *SMALL, *overrides]))
+def run(model: Path, output: Path, *overrides: str, data: Sequence[str] = SHAPES) -> Path:
+    folders = ["model=hf", f"model.path={model}", f"output_dir={output}"]
+    stages.main(compose("stages", [*folders, *data, *QUICK, *overrides]))
     return output
 
 
@@ -265,12 +263,17 @@ def write_questions(folder: Path, images: list[str | None]) -> Path:
 
 
 def own_data(folder: Path, images: list[str | None]) -> list[str]:
-    return ["data=llava_json", f"data.file={write_questions(folder, images)}", f"data.image_folder={folder}"]
+    return [
+        "data=llava_json",
+        "data.limit=null",
+        f"data.file={write_questions(folder, images)}",
+        f"data.image_folder={folder}",
+    ]
 
 
 def test_broken_samples_are_counted_and_named(model_folder: Path, tmp_path: Path) -> None:
     data = own_data(tmp_path, ["red.png", "gone.png", "red.png", None])
-    folder = run(model_folder, tmp_path / "run", *data, "data.limit=null")
+    folder = run(model_folder, tmp_path / "run", data=data)
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["num_samples"], summary["num_failed"]) == (3, 1)
     failure = json.loads((folder / "failures.jsonl").read_text())
@@ -278,18 +281,30 @@ def test_broken_samples_are_counted_and_named(model_folder: Path, tmp_path: Path
     table = pd.read_parquet(folder / "layers.parquet")
     assert table.groupby("id")["cross_mass"].count().to_dict() == {"0": LAYERS, "2": LAYERS, "3": 0}
     assert summary["stages"]["verdict"] == "undetermined"  # one image
+    assert summary["kinds"] == {}  # these data have no kinds
+    curves = pd.read_parquet(folder / "curves.parquet")
+    assert not curves.duplicated(["kind", "measure", "curve", "layer"]).any()
 
 
 def test_nothing_to_look_at_is_an_error(model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
     data = own_data(tmp_path / "broken", ["gone.png", "gone.png"])
     with pytest.raises(DataError, match=r"none of the 2 samples could be used; the first: .*questions\.jsonl line 1"):
-        run(model_folder, tmp_path / "all_broken", *data, "data.limit=null")
+        run(model_folder, tmp_path / "all_broken", data=data)
     assert len((tmp_path / "all_broken" / "failures.jsonl").read_text().splitlines()) == 2
     (tmp_path / "text").mkdir()
     data = own_data(tmp_path / "text", [None, None])
     with pytest.raises(ConfigError, match=r"no sample of the data .* has an image"):
-        run(model_folder, tmp_path / "text_only", *data, "data.limit=null")
+        run(model_folder, tmp_path / "text_only", data=data)
+
+
+def test_attention_that_is_not_a_number_is_an_error(model_folder: Path) -> None:
+    cfg = compose("stages", ["model=hf", f"model.path={model_folder}", *SMALL])
+    mllm, dataset = load_model(cfg), build_dataset(cfg.data)
+    with torch.no_grad():
+        mllm.layers[4].self_attn.q_proj.weight.fill_(torch.nan)
+    with pytest.raises(ModelError, match=rf"{dataset[0].id}.* not a number in layer 4: torch.float32"):
+        stages.measure(mllm, [dataset[0]])
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl"])
@@ -313,6 +328,52 @@ def test_no_finding_on_random_weights(family: str) -> None:
         verdict = statistics.stage_verdict(cross, visual, text, np.arange(len(cross)), n_boot=200, n_perm=499)
         assert verdict.verdict != "three_stage", (family, seed)
         assert verdict.boundaries is None
+
+
+def test_planted_layer_is_found() -> None:
+    """Where text cannot see the image from layer m on, cross attention ends at m; one step is no three stages."""
+    mllm = build("llava", num_layers=12)
+    generator = torch.Generator().manual_seed(0)
+    batches = [random_batch(mllm, generator, num_images=[1] * 8) for _ in range(3)]
+    for exit_layer in (4, 7):
+        curves: dict[str, list[torch.Tensor]] = {curve: [] for curve in CURVES}
+        for batch in batches:
+            with planted(mllm, exit_layer), AttentionProbe(mllm) as probe, torch.no_grad():
+                mllm.model(**batch)
+            for curve in CURVES:
+                curves[curve].append(probe.stats.curve(curve, stages.ENDPOINT).mean(-1))
+        cross, visual, text = (torch.cat(curves[curve]).numpy() for curve in CURVES)
+        assert np.isnan(cross[:, exit_layer:]).all()  # nothing to see is no enrichment; the table says 0
+        cross = np.nan_to_num(cross)
+        outcome = statistics.stage_verdict(cross, visual, text, np.arange(len(cross)), n_boot=100, n_perm=99)
+        assert outcome.verdict == "other"
+        assert outcome.change_points is not None
+        assert exit_layer in outcome.change_points
+
+
+def test_views_cover_the_image() -> None:
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for family in ("llava", "llava_next", "qwen2_5_vl", "internvl"):
+        mllm = build(family)
+        batch = random_batch(mllm, generator, num_images=[1])
+        found[family] = place = view(mllm, batch)
+        if place is not None:
+            assert place.rows * place.columns <= int(batch.layout.visual.sum())
+    llava, llava_next, qwen = found["llava"], found["llava_next"], found["qwen2_5_vl"]
+    assert llava is not None
+    assert (llava.rows, llava.columns) == (4, 4)
+    assert llava.image is not None
+    assert llava.image.shape == (8, 8, 3)
+    assert llava_next is not None
+    assert (llava_next.rows, llava_next.columns) == (2, 2)  # the view of the whole image; the tiles are left out
+    assert qwen is not None
+    assert qwen.rows == 2
+    mllm = build("llava")
+    assert view(mllm, random_batch(mllm, generator, num_images=[2])) is None
+    assert view(mllm, random_batch(mllm, generator, num_images=[0])) is None
+    with pytest.raises(ValueError, match="batch of one sample, got 2"):
+        view(mllm, random_batch(mllm, generator, num_images=[1, 1]))
 
 
 def test_series_differ_without_colour() -> None:
