@@ -79,7 +79,7 @@ def sequence_nll(token_nll: Tensor, valid: Tensor) -> Tensor:
 
 
 def paper_labels(agree: Tensor, nll: Tensor, ratio: float = 1.03, eps: float = 1e-3) -> Tensor:
-    """Exit labels after DyVTE (arXiv 2411.19628, Section 4), teacher-forced on A, the full model's greedy answer.
+    """Exit labels after DyVTE (arXiv 2411.19628), teacher-forced on A, the full model's greedy answer.
 
     y[k] = 1 iff every argmax under exit k is A's token and CE_k(A) <= max(ratio * CE_full(A), CE_full(A) + eps). `eps`
     keeps the rounding noise of a confident model (CE near 0) out of the labels; it is our addition.
@@ -103,8 +103,7 @@ def release_labels(
     """Exit labels as in DyVTE's published code, teacher-forced on the ground truth.
 
     y[k] = 1 iff the argmax sequences of exit k and of the full model agree on at least 99% of the positions (end token
-    included) and CE_k < 1.03 * CE_full. At k = L the second condition is not met by itself, CE_L < 1.03 * CE_L needs
-    CE_L > 0; the full model is labelled 1 regardless.
+    included) and CE_k < 1.03 * CE_full. The full model itself (k = L) is always labelled 1.
 
     Args:
         token_argmax: [B, L + 1, A] most likely token at every answer position.
@@ -127,17 +126,21 @@ def exit_depth(labels: Tensor) -> Tensor:
     """First k with y[j] = 1 for all j >= k: from there on visual tokens are not needed.
 
     Args:
-        labels: [..., L + 1] boolean; the full model's own label (at L) must be 1.
+        labels: [..., L + 1] boolean; the full model (k = L) counts as 1 whatever its entry says.
 
     Returns:
         [...] in 0..L.
     """
-    return _holds_from_here_on(labels.bool()).int().argmax(-1)
+    return _holds_from_here_on(_with_full_model(labels)).int().argmax(-1)
 
 
 def lucky_exit_depth(labels: Tensor) -> Tensor:
     """Smallest k with y[k] = 1, even where a later exit fails: [...] in 0..L."""
-    return labels.int().argmax(-1)
+    return _with_full_model(labels).int().argmax(-1)
+
+
+def _with_full_model(labels: Tensor) -> Tensor:
+    return torch.cat([labels[..., :-1].bool(), torch.ones_like(labels[..., -1:], dtype=torch.bool)], dim=-1)
 
 
 def _holds_from_here_on(condition: Tensor) -> Tensor:

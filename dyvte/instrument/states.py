@@ -1,6 +1,6 @@
 """Token status: what an exit gate looks at, as pure functions of hidden states and roles.
 
-DyVTE's gate (arXiv 2411.19628, Section 4) looks at the text tokens only; its Table 3 compares other choices.
+DyVTE's gate (arXiv 2411.19628) looks at the text tokens only; the paper's Table 3 compares other choices.
 """
 
 from __future__ import annotations
