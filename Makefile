@@ -15,7 +15,7 @@ help: ## Show this list
 install: $(STAMP) ## Create .venv and install the package with the versions in constraints.txt
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,notebooks]'
+	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,notebooks]'
 	touch $@
 
 stages: $(STAMP) ## Layer-by-layer attention of the shipped model: tables and figures in outputs/stages/
