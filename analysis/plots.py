@@ -118,7 +118,7 @@ def ratio_axis(axis: Axes) -> None:
     if high / low < 2.2:
         ticks = [each / 10 for each in range(1, 100)]
     else:
-        steps = (1, 1.5, 2, 3, 4, 5, 7) if high / low < 8 else (1, 2, 5)
+        steps = (1, 1.5, 2, 3, 5, 7) if high / low < 12 else (1, 2, 5)
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         ticks = [step * 10.0**decade for decade in decades for step in steps]
     axis.yaxis.set_major_locator(FixedLocator(ticks))
