@@ -290,7 +290,8 @@ class MLLM:
             batch = batch.left_padded()
         extension = {"input_ids": answer_ids.masked_fill(~real, 0), "attention_mask": real.long()}
         types = batch.get("token_type_ids")
-        if types is not None and not types[batch.layout.visual].any():
+        visual = batch.layout.visual
+        if types is not None and visual.any() and not types[visual].any():
             # Types that do not mark the image mark the prefix (PaliGemma), which answers are not part of.
             extension["token_type_ids"] = torch.ones_like(answer_ids)
         inputs = dict(batch)
