@@ -388,7 +388,7 @@ def test_flash_attention_masks(seed: int, window: int | None, causal: bool, soft
     allowed, bias = allowed_pairs(padding, 12, causal, window, query.device)
     assert allowed is not None
     assert bias is None
-    geometry = Geometry.of(Groups.of(layout), allowed)
+    geometry = Geometry.of(Groups.of(layout), allowed, None, num_heads=4)
     sums = role_sums(score_rows(query, key[:, :2], 0.5, softcap, geometry), geometry, 4)
 
     scores = query @ key[:, :2].repeat_interleave(2, dim=1).transpose(2, 3) * 0.5

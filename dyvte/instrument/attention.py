@@ -7,7 +7,7 @@ reduces them to sums over token roles (`dyvte.instrument.role_attention`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -135,38 +135,45 @@ def _with_all_text(by_key_role: Tensor) -> Tensor:
     return torch.cat([by_key_role, of_text.sum(-1, keepdim=True).to(by_key_role.dtype)], dim=-1)
 
 
-def _assemble(layout: TokenLayout, layers: list[tuple[RoleSums, Geometry]]) -> AttentionStats:
+def _stack(of_layers: Iterable[Tensor]) -> Tensor:
+    """One tensor a layer -> [B, L, ...] on the CPU."""
+    return torch.stack([each.cpu() for each in of_layers], dim=1)
+
+
+def _assemble(layout: TokenLayout, sums: list[RoleSums], geometries: list[Geometry]) -> AttentionStats:
     """Turn the sums of all layers into statistics."""
-
-    def stacked(of_layer: Callable[[RoleSums, Geometry], Tensor]) -> Tensor:
-        return torch.stack([of_layer(sums, geometry) for sums, geometry in layers], dim=1).cpu()
-
-    groups = layers[0][1].groups
-    has_query = groups.queries.sum(-1) > 0
-    measures = {}
-    for suffix in ("", "_no_sink"):
-        has_key = (groups.merge_sink(groups.keys) if suffix == "" else groups.keys[..., 1:]).sum(1) > 0
-        has_key = _with_all_text(has_key)
-        present = (has_query[:, :, None] & has_key[:, None]).cpu()[:, None, None]
-        probability = _with_all_text(stacked(lambda sums, _: getattr(sums, f"probability{suffix}")))  # noqa: B023
-        counts = {
-            "mass": stacked(lambda _, geometry: getattr(geometry, f"counts{suffix}").queries[..., None]),  # noqa: B023
-            "mean_score": stacked(lambda _, geometry: getattr(geometry, f"counts{suffix}").pairs),  # noqa: B023
-            "enrichment": stacked(lambda _, geometry: getattr(geometry, f"counts{suffix}").uniform),  # noqa: B023
+    groups = geometries[0].groups
+    queries = groups.queries.sum(-1)
+    versions = {
+        "": ([each.probability for each in sums], [each.counts for each in geometries], groups.merge_sink(groups.keys)),
+        "_no_sink": (
+            [each.probability_no_sink for each in sums],
+            [each.counts_no_sink for each in geometries],
+            groups.keys[..., 1:],
+        ),
+    }
+    measures: dict[str, Tensor] = {}
+    for suffix, (probabilities, counts, keys) in versions.items():
+        has_key = _with_all_text(keys).sum(1) > 0
+        absent = ~((queries > 0)[:, :, None] & has_key[:, None]).cpu()[:, None, None]
+        total = _with_all_text(_stack(probabilities)).masked_fill(absent, torch.nan)  # [B, L, H, 5, 5]
+        divisors = {
+            "mass": _stack(each.queries[..., None] for each in counts),
+            "mean_score": _with_all_text(_stack(each.pairs for each in counts)),
+            "enrichment": _with_all_text(_stack(each.uniform for each in counts)),
         }
-        for name, count in counts.items():
-            count = count if name == "mass" else _with_all_text(count)
-            measures[name + suffix] = torch.where(present, probability / count[:, :, None], torch.nan)
+        measures |= {name + suffix: total / divisor[:, :, None] for name, divisor in divisors.items()}
 
-    entropy = stacked(lambda sums, geometry: sums.entropy / entropy_queries(geometry).sum(-1)[:, None])
-    received = stacked(lambda sums, _: sums.received)
-    instruction_queries = groups.queries[:, INSTRUCTION].sum(-1).cpu()
+    entropy = _stack(each.entropy for each in sums)
+    entropy /= _stack(entropy_queries(each).sum(-1) for each in geometries)[:, :, None]
+    received = _stack(each.received for each in sums)
+    maps = [each.mean_map for each in sums if each.mean_map is not None]
     return AttentionStats(
         layout=layout.to("cpu"),
         cross_queries=torch.stack([measures[name][..., QUESTION, :] for name in MEASURES], dim=-2),
         received_last=received[..., 0, :],
-        received_instruction=received[..., 1, :] / instruction_queries[:, None, None, None],
-        maps=None if layers[0][0].mean_map is None else stacked(lambda sums, _: sums.mean_map),  # type: ignore
+        received_instruction=received[..., 1, :] / queries[:, INSTRUCTION].cpu()[:, None, None, None],
+        maps=_stack(maps) if maps else None,
         **{name: measures[name][..., : len(ROLES), : len(ROLES)] for name in MEASURES},
         **{name: entropy[..., index] for index, name in enumerate(ENTROPIES)},
     )
@@ -175,21 +182,26 @@ def _assemble(layout: TokenLayout, layers: list[tuple[RoleSums, Geometry]]) -> A
 class _Pass:
     """One forward call of the model while it runs."""
 
-    def __init__(self, layout: TokenLayout) -> None:
+    def __init__(self, layout: TokenLayout, num_heads: int) -> None:
         self.layout = layout
-        self.groups = Groups.of(layout)
-        self.layers: dict[int, tuple[RoleSums, Geometry]] = {}
-        self._geometries: dict[tuple[int, bool, int | None], tuple[Any, Geometry]] = {}
+        self.num_heads = num_heads
+        self.sums: dict[int, RoleSums] = {}
+        self.geometries: dict[int, Geometry] = {}
+        self._groups: dict[torch.device, Groups] = {}
+        self._known: dict[tuple[Any, ...], tuple[Any, Geometry]] = {}
 
-    def geometry(self, mask: Tensor | None, causal: bool, sliding_window: int | None) -> Geometry:
-        """The geometry of a mask; layers that share the mask share it."""
-        name = (id(mask), causal, sliding_window)
-        if name not in self._geometries:
-            allowed, bias = allowed_pairs(
-                mask, self.layout.roles.shape[1], causal, sliding_window, self.layout.roles.device
-            )
-            self._geometries[name] = (mask, Geometry.of(self.groups, allowed, bias))  # the mask keeps its id taken
-        return self._geometries[name][1]
+    def geometry(self, call: AttentionCall) -> Geometry:
+        """What the mask of a call allows; layers that share a mask (and a device) share the result."""
+        device = call.query.device
+        name = (id(call.mask), call.causal, call.sliding_window, device)
+        if name not in self._known:
+            if device not in self._groups:
+                self._groups[device] = Groups.of(self.layout.to(device))
+            length = self.layout.roles.shape[1]
+            allowed, bias = allowed_pairs(call.mask, length, call.causal, call.sliding_window, device)
+            geometry = Geometry.of(self._groups[device], allowed, bias, self.num_heads)
+            self._known[name] = (call.mask, geometry)  # holding the mask keeps its id taken
+        return self._known[name][1]
 
 
 class AttentionProbe:
@@ -276,13 +288,13 @@ class AttentionProbe:
                 f"the probe's layout is for inputs of shape {tuple(layout.roles.shape)}, the model got "
                 f"{tuple(inputs['input_ids'].shape)}"
             )
-        self._pass = _Pass(layout.to(self.mllm.device))
+        self._pass = _Pass(layout, self.mllm.num_heads)
 
     def _end(self) -> None:
         current, self._pass, skipped, self._skip = self._pass, None, self._skip, False
         if current is None or skipped:
             return
-        silent = [index for index in range(self.mllm.num_layers) if index not in current.layers]
+        silent = [index for index in range(self.mllm.num_layers) if index not in current.sums]
         if silent:
             module: Any = self.mllm.attentions[silent[0]]
             raise UnsupportedError(
@@ -290,8 +302,9 @@ class AttentionProbe:
                 f"{module.config._attn_implementation!r}): its attention does not go through transformers' attention "
                 "functions"
             )
-        layers = [current.layers[index] for index in range(self.mllm.num_layers)]
-        self.history.append(_assemble(current.layout, layers))
+        order = range(self.mllm.num_layers)
+        sums, geometries = [current.sums[index] for index in order], [current.geometries[index] for index in order]
+        self.history.append(_assemble(current.layout, sums, geometries))
 
     @torch.no_grad()
     def _see(self, index: int, call: AttentionCall) -> None:
@@ -307,15 +320,15 @@ class AttentionProbe:
         if (
             call.query.shape[0] != current.layout.roles.shape[0]
             or call.query.shape[2] != length
-            or index in current.layers
+            or index in current.sums
         ):
             raise UnsupportedError(
                 f"AttentionProbe saw decoder layer {index} run on {call.query.shape[2]} of {length} positions: it "
                 "cannot look into a model whose layers a policy or a sweep drives"
             )
-        geometry = current.geometry(call.mask, call.causal, call.sliding_window)
-        rows_of = call.rows(geometry)
-        current.layers[index] = role_sums(rows_of, geometry, call.query.shape[1], self._maps), geometry
+        geometry = current.geometry(call)
+        current.geometries[index] = geometry
+        current.sums[index] = role_sums(call.rows(geometry), geometry, call.query.shape[1], self._maps)
 
 
 # ---------------------------------------------------------------- the attention functions

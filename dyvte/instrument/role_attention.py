@@ -22,9 +22,11 @@ QUERY_GROUPS = (*ROLES, "question")
 
 QUESTION = len(ROLES)
 
-# Rows of the attention matrix held at once. On a CPU the rows of one block should stay in its cache; a GPU needs
-# enough of them to be busy. Neither changes a result.
-CPU_BLOCK, GPU_BLOCK = 64, 512
+CPU_BLOCK, GPU_BLOCK = (16, 64, 2**23), (64, 512, 2**27)
+"""Rows of the attention matrix made at once, at least and at most, and how many of its entries they may hold.
+
+On a CPU the rows of a head should stay in its cache, a GPU needs enough of them to be busy. No result depends on it.
+"""
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,8 @@ class Geometry:
     query_weights_no_sink: Tensor
 
     @classmethod
-    def of(cls, groups: Groups, allowed: Tensor | None, bias: Tensor | None = None) -> Geometry:
-        """Count the allowed pairs and cut the attention matrix into blocks."""
+    def of(cls, groups: Groups, allowed: Tensor | None, bias: Tensor | None, num_heads: int) -> Geometry:
+        """Count the allowed pairs and cut the attention matrix of `num_heads` heads into blocks."""
         if allowed is None:
             by_key = groups.keys.cumsum(1)
         else:
@@ -145,17 +147,18 @@ class Geometry:
             groups=groups,
             allowed=allowed,
             bias=bias,
-            blocks=list(_blocks(groups, allowed)),
+            blocks=list(_blocks(groups, allowed, num_heads)),
             counts=PairCounts.of(groups.merge_sink(by_key), groups, groups.queries),
             counts_no_sink=PairCounts.of(no_sink, groups, groups.queries),
             query_weights_no_sink=groups.queries * (no_sink.sum(-1) > 0)[:, None],
         )
 
 
-def _blocks(groups: Groups, allowed: Tensor | None) -> Iterator[Block]:
+def _blocks(groups: Groups, allowed: Tensor | None, num_heads: int) -> Iterator[Block]:
     """Runs of positions with and without text, cut to the block size, with the keys that they may see."""
     text = groups.text.tolist()
-    size = GPU_BLOCK if groups.text.is_cuda else CPU_BLOCK
+    least, most, entries = GPU_BLOCK if groups.text.is_cuda else CPU_BLOCK
+    size = min(most, max(least, entries // (groups.padding.numel() * num_heads)))
     seen = None if allowed is None else (allowed & ~groups.padding[:, :, None]).any(0)
     start = 0
     while start < len(text):
