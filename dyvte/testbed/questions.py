@@ -9,9 +9,9 @@ the other object of the same colour is one more. Questions of one, two and three
     from the red circle go stay  then same-color : what size ?      2 hops, kind same_attribute
     from the red circle go same-color then left  : what size ?      3 hops, kind two_hop
 
-so that their exit depths compare without a confound. Every description names two attributes of an object and every
-path question asks for the third, which no step of the path can reveal: a guesser who never sees the image is left with
-chance. Yes/no answers are drawn before the question, and a question is asked only where either answer was possible.
+so that their exit depths compare without a confound. A description names one or two attributes of an object ("red shape",
+"red circle") and every path question asks for another one, which no step of the path can reveal: a guesser who never
+sees the image is left with chance. Yes/no answers are drawn before the question, and a question is asked only where either answer was possible.
 """
 
 from __future__ import annotations
@@ -81,15 +81,20 @@ class Question:
 
 
 # ---------------------------------------------------------------- descriptions
-def describe(item: Object, omitted: str) -> str:
-    """Name an object by its two attributes other than ``omitted``: "red circle", "small circle", "small red"."""
-    return " ".join(item[a] for a in ("size", "color", "shape") if a != omitted)
+def describe(item: Object, mentioned: Sequence[str]) -> str:
+    """Name an object by one or two of its attributes, in two words: "red circle", "small red", "red shape"."""
+    words = [item[a] for a in ("size", "color", "shape") if a in mentioned]
+    return " ".join(words if len(words) == 2 else [*words, "shape"])
 
 
-def unique_objects(scene: Scene, omitted: str) -> list[Object]:
-    """Objects that ``describe(item, omitted)`` names without ambiguity."""
-    names = [describe(o, omitted) for o in scene.objects]
-    return [o for o, name in zip(scene.objects, names, strict=True) if names.count(name) == 1]
+def unique_names(scene: Scene, omitted: str) -> list[tuple[Object, str]]:
+    """All descriptions without the attribute ``omitted`` that fit exactly one object, each with its object."""
+    allowed = [a for a in ATTRIBUTES if a != omitted]
+    found = []
+    for mentioned in (allowed, allowed[:1], allowed[1:]):
+        names = [describe(o, mentioned) for o in scene.objects]
+        found += [(o, n) for o, n in zip(scene.objects, names, strict=True) if names.count(n) == 1]
+    return found
 
 
 def follow(scene: Scene, start: Object, step: str) -> Object | None:
@@ -148,11 +153,10 @@ def _count(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 def _relation(scene: Scene, rng: np.random.Generator) -> Question | None:
     omitted = _pick(rng, ATTRIBUTES)
-    named = unique_objects(scene, omitted)
-    if len(named) < 2:
+    pairs = [(a, b) for a, b in permutations(unique_names(scene, omitted), 2) if a[0] is not b[0]]
+    if not pairs:
         return None
-    i, j = rng.permutation(len(named))[:2]
-    a, b = named[int(i)], named[int(j)]
+    (a, first), (b, second) = _pick(rng, pairs)
     options = []
     if a.column != b.column:
         options.append("left" if a.column < b.column else "right")
@@ -161,21 +165,19 @@ def _relation(scene: Scene, rng: np.random.Generator) -> Question | None:
     truth, yes = _pick(rng, options), bool(rng.integers(2))
     asked = truth if yes else OPPOSITE[truth]
     words = {"left": "left of", "right": "right of"}.get(asked, asked)
-    return Question(
-        "relation", f"is the {describe(a, omitted)} {words} the {describe(b, omitted)} ?", YES if yes else NO
-    )
+    return Question("relation", f"is the {first} {words} the {second} ?", YES if yes else NO)
 
 
 def _comparison(scene: Scene, rng: np.random.Generator) -> Question | None:
     asked = _pick(rng, ATTRIBUTES)
-    pairs = list(permutations(unique_objects(scene, asked), 2))
-    same = [p for p in pairs if p[0][asked] == p[1][asked]]
-    different = [p for p in pairs if p[0][asked] != p[1][asked]]
+    pairs = [(a, b) for a, b in permutations(unique_names(scene, asked), 2) if a[0] is not b[0]]
+    same = [(a, b) for a, b in pairs if a[0][asked] == b[0][asked]]
+    different = [(a, b) for a, b in pairs if a[0][asked] != b[0][asked]]
     if not same or not different:
         return None
     yes = bool(rng.integers(2))
-    a, b = _pick(rng, same if yes else different)
-    text = f"do the {describe(a, asked)} and the {describe(b, asked)} have the same {asked} ?"
+    (_, first), (_, second) = _pick(rng, same if yes else different)
+    text = f"do the {first} and the {second} have the same {asked} ?"
     return Question("comparison", text, YES if yes else NO)
 
 
@@ -193,17 +195,17 @@ def _steps(kind: str, asked: str, rng: np.random.Generator) -> tuple[str, str]:
     return (first, second) if rng.integers(2) else (second, first)
 
 
-def _path_text(start: Object, asked: str, steps: tuple[str, str]) -> str:
-    return f"from the {describe(start, asked)} go {steps[0]} then {steps[1]} : what {asked} ?"
-
-
-def _path(scene: Scene, kind: str, start: Object, asked: str, rng: np.random.Generator, tries: int) -> Question | None:
+def _path(
+    scene: Scene, kind: str, named: tuple[Object, str], asked: str, rng: np.random.Generator, tries: int
+) -> Question | None:
+    start, name = named
     for _ in range(tries):
         steps = _steps(kind, asked, rng)
         middle = follow(scene, start, steps[0])
         end = follow(scene, middle, steps[1]) if middle is not None else None
         if end is not None and (kind == "attribute" or end is not start):
-            return Question(kind, _path_text(start, asked, steps), end[asked])
+            text = f"from the {name} go {steps[0]} then {steps[1]} : what {asked} ?"
+            return Question(kind, text, end[asked])
     return None
 
 
@@ -214,7 +216,7 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator, tries: int = 12) -> Q
     if kind in PATH_KINDS:
         for _ in range(tries):
             asked = _pick(rng, ATTRIBUTES)
-            named = unique_objects(scene, asked)
+            named = unique_names(scene, asked)
             if named and (question := _path(scene, kind, _pick(rng, named), asked, rng, tries=1)):
                 return question
         return None
@@ -232,7 +234,7 @@ def ask_matched(scene: Scene, rng: np.random.Generator, tries: int = 24) -> dict
     """One question of each path kind from the same start about the same attribute: matched in all but their hops."""
     for _ in range(tries):
         asked = _pick(rng, ATTRIBUTES)
-        named = unique_objects(scene, asked)
+        named = unique_names(scene, asked)
         if not named:
             continue
         start = _pick(rng, named)

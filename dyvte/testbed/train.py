@@ -36,7 +36,7 @@ from dyvte.errors import ConfigError
 from dyvte.store import write_atomic
 from dyvte.testbed.model import TestbedSizes, build_model
 from dyvte.testbed.packing import IGNORE, Branch, PackedBatch, pack
-from dyvte.testbed.questions import CAPTION_PROMPT, IMAGE_KINDS, ask, caption
+from dyvte.testbed.questions import CAPTION_PROMPT, IMAGE_KINDS, KINDS, ask, caption
 from dyvte.testbed.tokenizer import ASSISTANT, BOS, EOS, IMAGE, SYSTEM_PROMPT, USER, build_processor
 from dyvte.testbed.world import (
     ATTRIBUTES,
@@ -51,6 +51,7 @@ from dyvte.testbed.world import (
 )
 
 STAGES = ("language", "vision", "align", "instruct")
+MAX_HOPS = max(KINDS.values())
 
 
 # ---------------------------------------------------------------- speed
@@ -120,10 +121,11 @@ class Batches:
         grown = min(progress / curriculum, 1.0) if curriculum else 1.0
         return 3 + round(grown * (MAX_OBJECTS - 3))
 
-    def questions(self, scene: Scene, rng: np.random.Generator, number: int) -> list[Branch]:
-        """At most ``number`` different questions about a scene, kinds drawn by their weights."""
+    def questions(self, scene: Scene, rng: np.random.Generator, number: int, max_hops: int = MAX_HOPS) -> list[Branch]:
+        """At most ``number`` different questions of at most ``max_hops`` about a scene, kinds drawn by their weights."""
         branches, seen = [], set()
-        for kind in rng.choice(len(self.kinds), size=2 * number, p=self.shares):
+        shares = self.shares * np.array([KINDS[k] <= max_hops for k in self.kinds])
+        for kind in rng.choice(len(self.kinds), size=2 * number, p=shares / shares.sum()):
             question = ask(scene, self.kinds[kind], rng, tries=4)
             if question is not None and question.text not in seen:
                 seen.add(question.text)
@@ -164,7 +166,8 @@ class Batches:
         rng = self.rng("instruct", step)
         high = self.max_objects("instruct", progress)
         scenes = [sample_scene("train", self.cfg.seed, step * size + i, MIN_OBJECTS, high) for i in range(size)]
-        rows = [(self.prefix, self.questions(s, rng, self.cfg.instruct.questions)) for s in scenes]
+        hops = 1 + sum(progress >= start for start in self.cfg.instruct.more_hops_from)
+        rows = [(self.prefix, self.questions(s, rng, self.cfg.instruct.questions, hops)) for s in scenes]
         return pack(rows, self.cfg.instruct.length, self.pad_id), self._images(scenes)
 
     def validation(self, number: int) -> tuple[PackedBatch, Tensor | None]:
@@ -190,6 +193,26 @@ def pixels(scenes: list[Scene]) -> Tensor:
 def visual_features(model: LlavaForConditionalGeneration, images: Tensor) -> Tensor:
     """Patch features [B, V, vision width] of the tower, as LLaVA takes them (class token dropped)."""
     return model.model.vision_tower(images).last_hidden_state[:, 1:]
+
+
+@torch.no_grad()
+def initialise_projector(model: LlavaForConditionalGeneration, images: Tensor) -> None:
+    """Fold a standardisation of the tower's features into the projector, and scale its output to the word embeddings.
+
+    The tower's features share a large common vector, and their norm is a hundred times a word embedding's: projected by
+    a fresh projector, the visual tokens differ too little from one another to be told apart, and are too long for
+    decoder layers to write anything on them.
+    """
+    features = visual_features(model, images)
+    mean, deviation = features.mean((0, 1)), features.std((0, 1)).clamp_min(1e-6)
+    projector = model.model.multi_modal_projector
+    first, second = projector.linear_1, projector.linear_2
+    nn.init.normal_(first.weight, std=first.in_features**-0.5)
+    first.weight.div_(deviation)
+    first.bias.copy_(-first.weight @ mean)
+    nn.init.zeros_(second.bias)
+    wanted = model.get_input_embeddings().weight.square().mean().sqrt()
+    second.weight.mul_(wanted / projector(features).square().mean().sqrt())
 
 
 def hidden_states(
@@ -434,9 +457,12 @@ def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
     def instruct_batch(step: int, progress: float) -> tuple[PackedBatch, Tensor | None]:
         size = cfg.instruct.batch_size
         draw = batches.rng("instruct", step).random() + (1.0 if cfg.instruct.blind else 0.0)
-        if draw < cfg.instruct.caption_share:
+        # captions, the densest teachers of which attributes belong together, come first and thin out
+        early, late = cfg.instruct.caption_share
+        captions = late + (early - late) * max(1 - progress / cfg.instruct.curriculum, 0.0)
+        if draw < captions:
             return batches.align(10**6 + step, size, stage="instruct")
-        if draw < cfg.instruct.caption_share + cfg.instruct.text_share:
+        if draw < captions + cfg.instruct.text_share:
             return batches.language(10**6 + step, progress, size, stage="instruct"), None
         return batches.instruct(step, progress, size)
 
@@ -464,6 +490,11 @@ def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
         elif name == "align":
             tower.requires_grad_(False)
             talk.requires_grad_(False)
+            if not (folder / "align.pt").exists():
+                torch.manual_seed(cfg.seed)
+                initialise_projector(
+                    model, pixels([sample_scene("caption", cfg.seed, i) for i in range(64)]).to(device)
+                )
             run_stage(
                 name,
                 modules={"projector": projector},
