@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 from scipy.stats import binomtest
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 
 from dyvte.errors import ConfigError, ModelError
 from dyvte.gates import Gates
@@ -142,11 +142,11 @@ def test_label_loss_is_weighted_cross_entropy_over_the_gates_that_count() -> Non
     target = labels[:, 1:-1].long()
     torch.testing.assert_close(
         label_loss(logits, labels, exit_weight=3.0),
-        F.cross_entropy(logits.flatten(0, 1), target.flatten(), weight=torch.tensor([1.0, 3.0])),
+        cross_entropy(logits.flatten(0, 1), target.flatten(), weight=torch.tensor([1.0, 3.0])),
     )
     mask = torch.zeros(5, 3)
     mask[:, 1] = 1
-    torch.testing.assert_close(label_loss(logits, labels, mask=mask), F.cross_entropy(logits[:, 1], target[:, 1]))
+    torch.testing.assert_close(label_loss(logits, labels, mask=mask), cross_entropy(logits[:, 1], target[:, 1]))
 
 
 def planted_data(n: int, seed: int) -> GateData:
@@ -159,19 +159,28 @@ def planted_data(n: int, seed: int) -> GateData:
     return GateData(status, labels, (torch.arange(6) / 5.0).repeat(n, 1))
 
 
-@pytest.mark.parametrize("objective", ["labels", "stopping"])
-def test_training_finds_a_planted_rule(objective: str) -> None:
+def test_training_finds_a_planted_rule() -> None:
     train, validation = planted_data(600, 0), planted_data(300, 1)
     torch.manual_seed(0)
     gates = Gates(5, 6, width=16, bias=True)
-    recipe = Recipe(objective=objective, epochs=30, patience=5, batch_size=32, disagreement_price=5.0)
+    recipe = Recipe(epochs=30, patience=5, batch_size=32)
     result = train_gates(gates, train, validation, recipe, ADAM)
     exits = first_exit(exit_probabilities(gates, validation.status), [0.5] * 4)
     wanted = validation.labels.int().argmax(1)
-    assert at_exit(validation.labels, exits).double().mean() > 0.97
-    assert (exits - wanted).double().mean() < (0.1 if objective == "labels" else 0.6)  # early, too
+    assert at_exit(validation.labels, exits).double().mean() > 0.9
+    assert (exits - wanted).abs().double().mean() < 0.2
     assert evaluate_loss(gates, validation, recipe) == pytest.approx(result["validation_loss"], rel=1e-5)
     assert result["best_epoch"] <= result["epochs"] <= 30
+
+
+def test_stopping_objective_beats_every_fixed_exit() -> None:
+    train, validation = planted_data(600, 0), planted_data(300, 1)
+    torch.manual_seed(0)
+    gates = Gates(5, 6, width=16, bias=True)
+    recipe = Recipe(objective="stopping", epochs=30, patience=5, batch_size=32, disagreement_price=5.0)
+    result = train_gates(gates, train, validation, recipe, ADAM)
+    fixed = (validation.cost + 5.0 * ~validation.labels).mean(0).min()
+    assert result["validation_loss"] < 0.95 * fixed
 
 
 def test_training_repeats_itself() -> None:
@@ -206,7 +215,7 @@ def test_unknown_objective_is_refused() -> None:
 
 @given(st.integers(0, 10_000), st.integers(1, 5), st.floats(0, 1))
 def test_first_exit_is_the_first_gate_above_its_threshold(seed: int, min_layer: int, threshold: float) -> None:
-    probability = torch.rand(6, 4, generator=torch.Generator().manual_seed(seed))
+    probability = torch.rand(3, 4, generator=torch.Generator().manual_seed(seed))
     thresholds = [threshold, 0.5, 1 - threshold, 0.9]
     for row, found in zip(probability, first_exit(probability, thresholds, min_layer).tolist(), strict=True):
         fired = [k for k in range(1, 5) if k >= min_layer and float(row[k - 1]) > np.float32(thresholds[k - 1])]
@@ -214,13 +223,13 @@ def test_first_exit_is_the_first_gate_above_its_threshold(seed: int, min_layer: 
 
 
 def test_layer_report_counts_decisions() -> None:
-    probability = torch.tensor([[0.9], [0.8], [0.2], [0.1]])
+    probability = torch.tensor([[0.95], [0.85], [0.25], [0.15]])
     labels = torch.tensor([[True], [False], [True], [False]])
     row = layer_report(probability, labels, [0.5]).iloc[0]
     assert (row.precision, row.recall, row.exit_rate, row.label_rate) == (0.5, 0.5, 0.5, 0.5)
-    # bins of 0.1: |0.9 - 1|, |0.8 - 0|, |0.2 - 1|, |0.1 - 0| over four samples
-    assert row.calibration_error == pytest.approx((0.1 + 0.8 + 0.8 + 0.1) / 4)
-    assert np.isnan(layer_report(probability, labels, [0.95]).iloc[0].precision)
+    # each in its own bin: |0.95 - 1|, |0.85 - 0|, |0.25 - 1|, |0.15 - 0|
+    assert row.calibration_error == pytest.approx((0.05 + 0.85 + 0.75 + 0.15) / 4)
+    assert np.isnan(layer_report(probability, labels, [0.99]).iloc[0].precision)
 
 
 def test_upper_limit_is_exact_for_independent_samples_and_wider_for_clusters() -> None:
@@ -264,8 +273,9 @@ def test_threshold_is_the_smallest_that_keeps_the_bound() -> None:
         return upper_limit(~at_exit(agree, first_exit(probability, [threshold] * 4)), images)
 
     chosen, reached = choose_threshold(probability, agree, images, bound=0.1)
-    assert reached == pytest.approx(limit(chosen)) and reached <= 0.1
-    lower = [each for each in np.linspace(chosen - 0.05, chosen - 0.01, 5)]
+    assert reached == pytest.approx(limit(chosen))
+    assert reached <= 0.1
+    lower = np.linspace(chosen - 0.05, chosen - 0.01, 5)
     assert max(limit(each) for each in lower) > 0.1, "a much smaller threshold would have kept the bound"
 
 

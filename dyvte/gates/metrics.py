@@ -90,7 +90,7 @@ def upper_limit(failures: Tensor, clusters: Sequence[Any], level: float = 0.95) 
     if 0 < rate < 1 and num_clusters > 1:
         residuals = np.bincount(index, weights=values - rate)
         variance = num_clusters / (num_clusters - 1) * float(residuals @ residuals) / n**2
-        design = max(1.0, variance / (rate * (1 - rate) / n))
+        design = max(1.0, variance / (rate * (1 - rate) / (n - 1)))
     effective = n / design
     failed = rate * effective
     return 1.0 if failed >= effective else float(beta.ppf(level, failed + 1, effective - failed))

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dyvte.errors import UnsupportedError
-from dyvte.flops import overhead
 from dyvte.gates.module import QUESTION, Gates, load_gates
 from dyvte.instrument.states import status_weights, token_status
 from dyvte.mllm import MLLM
@@ -79,10 +78,9 @@ class DynamicExit(Policy):
         gates, weights = self.gates, prefill.state.get(self._key)
         if weights is None:
             weights = prefill.state[self._key] = status_weights(prefill.layout, gates.status)
-        with overhead():
-            device = gates.inner.device  # a model may be spread over devices
-            status = token_status(prefill.hidden, weights.to(prefill.hidden.device)).to(device)
-            probability = gates.exit_probability(status, layer - 1)
+        device = gates.inner.device  # a model may be spread over devices
+        status = token_status(prefill.hidden, weights.to(prefill.hidden.device)).to(device)
+        probability = gates.exit_probability(status, layer - 1)
         prefill.state.setdefault(PROBABILITIES, {})[layer] = probability
         leaves = probability > self._thresholds[layer - 1]
         prefill.drop(visual & leaves.to(visual.device)[:, None])
