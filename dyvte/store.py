@@ -21,6 +21,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from dyvte.mllm import MLLM
 
 TEMPORARY = ".tmp-"
+_LINE_BREAK = re.compile(r"\n\s*")
+_INNERMOST_LIST = re.compile(r"\[\n\s*([^\[\]{}]*?)\n\s*\]")
 ROWS_PER_GROUP = 1 << 17
 HASHED_ELEMENTS = 1 << 16
 """Elements of each parameter that enter the model's fingerprint; smaller parameters enter whole."""
@@ -72,6 +75,8 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as strict JSON (NaN and infinities become null), atomically."""
     text = json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    # Lists of numbers go on one line; strings hold no line breaks, so nothing inside them can match.
+    text = _INNERMOST_LIST.sub(lambda match: f"[{re.sub(_LINE_BREAK, ' ', match[1])}]", text)
     write_atomic(path, lambda file: file.write(text.encode()))
 
 

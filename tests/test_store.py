@@ -229,6 +229,15 @@ def test_out_of_memory_names_the_setting(tmp_path: Path) -> None:
         execute(tmp_path, exhausts)
 
 
+def test_json_keeps_lists_on_one_line_and_strings_as_they_are(tmp_path: Path) -> None:
+    content = {"maps": [[1, 2.5], [-3e-9, None]], "text": ["a [ 1,\n 2 ]", "b, c"], "empty": [], "deep": {"list": [{}]}}
+    store.write_json(tmp_path / "x.json", content)
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text) == content
+    assert "[1, 2.5]" in text
+    assert "[-3e-09, null]" in text
+
+
 def test_unfinished_table_is_named(tmp_path: Path) -> None:
     folder = store.RunFolder.open(tmp_path, FINGERPRINT, CONFIG)
     with pytest.raises(RunFolderError, match="no table 'squares'"):
