@@ -194,7 +194,7 @@ def unchanged_from(logit_change: npt.ArrayLike) -> int:
 def contribution_stops(
     correct: npt.ArrayLike,
     agree: npt.ArrayLike,
-    logit_change: npt.ArrayLike | None,
+    logit_change: npt.ArrayLike,
     clusters: Clusters,
     *,
     max_loss: float = 0.05,
@@ -215,7 +215,7 @@ def contribution_stops(
     Args:
         correct: `[n, L + 1]`, 1 where the answer under exit k is right; NaN where there is no reference answer.
         agree: `[n, L + 1]`, 1 where it is the full model's answer.
-        logit_change: see :func:`unchanged_from`; None where the model does not run in float32.
+        logit_change: see :func:`unchanged_from`. Rounding in half precision is larger, so there it is no evidence.
         clusters: length n, the image of each sample.
         max_loss, min_gain: shares of the questions.
     """
@@ -231,16 +231,14 @@ def contribution_stops(
         "num_images": num_images,
     }
     estimates: dict[str, Any] = {}
-    if logit_change is not None:
-        exact = unchanged_from(logit_change)
-        details["unchanged_from"] = exact
-        if exact == 0:
-            why = "no exit changes the logits, not even showing the decoder no image: visual tokens do not contribute"
-            return Finding(statement, "not_found", [why], None, estimates, details)
-        before = float(np.asarray(logit_change, dtype=np.float64)[:, exact - 1].mean())
-        if exact < num_layers and before > 10 * ROUNDING:
-            why = f"exits from layer {exact} on leave the logits as they are, up to rounding"
-            return Finding(statement, "found", [why], exact, {"exit_layer": exact}, {**details, "evidence": "exact"})
+    exact = details["unchanged_from"] = unchanged_from(logit_change)
+    if exact == 0:
+        why = "no exit changes the logits, not even showing the decoder no image: visual tokens do not contribute"
+        return Finding(statement, "not_found", [why], None, estimates, details)
+    before = float(np.asarray(logit_change, dtype=np.float64)[:, exact - 1].mean())
+    if exact < num_layers and before > 10 * ROUNDING:
+        why = f"exits from layer {exact} on leave the logits as they are, up to rounding"
+        return Finding(statement, "found", [why], exact, {"exit_layer": exact}, {**details, "evidence": "exact"})
     if num_images < MIN_CLUSTERS:
         why = f"{num_images} images; fewer than {MIN_CLUSTERS} give no interval"
         return Finding(statement, "undetermined", [why], None, estimates, details)

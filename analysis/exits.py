@@ -20,7 +20,7 @@ from torch import Tensor
 
 from analysis import exit_statistics, plots, plots_exits
 from analysis.exit_statistics import Finding
-from analysis.statistics import Array, Band, mean_band
+from analysis.statistics import Array, Band, cluster_bootstrap, cluster_mean, mean_band
 from dyvte import distributed, runner, store
 from dyvte.config import command, load_model
 from dyvte.criteria import exit_depth, kl_to_full, lucky_exit_depth, paper_labels
@@ -38,6 +38,8 @@ QUESTIONS, CAPTIONS, TEXT_ONLY = "questions", "captions", "text_only"
 """Parts of the data: findings are about questions on images; captions and questions without image are kept apart."""
 CURVES = {"accuracy": "correct", "agreement": "agree", "kl": "kl", "kl_reverse": "kl_reverse", "nll": "nll"}
 """What is reported for every exit and group of questions, with its column in the table `exits`."""
+
+FLOPS = ("flops_total", "flops_decoder")
 
 
 # ------------------------------------------------------------------------ data
@@ -237,7 +239,7 @@ class Measurement:
         correct: list[bool | None] = []
         for sample, of_sample in zip(samples, answers, strict=True):
             known = [answer for answer in of_sample if answer is not None]
-            if sample.answer is None or len(known) < len(of_sample):
+            if not self.accuracy or sample.answer is None or len(known) < len(of_sample):
                 # Those that agree with the full model would alone flatter the early exits.
                 correct += [None] * len(of_sample)
             else:
@@ -451,16 +453,21 @@ class Group:
 
     def summary(self) -> dict[str, Any]:
         """What `summary.json` says about it."""
-        depths = self.results.samples["exit_depth"]
+        results, depths = self.results, self.results.samples["exit_depth"]
+        entropy = results.entropies["text_entropy"]
         return {
             "num_samples": len(depths),
-            "num_images": len(np.unique(self.results.images)),
+            "num_images": len(np.unique(results.images)),
             **{name: self.curves[name].mean for name in ("accuracy", "agreement", "kl")},
+            **{name: cluster_mean(results.exits[name]) for name in FLOPS},
             "bands": {name: as_dict(band) for name, band in self.curves.items()},
             "exit_depth": {
                 **as_dict(self.depth),
-                "counts": np.bincount(depths, minlength=self.results.num_layers + 1).tolist(),
+                "counts": np.bincount(depths, minlength=results.num_layers + 1),
+                "lucky_mean": results.samples["lucky_exit_depth"].mean(),
             },
+            "text_entropy": cluster_mean(entropy),
+            "text_entropy_difference": cluster_mean(entropy - entropy[:, -1:]),
             "stops": self.stops.to_dict(),
         }
 
@@ -475,14 +482,21 @@ def entropy_summary(results: Results, cfg: DictConfig) -> dict[str, Any]:
     return summary
 
 
-def token_depths(tokens: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
+def token_curves(tokens: pd.DataFrame) -> pd.DataFrame:
+    """Agreement and negative log-likelihood by index of the answer token and exit layer, for each part of the data."""
+    keys = ["part", "token", "exit_layer"]
+    return tokens.groupby(keys, as_index=False).agg(
+        agreement=("agree", "mean"), nll=("nll", "mean"), num_answers=("id", "size")
+    )
+
+
+def token_depths(tokens: pd.DataFrame) -> pd.DataFrame:
     """For every answer token the first exit layer from which it is predicted, given the answer before it.
 
     Returns:
         Columns `part`, `kind`, `image_id`, `token`, `depth`.
     """
-    ordered = tokens.merge(samples[["id", "part", "kind", "image_id"]], on="id", how="left", validate="many_to_one")
-    ordered = ordered.sort_values(["id", "token", "exit_layer"], kind="stable")
+    ordered = tokens.sort_values(["id", "token", "exit_layer"], kind="stable")
     num_exits = int(ordered["exit_layer"].max()) + 1
     wrong = 1 - ordered["agree"].to_numpy(np.float64).reshape(-1, num_exits)
     wrong[:, -1] = 0.0  # the full model agrees with itself, up to ties
@@ -515,8 +529,8 @@ def token_summary(depths: pd.DataFrame, cfg: DictConfig, least: int = 10) -> dic
         values = np.where(
             depths["part"].to_numpy()[:, None] == [CAPTIONS, QUESTIONS], depths["depth"].to_numpy()[:, None], np.nan
         )
-        replicates = exit_statistics.cluster_bootstrap(values, depths["image_id"].to_numpy(), cfg.bootstrap, cfg.seed)
-        means = exit_statistics.cluster_mean(values)
+        replicates = cluster_bootstrap(values, depths["image_id"].to_numpy(), cfg.bootstrap, cfg.seed)
+        means = cluster_mean(values)
         tail = 100 * (1 - LEVEL) / 2
         limits = np.nanpercentile(replicates[:, 0] - replicates[:, 1], [tail, 100 - tail])
         summary["captions_minus_questions"] = [float(means[0] - means[1]), *map(float, limits)]
@@ -668,12 +682,16 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, An
         results.exits["kl"], results.images, list(cfg.etas), cfg.kl_start, LEVEL, cfg.bootstrap, cfg.seed
     )
     entropy = entropy_summary(results, cfg)
-    tokens = token_summary(token_depths(folder.read_table("tokens"), everything.samples), cfg)
-    flops = {name: results.exits[name].mean(0) for name in ("flops_total", "flops_decoder")}
+    of_tokens = folder.read_table("tokens").merge(
+        everything.samples[["id", "part", "kind", "image_id"]], on="id", how="left", validate="many_to_one"
+    )
+    tokens = token_summary(token_depths(of_tokens), cfg)
+    flops = {name: cluster_mean(results.exits[name]) for name in FLOPS}
 
     named = {**subsets, **{f"kind={kind}": group for kind, group in by_kind.items()}}
     folder.write_table("curves", long_table(named))
     folder.write_table("entropy_mean", entropy_long_table(entropy))
+    folder.write_table("token_curves", token_curves(of_tokens))
     summary_groups = {name: group.summary() for name, group in named.items()}
     figures = draw(cfg, overall, by_kind, flops["flops_decoder"], kl_exits, entropy["text_entropy"], tokens)
     for name, figure in figures.items():

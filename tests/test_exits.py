@@ -241,6 +241,7 @@ def test_random_weights_give_no_finding(scale: float | None, num_layers: int, tm
 
 # A model that needs layers 0..4 of 12: without the image 30% of its answers are right, with it 90%.
 RIGHT = np.array([0.3, 0.4, 0.5, 0.65, 0.8] + [0.9] * 8)
+CHANGE = np.array([[0.1] * 12 + [0.0]])  # of the logits, by every exit
 
 
 def questions(rng: np.random.Generator, right: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
@@ -250,7 +251,7 @@ def questions(rng: np.random.Generator, right: np.ndarray, num: int) -> tuple[np
 
 def stops(correct: np.ndarray, images: np.ndarray, **settings: Any) -> exit_statistics.Finding:
     agree = (correct == correct[:, -1:]).astype(float)
-    return exit_statistics.contribution_stops(correct, agree, None, images, n_boot=200, **settings)
+    return exit_statistics.contribution_stops(correct, agree, CHANGE, images, n_boot=200, **settings)
 
 
 def test_the_layer_where_accuracy_settles_is_found():
@@ -277,7 +278,7 @@ def test_no_gain_through_the_image_is_no_finding():
 def test_without_references_agreement_is_not_evidence():
     correct, images = questions(np.random.default_rng(0), RIGHT, 400)
     agree = (correct == correct[:, -1:]).astype(float)
-    finding = exit_statistics.contribution_stops(np.full_like(correct, np.nan), agree, None, images, n_boot=100)
+    finding = exit_statistics.contribution_stops(np.full_like(correct, np.nan), agree, CHANGE, images, n_boot=100)
     assert finding.verdict == "undetermined"
     assert "reference answers" in finding.reasons[0]
     assert finding.estimates["answers_settle"][0] == 5
