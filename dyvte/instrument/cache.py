@@ -105,20 +105,22 @@ class KeptLayer(DynamicLayer):
             num_queries: number of new tokens.
             dtype: floating-point type of an additive mask, needed when keys carry a bias.
         """
+        padded = len(self._prefixes) > 1 or self._prefixes[0].selection.valid is not None
+        biased = any(prefix.key_bias is not None for prefix in self._prefixes)
+        if mask is None and not padded and not biased:
+            return None
         position, valid, bias = self.key_positions(num_queries)
         offset = self.get_mask_sizes(num_queries)[1]
-        if mask is not None:
-            # A row that attends to nothing else still sees itself, so out-of-window keys may point anywhere.
+        if self.is_sliding and mask is not None:
             valid = valid & (position >= offset)
-        everything_seen = bool(valid.all())
-        return pack_mask(
-            mask,
-            None,
-            (position - offset).clamp(min=0),
-            None if everything_seen else valid,
-            bias,
-            dtype,
-        )
+        needed = valid if padded or self.is_sliding else None
+        return pack_mask(mask, None, (position - offset).clamp(min=0), needed, bias, dtype)
+
+    @property
+    def mask_key(self) -> tuple[Any, ...]:
+        """Equal for layers of one cache whose `mask` is the same."""
+        stored = [(id(prefix.selection), id(prefix.key_bias)) for prefix in self._prefixes]
+        return (*stored, self._tail_start, self.length, self.sliding_window)
 
     # ------------------------------------------------- what transformers expects of a layer
 

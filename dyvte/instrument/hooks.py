@@ -71,6 +71,10 @@ class Selection:
             self._memo[key] = (value, make())  # holding the value keeps its id taken
         return self._memo[key][1]
 
+    def forget(self) -> None:
+        """Let go of what was remembered: a KV cache holds on to the selection long after the prefill."""
+        self._memo.clear()
+
 
 def pack_mask(
     mask: Tensor | None,

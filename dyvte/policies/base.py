@@ -15,6 +15,7 @@ of each row, store only their keys and values, and generated tokens attend to th
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
@@ -58,6 +59,8 @@ class Prefill:
         layers_with_image: [B] number of layers so far that saw a visual position of the row: at the end of the
             prefill, the row's exit layer k.
         state: for policies to remember things between the layers of one prefill.
+        running: while a layer runs, the positions that it runs on; a layer runs once for rows with and once for rows
+            without visual tokens. None between layers.
     """
 
     mllm: MLLM
@@ -67,6 +70,7 @@ class Prefill:
     layers_with_image: Tensor
     key_bias: Tensor | None = None
     state: dict[Any, Any] = field(default_factory=dict)
+    running: Selection | None = None
     _token_counts: list[int] | None = None
     _changed: bool = False
     _selections: list[Selection] | None = None
@@ -85,6 +89,19 @@ class Prefill:
         """[B] whether the layer will see a visual position of the row."""
         return (self.kept & self.layout.visual).any(1)
 
+    @contextmanager
+    def running_on(self, selection: Selection | None) -> Iterator[None]:
+        """Within the block a layer runs on these positions; None for all of them."""
+        if selection is None:
+            rows = torch.arange(len(self.kept), device=self.kept.device)
+            position = torch.arange(self.kept.shape[1], device=self.kept.device)
+            selection = Selection(rows, position.expand_as(self.kept), self.kept)
+        self.running = selection
+        try:
+            yield
+        finally:
+            self.running = None
+
     def selections(self) -> list[Selection] | None:
         """The kept positions, as one selection for rows with and one for rows without visual tokens.
 
@@ -98,12 +115,18 @@ class Prefill:
             if counts == self._token_counts:
                 return self._selections
             groups = [[row for row, sees in enumerate(seeing) if sees == wanted] for wanted in (1, 0)]
+            self.forget()
             self._selections = [
                 Selection.of(self.kept, torch.tensor(rows, device=self.kept.device), [counts[row] for row in rows])
                 for rows in groups
                 if rows
             ]
         return self._selections
+
+    def forget(self) -> None:
+        """Let go of masks and tables packed for the layers."""
+        for selection in self._selections or []:
+            selection.forget()
 
 
 @dataclass
@@ -177,6 +200,7 @@ class _Engine:
         self.policies: list[tuple[Policy, TokenLayout | None, PolicyRun]] = []
         self.prefill: Prefill | None = None
         self._decoding = False
+        self._step_masks: dict[Any, tuple[Any, Tensor | None]] = {}  # of one decoding step; many layers share them
 
     @classmethod
     def of(cls, mllm: MLLM) -> _Engine:
@@ -282,7 +306,9 @@ class _Engine:
     def _end(self, *_: Any) -> None:
         if self.prefill is not None:
             self.prefill.hidden = self.prefill.hidden.new_empty(0)  # do not hold on to activations
+            self.prefill.forget()
         self.prefill, self._decoding = None, False
+        self._step_masks.clear()
 
     # -------------------------------------------------------------------------- a layer
 
@@ -300,9 +326,11 @@ class _Engine:
         layer = call.cache.layers[self._cache_index(call.index)]
         if not isinstance(layer, KeptLayer):
             return call.run()
-        mask = layer.mask(call.mask, call.hidden.shape[1], call.hidden.dtype)
+        key = (id(call.mask), layer.mask_key)
+        if key not in self._step_masks:
+            self._step_masks[key] = (call.mask, layer.mask(call.mask, call.hidden.shape[1], call.hidden.dtype))
         with layer.decoding():
-            return call.run(attention_mask=mask)
+            return call.run(attention_mask=self._step_masks[key][1])
 
     def _prefill_layer(self, call: LayerCall, prefill: Prefill) -> Any:
         if call.index == 0 and call.cache is not None:
@@ -317,12 +345,16 @@ class _Engine:
         prefill.layers_with_image = prefill.layers_with_image + prefill.has_visual
         hidden = prefill.hidden
         if selections is None:
-            return call.run(hidden)
+            with prefill.running_on(None):
+                return call.run(hidden)
         layer = None if call.cache is None else kept_layer(call.cache, self._cache_index(call.index))
         result, output = hidden.clone(), None
         for selection in selections:
-            key_bias = None if prefill.key_bias is None else selection.pack(prefill.key_bias)
-            with nullcontext() if layer is None else layer.prefilling(selection, key_bias):
+            key_bias = prefill.key_bias
+            if key_bias is not None:
+                key_bias = selection.remembered("key bias", key_bias, functools.partial(selection.pack, key_bias))
+            storing = nullcontext() if layer is None else layer.prefilling(selection, key_bias)
+            with prefill.running_on(selection), storing:
                 output = call.run(selection.pack(hidden), **call.packed(selection, key_bias))
             selection.put_back(result, output_states(output))
         if layer is not None:
