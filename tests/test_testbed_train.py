@@ -69,7 +69,7 @@ def test_labels_are_the_next_token_of_the_same_branch() -> None:
     assert batch.input_ids[0].tolist() == [1, 2, 3, 10, 11, 12, 13, 20, 21, 22, 0, 0]
     assert batch.position_ids[0, :10].tolist() == [0, 1, 2, 3, 4, 5, 6, 3, 4, 5]
     assert {i: int(v) for i, v in enumerate(batch.labels[0]) if v != IGNORE} == {4: 12, 5: 13, 7: 21, 8: 22}
-    language = pack(rows, length=12, pad_id=0, prompt_weight=0.1)
+    language = pack(rows, length=12, pad_id=0, prompt_weight=0.1, prefix_weight=0.1)
     assert {i: int(v) for i, v in enumerate(language.labels[0]) if v != IGNORE} == {
         0: 2, 1: 3, 3: 11, 4: 12, 5: 13, 7: 21, 8: 22,
     }  # fmt: skip

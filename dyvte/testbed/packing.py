@@ -74,10 +74,11 @@ def pack(
     length: int,
     pad_id: int,
     prompt_weight: float = 0.0,
+    prefix_weight: float = 0.0,
 ) -> PackedBatch:
     """Pack rows of (prefix, branches) to a fixed length; branches that no longer fit are left out.
 
-    ``prompt_weight`` is the loss weight of prefix and prompt words (answers weigh 1): above 0 for language modelling.
+    ``prompt_weight`` and ``prefix_weight`` are the loss weights of the words of prompts and prefixes; answers weigh 1.
     """
     shape = (len(rows), length)
     ids = torch.full(shape, pad_id)
@@ -93,9 +94,9 @@ def pack(
         ids[row, :start] = torch.tensor(prefix)
         positions[row, :start] = torch.arange(start)
         branch_of[row, :start] = 0
-        if prompt_weight:
+        if prefix_weight:
             labels[row, : start - 1] = ids[row, 1:start]
-            weights[row, : start - 1] = prompt_weight
+            weights[row, : start - 1] = prefix_weight
         cursor, number = start, 0
         for branch in branches:
             tokens = [*branch.prompt, *branch.answer]

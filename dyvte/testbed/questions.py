@@ -9,9 +9,10 @@ the other object of the same colour is one more. Questions of one, two and three
     from the red circle go stay  then same-color : what size ?      2 hops, kind same_attribute
     from the red circle go same-color then left  : what size ?      3 hops, kind two_hop
 
-so that their exit depths compare without a confound. A description names one or two attributes of an object ("red shape",
-"red circle") and every path question asks for another one, which no step of the path can reveal: a guesser who never
-sees the image is left with chance. Yes/no answers are drawn before the question, and a question is asked only where either answer was possible.
+so that their exit depths compare without a confound. A description names one or two attributes of an object ("red
+shape", "red circle") and every path question asks for another one, which no step of the path can reveal: a guesser who
+never sees the image is left with chance. Yes/no answers are drawn before the question, and a question is asked only
+where either answer was possible.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ from dyvte.testbed.questions import CAPTION_PROMPT, IMAGE_KINDS, KINDS, ask, cap
 from dyvte.testbed.tokenizer import ASSISTANT, BOS, EOS, IMAGE, SYSTEM_PROMPT, USER, build_processor
 from dyvte.testbed.world import (
     ATTRIBUTES,
+    IMAGE_SIZE,
     MAX_OBJECTS,
     MIN_OBJECTS,
     VALUES,
@@ -122,7 +123,7 @@ class Batches:
         return 3 + round(grown * (MAX_OBJECTS - 3))
 
     def questions(self, scene: Scene, rng: np.random.Generator, number: int, max_hops: int = MAX_HOPS) -> list[Branch]:
-        """At most ``number`` different questions of at most ``max_hops`` about a scene, kinds drawn by their weights."""
+        """At most ``number`` different questions of at most ``max_hops`` each about a scene, kinds by their weights."""
         branches, seen = [], set()
         shares = self.shares * np.array([KINDS[k] <= max_hops for k in self.kinds])
         for kind in rng.choice(len(self.kinds), size=2 * number, p=shares / shares.sum()):
@@ -143,7 +144,8 @@ class Batches:
             if rng.random() < self.cfg.language.caption_share:
                 branches.insert(0, self.branch("caption", CAPTION_PROMPT, caption(scene, rng)))
             rows.append(([*self.head, *self.ids(f"the image shows {caption(scene, rng)} .")], branches))
-        return pack(rows, self.cfg.language.length, self.pad_id, self.cfg.language.prompt_weight)
+        weight = self.cfg.language.prompt_weight
+        return pack(rows, self.cfg.language.length, self.pad_id, weight, prefix_weight=weight)
 
     def align(self, step: int, size: int, stage: str = "align") -> tuple[PackedBatch, Tensor]:
         """Images of caption scenes (which no question is ever asked about) with one caption each."""
@@ -168,7 +170,8 @@ class Batches:
         scenes = [sample_scene("train", self.cfg.seed, step * size + i, MIN_OBJECTS, high) for i in range(size)]
         hops = 1 + sum(progress >= start for start in self.cfg.instruct.more_hops_from)
         rows = [(self.prefix, self.questions(s, rng, self.cfg.instruct.questions, hops)) for s in scenes]
-        return pack(rows, self.cfg.instruct.length, self.pad_id), self._images(scenes)
+        packed = pack(rows, self.cfg.instruct.length, self.pad_id, self.cfg.instruct.prompt_weight)
+        return packed, self._images(scenes)
 
     def validation(self, number: int) -> tuple[PackedBatch, Tensor | None]:
         """Images of validation scenes with one question of every image kind that each admits."""
@@ -373,12 +376,13 @@ def load_stages(folder: Path, stages: list[str], modules: dict[str, nn.Module]) 
 
 
 class PatchHeads(nn.Module):
-    """Linear read-outs of each patch's attributes, for the tower's pretraining only."""
+    """Linear read-outs of each patch's attributes and place, for the tower's pretraining only."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, side: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.heads = nn.ModuleDict({a: nn.Linear(width, 1 + len(VALUES[a])) for a in ATTRIBUTES})
+        sizes = {a: 1 + len(VALUES[a]) for a in ATTRIBUTES} | {"row": side, "column": side}
+        self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         """Logits [B, V, 1 + values] of every attribute from features [B, V, width]; class 0 is background."""
@@ -390,7 +394,7 @@ def _vision_batch(cfg: DictConfig, sizes: TestbedSizes, step: int, split: str) -
     size = cfg.vision.batch_size
     scenes = [sample_scene(split, cfg.seed, step * size + i) for i in range(size)]
     labels = [patch_labels(s, sizes.patch_size) for s in scenes]
-    return pixels(scenes), {a: torch.from_numpy(np.stack([x[a] for x in labels])) for a in ATTRIBUTES}
+    return pixels(scenes), {a: torch.from_numpy(np.stack([x[a] for x in labels])) for a in labels[0]}
 
 
 def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
@@ -437,13 +441,13 @@ def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
     if cfg.init_from:
         parts = {"tower": tower, "projector": projector, "talk": talk}
         load_stages(Path(cfg.init_from), [s for s in STAGES if s not in cfg.stages], parts)
-    heads = PatchHeads(sizes.vision_width).to(device)
+    heads = PatchHeads(sizes.vision_width, IMAGE_SIZE // sizes.patch_size).to(device)
 
     def patch_loss(batch: tuple[Tensor, dict[str, Tensor]]) -> Tensor:
         images, labels = batch
         with fast_training(device, precision):
             outputs = heads(visual_features(model, images.to(device)))
-        losses = [cross_entropy(outputs[a].float().flatten(0, 1), labels[a].to(device).flatten()) for a in ATTRIBUTES]
+        losses = [cross_entropy(outputs[a].float().flatten(0, 1), labels[a].to(device).flatten()) for a in outputs]
         return torch.stack(losses).sum()
 
     @torch.no_grad()

@@ -192,7 +192,8 @@ def patch_labels(scene: Scene, patch_size: int, threshold: float = 0.12) -> dict
     """Per-patch attribute indices of the object that covers most of each patch, for the vision tower's pretraining.
 
     Returns for each attribute an array of shape [(IMAGE_SIZE / patch_size) ** 2] in row-major order: 0 where no object
-    covers at least ``threshold`` of the patch, else 1 + the value's index in ``VALUES``.
+    covers at least ``threshold`` of the patch, else 1 + the value's index in ``VALUES``. Under "row" and "column", the
+    patch's own place in the grid of patches (a tower that is not asked for it forgets where a patch lies).
     """
     side = IMAGE_SIZE // patch_size
     best = np.full((side, side), threshold)
@@ -206,4 +207,5 @@ def patch_labels(scene: Scene, patch_size: int, threshold: float = 0.12) -> dict
         best[wins] = cover[wins]
         for attribute in ATTRIBUTES:
             labels[attribute][wins] = 1 + VALUES[attribute].index(item[attribute])
+    labels["row"], labels["column"] = np.mgrid[0:side, 0:side]
     return {a: v.reshape(-1) for a, v in labels.items()}

@@ -1,0 +1,424 @@
+"""What the shipped testbed can do, and what it cannot know: ``python -m analysis.testbed`` (``make testbed-eval``).
+
+Evaluates the shipped weights on held-out questions (with the image, with a blank one, with another scene's), fits linear
+probes to the decoder's input, and writes the model card, ``docs/testbed.md`` and its figures, together with what the
+recorded training runs showed (``analysis/testbed_runs.py``).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+from PIL import Image
+from torch import Tensor
+
+from analysis import plots
+from analysis.statistics import Band, mean_band
+from analysis.testbed_runs import accuracy_table, answer
+from dyvte.config import command
+from dyvte.mllm import MLLM, load
+from dyvte.store import write_atomic, write_json
+from dyvte.testbed.questions import DIRECTIONS, IMAGE_KINDS, KINDS, ShapesQuestions, follow
+from dyvte.testbed.train import pixels
+from dyvte.testbed.world import ATTRIBUTES, IMAGE_SIZE, VALUES, sample_scene
+
+REQUIRED_OVERALL, REQUIRED_KIND = 0.90, 0.80
+CONDITIONS = {"with the image": "image", "blank image": "blank", "another scene's image": "other"}
+
+
+# ---------------------------------------------------------------- linear probes
+def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, classes: int, penalty: float = 1e-3) -> Tensor:
+    """Predictions [n_test] of a multinomial logistic regression on standardised features [n, d], fitted by L-BFGS."""
+    mean, scale = train.mean(0), train.std(0).clamp_min(1e-6)
+    x, x_test = (train - mean) / scale, (test - mean) / scale
+    weight = torch.zeros(x.shape[1], classes, requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=60, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x @ weight + bias, train_labels) + penalty * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return (x_test @ weight + bias).argmax(-1).detach()
+
+
+@torch.no_grad()
+def object_tokens(mllm: MLLM, num_scenes: int, batch_size: int, seed: int) -> tuple[Tensor, list[Any], list[Any]]:
+    """The decoder's input at the visual token under each object's centre: [n, d], with its object and scene."""
+    model = mllm.model
+    side = IMAGE_SIZE // model.config.vision_config.patch_size
+    tokens, objects, scenes = [], [], []
+    for start in range(0, num_scenes, batch_size):
+        part = [sample_scene("probe", seed, i) for i in range(start, min(start + batch_size, num_scenes))]
+        features = model.model.vision_tower(pixels(part)).last_hidden_state[:, 1:]
+        projected = model.model.multi_modal_projector(features)
+        for row, scene in enumerate(part):
+            for item in scene.objects:
+                patch = int(item.y * side // IMAGE_SIZE) * side + int(item.x * side // IMAGE_SIZE)
+                tokens.append(projected[row, patch])
+                objects.append(item)
+                scenes.append(scene)
+    return torch.stack(tokens), objects, scenes
+
+
+def probe_report(mllm: MLLM, num_scenes: int, batch_size: int, seed: int) -> dict[str, dict[str, float]]:
+    """What a linear read-out of one visual token knows: of its own object, and of the object next to it.
+
+    The second is what the questions of two hops need; where the probe stays at the majority rate, relating objects is
+    left to the decoder.
+    """
+    tokens, objects, scenes = object_tokens(mllm, num_scenes, batch_size, seed)
+    owners = np.array([s.index for s in scenes])
+    held_out = torch.from_numpy(owners >= 0.75 * num_scenes)
+    report = {}
+
+    def fit(name: str, values: list[str | None], choices: Sequence[str]) -> None:
+        known = torch.tensor([v is not None for v in values])
+        labels = torch.tensor([choices.index(v) if v is not None else 0 for v in values])
+        train, test = known & ~held_out, known & held_out
+        predicted = linear_probe(tokens[train], labels[train], tokens[test], len(choices))
+        band = mean_band((predicted == labels[test]).double().numpy(), owners[test.numpy()], seed=seed)
+        majority = float(labels[test].bincount().max() / test.sum())
+        report[name] = {"accuracy": float(band.mean), "low": float(band.low), "high": float(band.high)}
+        report[name] |= {"majority": majority, "num": int(test.sum())}
+
+    for attribute in ATTRIBUTES:
+        fit(f"its own {attribute}", [o[attribute] for o in objects], VALUES[attribute])
+    for attribute in ATTRIBUTES:
+        values: list[str | None] = []
+        for item, scene in zip(objects, scenes, strict=True):
+            neighbors = [n for d in DIRECTIONS if (n := follow(scene, item, d)) is not None]
+            values.append(neighbors[0][attribute] if len(neighbors) == 1 else None)
+        fit(f"its only neighbour's {attribute}", values, VALUES[attribute])
+    return report
+
+
+# ---------------------------------------------------------------- evaluation
+def evaluate(mllm: MLLM, cfg: DictConfig) -> dict[str, Any]:
+    """Accuracy under three conditions, accuracy by hops on matched questions, and the linear probes."""
+    started = time.monotonic()
+    records = list(ShapesQuestions("test", cfg.num_questions, seed=cfg.seed))
+    images = [r.image() for r in records]
+    blank = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (128, 128, 128))
+    ids = [r.image_id for r in records]
+    # the image of the next scene that is not the question's own
+    other = [
+        images[next(j % len(ids) for j in range(i + 1, i + len(ids)) if ids[j % len(ids)] != ids[i])]
+        for i in range(len(ids))
+    ]
+    inputs = {"image": images, "blank": [blank] * len(records), "other": other}
+    result: dict[str, Any] = {"accuracy": {}}
+    for title, key in CONDITIONS.items():
+        result["accuracy"][key] = accuracy_table(
+            records, answer(mllm, records, inputs[key], cfg.batch_size, title), cfg.seed
+        )
+    matched = list(ShapesQuestions("test", cfg.num_matched, seed=cfg.seed + 1, matched=True))
+    matched_images = [r.image() for r in matched]
+    result["matched"] = accuracy_table(
+        matched, answer(mllm, matched, matched_images, cfg.batch_size, "matched"), cfg.seed
+    )
+    result["probes"] = probe_report(mllm, cfg.probe_scenes, cfg.batch_size, cfg.seed)
+    answers = np.array([r.answer for r in records])
+    kinds = np.array([r.kind for r in records])
+    asked = np.array([r.question.split()[-2] if r.question.startswith("from") else "" for r in records])
+    majority = {}
+    for kind in KINDS:  # the best constant answer, told which attribute is asked
+        mine = kinds == kind
+        best = [np.unique(answers[mine & (asked == a)], return_counts=True)[1].max() for a in np.unique(asked[mine])]
+        majority[kind] = float(np.sum(best) / mine.sum())
+    majority["image"] = float(np.mean([majority[k] for k in IMAGE_KINDS]))
+    result["majority"] = majority
+    result["seconds"] = round(time.monotonic() - started, 1)
+    image = result["accuracy"]["image"]
+    low = {k: image[k]["accuracy"] for k in IMAGE_KINDS if KINDS[k] <= 2 and image[k]["accuracy"] < REQUIRED_KIND}
+    result["bar"] = {
+        "met": image["image"]["accuracy"] >= REQUIRED_OVERALL and not low,
+        "kinds_below": low,
+    }
+    return result
+
+
+# ---------------------------------------------------------------- figures
+def training_figure(runs: dict[str, dict[str, Any]]) -> Figure:
+    """Validation accuracy while instructing, one line a run."""
+    with plots.style():
+        figure, axis = plt.subplots(figsize=(6.2, 3.2))
+        for series, (name, run) in zip(plots.CYCLE, runs.items(), strict=False):
+            lines = [x for x in run["logs"].get("instruct", []) if "accuracy" in x]
+            steps, accuracy = [x["step"] for x in lines], [x["accuracy"] for x in lines]
+            axis.plot(
+                steps, accuracy, label=name, color=series.color, linestyle=series.linestyle, marker=series.marker,
+                markevery=max(len(steps) // 8, 1),
+            )  # fmt: skip
+        axis.axhline(REQUIRED_OVERALL, color="0.6", linewidth=0.8)
+        axis.set(
+            xlabel="instruction step", ylabel="accuracy on validation scenes\n(mean over image kinds)", ylim=(0, 1.02)
+        )
+        axis.legend(title="training run", loc="lower right")
+        figure.tight_layout()
+    return figure
+
+
+def attention_figure(runs: dict[str, dict[str, Any]], measure: str) -> Figure:
+    """The three attention curves, a row per run and a column per training stage, with 95% bands."""
+    columns = {
+        "language": "after stage 0\n(language only)",
+        "align": "after stage 2\n(aligned)",
+        "instruct": "after stage 3\n(instructed)",
+    }
+    runs = {name: run for name, run in runs.items() if run["attention"]}
+    with plots.style():
+        figure, axes = plt.subplots(
+            len(runs),
+            len(columns),
+            figsize=(7.2, 1.75 * len(runs) + 0.9),
+            sharex=True,
+            sharey=measure == "mass",
+            squeeze=False,
+        )
+        for row, (name, run) in enumerate(runs.items()):
+            for column, (stage, title) in enumerate(columns.items()):
+                axis = axes[row, column]
+                curves = run["attention"].get(stage)
+                if curves is None:
+                    axis.text(
+                        0.5, 0.5, "stage left out", ha="center", va="center", transform=axis.transAxes, color="0.4"
+                    )
+                else:
+                    for curve, values in curves[measure].items():
+                        band = Band(*(np.array(values[k]) for k in ("mean", "low", "high")))
+                        plots.draw_band(axis, np.arange(len(band.mean)), band, plots.SERIES[curve])
+                if row == 0:
+                    axis.set_title(title)
+                if row == len(runs) - 1:
+                    axis.set_xlabel("decoder layer")
+                if column == 0:
+                    axis.set_ylabel(f"{name}\n{plots.MEASURES['mass' if measure == 'mass' else 'enrichment']}")
+        handles, labels = axes[0, -1].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="lower center", ncols=3)
+        figure.tight_layout(rect=(0, 0.35 / figure.get_figheight(), 1, 1))
+    return figure
+
+
+# ---------------------------------------------------------------- the card
+def _interval(entry: dict[str, float]) -> str:
+    return f"{entry['accuracy']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
+
+
+def accuracy_markdown(result: dict[str, Any], blind: dict[str, Any] | None) -> str:
+    """One row a kind: hops, accuracy under each condition with 95% intervals, the blind control, the majority rate."""
+    columns = ["kind", "hops", *CONDITIONS, "trained on questions alone", "majority"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    for kind in [*KINDS, "image"]:
+        cells = [_interval(result["accuracy"][key][kind]) for key in CONDITIONS.values()]
+        control = _interval(blind["accuracy"][kind]) if blind else "not recorded"
+        name = "**all image kinds**" if kind == "image" else kind
+        hops = str(KINDS.get(kind, ""))
+        lines.append("| " + " | ".join([name, hops, *cells, control, f"{result['majority'][kind]:.3f}"]) + " |")
+    return "\n".join(lines)
+
+
+def probe_markdown(probes: dict[str, dict[str, float]]) -> str:
+    lines = ["| one visual token tells | linear probe | majority | objects |", "| --- | --- | --- | --- |"]
+    lines += [f"| {n} | {_interval(p)} | {p['majority']:.3f} | {p['num']} |" for n, p in probes.items()]
+    return "\n".join(lines)
+
+
+def runs_markdown(runs: dict[str, dict[str, Any]]) -> str:
+    head = [
+        "run",
+        "seed",
+        "steps (language / vision / align / instruct)",
+        "minutes",
+        "image accuracy",
+        "agreement at k = 0, L/4, L/2, 3L/4",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for name, run in runs.items():
+        steps = " / ".join(
+            str(run["logs"][s][-1]["step"]) if s in run["logs"] else "-"
+            for s in ("language", "vision", "align", "instruct")
+        )
+        minutes = f"{sum(run['seconds'].values()) / 60:.0f}"
+        exits = "-"
+        if "exits" in run:
+            agree = run["exits"]["agreement"]["mean"]
+            layers = len(agree) - 1
+            exits = " ".join(f"{agree[k]:.2f}" for k in (0, layers // 4, layers // 2, 3 * layers // 4))
+        lines.append(
+            f"| {name} | {run['config']['seed']} | {steps} | {minutes} | {_interval(run['accuracy']['image'])} | {exits} |"
+        )
+    return "\n".join(lines)
+
+
+def documents(result: dict[str, Any], runs: dict[str, dict[str, Any]], parameters: int) -> tuple[str, str]:
+    """The model card (``README.md`` beside the weights) and ``docs/testbed.md``."""
+    blind = runs.get("blind")
+    bar = result["bar"]
+    verdict = (
+        f"It meets the project's bar (at least {REQUIRED_OVERALL:.0%} over image questions, no kind of one or two hops under {REQUIRED_KIND:.0%})."
+        if bar["met"]
+        else f"It does **not** meet the project's bar (at least {REQUIRED_OVERALL:.0%} over image questions, no kind of one or two hops under "
+        f"{REQUIRED_KIND:.0%}); kinds below it: {', '.join(f'{k} {v:.3f}' for k, v in bar['kinds_below'].items()) or 'none, but the mean is'}."
+    )
+    matched = "\n".join(
+        ["| kind | hops | accuracy |", "| --- | --- | --- |"]
+        + [f"| {k} | {KINDS[k]} | {_interval(v)} |" for k, v in result["matched"].items() if k != "image"]
+    )
+    table = accuracy_markdown(result, blind)
+    card = f"""---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [llava, dyvte, testbed]
+---
+
+# llava_shapes
+
+A LLaVA of {parameters / 1e6:.1f} million parameters (CLIP-style tower, MLP projector, Llama decoder) that answers questions about
+drawn scenes. The [dyvte](https://github.com/dyvte/dyvte) toolkit trained it, by LLaVA's recipe, on images that it renders
+itself. It is an instrument for trying analyses on, **not evidence about LLaVA** or any other model.
+
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+## Accuracy
+
+{result["accuracy"]["image"]["image"]["num"]} held-out image questions and {result["accuracy"]["image"]["arithmetic"]["num"]} of arithmetic; greedy answers, exact match; 95% intervals by bootstrap over images.
+{verdict}
+
+{table}
+
+Training data: scenes of two to six objects drawn from seeds; no scene of one split occurs in another, and captioned scenes
+are never asked about. Made by `make testbed-eval` in {result["seconds"]:.0f} s; figures and training runs in `docs/testbed.md`.
+"""
+    docs = f"""# The testbed
+
+`llava_shapes` is the small multimodal model that ships with the toolkit: an instrument with known ground truth, trained by
+LLaVA's recipe. **A finding on it is a finding on it**, not about LLaVA. This page is generated by `make testbed-eval`.
+
+![The world: scenes and their questions](testbed/world.png)
+
+## World and questions
+
+Two to six objects of a colour, a shape and a size lie in the cells of a 3 x 3 grid, moved, rotated and tinted, on grey
+textures with noise (`dyvte/testbed/world.py`). Questions (`dyvte/testbed/questions.py`) differ in how many look-ups they
+need, their *hops*. The path kinds (attribute, same_attribute, neighbor, two_hop) share one template, one length and one
+answer set, so that their exit depths compare without a confound. `tests/test_testbed_world.py` checks every answer with
+a second solver and holds a guesser that sees only the question to the chance rate.
+
+## Accuracy
+
+{result["accuracy"]["image"]["image"]["num"]} held-out image questions; 95% intervals by bootstrap over images. {verdict}
+
+{table}
+
+The last two columns are what can be had without an image: a model of the same architecture trained on the questions
+alone, and the most frequent answer (told which attribute is asked).
+
+Matched questions (same image, start, asked attribute and length; only the steps differ):
+
+{matched}
+
+## What the decoder is given
+
+A linear probe on the projected visual token under an object's centre:
+
+{probe_markdown(result["probes"])}
+
+Where the second half stays near the majority rate, relations between objects are not in the decoder's input token by
+token: following them is the decoder's work.
+
+## Training
+
+`python -m dyvte.testbed.train` runs the four stages (language, vision, align, instruct); every batch is a function of the
+seed and the step, so a killed and resumed run equals an uninterrupted one.
+
+{runs_markdown(runs)}
+
+![Validation accuracy while instructing](testbed/training.png)
+
+## How the recipe shapes attention
+
+![Attention mass after each training stage](testbed/attention_mass.png)
+
+![Enrichment without sink after each training stage](testbed/attention_enrichment.png)
+
+Mean exit depth (layers that must see the image, of {len(next(iter(runs.values()))["exits"]["agreement"]["mean"]) - 1 if runs and "exits" in next(iter(runs.values())) else "L"}) by kind:
+
+{depth_markdown(runs)}
+"""
+    return card, docs
+
+
+def depth_markdown(runs: dict[str, dict[str, Any]]) -> str:
+    with_exits = {n: r["exits"]["exit_depth"] for n, r in runs.items() if "exits" in r}
+    lines = ["| run | " + " | ".join(IMAGE_KINDS) + " |", "|" + " --- |" * (len(IMAGE_KINDS) + 1)]
+    for name, depth in with_exits.items():
+        cells = [f"{depth[k]['mean']:.1f} [{depth[k]['low']:.1f}, {depth[k]['high']:.1f}]" for k in IMAGE_KINDS]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def world_figure(num: int = 4) -> Figure:
+    """Scenes with one question of growing depth each."""
+    records = list(ShapesQuestions("test", 4 * num, seed=3, matched=True))
+    with plots.style():
+        figure, axes = plt.subplots(1, num, figsize=(2.3 * num, 3.3))
+        for axis, start in zip(axes, range(0, 4 * num, 4), strict=True):
+            group = records[start : start + 4]
+            axis.imshow(group[0].image())
+            axis.set_axis_off()
+            lines = [r.question.replace(" : ", " :\n  ") + "  " + r.answer for r in group[::3]]
+            text = "\n".join(lines)
+            axis.text(0, -0.06, text, transform=axis.transAxes, va="top", fontsize=6.8)
+        figure.tight_layout()
+    return figure
+
+
+@command("testbed_eval")
+def main(cfg: DictConfig) -> None:
+    mllm = load(cfg.model, device="cpu", dtype=torch.float32)
+    result = evaluate(mllm, cfg)
+    order = ("main", "seed1", "seed2", "no_language", "blind")
+    found = {p.stem: json.loads(p.read_text()) for p in sorted(Path(cfg.runs).glob("*.json"))}
+    runs = {name: found[name] for name in sorted(found, key=lambda n: order.index(n) if n in order else len(order))}
+    docs = Path(cfg.docs)
+    (docs / "testbed").mkdir(parents=True, exist_ok=True)
+    write_json(docs / "testbed" / "evaluation.json", result)
+    figures = {
+        "world": world_figure(),
+        "training": training_figure(runs),
+        "attention_mass": attention_figure(runs, "mass"),
+        "attention_enrichment": attention_figure(runs, "enrichment_no_sink"),
+    }
+    for name, figure in figures.items():
+        write_atomic(
+            docs / "testbed" / f"{name}.png",
+            lambda out, figure=figure: figure.savefig(out, format="png", metadata={"Software": None}),
+        )
+        plt.close(figure)
+    card, page = documents(result, runs, sum(p.numel() for p in mllm.model.parameters()))
+    write_atomic(Path(cfg.card), lambda out: out.write(card.encode()))
+    write_atomic(docs / "testbed.md", lambda out: out.write(page.encode()))
+    image = result["accuracy"]["image"]["image"]
+    print(accuracy_markdown(result, runs.get("blind")))
+    print(
+        f"image questions: {_interval(image)}; bar {'met' if result['bar']['met'] else 'NOT met'}; {docs / 'testbed.md'}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Record what a training run of the testbed shows: ``python -m analysis.testbed_runs run=outputs/testbed/main``.
+
+Checkpoints are too large to keep, so their evidence is written to ``docs/testbed/runs/<name>.json``: the training log,
+accuracy per kind on held-out questions, attention curves after each training stage, and agreement under every exit.
+``python -m analysis.testbed`` draws the documentation from these files.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from tqdm import tqdm
+
+from analysis.statistics import mean_band
+from dyvte.config import command
+from dyvte.errors import ConfigError
+from dyvte.instrument.attention import CURVES, AttentionProbe
+from dyvte.mllm import MLLM, wrap
+from dyvte.store import write_json
+from dyvte.testbed.model import TestbedSizes, build_model
+from dyvte.testbed.questions import IMAGE_KINDS, ShapesQuestions, ShapesRecord
+from dyvte.testbed.tokenizer import build_processor
+from dyvte.testbed.train import STAGES, load_stages
+
+MEASURES = ("mass", "enrichment_no_sink")
+
+
+def stage_model(run: Path, cfg: DictConfig, last: str, vision: Path) -> MLLM:
+    """The testbed as it stood after training stage ``last`` of a run; stages not yet trained are at their initialisation."""
+    sizes = TestbedSizes(**OmegaConf.to_container(cfg.sizes))  # type: ignore[arg-type]
+    model = build_model(sizes, cfg.seed)
+    talk = nn.ModuleDict({"decoder": model.model.language_model, "lm_head": model.lm_head})
+    parts: dict[str, nn.Module] = {
+        "tower": model.model.vision_tower,
+        "projector": model.model.multi_modal_projector,
+        "talk": talk,
+    }
+    finished = [s for s in STAGES[: STAGES.index(last) + 1] if s in cfg.stages]
+    load_stages(vision, ["vision"], parts)
+    load_stages(run, finished, parts)
+    return wrap(model.eval(), build_processor(sizes.patch_size))
+
+
+def answer(mllm: MLLM, records: list[ShapesRecord], images: list[Any] | None, batch_size: int, title: str) -> list[str]:
+    """Greedy answers of one word each; ``images`` None asks without an image."""
+    answers: list[str] = []
+    for start in tqdm(range(0, len(records), batch_size), desc=title, mininterval=1.0):
+        part = slice(start, start + batch_size)
+        batch = mllm.encode(None if images is None else images[part], [r.question for r in records[part]])
+        answers += [str(a) for a in mllm.generate(batch, max_new_tokens=3)]
+    return answers
+
+
+def accuracy_table(records: list[ShapesRecord], answers: list[str], seed: int = 0) -> dict[str, dict[str, float]]:
+    """Accuracy by kind, and over the image kinds with equal weight (``image``), with 95% intervals clustered by image."""
+    right = np.array([r.answer == a for r, a in zip(records, answers, strict=True)], dtype=float)
+    kinds = np.array([r.kind for r in records])
+    clusters = np.array([r.image_id for r in records])
+    table = {}
+    for kind in dict.fromkeys(kinds):
+        band = mean_band(right[kinds == kind], clusters[kinds == kind], seed=seed)
+        table[str(kind)] = {"accuracy": float(band.mean), "low": float(band.low), "high": float(band.high)}
+        table[str(kind)]["num"] = int((kinds == kind).sum())
+    asked = np.isin(kinds, IMAGE_KINDS)
+    band = mean_band(right[asked], clusters[asked], seed=seed)
+    table["image"] = {"accuracy": float(band.mean), "low": float(band.low), "high": float(band.high)}
+    table["image"]["num"] = int(asked.sum())
+    return table
+
+
+def attention_curves(mllm: MLLM, records: list[ShapesRecord], batch_size: int, seed: int) -> dict[str, Any]:
+    """The paper's three curves, [L] each with bootstrap bands, as attention mass and as enrichment without sink."""
+    values: dict[tuple[str, str], list[np.ndarray]] = {(m, c): [] for m in MEASURES for c in CURVES}
+    for start in range(0, len(records), batch_size):
+        part = records[start : start + batch_size]
+        batch = mllm.encode([r.image() for r in part], [r.question for r in part])
+        with torch.no_grad(), AttentionProbe(mllm) as probe:
+            mllm.model(**batch)
+        for measure, curve in values:
+            values[measure, curve].append(probe.stats.curve(curve, measure).mean(-1).numpy())
+    clusters = [r.image_id for r in records]
+    curves: dict[str, Any] = {m: {} for m in MEASURES}
+    for (measure, curve), parts in values.items():
+        band = mean_band(np.concatenate(parts), clusters, seed=seed)
+        curves[measure][curve] = {"mean": band.mean.tolist(), "low": band.low.tolist(), "high": band.high.tolist()}
+    return curves
+
+
+def exit_agreement(mllm: MLLM, records: list[ShapesRecord], batch_size: int, seed: int) -> dict[str, Any]:
+    """Share of answers that stay the full model's under each exit k = 0..L, and mean exit depth by kind."""
+    import dyvte
+    from dyvte.criteria import exit_depth
+
+    agree = []
+    for start in tqdm(range(0, len(records), batch_size), desc="exits", mininterval=1.0):
+        part = records[start : start + batch_size]
+        images, questions = [r.image() for r in part], [r.question for r in part]
+        batch = mllm.encode(images, questions)
+        given = [str(a) for a in mllm.generate(batch, max_new_tokens=3)]
+        sweep = dyvte.exit_sweep(mllm, batch, answer_ids=mllm.answer_ids(questions, given))
+        agree.append(sweep.agree)
+    together = torch.cat(agree)
+    clusters = [r.image_id for r in records]
+    band = mean_band(together.double().numpy(), clusters, seed=seed)
+    depth = exit_depth(together.bool()).double().numpy()
+    kinds = np.array([r.kind for r in records])
+    by_kind = {}
+    for kind in dict.fromkeys(kinds):
+        mine = mean_band(depth[kinds == kind], np.array(clusters)[kinds == kind], seed=seed)
+        by_kind[str(kind)] = {"mean": float(mine.mean), "low": float(mine.low), "high": float(mine.high)}
+    return {
+        "agreement": {"mean": band.mean.tolist(), "low": band.low.tolist(), "high": band.high.tolist()},
+        "exit_depth": by_kind,
+    }
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The training log of one stage, the last word of a step counting where a resumed run repeated it."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return list({line["step"]: line for line in lines}.values())
+
+
+@command("testbed_runs")
+def main(cfg: DictConfig) -> None:
+    run = Path(cfg.run)
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"run={run} is not a folder of a testbed run (it has no config.yaml)")
+    trained = OmegaConf.load(run / "config.yaml")
+    assert isinstance(trained, DictConfig)
+    vision = Path(cfg.vision or run)
+    logs = {s: read_log(p) for s in STAGES if (p := (vision if s == "vision" else run) / f"{s}.jsonl").is_file()}
+    record: dict[str, Any] = {
+        "name": trained.name,
+        "config": OmegaConf.to_container(trained),
+        "logs": logs,
+        "seconds": {s: lines[-1]["seconds"] for s, lines in logs.items()},
+        "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "attention": {},
+    }
+    blind = bool(trained.instruct.blind)
+    records = list(ShapesQuestions("test", cfg.num_questions, seed=cfg.seed))
+    probed = list(ShapesQuestions("test", cfg.num_probed, seed=cfg.seed, kinds=IMAGE_KINDS))
+    for stage in ("language", "align", "instruct"):
+        if stage not in logs and stage != "instruct":
+            continue
+        if not (run / f"{stage}.pt").is_file():
+            raise ConfigError(f"run={run}: stage {stage} is not finished (no {stage}.pt); resume the training first")
+        mllm = stage_model(run, trained, stage, vision)
+        if not blind:
+            record["attention"][stage] = attention_curves(mllm, probed, cfg.batch_size, cfg.seed)
+    images = None if blind else [r.image() for r in records]
+    record["accuracy"] = accuracy_table(records, answer(mllm, records, images, cfg.batch_size, "answers"), cfg.seed)
+    if not blind:
+        record["exits"] = exit_agreement(mllm, probed, cfg.batch_size, cfg.seed)
+    target = Path(cfg.output_dir) / f"{trained.name}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_json(target, record)
+    print(f"{target}: image accuracy {record['accuracy']['image']['accuracy']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
