@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import masked_forward, with_generated
 from torch import Tensor
-from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dyvte import FixedExit
@@ -435,10 +436,19 @@ def test_caches_that_are_refused_by_name(make: Any, reason: str) -> None:
         mllm.model(**batch_of(mllm, (1,)), past_key_values=make(mllm))
 
 
+class FakeQuantizedLayer(QuantizedLayer):
+    """What optimum-quanto and HQQ subclass."""
+
+    def _quantize(self, tensor: Tensor, axis: int = 0) -> Tensor:
+        return tensor
+
+    def _dequantize(self, q_tensor: Tensor) -> Tensor:
+        return q_tensor
+
+
 def test_a_quantised_cache_is_refused_by_name() -> None:
-    pytest.importorskip("optimum.quanto")
     mllm = model("llava")
-    cache = QuantizedCache("quanto", mllm.text_config)
+    cache = Cache(layers=[FakeQuantizedLayer() for _ in range(LAYERS)])
     with FixedExit(1)(mllm), pytest.raises(UnsupportedError, match="quantised"):
         mllm.model(**batch_of(mllm, (1,)), past_key_values=cache)
 
