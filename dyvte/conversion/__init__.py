@@ -1,0 +1,1 @@
+"""Reading checkpoints of the LLaVA code base and its forks."""

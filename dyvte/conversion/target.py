@@ -1,0 +1,236 @@
+"""The transformers model that a LLaVA checkpoint becomes, and which source tensor each of its tensors is made of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, LlavaConfig
+
+from dyvte.conversion.downsample import LlavaDownsampleConfig
+from dyvte.conversion.source import EXPORT_HINT, Source, SourceTensor, tower_image_size
+from dyvte.conversion.weights import Entry
+from dyvte.errors import ModelError
+
+Made = tuple[str, tuple[int, ...], SourceTensor, Callable[[], Tensor]]
+"""Name, shape, source and computation of a target tensor."""
+
+
+def target_config(source: Source, image_token_id: int, vocabulary: int) -> LlavaConfig:
+    """Config of the transformers model.
+
+    Args:
+        source: the checkpoint.
+        image_token_id: id of the image placeholder.
+        vocabulary: rows of the embedding, image placeholder included.
+    """
+    text = source.text_config
+    text.vocab_size = vocabulary
+    vision = tower_config(source)
+    has_class_token = vision.model_type != "siglip_vision_model"
+    keep = source.keeps_class_token or not has_class_token
+    config_class = LlavaDownsampleConfig if source.projector_type == "mlp_downsample" else LlavaConfig
+    config = config_class(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=image_token_id,
+        image_seq_length=num_visual_tokens(source, vision),
+        # A single linear layer is the two-layer projector with no activation and the identity as its second layer.
+        projector_hidden_act="linear" if source.projector_type == "linear" else "gelu",
+        vision_feature_layer=source.select_layer,
+        vision_feature_select_strategy="full" if keep else "default",
+        multimodal_projector_bias=True,
+        tie_word_embeddings=bool(text.tie_word_embeddings),
+    )
+    dtypes = [each.dtype for each in source.text.values()]
+    config.dtype = max(set(dtypes), key=dtypes.count)
+    return config
+
+
+def tower_config(source: Source) -> Any:
+    """Config of the vision tower, as transformers knows it.
+
+    Raises:
+        ModelError: transformers has no such tower.
+    """
+    given = source.tower_config
+    model_type = str(given.get("model_type", ""))
+    if model_type in ("intern_vit_6b", "intern_vit"):
+        if abs(given.get("layer_norm_eps", 1e-6) - 1e-6) > 1e-12 and given.get("qk_normalization", True):
+            raise ModelError(f"{source.tower_folder}: layer_norm_eps of InternViT must be 1e-6 to be converted")
+        patch_size = given["patch_size"]
+        return CONFIG_MAPPING["internvl_vision"](
+            hidden_size=given["hidden_size"],
+            num_hidden_layers=given["num_hidden_layers"],
+            num_attention_heads=given["num_attention_heads"],
+            intermediate_size=given["intermediate_size"],
+            attention_bias=given.get("qkv_bias", False),
+            use_qk_norm=given.get("qk_normalization", True),
+            hidden_act=given.get("hidden_act", "gelu"),
+            norm_type=given.get("norm_type", "rms_norm"),
+            layer_norm_eps=given.get("layer_norm_eps", 1e-6),
+            image_size=tower_image_size(source, patch_size),
+            patch_size=patch_size,
+        )
+    known = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+    model_type = known.get(model_type, model_type)
+    if model_type not in known.values():
+        raise ModelError(
+            f"{source.tower_folder}: vision tower of type {model_type!r} is none of CLIP, SigLIP, InternViT; "
+            f"{EXPORT_HINT}"
+        )
+    fields = set(CONFIG_MAPPING[model_type]().to_dict()) - {"model_type", "architectures", "transformers_version"}
+    settings = {key: value for key, value in given.items() if key in fields}
+    if model_type == "siglip_vision_model":
+        settings["vision_use_head"] = False  # LLaVA reads hidden states; the pooling head would only cost time
+    config = CONFIG_MAPPING[model_type](**settings)
+    config.image_size = tower_image_size(source, config.patch_size)
+    return config
+
+
+def num_visual_tokens(source: Source, vision: Any) -> int:
+    """Visual tokens of one image."""
+    side = _pair(vision.image_size) // _pair(vision.patch_size)
+    if source.projector_type == "mlp_downsample":
+        return int(-(-side // 2)) ** 2
+    has_class_token = vision.model_type != "siglip_vision_model"
+    return int(side**2 + (source.keeps_class_token and has_class_token))
+
+
+def _pair(size: Any) -> Any:
+    return size[0] if isinstance(size, (tuple, list)) else size
+
+
+def plan(source: Source, config: LlavaConfig, dtype: torch.dtype | None) -> list[Entry]:
+    """Every tensor of the target, in an order that opens each source file once.
+
+    Args:
+        source: the checkpoint.
+        config: of the target.
+        dtype: floating-point type to convert to; None keeps each tensor's.
+
+    Raises:
+        ModelError: source tensors are missing or of another size than the configs say.
+    """
+    with torch.device("meta"):
+        expected = {
+            name: tuple(tensor.shape)
+            for name, tensor in AutoModelForImageTextToText.from_config(config).state_dict().items()
+        }
+    if config.tie_word_embeddings:
+        expected.pop("lm_head.weight", None)
+    made = {
+        name: (shape, origin, make)
+        for name, shape, origin, make in _all(source, config, expected)
+        if name in expected  # towers come with poolers, heads and buffers that LLaVA does not use
+    }
+    missing = sorted(set(expected) - set(made))
+    if missing:
+        raise ModelError(f"{source.folder}: {len(missing)} tensors are not in the checkpoint, the first: {missing[0]}")
+    for name, (shape, origin, _) in made.items():
+        if shape != expected[name]:
+            raise ModelError(
+                f"{origin.file.path}: {origin.name} has shape {origin.shape}; the configs ask for {expected[name]} "
+                f"({name})"
+            )
+    order = {id(origin.file): origin.file.path.name for _, origin, _ in made.values()}
+    entries = []
+    for name, (shape, origin, make) in sorted(
+        made.items(), key=lambda item: (order[id(item[1][1].file)], str(item[1][1].file.path), item[1][1].name, item[0])
+    ):
+        kept = dtype if dtype is not None and origin.dtype.is_floating_point else origin.dtype
+        entries.append(Entry(name, shape, kept, origin.file, make))
+    return entries
+
+
+def _all(source: Source, config: LlavaConfig, expected: dict[str, tuple[int, ...]]) -> Iterator[Made]:
+    for name, origin in source.text.items():
+        target = name if name.startswith("lm_head.") else name.replace("model.", "model.language_model.", 1)
+        if name in ("lm_head.weight", "model.embed_tokens.weight"):
+            rows = config.text_config.vocab_size
+            yield target, (rows, *origin.shape[1:]), origin, _with_mean_rows(origin, rows)
+        else:
+            yield _as_is(target, origin)
+    if config.vision_config.model_type == "internvl_vision":
+        yield from _intern_vit(source.tower)
+    else:
+        for name, origin in source.tower.items():
+            yield _as_is(f"model.vision_tower.{name}", origin)
+    yield from _projector(source)
+
+
+def _as_is(target: str, origin: SourceTensor) -> Made:
+    return target, origin.shape, origin, lambda: origin.file.read(origin.name)
+
+
+def _with_mean_rows(origin: SourceTensor, rows: int) -> Callable[[], Tensor]:
+    """New rows are the mean of the old ones: the logit of a placeholder is a mean of logits, never the largest."""
+
+    def make() -> Tensor:
+        weight = origin.file.read(origin.name)
+        if rows <= len(weight):
+            return weight
+        mean = weight.mean(0, keepdim=True, dtype=torch.float32).to(weight.dtype)
+        return torch.cat([weight, mean.expand(rows - len(weight), -1)])
+
+    return make
+
+
+_INTERN_VIT = (
+    (r"embeddings\.class_embedding", "embeddings.cls_token"),
+    (r"embeddings\.position_embedding", "embeddings.position_embeddings"),
+    (r"embeddings\.patch_embedding\.", "embeddings.patch_embeddings.projection."),
+    (r"encoder\.layers\.(\d+)\.attn\.proj\.", r"encoder.layer.\1.attention.projection_layer."),
+    (r"encoder\.layers\.(\d+)\.attn\.([qk])_norm\.", r"encoder.layer.\1.attention.\2_norm."),
+    (r"encoder\.layers\.(\d+)\.norm1\.", r"encoder.layer.\1.layernorm_before."),
+    (r"encoder\.layers\.(\d+)\.norm2\.", r"encoder.layer.\1.layernorm_after."),
+    (r"encoder\.layers\.(\d+)\.ls([12])$", r"encoder.layer.\1.lambda_\2"),
+    (r"encoder\.layers\.(\d+)\.mlp\.", r"encoder.layer.\1.mlp."),
+)
+
+
+def _intern_vit(tower: dict[str, SourceTensor]) -> Iterator[Made]:
+    for name, origin in tower.items():
+        joint = re.fullmatch(r"encoder\.layers\.(\d+)\.attn\.qkv\.(weight|bias)", name)
+        if joint:
+            size = origin.shape[0] // 3
+            for part, letter in enumerate("qkv"):
+                target = f"model.vision_tower.encoder.layer.{joint[1]}.attention.{letter}_proj.{joint[2]}"
+                yield target, (size, *origin.shape[1:]), origin, _rows(origin, part * size, size)
+            continue
+        for pattern, replacement in _INTERN_VIT:
+            if re.match(pattern, name):
+                yield _as_is("model.vision_tower." + re.sub(pattern, replacement, name, count=1), origin)
+                break
+
+
+def _rows(origin: SourceTensor, start: int, count: int) -> Callable[[], Tensor]:
+    return lambda: origin.file.read(origin.name)[start : start + count]
+
+
+_PROJECTOR_LAYERS = {
+    "mlp2x_gelu": {"0": "linear_1", "2": "linear_2"},
+    "mlp_downsample": {"1": "layer_norm", "2": "linear_1", "4": "linear_2"},
+}
+
+
+def _projector(source: Source) -> Iterator[Made]:
+    prefix = "model.multi_modal_projector."
+    if source.projector_type != "linear":
+        layers = _PROJECTOR_LAYERS[source.projector_type]
+        for name, origin in source.projector.items():
+            number, _, kind = name.partition(".")
+            if number in layers:
+                yield _as_is(f"{prefix}{layers[number]}.{kind}", origin)
+        return
+    for name, origin in source.projector.items():
+        kind = name.removeprefix("0.")
+        size = origin.shape[0]
+        yield _as_is(f"{prefix}linear_1.{kind}", origin)
+        if kind == "weight":
+            yield f"{prefix}linear_2.weight", (size, size), origin, lambda size=size: torch.eye(size)  # type: ignore[misc]
+        else:
+            yield f"{prefix}linear_2.bias", (size,), origin, lambda size=size: torch.zeros(size)  # type: ignore[misc]

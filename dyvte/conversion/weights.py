@@ -1,0 +1,163 @@
+"""Weight files read and written one tensor at a time, so that a checkpoint of any size needs little memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dyvte.errors import ModelError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class WeightFile:
+    """One file of weights: safetensors, or what `torch.save` wrote (read without running any code in it)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._tensors: dict[str, Tensor] | None = None
+
+    def names(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of every tensor.
+
+        Raises:
+            ModelError: the file is damaged, or holds other things than tensors.
+        """
+        if self.path.suffix != ".safetensors":
+            return {name: (tuple(each.shape), each.dtype) for name, each in self._load().items()}
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                return {name: (tuple(each.get_shape()), _DTYPES[each.get_dtype()]) for name, each in slices.items()}
+        except (SafetensorError, KeyError) as error:
+            raise ModelError(f"{self.path}: not a safetensors file that can be read ({error})") from error
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+        if self.path.suffix != ".safetensors":
+            return self._load()[name]
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(name)
+
+    def close(self) -> None:
+        """Let go of what is in memory."""
+        self._tensors = None
+
+    def _load(self) -> dict[str, Tensor]:
+        if self._tensors is None:
+            try:
+                try:
+                    content: Any = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+                except RuntimeError:  # the format before PyTorch 1.6 cannot be mapped into memory
+                    content = torch.load(self.path, map_location="cpu", weights_only=True)
+            except Exception as error:
+                reason = " ".join(str(error).split())[:120]
+                raise ModelError(f"{self.path}: not a file of weights alone ({reason})") from error
+            self._tensors = {name: each for name, each in content.items() if isinstance(each, Tensor)}
+        return self._tensors
+
+
+def weight_files(folder: Path, stem: str = "") -> list[WeightFile]:
+    """The weight files of a folder in Hub layout, safetensors where there are both kinds.
+
+    Raises:
+        ModelError: there are none, or some that the index names are missing.
+    """
+    for index in (*folder.glob(f"{stem}*.safetensors.index.json"), *folder.glob(f"{stem}*.bin.index.json")):
+        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise ModelError(f"{folder}: {missing[0]} is missing ({index.name} names it); download it again")
+        return [WeightFile(file) for file in files]
+    for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin", "*.bin"):
+        found = sorted(file for file in folder.glob(pattern) if file.name != "training_args.bin")
+        if found:
+            return [WeightFile(file) for file in found]
+    raise ModelError(f"{folder}: no weights (*.safetensors or *.bin)")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor to write.
+
+    Attributes:
+        source: file whose content `make` needs; files are opened one after the other.
+        make: computes the tensor when its turn comes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    source: WeightFile
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_shards(folder: Path, entries: Iterable[Entry], shard_bytes: int) -> Iterator[int]:
+    """Write tensors as `model-*.safetensors` with an index, one in memory at a time; yields the bytes of each."""
+    shards: list[list[Entry]] = [[]]
+    for entry in entries:
+        if shards[-1] and sum(each.nbytes for each in shards[-1]) + entry.nbytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(entry)
+    index: dict[str, str] = {}
+    opened: WeightFile | None = None
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        index |= {entry.name: name for entry in shard}
+        with (folder / name).open("wb") as out:
+            _write_header(out, shard)
+            for entry in shard:
+                if opened is not None and opened is not entry.source:
+                    opened.close()
+                opened = entry.source
+                tensor = entry.make().to(entry.dtype).contiguous()
+                if tuple(tensor.shape) != entry.shape:
+                    raise ModelError(f"{entry.name} came out as {tuple(tensor.shape)}, not {entry.shape}")
+                out.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+                del tensor
+                yield entry.nbytes
+    if opened is not None:
+        opened.close()
+    if len(shards) > 1:
+        size = sum(entry.nbytes for shard in shards for entry in shard)
+        content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _write_header(out: BinaryIO, entries: list[Entry]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        end = offset + entry.nbytes
+        header[entry.name] = {
+            "dtype": _DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    out.write(struct.pack("<Q", len(content)) + content)
