@@ -1,8 +1,8 @@
 """What the shipped testbed can do, and what it cannot know: ``python -m analysis.testbed`` (``make testbed-eval``).
 
-Evaluates the shipped weights on held-out questions (with the image, with a blank one, with another scene's), fits linear
-probes to the decoder's input, and writes the model card, ``docs/testbed.md`` and its figures, together with what the
-recorded training runs showed (``analysis/testbed_runs.py``).
+Evaluates the shipped weights on held-out questions (with the image, with a blank one, with another scene's), fits
+linear probes to the decoder's input, and writes the model card, ``docs/testbed.md`` and its figures, together with what
+the recorded training runs showed (``analysis/testbed_runs.py``).
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from analysis import plots
 from analysis.statistics import Band, mean_band
+from analysis.testbed_card import CONDITIONS, REQUIRED_KIND, REQUIRED_OVERALL, accuracy_markdown, documents, interval
 from analysis.testbed_runs import accuracy_table, answer
 from dyvte.config import command
 from dyvte.mllm import MLLM, load
@@ -31,9 +32,6 @@ from dyvte.store import write_atomic, write_json
 from dyvte.testbed.questions import DIRECTIONS, IMAGE_KINDS, KINDS, ShapesQuestions, follow
 from dyvte.testbed.train import pixels
 from dyvte.testbed.world import ATTRIBUTES, IMAGE_SIZE, VALUES, sample_scene
-
-REQUIRED_OVERALL, REQUIRED_KIND = 0.90, 0.80
-CONDITIONS = {"with the image": "image", "blank image": "blank", "another scene's image": "other"}
 
 
 # ---------------------------------------------------------------- linear probes
@@ -47,7 +45,7 @@ def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, classes: int
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(x @ weight + bias, train_labels) + penalty * weight.square().sum()
+        loss = cross_entropy(x @ weight + bias, train_labels) + penalty * weight.square().sum()
         loss.backward()
         return loss
 
@@ -114,30 +112,26 @@ def evaluate(mllm: MLLM, cfg: DictConfig) -> dict[str, Any]:
     images = [r.image() for r in records]
     blank = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (128, 128, 128))
     ids = [r.image_id for r in records]
+    count = len(records)
     # the image of the next scene that is not the question's own
-    other = [
-        images[next(j % len(ids) for j in range(i + 1, i + len(ids)) if ids[j % len(ids)] != ids[i])]
-        for i in range(len(ids))
-    ]
+    next_scene = [next(j % count for j in range(i + 1, i + count) if ids[j % count] != ids[i]) for i in range(count)]
+    other = [images[j] for j in next_scene]
     inputs = {"image": images, "blank": [blank] * len(records), "other": other}
     result: dict[str, Any] = {"accuracy": {}}
     for title, key in CONDITIONS.items():
-        result["accuracy"][key] = accuracy_table(
-            records, answer(mllm, records, inputs[key], cfg.batch_size, title), cfg.seed
-        )
+        answers = answer(mllm, records, inputs[key], cfg.batch_size, title)
+        result["accuracy"][key] = accuracy_table(records, answers, cfg.seed)
     matched = list(ShapesQuestions("test", cfg.num_matched, seed=cfg.seed + 1, matched=True))
-    matched_images = [r.image() for r in matched]
-    result["matched"] = accuracy_table(
-        matched, answer(mllm, matched, matched_images, cfg.batch_size, "matched"), cfg.seed
-    )
+    answers = answer(mllm, matched, [r.image() for r in matched], cfg.batch_size, "matched")
+    result["matched"] = accuracy_table(matched, answers, cfg.seed)
     result["probes"] = probe_report(mllm, cfg.probe_scenes, cfg.batch_size, cfg.seed)
-    answers = np.array([r.answer for r in records])
+    truth = np.array([r.answer for r in records])
     kinds = np.array([r.kind for r in records])
     asked = np.array([r.question.split()[-2] if r.question.startswith("from") else "" for r in records])
     majority = {}
     for kind in KINDS:  # the best constant answer, told which attribute is asked
         mine = kinds == kind
-        best = [np.unique(answers[mine & (asked == a)], return_counts=True)[1].max() for a in np.unique(asked[mine])]
+        best = [np.unique(truth[mine & (asked == a)], return_counts=True)[1].max() for a in np.unique(asked[mine])]
         majority[kind] = float(np.sum(best) / mine.sum())
     majority["image"] = float(np.mean([majority[k] for k in IMAGE_KINDS]))
     result["majority"] = majority
@@ -213,165 +207,6 @@ def attention_figure(runs: dict[str, dict[str, Any]], measure: str) -> Figure:
     return figure
 
 
-# ---------------------------------------------------------------- the card
-def _interval(entry: dict[str, float]) -> str:
-    return f"{entry['accuracy']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
-
-
-def accuracy_markdown(result: dict[str, Any], blind: dict[str, Any] | None) -> str:
-    """One row a kind: hops, accuracy under each condition with 95% intervals, the blind control, the majority rate."""
-    columns = ["kind", "hops", *CONDITIONS, "trained on questions alone", "majority"]
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    for kind in [*KINDS, "image"]:
-        cells = [_interval(result["accuracy"][key][kind]) for key in CONDITIONS.values()]
-        control = _interval(blind["accuracy"][kind]) if blind else "not recorded"
-        name = "**all image kinds**" if kind == "image" else kind
-        hops = str(KINDS.get(kind, ""))
-        lines.append("| " + " | ".join([name, hops, *cells, control, f"{result['majority'][kind]:.3f}"]) + " |")
-    return "\n".join(lines)
-
-
-def probe_markdown(probes: dict[str, dict[str, float]]) -> str:
-    lines = ["| one visual token tells | linear probe | majority | objects |", "| --- | --- | --- | --- |"]
-    lines += [f"| {n} | {_interval(p)} | {p['majority']:.3f} | {p['num']} |" for n, p in probes.items()]
-    return "\n".join(lines)
-
-
-def runs_markdown(runs: dict[str, dict[str, Any]]) -> str:
-    head = [
-        "run",
-        "seed",
-        "steps (language / vision / align / instruct)",
-        "minutes",
-        "image accuracy",
-        "agreement at k = 0, L/4, L/2, 3L/4",
-    ]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for name, run in runs.items():
-        steps = " / ".join(
-            str(run["logs"][s][-1]["step"]) if s in run["logs"] else "-"
-            for s in ("language", "vision", "align", "instruct")
-        )
-        minutes = f"{sum(run['seconds'].values()) / 60:.0f}"
-        exits = "-"
-        if "exits" in run:
-            agree = run["exits"]["agreement"]["mean"]
-            layers = len(agree) - 1
-            exits = " ".join(f"{agree[k]:.2f}" for k in (0, layers // 4, layers // 2, 3 * layers // 4))
-        lines.append(
-            f"| {name} | {run['config']['seed']} | {steps} | {minutes} | {_interval(run['accuracy']['image'])} | {exits} |"
-        )
-    return "\n".join(lines)
-
-
-def documents(result: dict[str, Any], runs: dict[str, dict[str, Any]], parameters: int) -> tuple[str, str]:
-    """The model card (``README.md`` beside the weights) and ``docs/testbed.md``."""
-    blind = runs.get("blind")
-    bar = result["bar"]
-    verdict = (
-        f"It meets the project's bar (at least {REQUIRED_OVERALL:.0%} over image questions, no kind of one or two hops under {REQUIRED_KIND:.0%})."
-        if bar["met"]
-        else f"It does **not** meet the project's bar (at least {REQUIRED_OVERALL:.0%} over image questions, no kind of one or two hops under "
-        f"{REQUIRED_KIND:.0%}); kinds below it: {', '.join(f'{k} {v:.3f}' for k, v in bar['kinds_below'].items()) or 'none, but the mean is'}."
-    )
-    matched = "\n".join(
-        ["| kind | hops | accuracy |", "| --- | --- | --- |"]
-        + [f"| {k} | {KINDS[k]} | {_interval(v)} |" for k, v in result["matched"].items() if k != "image"]
-    )
-    table = accuracy_markdown(result, blind)
-    card = f"""---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags: [llava, dyvte, testbed]
----
-
-# llava_shapes
-
-A LLaVA of {parameters / 1e6:.1f} million parameters (CLIP-style tower, MLP projector, Llama decoder) that answers questions about
-drawn scenes. The [dyvte](https://github.com/dyvte/dyvte) toolkit trained it, by LLaVA's recipe, on images that it renders
-itself. It is an instrument for trying analyses on, **not evidence about LLaVA** or any other model.
-
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-## Accuracy
-
-{result["accuracy"]["image"]["image"]["num"]} held-out image questions and {result["accuracy"]["image"]["arithmetic"]["num"]} of arithmetic; greedy answers, exact match; 95% intervals by bootstrap over images.
-{verdict}
-
-{table}
-
-Training data: scenes of two to six objects drawn from seeds; no scene of one split occurs in another, and captioned scenes
-are never asked about. Made by `make testbed-eval` in {result["seconds"]:.0f} s; figures and training runs in `docs/testbed.md`.
-"""
-    docs = f"""# The testbed
-
-`llava_shapes` is the small multimodal model that ships with the toolkit: an instrument with known ground truth, trained by
-LLaVA's recipe. **A finding on it is a finding on it**, not about LLaVA. This page is generated by `make testbed-eval`.
-
-![The world: scenes and their questions](testbed/world.png)
-
-## World and questions
-
-Two to six objects of a colour, a shape and a size lie in the cells of a 3 x 3 grid, moved, rotated and tinted, on grey
-textures with noise (`dyvte/testbed/world.py`). Questions (`dyvte/testbed/questions.py`) differ in how many look-ups they
-need, their *hops*. The path kinds (attribute, same_attribute, neighbor, two_hop) share one template, one length and one
-answer set, so that their exit depths compare without a confound. `tests/test_testbed_world.py` checks every answer with
-a second solver and holds a guesser that sees only the question to the chance rate.
-
-## Accuracy
-
-{result["accuracy"]["image"]["image"]["num"]} held-out image questions; 95% intervals by bootstrap over images. {verdict}
-
-{table}
-
-The last two columns are what can be had without an image: a model of the same architecture trained on the questions
-alone, and the most frequent answer (told which attribute is asked).
-
-Matched questions (same image, start, asked attribute and length; only the steps differ):
-
-{matched}
-
-## What the decoder is given
-
-A linear probe on the projected visual token under an object's centre:
-
-{probe_markdown(result["probes"])}
-
-Where the second half stays near the majority rate, relations between objects are not in the decoder's input token by
-token: following them is the decoder's work.
-
-## Training
-
-`python -m dyvte.testbed.train` runs the four stages (language, vision, align, instruct); every batch is a function of the
-seed and the step, so a killed and resumed run equals an uninterrupted one.
-
-{runs_markdown(runs)}
-
-![Validation accuracy while instructing](testbed/training.png)
-
-## How the recipe shapes attention
-
-![Attention mass after each training stage](testbed/attention_mass.png)
-
-![Enrichment without sink after each training stage](testbed/attention_enrichment.png)
-
-Mean exit depth (layers that must see the image, of {len(next(iter(runs.values()))["exits"]["agreement"]["mean"]) - 1 if runs and "exits" in next(iter(runs.values())) else "L"}) by kind:
-
-{depth_markdown(runs)}
-"""
-    return card, docs
-
-
-def depth_markdown(runs: dict[str, dict[str, Any]]) -> str:
-    with_exits = {n: r["exits"]["exit_depth"] for n, r in runs.items() if "exits" in r}
-    lines = ["| run | " + " | ".join(IMAGE_KINDS) + " |", "|" + " --- |" * (len(IMAGE_KINDS) + 1)]
-    for name, depth in with_exits.items():
-        cells = [f"{depth[k]['mean']:.1f} [{depth[k]['low']:.1f}, {depth[k]['high']:.1f}]" for k in IMAGE_KINDS]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def world_figure(num: int = 4) -> Figure:
     """Scenes with one question of growing depth each."""
     records = list(ShapesQuestions("test", 4 * num, seed=3, matched=True))
@@ -390,6 +225,7 @@ def world_figure(num: int = 4) -> Figure:
 
 @command("testbed_eval")
 def main(cfg: DictConfig) -> None:
+    """Evaluate the testbed and write its card and documentation."""
     mllm = load(cfg.model, device="cpu", dtype=torch.float32)
     result = evaluate(mllm, cfg)
     order = ("main", "seed1", "seed2", "no_language", "blind")
@@ -416,7 +252,7 @@ def main(cfg: DictConfig) -> None:
     image = result["accuracy"]["image"]["image"]
     print(accuracy_markdown(result, runs.get("blind")))
     print(
-        f"image questions: {_interval(image)}; bar {'met' if result['bar']['met'] else 'NOT met'}; {docs / 'testbed.md'}"
+        f"image questions: {interval(image)}; bar {'met' if result['bar']['met'] else 'NOT met'}; {docs / 'testbed.md'}"
     )
 
 

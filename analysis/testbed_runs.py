@@ -33,7 +33,7 @@ MEASURES = ("mass", "enrichment_no_sink")
 
 
 def stage_model(run: Path, cfg: DictConfig, last: str, vision: Path) -> MLLM:
-    """The testbed as it stood after training stage ``last`` of a run; stages not yet trained are at their initialisation."""
+    """The testbed as it stood after training stage ``last`` of a run; later stages are as initialised."""
     sizes = TestbedSizes(**OmegaConf.to_container(cfg.sizes))  # type: ignore[arg-type]
     model = build_model(sizes, cfg.seed)
     talk = nn.ModuleDict({"decoder": model.model.language_model, "lm_head": model.lm_head})
@@ -59,7 +59,7 @@ def answer(mllm: MLLM, records: list[ShapesRecord], images: list[Any] | None, ba
 
 
 def accuracy_table(records: list[ShapesRecord], answers: list[str], seed: int = 0) -> dict[str, dict[str, float]]:
-    """Accuracy by kind, and over the image kinds with equal weight (``image``), with 95% intervals clustered by image."""
+    """Accuracy by kind, and over all image kinds (``image``), with 95% intervals clustered by image."""
     right = np.array([r.answer == a for r, a in zip(records, answers, strict=True)], dtype=float)
     kinds = np.array([r.kind for r in records])
     clusters = np.array([r.image_id for r in records])
@@ -129,6 +129,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 @command("testbed_runs")
 def main(cfg: DictConfig) -> None:
+    """Write the record of one finished training run."""
     run = Path(cfg.run)
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"run={run} is not a folder of a testbed run (it has no config.yaml)")
