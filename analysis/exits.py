@@ -20,7 +20,7 @@ from torch import Tensor
 
 from analysis import exit_statistics, plots, plots_exits
 from analysis.exit_statistics import Finding
-from analysis.statistics import Array, Band, cluster_bootstrap, cluster_mean, mean_band
+from analysis.statistics import Array, Band, cluster_bootstrap, cluster_mean, mean_band, percentile_band
 from dyvte import distributed, runner, store
 from dyvte.config import command, load_model
 from dyvte.criteria import exit_depth, kl_to_full, lucky_exit_depth, paper_labels
@@ -530,10 +530,8 @@ def token_summary(depths: pd.DataFrame, cfg: DictConfig, least: int = 10) -> dic
             depths["part"].to_numpy()[:, None] == [CAPTIONS, QUESTIONS], depths["depth"].to_numpy()[:, None], np.nan
         )
         replicates = cluster_bootstrap(values, depths["image_id"].to_numpy(), cfg.bootstrap, cfg.seed)
-        means = cluster_mean(values)
-        tail = 100 * (1 - LEVEL) / 2
-        limits = np.nanpercentile(replicates[:, 0] - replicates[:, 1], [tail, 100 - tail])
-        summary["captions_minus_questions"] = [float(means[0] - means[1]), *map(float, limits)]
+        difference = percentile_band(cluster_mean(values) @ [1, -1], replicates @ [1, -1], LEVEL)
+        summary["captions_minus_questions"] = as_dict(difference)
     return summary
 
 
@@ -753,7 +751,7 @@ def draw(
         figures["kinds"] = plots_exits.kinds(
             {kind: group.curves for kind, group in by_kind.items()}, counts, f"{title}, by question kind", footnote
         )
-    if CAPTIONS in tokens:
+    if {QUESTIONS, CAPTIONS} <= tokens.keys():
         figures["tokens"] = plots_exits.tokens(tokens, len(flops) - 1, title)
     return figures
 

@@ -421,14 +421,14 @@ def test_captions_text_and_missing_references_are_kept_apart(tmp_path: Path):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Tables and figures; what holds times is left out."""
-    kept = [file for file in folder.rglob("*") if file.suffix in (".parquet", ".csv", ".png", ".pdf", ".jsonl")]
+    """The tables of a run."""
+    kept = [file for file in folder.rglob("*") if file.suffix in (".parquet", ".csv", ".jsonl")]
     return {str(file.relative_to(folder)): file.read_bytes() for file in kept}
 
 
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     mllm, data = random_model(), ShapesDataset(limit=24)
-    exits.run(config(tmp_path / "whole"), mllm, data)
+    execute(mllm, data, tmp_path / "whole")
     calls, measure = [], exits.Measurement.__call__
 
     def interrupted(self: exits.Measurement, samples: list[Sample]) -> Any:
@@ -440,8 +440,8 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path, monke
     with monkeypatch.context() as patch:
         patch.setattr(exits.Measurement, "__call__", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            exits.run(config(tmp_path / "parts"), mllm, data)
-    exits.run(config(tmp_path / "parts"), mllm, data)
+            execute(mllm, data, tmp_path / "parts")
+    execute(mllm, data, tmp_path / "parts")
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
