@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ from dyvte.config import command, load_model
 from dyvte.data.base import Dataset, Sample, build_dataset
 from dyvte.data.metrics import exact_match
 from dyvte.figures import accuracy_against_flops
-from dyvte.flops import prefill_flops
+from dyvte.flops import FlopCount, prefill_flops
+from dyvte.gates.controls import control_exits, exits_by_hops
 from dyvte.gates.labels import LabelSet, LabelSettings, collect_labels, label_fingerprint
 from dyvte.gates.metrics import at_exit, cluster_interval, mixture_cost
+from dyvte.gates.module import QUESTION
 from dyvte.measure import measure_generation, peak_memory_bytes
 from dyvte.mllm import MLLM, Batch
 from dyvte.policies.base import Policy
+from dyvte.policies.dynamic_exit import DynamicExit
 from dyvte.runner import consecutive_batches, run
 from dyvte.store import RunFolder, fingerprint, write_atomic
 
@@ -61,7 +65,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any] | None:
     if policy is not None:
         settings["policy_state"] = policy_digest(policy)
     folder = RunFolder.open(cfg.output_dir, fingerprint(mllm, dataset, cfg, **settings), cfg, cfg.overwrite)
-    compute = functools.partial(evaluate_batch, mllm, policy, max_new_tokens=cfg.max_new_tokens)
+    compute = functools.partial(evaluate_batch, mllm, policy, max_new_tokens=cfg.max_new_tokens, counted={})
     run(folder, dataset, consecutive_batches(len(dataset), cfg.batch_size), compute, cfg.policy.name)
     if not distributed.is_main():
         return None
@@ -71,6 +75,10 @@ def evaluate(cfg: DictConfig) -> dict[str, Any] | None:
     write_answer_file(folder.path / "answers.jsonl", answers, cfg.model.name)
     fixed = fixed_exit_table(reference)
     folder.write_table("fixed_exits", fixed)
+    if isinstance(policy, DynamicExit):
+        folder.write_table("controls", control_table(policy, cfg.policy.gates, answers, reference))
+    if (hops := exits_by_hops(answers, reference)) is not None:
+        folder.write_table("hops", hops)
     kinds = {str(kind): figures(rows, reference) for kind, rows in answers.groupby("kind")}
     folder.write_table("kinds", pd.DataFrame([{"kind": kind, **_scalars(each)} for kind, each in kinds.items()]))
     summary = folder.write_summary(
@@ -95,7 +103,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any] | None:
 
 def reference_labels(mllm: MLLM, dataset: Dataset, cfg: DictConfig) -> LabelSet:
     """The full model's answers and what every fixed exit makes of them, made once for a model and data."""
-    settings = LabelSettings(cfg.max_new_tokens, status=(), answers=True)
+    settings = LabelSettings(cfg.max_new_tokens, status=(QUESTION,), answers=True)
     made_of = json.dumps(label_fingerprint(mllm, dataset, cfg, settings), sort_keys=True, default=str)
     digest = hashlib.sha256(made_of.encode()).hexdigest()[:12]
     path = Path(cfg.reference_dir) / f"{cfg.model.name}-{cfg.data.name}-{digest}"
@@ -106,6 +114,11 @@ def policy_digest(policy: Policy) -> str:
     """Digest of the weights that a policy holds (its settings are in the configuration)."""
     digest = hashlib.sha256()
     for value in vars(policy).values():
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, Policy):  # of a composition
+                digest.update(policy_digest(part).encode())
+            elif is_dataclass(part):  # what was read from a file, as a pruning recipe
+                digest.update(repr(part).encode())
         if isinstance(value, torch.nn.Module):
             digest.update(repr(getattr(value, "threshold", None)).encode())
             for name, tensor in value.state_dict().items():
@@ -132,20 +145,57 @@ def fixed_exit_table(reference: LabelSet, rows: Sequence[int] | None = None) -> 
     )
 
 
+def control_table(policy: DynamicExit, source: str, answers: pd.DataFrame, reference: LabelSet) -> pd.DataFrame:
+    """Controls of dynamic exits, one row each in the columns of the comparison; none of them runs the model again."""
+    rows = _reference_rows(answers, reference)
+    images = answers["image_id"].tolist()
+    table = []
+    for name, share in control_exits(policy, source, answers, reference, rows).items():
+        # a control says with which probability every question leaves at every layer
+        def expected(values: Tensor, share: Tensor = share) -> Tensor:
+            return (share * values[rows].double()).sum(1)
+
+        row: dict[str, Any] = {
+            "policy": name,
+            "num_questions": len(answers),
+            "mean_exit_layer": float((share * torch.arange(reference.num_layers + 1)).sum(1).mean()),
+            "flops_decoder": float(expected(reference.flops).mean()),
+            "cost": float(expected(reference.flops).mean() / reference.flops[rows, -1].double().mean()),
+        }
+        correct = reference.correct[rows]
+        measured = {
+            "accuracy": expected(reference.correct),
+            "accuracy_loss": correct[:, -1] - expected(reference.correct),
+            "agreement": expected(reference.agree),
+        }
+        for column, values in measured.items():
+            row[column], row[f"{column}_low"], row[f"{column}_high"] = cluster_interval(values, images)
+        row["full_accuracy"] = float(correct[:, -1].mean())
+        mean_cost, agree = reference.cost[rows].mean(0), reference.agree[rows].double().mean(0)
+        row["cost_of_fixed_exits"] = mixture_cost(mean_cost, agree, row["agreement"])
+        row["cost_ratio"] = row["cost"] / row["cost_of_fixed_exits"]
+        table.append(row)
+    return pd.DataFrame(table)
+
+
 # ------------------------------------------------------------------------- a batch
+
+
+FlopsOfPrompt = dict[tuple[int, int, int], FlopCount]
+"""Cost of a prefill by number of text tokens, number of visual tokens, and exit layer."""
 
 
 @torch.no_grad()
 def evaluate_batch(
-    mllm: MLLM, policy: Policy | None, samples: Sequence[Sample], max_new_tokens: int
+    mllm: MLLM, policy: Policy | None, samples: Sequence[Sample], max_new_tokens: int, counted: FlopsOfPrompt
 ) -> dict[str, pd.DataFrame]:
-    """Answers, exit layers and costs of one batch under a policy."""
+    """Answers, exit layers and costs of one batch under a policy; `counted` remembers what was counted."""
     batch = mllm.encode([sample.image for sample in samples], [sample.question for sample in samples])
     with measure_generation(mllm) as cost, _active(policy, mllm, batch) as exits:
         ids = mllm.generate_ids(batch, max_new_tokens=max_new_tokens)
         exit_layers = exits()
     answers = mllm.decode(ids)
-    flops = _flops(mllm, policy, samples, batch)
+    flops = _flops(mllm, policy, samples, batch, exit_layers, counted)
     rows = [
         {
             "id": sample.id,
@@ -158,13 +208,11 @@ def evaluate_batch(
             "correct": float("nan") if sample.answer is None else float(exact_match(answer, sample.answer)),
             "exit_layer": exit_layer,
             "new_tokens": len(tokens),
-            "flops_total": total,
-            "flops_decoder": decoder,
+            "flops_total": count.total,
+            "flops_decoder": count.decoder,
             "kv_cache_bytes": cost.kv_cache_bytes / len(samples),
         }
-        for sample, answer, exit_layer, tokens, (total, decoder) in zip(
-            samples, answers, exit_layers, ids, flops, strict=True
-        )
+        for sample, answer, exit_layer, tokens, count in zip(samples, answers, exit_layers, ids, flops, strict=True)
     ]
     batches = {
         "samples": len(samples),
@@ -186,21 +234,26 @@ def _active(policy: Policy | None, mllm: MLLM, batch: Batch) -> Iterator[Any]:
             yield lambda: active.exit_layers.tolist()
 
 
-def _flops(mllm: MLLM, policy: Policy | None, samples: Sequence[Sample], batch: Batch) -> list[tuple[float, float]]:
-    """Operations (total, decoder) of every sample's prefill, counted without padding.
+def _flops(
+    mllm: MLLM,
+    policy: Policy | None,
+    samples: Sequence[Sample],
+    batch: Batch,
+    exit_layers: Sequence[int],
+    counted: FlopsOfPrompt,
+) -> list[FlopCount]:
+    """Operations of every sample's prefill, counted on the sample alone, without padding.
 
-    Samples of one kind and one length are counted together and share the mean.
+    They depend on the prompt's length and on the exit layer, so prompts that share both are counted once.
     """
     lengths = zip(batch.layout.text.sum(1).tolist(), batch.layout.visual.sum(1).tolist(), strict=True)
-    keys = [(sample.kind, *length) for sample, length in zip(samples, lengths, strict=True)]
-    found: dict[Any, tuple[float, float]] = {}
-    for key in dict.fromkeys(keys):
-        group = [sample for sample, own in zip(samples, keys, strict=True) if own == key]
-        part = mllm.encode([sample.image for sample in group], [sample.question for sample in group])
-        with _active(policy, mllm, part):
-            count = prefill_flops(mllm, part)
-        found[key] = (count.total / len(group), count.decoder / len(group))
-    return [found[key] for key in keys]
+    keys = [(*length, k) for length, k in zip(lengths, exit_layers, strict=True)]
+    for key, sample in zip(keys, samples, strict=True):
+        if key not in counted:
+            alone = mllm.encode([sample.image], [sample.question])
+            with _active(policy, mllm, alone):
+                counted[key] = prefill_flops(mllm, alone)
+    return [counted[key] for key in keys]
 
 
 # -------------------------------------------------------------------------- figures
@@ -213,8 +266,7 @@ def figures(answers: pd.DataFrame, reference: LabelSet) -> dict[str, Any]:
     the same agreement, `oracle` the cheapest exit of every question that keeps its answer. Intervals are two-sided 95%,
     clustered by image.
     """
-    position = pd.Series(np.arange(len(reference)), index=reference.samples["id"])
-    rows = torch.from_numpy(position.loc[answers["id"]].to_numpy(copy=True))
+    rows = _reference_rows(answers, reference)
     images = answers["image_id"].tolist()
     agree, cost = reference.agree[rows], reference.cost[rows]
     agreement = cluster_interval(_tensor(answers["agree"]), images)
@@ -251,6 +303,12 @@ def figures(answers: pd.DataFrame, reference: LabelSet) -> dict[str, Any]:
         "new_tokens": float(answers["new_tokens"].mean()),
         "kv_cache_bytes": float(answers["kv_cache_bytes"].mean()),
     }
+
+
+def _reference_rows(answers: pd.DataFrame, reference: LabelSet) -> Tensor:
+    """Row of every answer's question in the reference."""
+    position = pd.Series(np.arange(len(reference)), index=reference.samples["id"])
+    return torch.from_numpy(position.loc[answers["id"]].to_numpy(copy=True))
 
 
 def _tensor(column: pd.Series) -> Tensor:
@@ -311,7 +369,8 @@ COMPARED = (
 
 def compare(path: Path, reference: LabelSet, fixed: pd.DataFrame) -> pd.DataFrame:
     """One table and one plot of the policies evaluated below `path` on the same model and data."""
-    rows, oracle = [], {}
+    rows: list[Any] = []
+    oracle: dict[str, float] = {}
     for file in sorted(path.glob("*/summary.json")):
         summary = json.loads(file.read_text())
         if summary.get("reference") != reference.folder.path.name:
@@ -321,6 +380,9 @@ def compare(path: Path, reference: LabelSet, fixed: pd.DataFrame) -> pd.DataFram
             row[f"{column}_low"], row[f"{column}_high"] = summary[f"{column}_ci"]
         rows.append(row)
         oracle = summary["oracle"]
+        if (controls := file.with_name("controls.parquet")).is_file():
+            of_policy = pd.read_parquet(controls)
+            rows += of_policy.assign(policy=f"{row['policy']}: " + of_policy["policy"]).to_dict("records")
     table = pd.DataFrame(rows).sort_values("flops_decoder", ignore_index=True)
     folder = RunFolder(path)
     folder.write_table("comparison", table)

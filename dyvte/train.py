@@ -21,6 +21,7 @@ from dyvte import distributed
 from dyvte.config import command, load_model
 from dyvte.data.base import build_dataset
 from dyvte.errors import ConfigError, DataError
+from dyvte.gates.controls import QUESTION_GATES
 from dyvte.gates.labels import LabelSet, LabelSettings, collect_labels
 from dyvte.gates.metrics import (
     at_exit,
@@ -34,9 +35,6 @@ from dyvte.gates.metrics import (
 from dyvte.gates.module import QUESTION, Gates
 from dyvte.gates.training import GateData, Recipe, exit_probabilities, train_gates
 from dyvte.store import RunFolder
-
-QUESTION_GATES = "question_only"
-"""Folder, inside that of the gates, of the control gates that saw the question only."""
 
 
 @command("train")

@@ -7,7 +7,7 @@ and a folder never mixes models, data or settings. Label rules, ratios and statu
     samples      id image_id kind metadata reference answer correct answer_tokens text_tokens visual_tokens
     exits        id exit_layer agree nll flops_total flops_decoder,
                  with `ground_truth` truth_agree truth_nll, with `answers` answer correct
-    status       (tensors) one [b, L - 1, d] a part, after every layer but the last
+    status       (tensors) one [b, L - 1, d] a part, after every layer but the last; [b, 1, d] for the part `question`
 """
 
 from __future__ import annotations
@@ -217,11 +217,11 @@ def _answers_by_exit(
 
 
 def _question_status(mllm: MLLM, batch: Batch) -> Tensor:
-    """[b, L - 1, d] last prompt state after the last layer of a model that never saw the image, once for each gate."""
+    """[b, 1, d] last prompt state after the last layer of a model that never saw the image."""
     weights = status_weights(batch.layout, ["text_last"])
     with _layer_output(mllm, mllm.num_layers - 1) as outputs, FixedExit(0)(mllm):
         mllm.model(**batch, logits_to_keep=1)
-    return token_status(outputs[0], weights)[:, None].repeat(1, mllm.num_layers - 1, 1)
+    return token_status(outputs[0], weights)[:, None]
 
 
 @contextmanager
@@ -317,7 +317,8 @@ class LabelSet:
             ConfigError: the set holds no such part.
         """
         try:
-            shards = [torch.cat([each[part] for part in parts], -1) for each in self.folder.tensors("status", parts)]
+            shards = list(self.folder.tensors("status", parts))
         except Exception as error:  # safetensors names the key in an error type of its own
             raise ConfigError(f"the labels in {self.folder.path} do not hold the status {list(parts)}") from error
-        return torch.cat(shards)
+        gates = self.num_layers - 1
+        return torch.cat([torch.cat([shard[part].expand(-1, gates, -1) for part in parts], -1) for shard in shards])

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from dyvte.mllm import MLLM
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+SHIPPED_GATES = {"llava_shapes": Path(__file__).parents[1] / "testbed" / "gates"}
+"""Gates that come with the package, by the name of their model."""
 QUESTION = "question"
 """A status part for the control that never saw the image (see `dyvte.gates.labels`); it cannot be run in a policy."""
 
@@ -207,13 +209,14 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
 
 
 def load_gates(source: str | Path | Gates) -> Gates:
-    """Gates from a folder or a Hub id (or as they are).
+    """Gates from a folder, a Hub id or the name of a shipped model (or as they are).
 
     Raises:
         ModelError: there are none, in one line.
     """
     if isinstance(source, Gates):
         return source
+    source = SHIPPED_GATES.get(str(source), source)
     if not Path(source).is_dir() and (str(source).startswith((".", "/", "~")) or str(source).count("/") != 1):
         raise ModelError(f"no gates in {source}: there is no such folder; make gates with `python -m dyvte.train`")
     try:

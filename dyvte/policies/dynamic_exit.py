@@ -32,7 +32,7 @@ class DynamicExit(Policy):
     the gates said. What generated tokens attend to follows: they see the visual keys of layers before the exit only.
 
     Attributes:
-        gates: trained gates, a folder of them, or a Hub id.
+        gates: trained gates, a folder of them, a Hub id, or the name of a shipped model.
         threshold: exit where a gate's exit probability is above it; one number or one a gate. "auto" takes what
             training chose on validation data and stored with the gates.
         min_layer: no exit layer k below this one; 1 at the least, as the first gate follows the first layer.
