@@ -138,7 +138,7 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("line", commands())
 def test_the_commands_exist(line: str):
-    _, _, module, *overrides = shlex.split(line)
+    _, _, module, *overrides = shlex.split(line, comments=True)
     assert find_spec(module), f"there is no {module}"
     assert compose(module.rpartition(".")[2], overrides).output_dir
 
