@@ -88,9 +88,9 @@ tags: [llava, dyvte, testbed]
 
 # llava_shapes
 
-A LLaVA of {millions:.1f} million parameters (CLIP-style tower, MLP projector, Llama decoder) that answers questions
-about drawn scenes. The dyvte toolkit trained it, by LLaVA's recipe, on images that it renders itself. It is an instrument for
-trying analyses on, **not evidence about LLaVA** or any other model.
+A LLaVA of {millions:.1f} million parameters (CLIP-style tower, MLP projector, Llama decoder) that answers
+questions about drawn scenes. The dyvte toolkit trained it, by LLaVA's recipe, on images that it renders itself.
+It is an instrument for trying analyses on, **not evidence about LLaVA** or any other model.
 
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -116,10 +116,11 @@ by LLaVA's recipe. **A finding on it is a finding on it**, not about LLaVA. `mak
 ## World and questions
 
 Two to six objects of a colour, a shape and a size lie in the cells of a 3 x 3 grid, moved, rotated and tinted, on grey
-textures with noise (`dyvte/testbed/world.py`). Questions (`dyvte/testbed/questions.py`) differ in how many look-ups
-they need, their *hops*. The path kinds (attribute, same_attribute, neighbor, two_hop) share one template, one length and one
-answer set, so that their exit depths compare without a confound. `tests/test_testbed_world.py` checks every answer with
-a second solver and holds a guesser that sees only the question to the chance rate.
+textures with noise (`dyvte/testbed/world.py`). Questions (`dyvte/testbed/questions.py`) differ in how many
+look-ups they need, their *hops*. The path kinds (attribute, same_attribute, neighbor, two_hop) share one template,
+one length and one answer set, so that their exit depths compare without a confound.
+`tests/test_testbed_world.py` checks every answer with a second solver and holds a guesser that sees only the
+question to the chance rate.
 
 ## Accuracy
 
