@@ -128,3 +128,4 @@ def _folder_name(path: str | None) -> str:
 
 
 OmegaConf.register_new_resolver("dyvte.folder_name", _folder_name, replace=True)
+OmegaConf.register_new_resolver("dyvte.join", "+".join, replace=True)

@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -100,6 +101,8 @@ def train(cfg: DictConfig) -> Gates | None:
     print(fit.report.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     print("\n".join(f"{key.replace('_', ' ')}: {value}" for key, value in fit.validation.items()))
     print(f"gates: {folder.path / 'gates'}")
+    if cfg.comparison_dir is not None:
+        compare(Path(cfg.comparison_dir))
     return fit.gates
 
 
@@ -230,6 +233,19 @@ def _fit(
     }
     report = layer_report(probability, validation.labels[:, 1:-1], gates.thresholds())
     return _Fit(gates.cpu(), report, pd.DataFrame(history), result)
+
+
+def compare(path: Path) -> pd.DataFrame:
+    """One table of the runs below `path`: what each reached on its validation questions."""
+    rows = []
+    for file in sorted(path.glob("*/summary.json")):
+        summary = json.loads(file.read_text())
+        numbers = {key: value for key, value in summary.items() if isinstance(value, (int, float))}
+        rows.append({"run": file.parent.name, **numbers})
+    table = pd.DataFrame(rows).drop(columns=["num_layers", "num_failed", "seconds"])
+    RunFolder(path).write_table("comparison", table)
+    print(f"comparison: {path / 'comparison.csv'}")
+    return table
 
 
 def _fixed_exits(split: Split, agreement: float) -> dict[str, Any]:
