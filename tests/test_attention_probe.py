@@ -450,3 +450,24 @@ def test_roles_without_tokens_are_nan() -> None:
     present = [[1, 1, 1, 0], [0, 0, 1, 0]]  # roles of the two rows, in the order of ROLES
     expected = [[[not (a and b) for b in row] for a in row] for row in present]
     assert absent.tolist() == expected
+
+
+def test_statistics_without_the_sink_stay_exact_where_the_sink_takes_nearly_everything() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layout = TokenLayout.from_input_ids(torch.tensor([[2, 2, 1, 1, 1, 1, 2, 2, 2]]), None, [1])
+    query, key = torch.randn(2, 1, 2, 9, 8, generator=generator)
+    query[..., 0], key[..., 0] = 1.0, 0.0
+    key[:, :, 0, 0] = 14.0  # leaves the other keys about 1e-5 of the attention
+    geometry = Geometry.of(Groups.of(layout), None, None, num_heads=2)
+    sums = role_sums(score_rows(query, key, 1.0, None, geometry), geometry, 2)
+
+    scores = (query.double() @ key.double().transpose(2, 3)).masked_fill(
+        ~torch.ones(9, 9, dtype=torch.bool).tril(), -torch.inf
+    )
+    assert scores.softmax(-1)[..., 2:6, 0].mean() > 0.999
+    without = scores[..., 1:].softmax(-1)
+    expected = without[:, :, 2:6, 1:5].sum((2, 3))  # visual to visual
+    torch.testing.assert_close(sums.probability_no_sink[:, :, 1, 1].double(), expected, atol=1e-5, rtol=1e-5)
+    text = torch.cat([without[:, :, 6:, :1], without[:, :, 6:, 5:]], dim=-1)
+    entropy = torch.special.entr(text / text.sum(-1, keepdim=True)).sum(-1).sum(-1)
+    torch.testing.assert_close(sums.entropy[:, :, 3].double(), entropy, atol=1e-5, rtol=1e-5)
