@@ -1,0 +1,121 @@
+"""Policies that look at the attention of decoder layers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dyvte.flops import overhead
+from dyvte.instrument.attention import AttentionCall, watch_attention
+from dyvte.instrument.hooks import Selection
+from dyvte.instrument.role_attention import allowed_pairs
+from dyvte.layout import TokenLayout
+from dyvte.mllm import MLLM
+from dyvte.policies.base import Policy, PolicyRun, Prefill
+from dyvte.policies.token_scores import attention_rows
+
+
+@dataclass
+class LayerAttention:
+    """The attention of one decoder layer, on the positions of `selection` [b, n] that it ran on.
+
+    The model computes its own attention unchanged; rows asked for here are computed anew from its queries and keys, or
+    taken from its weights where it computed them anyway (eager attention).
+    """
+
+    call: AttentionCall
+    selection: Selection
+
+    @property
+    def num_heads(self) -> int:
+        """H, the number of query heads."""
+        return self.call.query.shape[1]
+
+    @cached_property
+    def allowed(self) -> tuple[Tensor, Tensor | None]:
+        """[b, n, n] which keys a query may see, and what the mask adds to their scores."""
+        rows, length = self.selection.index.shape
+        call, device = self.call, self.call.query.device
+        allowed, bias = allowed_pairs(call.mask, length, call.causal, call.sliding_window, device)
+        if allowed is None:
+            allowed = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None]
+        if self.selection.valid is not None:
+            allowed = allowed & self.selection.valid[:, None, :]
+        return allowed.expand(rows, -1, -1), None if bias is None else bias[:, 0].expand(rows, -1, -1)
+
+    def rows(self, queries: slice) -> Tensor:
+        """Attention [b, H, q, n] of a slice of the n queries."""
+        if self.call.weights is not None:
+            return self.call.weights[:, :, queries].float()
+        allowed, bias = self.allowed
+        key = self.call.key[:, :, : self.selection.index.shape[1]]
+        return attention_rows(
+            self.call.query[:, :, queries],
+            key,
+            allowed[:, queries],
+            self.call.scale,
+            None if bias is None else bias[:, queries],
+            self.call.softcap,
+        )
+
+    def row(self, position: Tensor) -> Tensor:
+        """Attention [b, H, n] of one query a row, at position [B] of the whole sequence."""
+        local = (self.selection.index == position[self.selection.rows][:, None]).int().argmax(1)
+        at = local[:, None, None]
+        if self.call.weights is not None:
+            weights = self.call.weights
+            return weights.gather(2, at[:, None].expand(-1, weights.shape[1], 1, weights.shape[3]))[:, :, 0].float()
+        allowed, bias = self.allowed
+        query, width = self.call.query, allowed.shape[2]
+        return attention_rows(
+            query.gather(2, at[:, None].expand(-1, query.shape[1], 1, query.shape[3])),
+            self.call.key[:, :, :width],
+            allowed.gather(1, at.expand(-1, 1, width)),
+            self.call.scale,
+            None if bias is None else bias.gather(1, at.expand(-1, 1, width)),
+            self.call.softcap,
+        )[:, :, 0]
+
+    def unpacked(self, packed: Tensor, like: Tensor) -> Tensor:
+        """Values [b, n] of the selected positions within [B, N], zero elsewhere."""
+        full = torch.zeros(like.shape, dtype=packed.dtype, device=packed.device)
+        self.selection.put_back(full, packed)
+        return full
+
+
+@dataclass
+class AttentionPolicy(Policy):
+    """A policy that decides from the attention of earlier layers. Override `watched_layers` and `see`."""
+
+    def watched_layers(self, mllm: MLLM) -> Collection[int]:
+        """Layers whose attention the policy looks at."""
+        raise NotImplementedError
+
+    def see(self, layer: int, prefill: Prefill, attention: LayerAttention) -> None:
+        """Take what is needed from the attention of a watched layer, during prefill, into `prefill.state`.
+
+        Called while the layer runs, once for the rows with and once for those without visual tokens where the layer
+        runs on them apart.
+        """
+        raise NotImplementedError
+
+    @contextmanager
+    def __call__(self, mllm: MLLM, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
+        """As `Policy.__call__`; also refuses models whose attention cannot be watched."""
+        with super().__call__(mllm, layout) as run:
+            watched = frozenset(self.watched_layers(mllm))
+
+            @torch.no_grad()
+            def see(layer: int, call: AttentionCall) -> None:
+                prefill = run.prefill
+                if layer in watched and prefill is not None and prefill.running is not None:
+                    with overhead():
+                        self.see(layer, prefill, LayerAttention(call, prefill.running))
+
+            with watch_attention(mllm, see):
+                yield run

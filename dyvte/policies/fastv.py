@@ -1,0 +1,70 @@
+"""Visual tokens that the last prompt token attends to least leave after an early layer.
+
+FastV (arXiv 2403.06764, Section 4.1): with filtering layer K and filtering ratio R, tokens are ranked by the attention
+they receive in layer K and the lowest R of them are left out of all later layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from dyvte.mllm import MLLM
+from dyvte.policies.attention_policy import AttentionPolicy, LayerAttention
+from dyvte.policies.base import Prefill
+from dyvte.policies.token_scores import drop_lowest, keep_count
+
+
+@dataclass
+class FastV(AttentionPolicy):
+    """Keep a share of the visual tokens from decoder layer `layer` on.
+
+    Tokens are ranked once, at prefill, by the attention (mean over heads) that the last prompt token pays them in layer
+    `layer - 1`; only that row of attention is computed.
+
+    Attributes:
+        layer: number of decoder layers that see all visual tokens, 1..L-1 (the paper's K).
+        keep: share of the visual tokens that stay, 0..1 (one minus the paper's R).
+    """
+
+    layer: int = 2
+    keep: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_share("FastV: keep", self.keep)
+
+    def check(self, mllm: MLLM) -> None:
+        """Refuse a layer outside 1..L-1."""
+        if not 1 <= self.layer < mllm.num_layers:
+            raise ValueError(
+                f"FastV: layer must be in 1..{mllm.num_layers - 1} for this model (a layer has to attend first), "
+                f"got {self.layer}"
+            )
+
+    def watched_layers(self, mllm: MLLM) -> Collection[int]:
+        """The layer that ranks."""
+        return (self.layer - 1,)
+
+    def see(self, layer: int, prefill: Prefill, attention: LayerAttention) -> None:
+        """Rank by the last prompt token's row."""
+        remember_last_row(self, prefill, attention)
+
+    def before_layer(self, layer: int, prefill: Prefill) -> None:
+        """Drop the lowest."""
+        if layer == self.layer:
+            candidates = prefill.kept & prefill.layout.visual
+            keep = keep_count(self.keep, prefill.layout.visual)
+            prefill.drop(drop_lowest(prefill.state.pop(id(self)), candidates, keep))
+
+
+def check_share(name: str, share: float) -> None:
+    """Refuse a share outside 0..1."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"{name} is a share of the visual tokens, 0..1, got {share}")
+
+
+def remember_last_row(policy: AttentionPolicy, prefill: Prefill, attention: LayerAttention) -> None:
+    """Put the last prompt token's attention, mean over heads, into `prefill.state[id(policy)]` as [B, N]."""
+    scores = attention.row(prefill.layout.last_prompt).mean(1)
+    found = attention.unpacked(scores, prefill.kept)
+    prefill.state[id(policy)] = found + prefill.state.get(id(policy), 0.0)
