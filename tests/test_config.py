@@ -104,7 +104,8 @@ def commented_keys(path: Path) -> set[str]:
             keys.add(last)
     for parent in (yaml.safe_load(path.read_text()) or {}).get("defaults", []):
         if isinstance(parent, str) and parent != "_self_":
-            keys |= commented_keys(path.parent / f"{parent}.yaml")
+            file = path.parent / f"{parent}.yaml"
+            keys |= commented_keys(file) if file.is_file() else set()  # a Hydra plugin brings its own
     return keys
 
 
