@@ -23,6 +23,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from dyvte import distributed
 from dyvte.errors import ConfigError, DyvteError
 
 if TYPE_CHECKING:
@@ -119,7 +120,10 @@ def load_model(cfg: DictConfig) -> MLLM:
     path = settings.pop("path")
     if not path:
         raise ConfigError("no model to load: set model.path to a Hub id or a folder")
-    return load(path, device=None if cfg.device == "auto" else cfg.device, **settings)
+    device = None if cfg.device == "auto" else cfg.device
+    if device is None and distributed.world_size() > 1:
+        device = distributed.device()  # each process has a GPU of its own
+    return load(path, device=device, **settings)
 
 
 def _folder_name(path: str | None) -> str:

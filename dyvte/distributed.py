@@ -6,9 +6,10 @@ import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def world_size() -> int:
@@ -50,6 +51,7 @@ def main_process_first() -> Iterator[None]:
 
 @functools.cache
 def _state() -> Any:
+    import torch
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.cuda.is_available())
