@@ -36,11 +36,16 @@ def groups_of(name: str) -> set[str]:
 
 
 def compose_and_resolve(name: str, *overrides: str) -> dict:
-    """The configuration with its interpolations filled in, and 1 where the user has to give a value."""
+    """The configuration with its interpolations filled in, and "given" where the user has to give a value."""
     missing = missing_settings(compose(name, overrides))
-    settings = OmegaConf.to_container(compose(name, [*overrides, *(f"{key}=1" for key in missing)]), resolve=True)
+    settings = OmegaConf.to_container(compose(name, [*overrides, *(f"{key}=given" for key in missing)]), resolve=True)
     assert isinstance(settings, dict)
     return settings
+
+
+def overrides_for(group: str, name: str) -> list[str]:
+    """What chooses a file; data that come with a model go with that model."""
+    return [f"{group}={name}", *([f"model={name}"] if group == "data" and name in MODELS else [])]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -54,7 +59,7 @@ def test_every_file_of_every_group_composes_with_a_command(file: Path):
     users = [each for each in COMMANDS if group in groups_of(each)]
     assert users, f"no command has a choice of {group}"
     for user in users:
-        compose_and_resolve(user, f"{group}={name}")
+        compose_and_resolve(user, *overrides_for(group, name))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -72,13 +77,13 @@ def test_model_settings_are_what_load_takes(name: str):
     settings = compose_and_resolve("base", f"model={name}")["model"]
     accepted = set(inspect.signature(load).parameters) | {"name", "path"}
     assert set(settings) <= accepted
-    assert settings["name"] in (name, "unnamed")
+    assert settings["name"] in (name, "unnamed", "given")  # the latter two are made from the path
     assert settings["trust_remote_code"] is False
 
 
 @pytest.mark.parametrize("name", DATA)
 def test_data_settings_are_what_the_data_set_takes(name: str):
-    settings = compose_and_resolve("base", f"data={name}")["data"]
+    settings = compose_and_resolve("base", *overrides_for("data", name))["data"]
     target = get_class(settings.pop("_target_"))
     assert settings.pop("name")
     assert set(settings) == set(inspect.signature(target).parameters)
