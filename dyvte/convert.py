@@ -25,6 +25,7 @@ from dyvte.conversion.weights import write_shards
 from dyvte.errors import ConfigError, ModelError
 
 IMAGE_TOKEN = "<image>"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -96,8 +97,8 @@ def convert(
     """
     folder = Path(target).expanduser()
     _check_target(folder, overwrite)
-    to = None if dtype is None else getattr(torch, str(dtype), None)
-    if dtype is not None and not isinstance(to, torch.dtype):
+    to = None if dtype is None else DTYPES.get(str(dtype))
+    if dtype is not None and to is None:
         raise ConfigError(f"dtype={dtype}: choose float16, bfloat16 or float32, or null to keep the source's")
     checkpoint = read_source(checkpoint_folder(source, revision), vision_tower)
     tokenizer = read_tokenizer(checkpoint.tokenizer_folder)
@@ -173,7 +174,10 @@ def _llama_tokenizer(folder: Path) -> Any:
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == 1}
     # The code base tokenizes the text before and after an image apart, each with SentencePiece's leading space: legacy.
     tokenizer = LlamaTokenizer(
-        vocab=vocabulary, merges=generate_merges(vocabulary, scores, skip_tokens=control), legacy=True
+        vocab=vocabulary,
+        merges=generate_merges(vocabulary, scores, skip_tokens=control),
+        legacy=True,
+        add_bos_token=True,
     )
     added = folder / "added_tokens.json"
     if added.is_file():

@@ -343,9 +343,10 @@ def load(
     trust_remote_code: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
+    exported: str | Path | None = None,
     **model_kwargs: Any,
 ) -> MLLM:
-    """Load a multimodal LLM and its processor.
+    """Load a multimodal LLM and its processor. Weights are read from safetensors files only.
 
     Args:
         name_or_path: a shipped model ("llava_shapes"), a local folder in Hub layout, or a Hub id.
@@ -357,6 +358,8 @@ def load(
         trust_remote_code: run code from the model's repository.
         revision: branch, tag or commit of a Hub id.
         token: Hub token; by default the one of `hf auth login`.
+        exported: folder that `dyvte/export_visual_tokens.py` wrote; NAME_OR_PATH is then the checkpoint whose language
+            model gets those visual tokens (see `dyvte.exported`).
         **model_kwargs: passed to `from_pretrained`.
 
     Raises:
@@ -364,11 +367,8 @@ def load(
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    source, hub_kwargs = _resolve_source(str(name_or_path), revision, token)
-    hub_kwargs["trust_remote_code"] = trust_remote_code
-    with _OneLineErrors(str(name_or_path)):
-        config = AutoConfig.from_pretrained(source, **hub_kwargs)
-    _check_config(str(name_or_path), config)
+    import dyvte.conversion.downsample  # noqa: F401  (makes a model known to transformers)
+
     for name, value in (
         ("device_map", device_map),
         ("attn_implementation", attn_implementation),
@@ -376,11 +376,26 @@ def load(
     ):
         if value is not None:
             model_kwargs[name] = value
-    with _OneLineErrors(str(name_or_path)):
-        model = AutoModelForImageTextToText.from_pretrained(
-            source, config=config, dtype=dtype, **hub_kwargs, **model_kwargs
-        )
-        processor = _load_processor(source, hub_kwargs)
+    if exported is not None:
+        from dyvte.exported import load_language_model
+
+        with _OneLineErrors(str(name_or_path)):
+            model, processor = load_language_model(
+                str(name_or_path), exported, revision=revision, token=token, dtype=dtype, **model_kwargs
+            )
+    else:
+        source, hub_kwargs = _resolve_source(str(name_or_path), revision, token)
+        hub_kwargs["trust_remote_code"] = trust_remote_code
+        with _OneLineErrors(str(name_or_path)):
+            _refuse_forks(str(name_or_path), source, hub_kwargs)
+            config = AutoConfig.from_pretrained(source, **hub_kwargs)
+        _check_config(str(name_or_path), config)
+        model_kwargs.setdefault("use_safetensors", True)
+        with _OneLineErrors(str(name_or_path)):
+            model = AutoModelForImageTextToText.from_pretrained(
+                source, config=config, dtype=dtype, **hub_kwargs, **model_kwargs
+            )
+            processor = _load_processor(source, hub_kwargs)
     if device_map is None and quantization_config is None:
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return wrap(model, processor)
@@ -419,8 +434,8 @@ def _explain(error: BaseException) -> str:
         return "it needs code from its own repository; read that code, then set trust_remote_code=true"
     if any(isinstance(each, HFValidationError) for each in chain):
         return "no such folder here, and it is not a Hub id of the form owner/name"
-    if "no file named" in text:
-        return f"the weights are missing; {_first_sentence(text)}"
+    if "no file named" in text or "with `safetensors`" in text:
+        return f"the weights are missing (safetensors files, no others are read); {_first_sentence(text)}"
     return _first_sentence(text)
 
 
@@ -481,6 +496,18 @@ def _hub_answers(name: str, kwargs: dict[str, Any]) -> bool:
     return True
 
 
+def _refuse_forks(name: str, source: str, hub_kwargs: dict[str, Any]) -> None:
+    """Say what to do with a checkpoint of the LLaVA code base, which transformers reads wrongly or not at all."""
+    from transformers import PreTrainedConfig
+
+    content, _ = PreTrainedConfig.get_config_dict(source, **hub_kwargs)
+    if any(key in content for key in ("mm_vision_tower", "mm_projector_cfg", "mm_projector_type")):
+        raise ModelError(
+            f"cannot load {name!r}: a checkpoint of the LLaVA code base; convert it with `python -m dyvte.convert "
+            f"{name} FOLDER` or export its visual tokens (docs/how_to_llava_forks.md)"
+        )
+
+
 def _check_config(name: str, config: Any) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -496,10 +523,18 @@ def _check_config(name: str, config: Any) -> None:
 def _load_processor(source: str, hub_kwargs: dict[str, Any]) -> Any:
     """The processor, or None where the model comes without one."""
     from transformers import AutoProcessor
+    from transformers.utils import is_torchvision_available
 
     try:
         processor = AutoProcessor.from_pretrained(source, **hub_kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, AttributeError) as error:
+        # Without torchvision transformers fails in several ways, also where it is only needed for videos.
+        if isinstance(error, (ImportError, AttributeError)) and not is_torchvision_available():
+            raise ModelError(
+                f"cannot load the processor of {source}: it needs torchvision; run pip install 'dyvte[models]'"
+            ) from error
+        if isinstance(error, AttributeError):
+            raise
         warnings.warn(f"no processor in {source}: {_explain(error)}; only batch() will work", stacklevel=3)
         return None
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -122,11 +123,12 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
 def test_command_line(tmp_path: Path) -> None:
     source = fork(tmp_path / "source", image_aspect_ratio=None)
     command = [sys.executable, "-m", "dyvte.convert", str(source.folder), str(tmp_path / "my target"), "dtype=float16"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "3 decoder layers, 16 visual tokens" in done.stdout
     assert sorted(each.name for each in tmp_path.iterdir()) == ["my target", "source", "source-tower"]
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert again.returncode == 1
     assert "exists: give another target, or overwrite=true" in again.stderr
     assert name_positional(["a b", "c", "x=1", "--help"]) == ['source="a b"', 'target="c"', "x=1", "--help"]
