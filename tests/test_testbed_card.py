@@ -1,0 +1,68 @@
+"""The testbed's evidence: probes, accuracy tables, training logs, and the card that is made of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from analysis.testbed import linear_probe
+from analysis.testbed_card import accuracy_markdown, bar_sentence, documents
+from analysis.testbed_runs import accuracy_table, read_log
+from dyvte.testbed.questions import IMAGE_KINDS, KINDS, ShapesQuestions
+
+
+def test_a_linear_probe_finds_what_is_there_and_nothing_else() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1200, 16, generator=generator)
+    there = (features[:, :3] * torch.tensor([1.0, 2.0, -1.0])).argmax(-1)
+    absent = torch.randint(0, 3, (1200,), generator=generator)
+    for labels, low, high in ((there, 0.93, 1.0), (absent, 0.2, 0.45)):
+        predicted = linear_probe(features[:900], labels[:900], features[900:], 3)
+        assert low <= (predicted == labels[900:]).float().mean() <= high
+
+
+def test_accuracy_counts_each_kind_and_leaves_arithmetic_out_of_the_image_kinds() -> None:
+    records = list(ShapesQuestions("test", 90))
+    answers = [r.answer if r.kind in ("count", "arithmetic") else "nothing" for r in records]
+    table = accuracy_table(records, answers)
+    assert table["count"]["accuracy"] == 1.0
+    assert table["relation"]["accuracy"] == 0.0
+    assert table["image"]["num"] == sum(r.kind in IMAGE_KINDS for r in records)
+    assert table["image"]["accuracy"] == pytest.approx(1 / len(IMAGE_KINDS), abs=0.01)
+    assert table["image"]["low"] < table["image"]["accuracy"] < table["image"]["high"]
+
+
+def test_a_resumed_log_keeps_the_last_word_of_a_step(tmp_path: Path) -> None:
+    lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 3, "loss": 1.0}]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    assert [x["loss"] for x in read_log(tmp_path / "log.jsonl")] == [3.0, 1.5, 1.0]
+
+
+def _result(accuracy: float) -> dict:
+    entry = {"accuracy": accuracy, "low": accuracy - 0.01, "high": accuracy + 0.01, "num": 250}
+    table = {k: dict(entry) for k in [*KINDS, "image"]}
+    return {
+        "accuracy": {"image": table, "blank": table, "other": table},
+        "matched": table,
+        "probes": {"its own color": {**entry, "majority": 0.2}},
+        "majority": dict.fromkeys([*KINDS, "image"], 0.4),
+        "seconds": 12.0,
+        "bar": {"met": accuracy >= 0.9, "kinds_below": {} if accuracy >= 0.8 else {"count": accuracy}},
+    }
+
+
+@pytest.mark.parametrize(("accuracy", "expected"), [(0.95, "It meets"), (0.7, "does **not** meet")])
+def test_the_card_says_whether_the_bar_is_met(accuracy: float, expected: str) -> None:
+    result = _result(accuracy)
+    assert expected in bar_sentence(result["bar"])
+    card, page = documents(result, {}, 4_400_000)
+    for text in (card, page):
+        assert expected in text
+        assert accuracy_markdown(result, None) in text
+        assert "{" not in text.replace("{color", "")
+    assert f"{accuracy:.3f}" in card
+    assert np.all([kind in page for kind in KINDS])
