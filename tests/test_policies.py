@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -508,3 +509,22 @@ def test_settings_that_do_not_fit_the_model(policy: Policy, reason: str) -> None
     with pytest.raises(ValueError, match=reason), policy(mllm):
         pass
     assert pristine(mllm)
+
+
+# ------------------------------------------------------------------------ documentation
+
+
+def test_the_example_in_the_documentation_runs() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "policies.md").read_text()
+    code = text.partition("<!-- example -->")[2].partition("```python\n")[2].partition("```")[0]
+    assert len(code[code.index("@dataclass") :].rstrip().splitlines()) <= 20
+    mllm = model("llava")
+    batch = batch_of(mllm, (1, 2))
+    scope: dict[str, Any] = {"__name__": __name__, "mllm": mllm, "batch": batch}
+    exec(compile(code, "docs/policies.md", "exec"), scope)
+    assert len(scope["answers"]) == 2
+    logits, kept = kept_under(scope["MostLikeTheQuestion"](layer=2, keep=0.25), mllm, batch)
+    assert (kept[2] & batch.layout.visual).sum(1).tolist() == [4, 8]
+    text_positions = batch.layout.text
+    expected = with_keys_hidden(mllm, batch, kept)
+    torch.testing.assert_close(logits[text_positions], expected[text_positions], atol=EXACT, rtol=0)

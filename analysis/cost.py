@@ -1,0 +1,280 @@
+"""``python -m analysis.cost``: what policies cost, measured in one run.
+
+Prefill and decoding latency at several batch sizes, tokens a second, FLOPs, memory and the KV cache. The policies take
+turns in every repeat, in an order drawn anew, so that a machine that gets slower or busier in between does so for all
+of them: ratios to the unchanged model are taken within a repeat.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from analysis.matched import Calibration, methods
+from analysis.tables import LABELS, NEEDS_GATES, describe, encoded, published_setting
+from dyvte.config import command, load_model
+from dyvte.data.base import build_dataset
+from dyvte.errors import ConfigError, DataError
+from dyvte.evaluate import policy_digest
+from dyvte.flops import prefill_flops
+from dyvte.gates.module import load_gates
+from dyvte.measure import kv_cache_bytes
+from dyvte.mllm import MLLM, Batch
+from dyvte.policies.base import Policy
+from dyvte.policies.dynamic_exit import DynamicExit
+from dyvte.policies.fixed_exit import FixedExit
+from dyvte.store import RunFolder, fingerprint, write_atomic
+
+
+@command("cost")
+def main(cfg: DictConfig) -> None:
+    """Measure the policies of `conf/cost.yaml`."""
+    cost(cfg)
+
+
+def cost(cfg: DictConfig) -> dict[str, Any]:
+    """Measure, and write the table and the repeats.
+
+    Returns:
+        The summary.
+
+    Raises:
+        DataError: fewer prompts with an image than the largest batch.
+    """
+    mllm, dataset = load_model(cfg), build_dataset(cfg.data)
+    experiment, settings = cfg.experiment, cfg.cost
+    gates = load_gates(cfg.gates) if set(experiment.methods) & set(NEEDS_GATES) else None
+    policies = _policies(cfg, mllm, gates)
+    prompts = [
+        each for samples, _ in encoded(mllm, dataset, cfg.batch_size) for each in samples if each.image is not None
+    ][: max(settings.batch_sizes)]
+    if len(prompts) < max(settings.batch_sizes):
+        raise DataError(
+            f"a batch of {max(settings.batch_sizes)} needs as many questions with an image; set data.limit="
+        )
+    made_of = {
+        "experiment": OmegaConf.to_container(experiment, resolve=True),
+        "cost": OmegaConf.to_container(settings, resolve=True),
+        "gates": None if gates is None else policy_digest(DynamicExit(gates)),
+        "threads": torch.get_num_threads(),
+    }
+    folder = RunFolder.open(cfg.output_dir, fingerprint(mllm, dataset, cfg, **made_of), cfg, cfg.overwrite)
+    for index, batch_size in enumerate(settings.batch_sizes):
+        if folder.has_shard(index):
+            continue
+        started = time.perf_counter()
+        part = prompts[:batch_size]
+        batch = mllm.encode([each.image for each in part], [each.question for each in part])
+        repeats = measure(mllm, batch, policies, settings.repeats, settings.new_tokens, cfg.seed)
+        constants = [{"method": name, **constant(mllm, batch, policy)} for name, policy in policies.items()]
+        found = {"repeats": repeats.assign(batch_size=batch_size), "constants": pd.DataFrame(constants)}
+        found["constants"] = found["constants"].assign(batch_size=batch_size)
+        folder.write_shard(index, found, num_samples=batch_size, seconds=time.perf_counter() - started)
+    folder.merge()
+    table = summarize(folder.read_table("repeats"), folder.read_table("constants"))
+    table["setting"] = table["method"].map({name: "" if p is None else describe(p) for name, p in policies.items()})
+    folder.write_table("cost", table)
+    summary = folder.write_summary(
+        model=cfg.model.name,
+        data=cfg.data.name,
+        num_layers=mllm.num_layers,
+        device=str(mllm.device),
+        threads=torch.get_num_threads(),
+        rows=table.to_dict("records"),
+    )
+    text = markdown(cfg, table)
+    write_atomic(folder.path / "table.md", lambda out: out.write(text.encode()))
+    print(text)
+    print(f"table: {folder.path / 'table.md'}")
+    return summary
+
+
+def _policies(cfg: DictConfig, mllm: MLLM, gates: Any) -> dict[str, Policy | None]:
+    """Every method at the experiment's first budget, the unchanged model first; without those that cannot meet it."""
+    budget = cfg.experiment.budgets[0]
+    known = ["none", "fixed_exit", *methods(gates)]
+    if unknown := [name for name in cfg.experiment.methods if name not in known]:
+        raise ConfigError(f"unknown method {unknown[0]!r} in experiment {cfg.experiment.name}; choose from {known}")
+    data = build_dataset(cfg.calibration.data)
+    calibration = Calibration(mllm, [batch for _, batch in encoded(mllm, data, cfg.batch_size)])
+    policies: dict[str, Policy | None] = {"none": None}
+    for name in cfg.experiment.methods:
+        if name == "none":
+            continue
+        if name == "fixed_exit":
+            layers = mllm.num_layers
+            costs = [calibration.cost([1.0] * k + [0.0] * (layers - k)) for k in range(layers + 1)]
+            wanted = 0.5 if budget is None else budget
+            policies[name] = FixedExit(int(np.argmin(np.abs(np.array(costs) - wanted))))
+            continue
+        if budget is None:
+            policy = published_setting(name, calibration, gates)
+        else:
+            policy = methods(gates)[name](calibration, budget)
+        if policy is not None:
+            policies[name] = policy
+    return policies
+
+
+# -------------------------------------------------------------------------- measuring
+
+
+@torch.no_grad()
+def measure(
+    mllm: MLLM,
+    batch: Batch,
+    policies: dict[str, Policy | None],
+    repeats: int,
+    new_tokens: int,
+    seed: int,
+) -> pd.DataFrame:
+    """Time every policy in every repeat, in an order drawn anew; one more repeat before them warms up.
+
+    Returns:
+        One row a repeat and policy: `prefill_seconds` and `decode_seconds` (of one step, the mean of `new_tokens` - 1).
+    """
+    order = np.random.default_rng(seed)
+    rows = []
+    for repeat in range(repeats + 1):
+        for name in order.permutation(list(policies)):
+            prefill, decode = _time(mllm, batch, policies[str(name)], new_tokens)
+            if repeat:
+                row = {"repeat": repeat, "method": str(name), "prefill_seconds": prefill, "decode_seconds": decode}
+                rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _active(mllm: MLLM, policy: Policy | None) -> AbstractContextManager[Any]:
+    return nullcontext() if policy is None else policy(mllm)
+
+
+def _time(mllm: MLLM, batch: Batch, policy: Policy | None, new_tokens: int) -> tuple[float, float]:
+    """Seconds of the prefill, and of one decoding step after it."""
+    clock = Stopwatch(mllm.device)
+    inputs = batch.left_padded()
+    with _active(mllm, policy):
+        clock.mark()
+        output = mllm.model(**inputs, use_cache=True, logits_to_keep=1)
+        clock.mark()
+        mask = inputs["attention_mask"]
+        for _ in range(new_tokens - 1):
+            token = output.logits[:, -1:].argmax(-1)
+            mask = torch.cat([mask, torch.ones_like(token)], dim=1)
+            output = mllm.model(
+                input_ids=token, attention_mask=mask, past_key_values=output.past_key_values, use_cache=True
+            )
+        clock.mark()
+    prefill, decode = clock.seconds()
+    return prefill, decode / max(new_tokens - 1, 1)
+
+
+class Stopwatch:
+    """Times between marks: CUDA events on a GPU, else the performance counter."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.marks: list[Any] = []
+
+    def mark(self) -> None:
+        """Note the time."""
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Between one mark and the next."""
+        pairs = list(zip(self.marks[:-1], self.marks[1:], strict=True))
+        if self.cuda:
+            torch.cuda.synchronize()
+            return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+        return [end - start for start, end in pairs]
+
+
+@torch.no_grad()
+def constant(mllm: MLLM, batch: Batch, policy: Policy | None) -> dict[str, float]:
+    """What does not vary between repeats, of one question: FLOPs of the prefill, bytes in the KV cache, peak memory.
+
+    The peak is of memory allocated on a GPU during the prefill, NaN on a CPU, whose allocator does not tell.
+    """
+    rows, cuda = len(batch["input_ids"]), mllm.device.type == "cuda"
+    with _active(mllm, policy):
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(mllm.device)
+        cache = mllm.model(**batch, use_cache=True, logits_to_keep=1).past_key_values
+        peak = torch.cuda.max_memory_allocated(mllm.device) if cuda else float("nan")
+        count = prefill_flops(mllm, batch)
+    return {
+        "flops_total": count.total / rows,
+        "flops_decoder": count.decoder / rows,
+        "kv_cache_bytes": kv_cache_bytes(cache) / rows,
+        "peak_memory_bytes": peak,
+    }
+
+
+# ---------------------------------------------------------------------------- summary
+
+
+def summarize(repeats: pd.DataFrame, constants: pd.DataFrame) -> pd.DataFrame:
+    """One row a batch size and method: medians, quartiles, and the paired ratio to the unchanged model."""
+    rows = []
+    for (batch_size, method), own in repeats.groupby(["batch_size", "method"], sort=False):
+        base = repeats[(repeats["batch_size"] == batch_size) & (repeats["method"] == "none")].set_index("repeat")
+        own = own.set_index("repeat")
+        row: dict[str, Any] = {"batch_size": batch_size, "method": method}
+        for name in ("prefill", "decode"):
+            seconds = own[f"{name}_seconds"]
+            low, median, high = 1e3 * np.quantile(seconds, [0.25, 0.5, 0.75])
+            ratio = seconds / base[f"{name}_seconds"]
+            row |= {f"{name}_ms": median, f"{name}_ms_q25": low, f"{name}_ms_q75": high}
+            row[f"{name}_ratio"] = float(ratio.median())
+            row[f"{name}_ratio_q25"], row[f"{name}_ratio_q75"] = np.quantile(ratio, [0.25, 0.75])
+        row["tokens_per_second"] = 1e3 * float(batch_size) / row["decode_ms"]
+        rows.append(row)
+    table = pd.DataFrame(rows).merge(constants, on=["batch_size", "method"], validate="one_to_one")
+    order = {name: index for index, name in enumerate(constants["method"].drop_duplicates())}
+    return table.sort_values(["batch_size", "method"], key=lambda c: c.map(order) if c.name == "method" else c)
+
+
+def markdown(cfg: DictConfig, table: pd.DataFrame) -> str:
+    """The table to put into a document."""
+    threads = torch.get_num_threads()
+    columns = ["batch", "method", "prefill, ms", "of full", "decode step, ms", "of full", "tokens/s"]
+    columns += ["decoder GFLOPs", "total GFLOPs", "KV cache, kB"]
+    lines = [
+        f"### {cfg.experiment.title}",
+        "",
+        f"{cfg.model.name} on {cfg.data.name}; median of {cfg.cost.repeats} repeats [quartiles], {threads} threads; "
+        "ratios are taken within a repeat.",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|" + "---|" * len(columns),
+    ]
+    for row in table.to_dict("records"):
+        cells: Sequence[str] = [
+            f"{row['batch_size']}",
+            LABELS[row["method"]],
+            f"{row['prefill_ms']:.1f} [{row['prefill_ms_q25']:.1f}, {row['prefill_ms_q75']:.1f}]",
+            f"{row['prefill_ratio']:.2f}",
+            f"{row['decode_ms']:.2f} [{row['decode_ms_q25']:.2f}, {row['decode_ms_q75']:.2f}]",
+            f"{row['decode_ratio']:.2f}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['flops_decoder'] / 1e9:.3f}",
+            f"{row['flops_total'] / 1e9:.3f}",
+            f"{row['kv_cache_bytes'] / 1e3:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
