@@ -131,16 +131,16 @@ def _full_model(reference: LabelSet) -> pd.DataFrame:
     return reference.samples[["id", *columns]].rename(columns=columns)
 
 
-def fixed_exit_table(reference: LabelSet, rows: Sequence[int] | None = None) -> pd.DataFrame:
-    """One row a fixed exit: decoder FLOPs, accuracy and agreement, over all samples or some rows."""
-    chosen = slice(None) if rows is None else torch.as_tensor(rows)
+def fixed_exit_table(reference: LabelSet) -> pd.DataFrame:
+    """One row a fixed exit: decoder FLOPs, accuracy and agreement."""
+    flops = reference.flops.double().mean(0)
     return pd.DataFrame(
         {
             "exit_layer": np.arange(reference.num_layers + 1),
-            "flops_decoder": reference.flops[chosen].double().mean(0).numpy(),
-            "cost": reference.cost[chosen].mean(0).numpy(),
-            "accuracy": reference.correct[chosen].nanmean(0).numpy(),
-            "agreement": reference.agree[chosen].double().mean(0).numpy(),
+            "flops_decoder": flops.numpy(),
+            "cost": (flops / flops[-1]).numpy(),
+            "accuracy": reference.correct.nanmean(0).numpy(),
+            "agreement": reference.agree.double().mean(0).numpy(),
         }
     )
 
@@ -171,8 +171,8 @@ def control_table(policy: DynamicExit, source: str, answers: pd.DataFrame, refer
         for column, values in measured.items():
             row[column], row[f"{column}_low"], row[f"{column}_high"] = cluster_interval(values, images)
         row["full_accuracy"] = float(correct[:, -1].mean())
-        mean_cost, agree = reference.cost[rows].mean(0), reference.agree[rows].double().mean(0)
-        row["cost_of_fixed_exits"] = mixture_cost(mean_cost, agree, row["agreement"])
+        flops, agree = reference.flops[rows].double().mean(0), reference.agree[rows].double().mean(0)
+        row["cost_of_fixed_exits"] = mixture_cost(flops / flops[-1], agree, row["agreement"])
         row["cost_ratio"] = row["cost"] / row["cost_of_fixed_exits"]
         table.append(row)
     return pd.DataFrame(table)
@@ -268,13 +268,14 @@ def figures(answers: pd.DataFrame, reference: LabelSet) -> dict[str, Any]:
     """
     rows = _reference_rows(answers, reference)
     images = answers["image_id"].tolist()
-    agree, cost = reference.agree[rows], reference.cost[rows]
+    agree, full_flops = reference.agree[rows], float(reference.flops[rows, -1].double().mean())
+    cost = reference.flops[rows].double() / full_flops
     agreement = cluster_interval(_tensor(answers["agree"]), images)
     loss = cluster_interval(_tensor(answers["full_correct"] - answers["correct"]), images)
     accuracy = cluster_interval(_tensor(answers["correct"]), images)
     exits = answers["exit_layer"].to_numpy()
     flops = float(answers["flops_decoder"].mean())
-    own_cost = flops / float(reference.flops[rows, -1].double().mean())
+    own_cost = flops / full_flops
     fixed_cost = mixture_cost(cost.mean(0), agree.double().mean(0), agreement[0])
     lucky = agree.int().argmax(1)
     return {

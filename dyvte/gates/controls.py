@@ -34,7 +34,8 @@ def control_exits(
       destroys which question takes it.
     - `permuted within kind`: the same among questions of one kind.
     - `fixed exit`: the first exit that reached the gates' agreement on the validation data they were trained with.
-    - `fixed exit by kind`: one for each kind of question, chosen on the same data for the same agreement.
+    - `fixed exit by kind`: one for each kind of question, chosen on the same data for the same agreement; kinds that
+      were not in it take the fixed exit.
     - `question only`: gates of the same recipe that saw the question's words but never the image.
 
     Args:
@@ -61,11 +62,10 @@ def control_exits(
         return one_hot(torch.as_tensor(exits), num_exits).double()
 
     facts: dict[str, Any] = load_gates(policy.gates).facts.get("controls", {})
-    if "fixed_exit" in facts:
-        controls["fixed exit"] = certain([facts["fixed_exit"]] * len(answers))
-    by_kind = facts.get("fixed_exit_by_kind", {})
-    if set(kinds) <= set(by_kind):
-        controls["fixed exit by kind"] = certain([by_kind[kind] for kind in kinds])
+    if facts:
+        one, by_kind = facts["fixed_exit"], facts["fixed_exit_by_kind"]
+        controls["fixed exit"] = certain([one] * len(answers))
+        controls["fixed exit by kind"] = certain([by_kind.get(kind, one) for kind in kinds])
     folder = Path(SHIPPED_GATES.get(str(source), source)) / QUESTION_GATES
     if folder.is_dir():
         gates = load_gates(folder)

@@ -273,8 +273,8 @@ class LabelSet:
 
     @property
     def cost(self) -> Tensor:
-        """[n, L + 1] the same in full prefills."""
-        return self.flops / self.flops[:, -1:]
+        """[n, L + 1] the same in full prefills of the mean question."""
+        return self.flops.double() / self.flops[:, -1].double().mean()
 
     @property
     def correct(self) -> Tensor:
