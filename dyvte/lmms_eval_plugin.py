@@ -169,7 +169,6 @@ class Dyvte(lmms):
             total_elapsed_time=seconds,
             avg_speed=tokens / seconds if seconds else 0.0,
             additional_metrics={
-                "rank": self._rank,
                 "mean_exit_layer": sum(note["exit_layer"] for note in notes) / count,
                 "mean_prefill_flops": sum(note["prefill_flops"] for note in notes) / count,
                 "seconds_per_question": seconds / count,
