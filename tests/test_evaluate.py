@@ -234,19 +234,13 @@ def test_two_processes_give_what_one_gives(model_folder: Path, trained: Path, tm
         f"labels.max_new_tokens={TOKENS}", f"labels.dir={tmp_path}/labels", f"output_dir={tmp_path}/run",
         "recipe.training.epochs=1",
     ]  # fmt: skip
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes=2",
-        "--num_machines=1",
-        "--main_process_port=0",
-    ]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(
         [sys.executable, *launch, "-m", "dyvte.train", *settings], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "24/24" in done.stderr, "the first process should have half of the questions"
     one, two = LabelSet(RunFolder(trained / "labels")), LabelSet(RunFolder(tmp_path / "labels"))
     pd.testing.assert_frame_equal(one.samples, two.samples)
     assert torch.equal(one.agree, two.agree)
