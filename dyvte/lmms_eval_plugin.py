@@ -74,7 +74,7 @@ class Dyvte(lmms):
         if device in (None, "cuda") or self._world_size > 1:
             device = str(state.device)
         options = {"dtype": dtype, "attn_implementation": attn_implementation}
-        given = {name: value for name, value in options.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         self.mllm: MLLM = load(pretrained, device=device, **given)
         overrides = [f"policy={policy}", *(f"policy.{name}={value}" for name, value in settings.items())]
         self.policy: Policy | None = build_policy(compose("evaluate", overrides).policy)
