@@ -137,7 +137,7 @@ def attention_map(mllm: MLLM, sample: Sample, query: str) -> tuple[dict[str, Any
         forward(mllm, batch)
     received = getattr(probe.stats, f"received_{query}")[0].mean(1)  # [L, N]
     visual = received[:, batch.layout.visual[0].cpu()]
-    shown = visual[:, : place.rows * place.columns].reshape(-1, place.rows, place.columns)
+    shown = place.arrange(visual)
     image = np.asarray(sample.image, dtype=np.float32) / 255 if place.image is None else place.image
     record = {
         "id": sample.id,

@@ -26,6 +26,7 @@ import json
 import os
 import struct
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -211,14 +212,15 @@ def export(
         name = "{:05d}".format(first // shard_size)
         if (shards / (name + ".safetensors")).exists():
             continue
-        tensors, lines = {}, []
+        tensors: Record = {}
+        lines: List[str] = []
         for number, question in enumerate(questions[first : first + shard_size]):
             sample, line = export_sample(model, question, prepare(question))
             line["embeddings"] = share(tensors, sample.pop("visual_embeddings"), number)
             tensors.update({"{}.{}".format(number, key): value for key, value in sample.items()})
             lines.append(json.dumps(line, ensure_ascii=False))
-        write(shards / (name + ".jsonl"), lambda out, lines=lines: out.write("\n".join(lines).encode() + b"\n"))
-        write(shards / (name + ".safetensors"), lambda out, tensors=tensors: write_safetensors(out, tensors))
+        write(shards / (name + ".jsonl"), partial(write_text, text="\n".join(lines) + "\n"))
+        write(shards / (name + ".safetensors"), partial(write_safetensors, tensors=tensors))
         print("{} of {} samples".format(min(first + shard_size, len(questions)), len(questions)), flush=True)
 
 
@@ -299,7 +301,7 @@ def expand(model: Any, ids: torch.Tensor, images: Any, picture: Any) -> Tuple[Op
 
 def write_json(path: Path, content: Record) -> None:
     """Write JSON, complete or not at all."""
-    write(path, lambda out: out.write(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"))
+    write(path, partial(write_text, text=json.dumps(content, indent=1, ensure_ascii=False) + "\n"))
 
 
 def write(path: Path, fill: Callable[[Any], Any]) -> None:
@@ -308,6 +310,11 @@ def write(path: Path, fill: Callable[[Any], Any]) -> None:
     with temporary.open("wb") as out:
         fill(out)
     os.replace(str(temporary), str(path))
+
+
+def write_text(out: Any, text: str) -> None:
+    """Text as UTF-8."""
+    out.write(text.encode())
 
 
 def write_safetensors(out: Any, tensors: Record) -> None:

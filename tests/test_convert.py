@@ -17,9 +17,11 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dyvte
+from dyvte.conversion.downsample import join_neighbours
 from dyvte.conversion.weights import Entry, WeightFile, write_shards
 from dyvte.convert import VICUNA_SYSTEM, convert, name_positional, read_tokenizer
 from dyvte.errors import ConfigError, ModelError
+from dyvte.instrument.views import view
 
 CASES = {
     "llava-1.5": ("clip", "mlp2x_gelu", "llava", "bin", IMAGE_SIZE),
@@ -76,6 +78,18 @@ def test_the_folder_has_all_that_commands_need(case: str, tmp_path: Path) -> Non
         assert len(mllm.generate(mllm.encode([image], ["what color ?"]), max_new_tokens=3)) == 1
 
 
+def test_maps_of_downsampled_tokens_lie_over_the_image(tmp_path: Path) -> None:
+    """A bright patch shows up where it is, although the tokens run down the columns."""
+    source = fork(tmp_path / "source", "vila-1.5")
+    mllm = dyvte.load(convert(source.folder, tmp_path / "target"), device="cpu")
+    pixels = torch.zeros(1, 4, 4, 32)
+    pixels[0, 0, 2:] = 1  # of 4 x 4 patches, those at the top right
+    tokens = join_neighbours(pixels.flatten(1, 2))[0].sum(-1)
+    place = view(mllm, mllm.encode([Image.new("RGB", (8, 8))], ["what ?"]))
+    assert place is not None
+    assert (place.arrange(tokens) > 0).tolist() == [[False, True], [False, False]]
+
+
 def test_transformers_alone_loads_the_folder(tmp_path: Path) -> None:
     source = fork(tmp_path / "source", "internvl-chat")
     target = convert(source.folder, tmp_path / "target")
@@ -128,9 +142,8 @@ def test_command_line(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "3 decoder layers, 16 visual tokens" in done.stdout
     assert sorted(each.name for each in tmp_path.iterdir()) == ["my target", "source", "source-tower"]
-    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert again.returncode == 1
-    assert "exists: give another target, or overwrite=true" in again.stderr
+    with pytest.raises(ConfigError, match="exists: give another target, or overwrite=true"):
+        convert(source.folder, tmp_path / "my target")
     assert name_positional(["a b", "c", "x=1", "--help"]) == ['source="a b"', 'target="c"', "x=1", "--help"]
 
 

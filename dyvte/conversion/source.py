@@ -229,7 +229,7 @@ def tower_image_size(source: Source, patch_size: int) -> int:
 def _tensors(folder: Path) -> dict[str, SourceTensor]:
     if not folder.is_dir():
         raise ModelError(f"{folder} is missing; download the checkpoint again")
-    found = {}
+    found: dict[str, SourceTensor] = {}
     for file in weight_files(folder):
         found |= {name: SourceTensor(file, name, *each) for name, each in file.names().items()}
         file.close()

@@ -136,7 +136,7 @@ def write_shards(folder: Path, entries: Iterable[Entry], shard_bytes: int) -> It
                 tensor = entry.make().to(entry.dtype).contiguous()
                 if tuple(tensor.shape) != entry.shape:
                     raise ModelError(f"{entry.name} came out as {tuple(tensor.shape)}, not {entry.shape}")
-                out.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+                out.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
                 del tensor
                 yield entry.nbytes
     if opened is not None:

@@ -15,25 +15,35 @@ from dyvte.mllm import MLLM, Batch
 
 @dataclass(frozen=True)
 class View:
-    """The first `rows * columns` visual tokens of a sample, read row by row, cover `image`.
+    """The first `rows * columns` visual tokens of a sample cover `image`.
 
     Attributes:
         rows: patches from top to bottom.
         columns: patches from left to right.
         image: [height, width, 3] from 0 to 1 as the vision tower saw it (after cropping and resizing), None where the
             processor hands over patches instead of an image.
+        by_column: visual tokens go down the columns (VILA's `mlp_downsample`), not along the rows.
     """
 
     rows: int
     columns: int
     image: npt.NDArray[np.float32] | None
+    by_column: bool = False
+
+    def arrange(self, values: torch.Tensor) -> torch.Tensor:
+        """A value of every visual token [..., V] as a map [..., rows, columns]."""
+        shown = values[..., : self.rows * self.columns]
+        if self.by_column:
+            return shown.unflatten(-1, (self.columns, self.rows)).transpose(-1, -2)
+        return shown.unflatten(-1, (self.rows, self.columns))
 
 
 def view(mllm: MLLM, batch: Batch) -> View | None:
     """How the visual tokens of a single sample with a single image lie over the image.
 
-    Covers one view of a fixed size (LLaVA-1.5), a whole-image view followed by tiles (LLaVA-NeXT, LLaVA-OneVision: the
-    tiles are left out), and the patch grids of the Qwen-VL family. None for any other arrangement.
+    Covers one view of a fixed size (LLaVA-1.5, exported visual tokens), a whole-image view followed by tiles
+    (LLaVA-NeXT, LLaVA-OneVision: the tiles are left out), and the patch grids of the Qwen-VL family. None for any other
+    arrangement.
 
     Raises:
         ValueError: the batch holds several samples.
@@ -46,14 +56,18 @@ def view(mllm: MLLM, batch: Batch) -> View | None:
         merge = mllm.model.config.vision_config.spatial_merge_size
         rows, columns = int(grid[0, 1]) // merge, int(grid[0, 2]) // merge
         return View(rows, columns, None) if rows * columns == num_visual else None
+    side = math.isqrt(num_visual)
+    config = mllm.model.config
+    by_column = config.model_type == "llava_downsample" or bool(getattr(config, "visual_tokens_by_column", False))
+    if batch.get("mm_encoder_outputs"):
+        return View(side, side, None, by_column) if side**2 == num_visual else None
     pixels = batch.get("pixel_values")
     if pixels is None or pixels.shape[0] != 1 or num_visual == 0:
         return None
     if pixels.ndim == 4:
-        side = math.isqrt(num_visual)
-        return View(side, side, _image(mllm, pixels[0])) if side**2 == num_visual else None
-    if pixels.ndim == 5 and mllm.model.config.model_type.startswith("llava"):
-        vision = mllm.model.config.vision_config
+        return View(side, side, _image(mllm, pixels[0]), by_column) if side**2 == num_visual else None
+    if pixels.ndim == 5 and config.model_type.startswith("llava"):
+        vision = config.vision_config
         side = vision.image_size // vision.patch_size
         return View(side, side, _image(mllm, pixels[0, 0])) if side**2 <= num_visual else None
     return None

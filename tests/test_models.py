@@ -1,0 +1,373 @@
+"""Configured models: published sizes on the meta device, instruments on small copies, every command on stand-ins."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import EOS, IMAGE_TOKEN, PAD, VISION_END, VISION_START, _merge_images, _num_visual_tokens, _one_image
+from families import FAMILIES as BUILDERS
+from families import _tokenizer as word_tokenizer
+from forks import Fork
+from naive import masked_forward, with_generated
+from omegaconf import OmegaConf
+from PIL import Image
+from torch import Tensor
+
+import dyvte
+from analysis import models
+from dyvte.config import compose, config_folder, load_model
+from dyvte.convert import convert
+from dyvte.errors import ModelError, UnsupportedError
+from dyvte.mllm import MLLM
+
+CONFIGS = sorted(
+    file.stem
+    for file in (config_folder() / "model").glob("[!_]*.yaml")
+    if file.stem not in ("hf", "exported", "llava_shapes")  # any model, any export, and the one that ships
+)
+
+
+# ---------------------------------------------------------------------- published sizes
+
+
+def test_every_configuration_has_its_published_hyper_parameters() -> None:
+    assert models.names() == CONFIGS
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configuration_says_what_it_is(name: str) -> None:
+    text = (config_folder() / "model" / f"{name}.yaml").read_text()
+    known = models.architecture(name)
+    settings = OmegaConf.to_container(compose("base", [f"model={name}"]).model, resolve=False)
+    assert f"{known.num_layers} decoder layers" in text
+    assert f"{known.visual_tokens} visual tokens" in text
+    assert "https://huggingface.co/" in text.splitlines()[1]
+    assert isinstance(settings, dict)
+    assert settings["path"] in ("???", text.splitlines()[1].split("huggingface.co/")[1].split()[0])
+    assert settings["attn_implementation"] == "sdpa"
+    assert settings["dtype"] in ("float16", "bfloat16")
+    assert settings["trust_remote_code"] is False
+
+
+@cache
+def full_size(name: str) -> MLLM:
+    return models.full_size(models.architecture(name))
+
+
+@pytest.mark.parametrize("name", ["llava7b", "qwen3vl8b", "gemma3_4b", "internvl_chat7b"])
+def test_full_size_on_the_meta_device(name: str) -> None:
+    mllm, known = full_size(name), models.architecture(name)
+    assert mllm.num_layers == known.num_layers
+    assert mllm.hidden_size == known.config["text_config"]["hidden_size"]
+    assert all(parameter.is_meta for parameter in mllm.model.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in models.names() if models.architecture(name).tflops])
+def test_flops_are_the_published_ones(name: str) -> None:
+    mllm, known = full_size(name), models.architecture(name)
+    vision = models.vision_tflops(mllm, known)
+    assert vision is not None
+    low, high = known.tflops
+    assert low <= models.prefill_tflops(mllm, known, mllm.num_layers) + vision <= high
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_layers_and_visual_tokens(name: str) -> None:
+    """Visual tokens come from the model's own code, on narrow layers and with the real geometry of images."""
+    known = models.architecture(name)
+    config = models.build_config(known.config)
+    assert config.get_text_config().num_hidden_layers == known.num_layers
+    assert models.count_visual_tokens(models.small_copy(known), models.image_inputs(known)) == known.visual_tokens
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen25vl7b", "glm41v_9b", "smolvlm2", "mistral_small31", "internvl_chat7b", "vila7b"]
+)
+def test_instruments_agree_with_plain_computations(name: str) -> None:
+    found = models.compare(models.architecture(name))
+    assert found["probe"] < 1e-5
+    assert found["sweep"] < 1e-4
+    assert found["exit_all"] == found["exit_none"] == 0
+    assert found["image_matters"] > 0.1
+
+
+# --------------------------------------------------- families that tests/families.py has not
+
+
+@cache
+def small(name: str) -> MLLM:
+    return models.small_copy(models.architecture(name))
+
+
+@pytest.mark.parametrize("name", ["glm41v_9b", "smolvlm2"])
+@pytest.mark.parametrize("exit_layer", [0, 2])
+def test_generation_under_exit_equals_masked_recomputation(name: str, exit_layer: int) -> None:
+    mllm, known = small(name), models.architecture(name)
+    batch = models.prompt(mllm, known, known.visual_tokens)
+    visual = list(range(models.SMALL_VOCABULARY - 12, models.SMALL_VOCABULARY))
+    with dyvte.FixedExit(exit_layer)(mllm):
+        output = mllm.model.generate(
+            **batch,
+            max_new_tokens=5,
+            do_sample=False,
+            eos_token_id=[10_000],
+            pad_token_id=0,
+            suppress_tokens=visual,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    length = batch["input_ids"].shape[1]
+    whole = with_generated(mllm, batch, output.sequences[:, length:])
+    expected = masked_forward(mllm, whole, exit_layer).logits[:, length - 1 : -1]
+    torch.testing.assert_close(torch.stack(output.logits, dim=1), expected, atol=1e-4, rtol=0)
+
+
+def test_vila_downsampled_tokens_through_every_instrument(tmp_path: Path) -> None:
+    source = Fork(tmp_path / "vila", "siglip", "mlp_downsample", "vila", "safetensors", 10)
+    mllm = dyvte.load(convert(source.folder, tmp_path / "target"), device="cpu")
+    image = Image.effect_noise((12, 12), 90).convert("RGB")
+    batch = mllm.encode([image, image], ["what color is this ?", "red ?"])
+    sweep = dyvte.exit_sweep(mllm, batch)
+    for exit_layer in range(mllm.num_layers + 1):
+        expected = masked_forward(mllm, batch, exit_layer).logits[:, -1]
+        torch.testing.assert_close(sweep.logits[:, exit_layer], expected, atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------- peculiar decoders
+
+
+PECULIAR = {name: settings for name, _, settings in models.peculiar()}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("mllama", "decoder layer 1 reads the image through cross_attn"),
+        ("qwen3_5", "decoder layer 0 is of kind 'linear_attention'"),
+        ("lfm2_vl", "decoder layer 0 is of kind 'conv'"),
+        ("gemma4 (E2B, E4B)", "share the keys of earlier layers"),
+    ],
+)
+def test_what_cannot_be_driven_is_refused_with_its_reason(name: str, reason: str) -> None:
+    assert reason in models.verdict(PECULIAR[name])
+    with torch.device("meta"):
+        model = models.AutoModelForImageTextToText.from_config(models.build_config(PECULIAR[name]))
+    with pytest.raises((ModelError, UnsupportedError), match=reason), dyvte.FixedExit(1)(dyvte.wrap(model)):
+        pass
+
+
+@torch.no_grad()
+def test_prefix_lm_branches_all_text() -> None:
+    """In PaliGemma the text before the image sees it, so the sweep may not share that text between exits."""
+    settings = PECULIAR["paligemma"]
+    torch.manual_seed(0)
+    model = models.AutoModelForImageTextToText.from_config(models.build_config(settings), dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            torch.nn.init.normal_(parameter, std=1.5 / parameter.shape[-1] ** 0.5)
+    mllm = dyvte.wrap(model)
+    ids = torch.tensor([[5, 6, *[250] * 16, 7, 8, 9], [9, 8, *[250] * 16, 4, 3, 11]])
+    batch = mllm.batch(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        token_type_ids=torch.zeros_like(ids),
+        pixel_values=torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+    )
+    sweep = dyvte.exit_sweep(mllm, batch, shared_image=[0, 1])
+    for exit_layer in range(mllm.num_layers + 1):
+        expected = masked_forward(mllm, batch, exit_layer).logits[:, -1]
+        torch.testing.assert_close(sweep.logits[:, exit_layer], expected, atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------------- every command
+
+
+class StandInProcessor:
+    """Makes inputs of questions and images for a model of tests/families.py, whose own processor needs torchvision.
+
+    Pixels are drawn at random from the content of the image.
+    """
+
+    chat_template, image_token = "stand-in", "<image>"
+
+    def __init__(self, mllm: MLLM) -> None:
+        self.mllm, self.tokenizer = mllm, word_tokenizer({"<image>": IMAGE_TOKEN})
+        self.image_token_id = IMAGE_TOKEN
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+        parts = ["<image>" if part["type"] == "image" else part["text"] for part in messages[0]["content"]]
+        text = "<s> user : " + " ".join(parts) + " assistant :"
+        return text if len(messages) == 1 else f"{text} {messages[1]['content'][0]['text']} </s>"
+
+    def __call__(
+        self, text: list[str], images: list[list[Image.Image]] | None, padding_side: str, **_: Any
+    ) -> dict[str, Tensor]:
+        rows, of_rows = [], []
+        for prompt, of_row in zip(text, images or [[]] * len(text), strict=True):
+            inputs = [self._pixels(image) for image in of_row]
+            ids: list[int] = []
+            for token in self.tokenizer(prompt, add_special_tokens=False)["input_ids"]:
+                count = _num_visual_tokens(self.mllm, inputs[0]) if token == IMAGE_TOKEN else 0
+                ids += [VISION_START, *[token] * count, VISION_END] if count else [token]
+            rows.append(ids)
+            of_rows.append(inputs)
+        length = max(map(len, rows))
+        input_ids = torch.tensor(
+            [
+                [PAD] * (length - len(ids)) + ids if padding_side == "left" else ids + [PAD] * (length - len(ids))
+                for ids in rows
+            ]
+        )
+        inputs = {"input_ids": input_ids, "attention_mask": (input_ids != PAD).long()}
+        family = self.mllm.model.config.model_type
+        if family == "gemma3":
+            inputs["token_type_ids"] = (input_ids == IMAGE_TOKEN).long()
+        if family.startswith("qwen"):
+            inputs["mm_token_type_ids"] = (input_ids == IMAGE_TOKEN).int()
+        return {**inputs, **_merge_images(self.mllm, of_rows)}
+
+    def _pixels(self, image: Image.Image) -> dict[str, Tensor]:
+        seed = int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:4], "big")
+        return _one_image(self.mllm, torch.Generator().manual_seed(seed))
+
+
+def run_every_command(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+    """Summaries of stages, exits, train, evaluate and generate on a small model of a family."""
+    import analysis.exits
+    import analysis.stages
+    import dyvte.evaluate
+    import dyvte.generate
+    import dyvte.train
+
+    model = BUILDERS[family](0, num_layers=3)
+    model.model.generation_config.eos_token_id = EOS
+
+    def load(path: str, **settings: Any) -> MLLM:
+        assert settings["trust_remote_code"] is False
+        return dyvte.wrap(model.model, StandInProcessor(model))
+
+    monkeypatch.setattr("dyvte.mllm.load", load)
+    monkeypatch.setattr(
+        "dyvte.store.RunFolder.save_figure", lambda self, name, figure: self.path / name
+    )  # takes longest
+    monkeypatch.chdir(tmp_path)
+    common = ["model=llava7b", "device=cpu", "data.limit=12", "batch_size=12", "data=shapes", "data.per_scene=1"]
+    quick = ["bootstrap=20", "permutations=19"]
+    analysis.stages.main(compose("stages", [*common, *quick, "output_dir=stages", "maps.count=1"]))
+    analysis.exits.main(
+        compose("exits", [*common, *quick, "output_dir=exits", "captions=0", "max_new_tokens=2", "accuracy=false"])
+    )
+    dyvte.train.main(
+        compose(
+            "train",
+            [
+                *common,
+                "output_dir=train",
+                "labels.dir=labels",
+                "validation_share=0.5",
+                "labels.max_new_tokens=2",
+                "recipe.training.epochs=1",
+            ],
+        )
+    )
+    evaluated = [
+        *common,
+        "comparison_dir=compare",
+        "output_dir=evaluate",
+        "reference_dir=reference",
+        "max_new_tokens=2",
+    ]
+    dyvte.evaluate.main(compose("evaluate", [*evaluated, "policy=fixed_exit", "policy.layer=1"]))
+    dyvte.generate.main(
+        compose("generate", [*common, "output_dir=generate", "max_new_tokens=2", "policy.gates=train/gates"])
+    )
+    return {
+        each: json.loads((tmp_path / each / "summary.json").read_text())
+        for each in ("stages", "exits", "train", "evaluate", "generate")
+    }
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_every_command_runs(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    summaries = run_every_command(family, tmp_path, monkeypatch)
+    assert all(summary["num_layers"] == 3 for summary in summaries.values())
+    assert len(summaries["exits"]["kl"]) == 4
+    assert summaries["evaluate"]["mean_exit_layer"] == 1
+
+
+# --------------------------------------------------------------- devices and weights
+
+
+def test_layers_offloaded_to_disk_give_the_same_numbers(tmp_path: Path) -> None:
+    model = BUILDERS["llava"](0, num_layers=3)
+    model.model.save_pretrained(tmp_path / "model")
+    plain = dyvte.load(tmp_path / "model", device="cpu")
+    places = dict.fromkeys(("model.vision_tower", "model.multi_modal_projector", "lm_head"), "cpu")
+    places |= {f"model.language_model.{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb", "layers.0")}
+    places |= {f"model.language_model.layers.{layer}": "disk" for layer in (1, 2)}
+    spread = dyvte.load(tmp_path / "model", device_map=places, offload_folder=str(tmp_path / "offload"))
+    assert next(spread.layers[1].parameters()).is_meta
+    batch = models_batch(plain)
+    with torch.no_grad():
+        assert torch.equal(plain.model(**batch).logits, spread.model(**batch).logits)
+        for exit_layer in (0, 2):
+            with dyvte.FixedExit(exit_layer)(plain):
+                expected = plain.generate(batch, max_new_tokens=3)
+            with dyvte.FixedExit(exit_layer)(spread):
+                assert spread.generate(batch, max_new_tokens=3) == expected
+    first, second = dyvte.exit_sweep(plain, batch), dyvte.exit_sweep(spread, batch)
+    assert torch.equal(first.logits, second.logits)
+    torch.testing.assert_close(first.text_entropy, second.text_entropy, rtol=0, atol=0, equal_nan=True)
+    with dyvte.AttentionProbe(plain) as one, dyvte.AttentionProbe(spread) as two, torch.no_grad():
+        plain.model(**batch)
+        spread.model(**batch)
+    torch.testing.assert_close(one.stats.mass, two.stats.mass, rtol=0, atol=0, equal_nan=True)
+
+
+def models_batch(mllm: MLLM) -> dyvte.Batch:
+    from families import random_batch
+
+    return random_batch(mllm, torch.Generator().manual_seed(0), (1, 1), question_length=[4, 6])
+
+
+def test_settings_reach_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr("dyvte.mllm.load", lambda path, **settings: seen.update(settings, path=path))
+    changes = ["model.quantization_config={load_in_4bit: true}", "model.device_map=auto", "model.revision=abc123"]
+    load_model(compose("stages", ["model=llava7b", *changes]))
+    assert seen["path"] == "llava-hf/llava-1.5-7b-hf"
+    assert seen["quantization_config"] == {"load_in_4bit": True}
+    assert seen["device_map"] == "auto"
+    assert seen["revision"] == "abc123"
+    assert seen["trust_remote_code"] is False
+
+
+def test_only_safetensors_are_read(tmp_path: Path) -> None:
+    model = BUILDERS["llava"](0, num_layers=2).model
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="the weights are missing \\(safetensors files, no others are read\\)"):
+        dyvte.load(tmp_path, device="cpu")
+
+
+# ------------------------------------------------------------------------------- page
+
+
+def test_the_page(tmp_path: Path) -> None:
+    page = tmp_path / "models.md"
+    words = ["-m", "analysis.models", "models=[llava7b]", f"page={page}"]
+    done = subprocess.run([sys.executable, *words], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = page.read_text()
+    assert "| `llava7b` | Hub | llava | 32 | 576 | 7.1 |" in text
+    assert "Nothing on this page was run with real weights" in text
+    assert "mllama" in text
