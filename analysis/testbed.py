@@ -211,15 +211,14 @@ def world_figure(num: int = 4) -> Figure:
     """Scenes with one question of growing depth each."""
     records = list(ShapesQuestions("test", 4 * num, seed=3, matched=True))
     with plots.style():
-        figure, axes = plt.subplots(1, num, figsize=(2.3 * num, 3.3))
+        figure, axes = plt.subplots(1, num, figsize=(2.3 * num, 3.1))
         for axis, start in zip(axes, range(0, 4 * num, 4), strict=True):
             group = records[start : start + 4]
             axis.imshow(group[0].image())
             axis.set_axis_off()
-            lines = [r.question.replace(" : ", " :\n  ") + "  " + r.answer for r in group[::3]]
-            text = "\n".join(lines)
-            axis.text(0, -0.06, text, transform=axis.transAxes, va="top", fontsize=6.8)
-        figure.tight_layout()
+            lines = [r.question.replace(" then", "\n   then") + "  " + r.answer for r in (group[0], group[-1])]
+            axis.text(0, -0.06, "\n".join(lines), transform=axis.transAxes, va="top", fontsize=7)
+        figure.subplots_adjust(left=0.01, right=0.99, top=0.98, bottom=0.3, wspace=0.08)
     return figure
 
 

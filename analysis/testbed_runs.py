@@ -42,9 +42,8 @@ def stage_model(run: Path, cfg: DictConfig, last: str, vision: Path) -> MLLM:
         "projector": model.model.multi_modal_projector,
         "talk": talk,
     }
-    finished = [s for s in STAGES[: STAGES.index(last) + 1] if s in cfg.stages]
     load_stages(vision, ["vision"], parts)
-    load_stages(run, finished, parts)
+    load_stages(run, list(STAGES[: STAGES.index(last) + 1]), parts)
     return wrap(model.eval(), build_processor(sizes.patch_size))
 
 
