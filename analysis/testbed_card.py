@@ -54,7 +54,8 @@ def runs_markdown(runs: dict[str, dict[str, Any]]) -> str:
         rows.append([name, run["config"]["seed"], steps, minutes, interval(run["accuracy"]["image"]), exits])
     steps = f"steps ({' / '.join(STAGES)})"
     head = ["run", "seed", steps, "minutes", "image accuracy", "agreement at k = 0, L/4, L/2, 3L/4"]
-    return markdown_table(head, rows)
+    notes = [f"Note on {name}: {run['note']}" for name, run in runs.items() if run.get("note")]
+    return "\n\n".join([markdown_table(head, rows), *notes])
 
 
 def depth_markdown(runs: dict[str, dict[str, Any]]) -> str:

@@ -143,6 +143,7 @@ def main(cfg: DictConfig) -> None:
         "seconds": {s: lines[-1]["seconds"] for s, lines in logs.items()},
         "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "attention": {},
+        "note": cfg.note,
     }
     blind = bool(trained.instruct.blind)
     records = list(ShapesQuestions("test", cfg.num_questions, seed=cfg.seed))
