@@ -238,7 +238,14 @@ def contribution_stops(
     before = float(np.asarray(logit_change, dtype=np.float64)[:, exact - 1].mean())
     if exact < num_layers and before > 10 * ROUNDING:
         why = f"exits from layer {exact} on leave the logits as they are, up to rounding"
-        return Finding(statement, "found", [why], exact, {"exit_layer": exact}, {**details, "evidence": "exact"})
+        return Finding(
+            statement,
+            "found",
+            [why],
+            exact,
+            {"exit_layer": exact},
+            {**details, "evidence": "exact", "contributes": True},
+        )
     if num_images < MIN_CLUSTERS:
         why = f"{num_images} images; fewer than {MIN_CLUSTERS} give no interval"
         return Finding(statement, "undetermined", [why], None, estimates, details)
@@ -260,7 +267,8 @@ def contribution_stops(
 
     latest = num_layers - math.ceil(MIN_SAVED * num_layers)
     reasons = []
-    if low[0] <= min_gain:
+    details["contributes"] = bool(low[0] > min_gain)
+    if not details["contributes"]:
         reasons.append(f"the answers are not clearly better with the image (gain {accuracy.mean[0]:+.3f})")
     if accuracy.confirmed > latest:
         reasons.append(f"no exit up to layer {latest} keeps its loss of accuracy clearly below {max_loss:g}")
@@ -343,13 +351,16 @@ def depth_depends_on_kind(
     depth: npt.ArrayLike,
     kinds: Clusters,
     clusters: Clusters,
-    exit_layer: int | None,
+    contributes: bool,
     *,
     level: float = 0.95,
     n_perm: int = 1999,
     seed: int = 0,
 ) -> Finding:
-    """Finding 3: how long a question needs the visual tokens depends on its kind. Tested only if finding 1 holds.
+    """Finding 3: how long a question needs the visual tokens depends on its kind.
+
+    Tested only if visual tokens contribute to the answers (condition (a) of finding 1, or its exact evidence): under
+    random weights the depth differs between kinds as well, because their prompts do.
 
     A permutation test of the variance of the mean exit depth between kinds. Kinds change places among the questions
     about one image, which keeps images of different difficulty out of it; images with one question form one group.
@@ -358,15 +369,15 @@ def depth_depends_on_kind(
         depth: `[n]`, exit depth of each sample in layers.
         kinds: `[n]`.
         clusters: `[n]`, the image of each sample.
-        exit_layer: of finding 1, None if it was not found.
+        contributes: from `details` of finding 1.
     """
     statement = "the exit depth depends on the kind of question"
     depth = np.asarray(depth, dtype=np.float64)
     names, kind = np.unique(np.asarray(kinds).astype(str), return_inverse=True)
     details = {"level": level, "permutations": n_perm}
     means = {str(name): float(depth[kind == i].mean()) for i, name in enumerate(names)}
-    if exit_layer is None:
-        why = "not tested: there is no layer from which visual tokens stop contributing"
+    if not contributes:
+        why = "not tested: it is not shown that visual tokens contribute to the answers"
         return Finding(statement, "undetermined", [why], None, {}, details)
     if len(names) < 2:
         return Finding(statement, "undetermined", ["the questions are of one kind"], None, {}, details)

@@ -494,7 +494,7 @@ def token_depths(tokens: pd.DataFrame) -> pd.DataFrame:
     """For every answer token the first exit layer from which it is predicted, given the answer before it.
 
     Returns:
-        Columns `part`, `kind`, `image_id`, `token`, `depth`.
+        Columns `id`, `part`, `image_id`, `token`, `depth`.
     """
     ordered = tokens.sort_values(["id", "token", "exit_layer"], kind="stable")
     num_exits = int(ordered["exit_layer"].max()) + 1
@@ -502,11 +502,11 @@ def token_depths(tokens: pd.DataFrame) -> pd.DataFrame:
     wrong[:, -1] = 0.0  # the full model agrees with itself, up to ties
     first = ordered.iloc[::num_exits]
     depth = exit_statistics.settled_layer(wrong, 0.5)
-    return first[["part", "kind", "image_id", "token"]].assign(depth=depth).reset_index(drop=True)
+    return first[["id", "part", "image_id", "token"]].assign(depth=depth).reset_index(drop=True)
 
 
 def token_summary(depths: pd.DataFrame, cfg: DictConfig, least: int = 10) -> dict[str, Any]:
-    """Mean depth by index of the answer token, for questions and for captions, and how far the two differ.
+    """Mean depth by index of the answer token for questions and captions, and how far their whole answers differ.
 
     Indices that fewer than `least` answers reach are left out, and captions if there are fewer.
     """
@@ -526,12 +526,14 @@ def token_summary(depths: pd.DataFrame, cfg: DictConfig, least: int = 10) -> dic
             **{name: [float(getattr(band, name)) for band in bands] for name in ("mean", "low", "high")},
         }
     if len(parts) == 2:
-        values = np.where(
-            depths["part"].to_numpy()[:, None] == [CAPTIONS, QUESTIONS], depths["depth"].to_numpy()[:, None], np.nan
-        )
-        replicates = cluster_bootstrap(values, depths["image_id"].to_numpy(), cfg.bootstrap, cfg.seed)
-        difference = percentile_band(cluster_mean(values) @ [1, -1], replicates @ [1, -1], LEVEL)
-        summary["captions_minus_questions"] = as_dict(difference)
+        whole = depths.groupby(["id", "part", "image_id"], as_index=False)["depth"].max()  # every token is predicted
+        in_part = whole["part"].to_numpy()[:, None] == [CAPTIONS, QUESTIONS]
+        values = np.where(in_part, whole["depth"].to_numpy()[:, None], np.nan)
+        replicates = cluster_bootstrap(values, whole["image_id"].to_numpy(), cfg.bootstrap, cfg.seed)
+        means = cluster_mean(values)
+        for index, part in enumerate((CAPTIONS, QUESTIONS)):
+            summary[part]["whole_answer"] = as_dict(percentile_band(means[index], replicates[:, index], LEVEL))
+        summary["captions_minus_questions"] = as_dict(percentile_band(means @ [1, -1], replicates @ [1, -1], LEVEL))
     return summary
 
 
@@ -670,7 +672,7 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, An
             results.samples["exit_depth"],
             results.samples["kind"].to_numpy(),
             results.images,
-            layer,
+            overall.stops.details.get("contributes", False),
             level=LEVEL,
             n_perm=cfg.permutations,
             seed=cfg.seed,
@@ -681,7 +683,7 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, An
     )
     entropy = entropy_summary(results, cfg)
     of_tokens = folder.read_table("tokens").merge(
-        everything.samples[["id", "part", "kind", "image_id"]], on="id", how="left", validate="many_to_one"
+        everything.samples[["id", "part", "image_id"]], on="id", how="left", validate="many_to_one"
     )
     tokens = token_summary(token_depths(of_tokens), cfg)
     flops = {name: cluster_mean(results.exits[name]) for name in FLOPS}

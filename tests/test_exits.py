@@ -348,13 +348,13 @@ def test_exit_depth_by_kind_is_tested_within_images():
     p_values = []
     for _ in range(60):
         depth = hard + rng.integers(0, 3, 180)
-        finding = exit_statistics.depth_depends_on_kind(depth, kinds, images, 4, n_perm=99)
+        finding = exit_statistics.depth_depends_on_kind(depth, kinds, images, True, n_perm=99)
         p_values.append(finding.estimates["p_value"])
     assert np.mean(np.array(p_values) <= 0.05) <= 0.15
     depth = hard + rng.integers(0, 3, 180) + (kinds == "c")
-    finding = exit_statistics.depth_depends_on_kind(depth, kinds, images, 4, n_perm=499)
+    finding = exit_statistics.depth_depends_on_kind(depth, kinds, images, True, n_perm=499)
     assert finding.verdict == "found"
-    assert exit_statistics.depth_depends_on_kind(depth, kinds, images, None).verdict == "undetermined"
+    assert exit_statistics.depth_depends_on_kind(depth, kinds, images, False).verdict == "undetermined"
 
 
 # ---------------------------------------------------------------- parts of the measurement
