@@ -31,6 +31,7 @@ from dyvte.gates.metrics import (
     first_exit,
     layer_report,
     mixture_cost,
+    thresholds_by_depth,
     upper_limit,
 )
 from dyvte.gates.module import QUESTION, Gates
@@ -213,17 +214,17 @@ def _fit(
     probability = exit_probabilities(gates, validation.status)
     agree, cost = split.labels.agree[split.validation], split.labels.cost[split.validation]
     images = split.column("image_id", split.validation)
-    if cfg.recipe.threshold == "auto":
-        gates.threshold, _ = choose_threshold(probability, agree, images, cfg.recipe.bound, cfg.recipe.confidence)
-    else:
-        gates.threshold = float(cfg.recipe.threshold)
+    threshold, caution = cfg.recipe.threshold, cfg.recipe.caution
+    if threshold == "auto":
+        threshold, _ = choose_threshold(probability, agree, images, cfg.recipe.bound, cfg.recipe.confidence, caution)
+    gates.threshold = thresholds_by_depth(float(threshold), num_layers, caution)
     exits = first_exit(probability, gates.thresholds())
     agreement = float(at_exit(agree, exits).double().mean())
     result = {
         **trained,
         "train_questions": len(split.train),
         "validation_questions": len(split.validation),
-        "threshold": float(gates.thresholds()[0]),
+        "threshold": float(threshold),
         "agreement": agreement,
         "disagreement_upper_limit": upper_limit(~at_exit(agree, exits), images, cfg.recipe.confidence),
         "mean_exit_layer": float(exits.double().mean()),

@@ -223,7 +223,7 @@ def test_the_split_keeps_images_together(trained: Path, model_folder: Path) -> N
 def test_published_recipes_train(recipe: str, model_folder: Path, tmp_path: Path) -> None:
     gates = train(train_config(tmp_path, model_folder, f"recipe={recipe}", "labels.ground_truth=true", "data.limit=16"))
     assert gates is not None
-    assert gates.threshold == 0.5
+    assert set(gates.thresholds()) == {0.5}
     assert gates.inner_bias is None
     assert not gates.shift.any()
 

@@ -26,6 +26,7 @@ from dyvte.gates.metrics import (
     first_exit,
     layer_report,
     mixture_cost,
+    thresholds_by_depth,
     upper_limit,
 )
 from dyvte.gates.module import load_gates
@@ -277,6 +278,19 @@ def test_threshold_is_the_smallest_that_keeps_the_bound() -> None:
     assert reached <= 0.1
     lower = np.linspace(chosen - 0.05, chosen - 0.01, 5)
     assert max(limit(each) for each in lower) > 0.1, "a much smaller threshold would have kept the bound"
+
+
+def test_late_exits_are_worth_less_risk() -> None:
+    assert thresholds_by_depth(0.9, 5, 0.0) == pytest.approx([0.9] * 4)
+    assert thresholds_by_depth(0.9, 5, 1.0) == pytest.approx([0.92, 0.94, 0.96, 0.98])
+    probability = torch.rand(400, 4, generator=torch.Generator().manual_seed(0))
+    agree = torch.cat([torch.zeros(400, 1), (probability > 0.3).float(), torch.ones(400, 1)], dim=1)
+    images = list(range(400))
+    chosen, reached = choose_threshold(probability, agree, images, bound=0.1, caution=2.0)
+    exits = first_exit(probability, thresholds_by_depth(chosen, 5, 2.0))
+    assert reached == pytest.approx(upper_limit(~at_exit(agree, exits).bool(), images))
+    assert reached <= 0.1
+    assert (exits < 5).any()
 
 
 def test_threshold_is_strict_where_nothing_keeps_the_bound() -> None:

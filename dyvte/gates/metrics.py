@@ -96,13 +96,22 @@ def upper_limit(failures: Tensor, clusters: Sequence[Any], level: float = 0.95) 
     return 1.0 if failed >= effective else float(beta.ppf(level, failed + 1, effective - failed))
 
 
+def thresholds_by_depth(threshold: float, num_layers: int, caution: float) -> list[float]:
+    """One threshold for each of the L - 1 gates: `1 - (1 - threshold) ((L - k) / L) ** caution` for exit layer k.
+
+    A late exit saves little, so it is worth little risk: the risk that a gate may take shrinks with the layers that its
+    exit would save. With `caution` 0 all gates share one threshold.
+    """
+    return [1 - (1 - threshold) * ((num_layers - k) / num_layers) ** caution for k in range(1, num_layers)]
+
+
 def choose_threshold(
     exit_probability: Tensor,
     agree: Tensor,
     clusters: Sequence[Any],
     bound: float,
     level: float = 0.95,
-    min_layer: int = 1,
+    caution: float = 0.0,
     grid: int = 400,
 ) -> tuple[float, float]:
     """The smallest threshold whose upper confidence limit on disagreement is at most `bound`, on validation data.
@@ -116,20 +125,21 @@ def choose_threshold(
         clusters: length n, the image of each sample.
         bound: largest acceptable upper limit on the share of samples whose answer changes.
         level: confidence of the limit.
-        min_layer: no exit below this k.
-        grid: number of thresholds tried, spread evenly in rank over the largest probability of each sample.
+        caution: how the gates' thresholds follow from the one chosen, see `thresholds_by_depth`.
+        grid: number of thresholds tried, spread in log-rank over the values at which a gate changes its mind.
 
     Returns:
         The threshold and the upper limit that it reaches.
     """
-    gates = exit_probability.shape[1]
-    flat = exit_probability[:, min_layer - 1 :].flatten().sort(descending=True).values
+    num_layers = exit_probability.shape[1] + 1
+    risk = 1 - torch.tensor(thresholds_by_depth(0.0, num_layers, caution), dtype=torch.float64)
+    flat = (1 - (1 - exit_probability.double()) / risk).flatten().sort(descending=True).values
     # spread in log-rank: most candidates where few gates fire, which is where the bound is met
     ranks = torch.logspace(0, float(np.log10(max(len(flat) - 1, 1))), grid).long().clamp(max=len(flat) - 1)
     candidates = flat[ranks].unique().flip(0).tolist()
     chosen, reached = 1.0, 0.0
     for candidate in candidates:
-        exits = first_exit(exit_probability, [candidate] * gates, min_layer)
+        exits = first_exit(exit_probability, thresholds_by_depth(candidate, num_layers, caution))
         limit = upper_limit(~at_exit(agree, exits).bool(), clusters, level)
         if limit > bound:
             break
