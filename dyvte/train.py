@@ -35,7 +35,7 @@ from dyvte.gates.metrics import (
     upper_limit,
 )
 from dyvte.gates.module import QUESTION, Gates
-from dyvte.gates.training import GateData, Recipe, exit_probabilities, train_gates
+from dyvte.gates.training import GateData, Recipe, average_gates, evaluate_loss, exit_probabilities, train_gates
 from dyvte.store import RunFolder
 
 
@@ -177,40 +177,33 @@ def _fit(
     """Train gates that look at some status parts; with a folder, log to TensorBoard there and show progress."""
     recipe: Recipe = instantiate(cfg.recipe.training)
     status = split.labels.status(parts)
-    torch.manual_seed(cfg.seed)
-    gates = Gates(num_layers, hidden_size, parts, cfg.recipe.width, cfg.recipe.bias).to(device)
     validation = split.data(split.validation, status)
     history: list[dict[str, float]] = []
     writer = None
     if folder is not None:
         shutil.rmtree(folder.path / "tensorboard", ignore_errors=True)
         writer = SummaryWriter(str(folder.path / "tensorboard"))
-    with tqdm(total=recipe.epochs, desc="gates", unit="epoch", disable=writer is None, dynamic_ncols=True) as progress:
+    members, results = [], []
+    total = recipe.epochs * recipe.members
+    with tqdm(total=total, desc="gates", unit="epoch", disable=writer is None, dynamic_ncols=True) as progress:
+        for member in range(recipe.members):
+            torch.manual_seed(cfg.seed + member)
+            gates = Gates(num_layers, hidden_size, parts, cfg.recipe.width, cfg.recipe.bias).to(device)
 
-        def log(epoch: int, losses: dict[str, float]) -> None:
-            history.append({"epoch": epoch, **losses})
-            progress.update()
-            progress.set_postfix({name: f"{value:.4f}" for name, value in losses.items()})
-            if writer is not None:
-                for name, value in losses.items():
-                    writer.add_scalar(name, value, epoch)
-                probability = exit_probabilities(gates, validation.status)
-                table = layer_report(probability, validation.labels[:, 1:-1], [0.5] * len(gates))
-                for row in table.to_dict("records"):
-                    for column, number in row.items():
-                        writer.add_scalar(f"{column}/exit_{int(row['exit_layer']):02d}", number, epoch)
+            def log(epoch: int, losses: dict[str, float], gates: Gates = gates, member: int = member) -> None:
+                history.append({"member": member, "epoch": epoch, **losses})
+                progress.update()
+                progress.set_postfix({name: f"{value:.4f}" for name, value in losses.items()})
+                if writer is not None:
+                    _write_scalars(writer, f"member_{member}", epoch, losses, gates, validation)
 
-        trained = train_gates(
-            gates,
-            split.data(split.train, status),
-            validation,
-            recipe,
-            instantiate(cfg.recipe.optimizer),
-            cfg.seed,
-            log,
-        )
+            train_data = split.data(split.train, status)
+            make_optimizer = instantiate(cfg.recipe.optimizer)
+            results.append(train_gates(gates, train_data, validation, recipe, make_optimizer, cfg.seed + member, log))
+            members.append(gates)
     if writer is not None:
         writer.close()
+    gates = average_gates(members)
     probability = exit_probabilities(gates, validation.status)
     agree, cost = split.labels.agree[split.validation], split.labels.cost[split.validation]
     images = split.column("image_id", split.validation)
@@ -221,7 +214,8 @@ def _fit(
     exits = first_exit(probability, gates.thresholds())
     agreement = float(at_exit(agree, exits).double().mean())
     result = {
-        **trained,
+        "epochs": sum(each["epochs"] for each in results),
+        "validation_loss": evaluate_loss(gates, validation, recipe),
         "train_questions": len(split.train),
         "validation_questions": len(split.validation),
         "threshold": float(threshold),
@@ -234,6 +228,19 @@ def _fit(
     }
     report = layer_report(probability, validation.labels[:, 1:-1], gates.thresholds())
     return _Fit(gates.cpu(), report, pd.DataFrame(history), result)
+
+
+def _write_scalars(
+    writer: SummaryWriter, prefix: str, epoch: int, losses: dict[str, float], gates: Gates, validation: GateData
+) -> None:
+    """Losses and the report by layer, to TensorBoard."""
+    for name, value in losses.items():
+        writer.add_scalar(f"{prefix}/{name}", value, epoch)
+    probability = exit_probabilities(gates, validation.status)
+    table = layer_report(probability, validation.labels[:, 1:-1], [0.5] * len(gates))
+    for row in table.to_dict("records"):
+        for column, number in row.items():
+            writer.add_scalar(f"{prefix}_{column}/exit_{int(row['exit_layer']):02d}", number, epoch)
 
 
 def compare(path: Path) -> pd.DataFrame:

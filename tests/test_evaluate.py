@@ -82,6 +82,7 @@ def train_config(folder: Path, model: Path, *overrides: str) -> DictConfig:
         f"labels.dir={folder}/labels",
         f"output_dir={folder}/run",
         "recipe.training.epochs=4",
+        "recipe.training.members=2",
     ]
     return compose("train", [*settings, *overrides])
 

@@ -33,6 +33,7 @@ from dyvte.gates.module import load_gates
 from dyvte.gates.training import (
     GateData,
     Recipe,
+    average_gates,
     evaluate_loss,
     exit_distribution,
     exit_probabilities,
@@ -204,6 +205,20 @@ def test_one_random_layer_a_sample_leaves_the_others_alone() -> None:
     train_gates(gates, data, data, recipe, functools.partial(torch.optim.SGD, lr=1.0))
     changed = [bool((gates.inner[gate] != before[gate]).any()) for gate in range(4)]
     assert sum(changed) == 1
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_averaged_gates_give_the_mean_logits(bias: bool) -> None:
+    members = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        members.append(Gates(5, 6, width=4 + seed, bias=bias))
+        if members[-1].inner_bias is not None:
+            torch.nn.init.normal_(members[-1].inner_bias)
+        members[-1].shift.fill_(0.3)
+        members[-1].scale.fill_(2.0)
+    status = torch.randn(7, 4, 12)
+    torch.testing.assert_close(average_gates(members)(status), torch.stack([each(status) for each in members]).mean(0))
 
 
 def test_unknown_objective_is_refused() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class Recipe:
         standardize: give the gates statuses of mean 0 and variance 1 over the training samples.
         disagreement_price: for "stopping": what a changed answer costs, in full prefills.
         label_share: for "stopping": weight of the cross-entropy added to it.
+        members: train so many gates a layer from different weights and average their logits.
     """
 
     objective: str = "labels"
@@ -54,10 +55,13 @@ class Recipe:
     standardize: bool = True
     disagreement_price: float = 10.0
     label_share: float = 0.0
+    members: int = 1
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"unknown objective {self.objective!r}; choose from {', '.join(OBJECTIVES)}")
+        if self.members < 1:
+            raise ConfigError(f"members is {self.members}; need at least one gate a layer")
 
 
 @dataclass(frozen=True)
@@ -197,6 +201,26 @@ def train_gates(
         gates.load_state_dict(weights)
     gates.eval()
     return {"epochs": epoch, **best}
+
+
+@torch.no_grad()
+def average_gates(members: Sequence[Gates]) -> Gates:
+    """Gates whose logits are the mean of the members': one wider gate a layer, so an ensemble needs nothing else.
+
+    Args:
+        members: trained on the same statuses, so that they standardise them alike.
+    """
+    first = members[0]
+    config = {**first.config(), "width": sum(each.width for each in members)}
+    merged = Gates(**config).to(first.inner.device)
+    merged.shift.copy_(first.shift)
+    merged.scale.copy_(first.scale)
+    merged.inner.copy_(torch.cat([each.inner for each in members], dim=2))
+    merged.outer.copy_(torch.cat([each.outer for each in members], dim=1) / len(members))
+    biases: list[Tensor] = [each.inner_bias for each in members if each.inner_bias is not None]
+    if merged.inner_bias is not None:
+        merged.inner_bias.copy_(torch.cat(biases, dim=2))
+    return merged.eval()
 
 
 @torch.no_grad()
