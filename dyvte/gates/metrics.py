@@ -112,7 +112,7 @@ def choose_threshold(
     bound: float,
     level: float = 0.95,
     caution: float = 0.0,
-    grid: int = 400,
+    grid: int = 1000,
 ) -> tuple[float, float]:
     """The smallest threshold whose upper confidence limit on disagreement is at most `bound`, on validation data.
 
@@ -126,17 +126,15 @@ def choose_threshold(
         bound: largest acceptable upper limit on the share of samples whose answer changes.
         level: confidence of the limit.
         caution: how the gates' thresholds follow from the one chosen, see `thresholds_by_depth`.
-        grid: number of thresholds tried, spread in log-rank over the values at which a gate changes its mind.
+        grid: number of thresholds tried, spread evenly over the samples' most certain gates.
 
     Returns:
         The threshold and the upper limit that it reaches.
     """
     num_layers = exit_probability.shape[1] + 1
     risk = 1 - torch.tensor(thresholds_by_depth(0.0, num_layers, caution), dtype=torch.float64)
-    flat = (1 - (1 - exit_probability.double()) / risk).flatten().sort(descending=True).values
-    # spread in log-rank: most candidates where few gates fire, which is where the bound is met
-    ranks = torch.logspace(0, float(np.log10(max(len(flat) - 1, 1))), grid).long().clamp(max=len(flat) - 1)
-    candidates = flat[ranks].unique().flip(0).tolist()
+    most_certain = (1 - (1 - exit_probability.double()) / risk).amax(1).sort(descending=True).values
+    candidates = most_certain[torch.linspace(0, len(most_certain) - 1, grid).long()].unique().flip(0).tolist()
     chosen, reached = 1.0, 0.0
     for candidate in candidates:
         exits = first_exit(exit_probability, thresholds_by_depth(candidate, num_layers, caution))
