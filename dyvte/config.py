@@ -131,5 +131,11 @@ def _folder_name(path: str | None) -> str:
     return Path(path).resolve().name if path else "unnamed"
 
 
+def _name_with(name: str, setting: Any) -> str:
+    """A name with its setting, `vtw_8`; the name alone where the setting is left open."""
+    return name if setting is None else f"{name}_{setting}"
+
+
+OmegaConf.register_new_resolver("dyvte.name_with", _name_with, replace=True)
 OmegaConf.register_new_resolver("dyvte.folder_name", _folder_name, replace=True)
 OmegaConf.register_new_resolver("dyvte.join", "+".join, replace=True)

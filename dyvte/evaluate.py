@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from dyvte import distributed
+from dyvte.calibrate import build_policy, calibrated_policy, calibration_of, open_settings
 from dyvte.config import command, load_model
 from dyvte.data.base import Dataset, Sample, build_dataset
 from dyvte.data.metrics import exact_match
@@ -42,13 +42,6 @@ def main(cfg: DictConfig) -> None:
     evaluate(cfg)
 
 
-def build_policy(cfg: DictConfig) -> Policy | None:
-    """The policy of a configuration in `conf/policy/`; None for the unchanged model."""
-    settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    settings.pop("name")
-    return instantiate(settings, _convert_="all") if "_target_" in settings else None
-
-
 def evaluate(cfg: DictConfig) -> dict[str, Any] | None:
     """Run the policy over the data and compare with the full model and with every fixed exit.
 
@@ -57,14 +50,19 @@ def evaluate(cfg: DictConfig) -> dict[str, Any] | None:
     """
     mllm = load_model(cfg)
     dataset = build_dataset(cfg.data)
-    policy = build_policy(cfg.policy)
+    to_calibrate = bool(open_settings(cfg.policy))
+    policy = None if to_calibrate else build_policy(cfg.policy)
     if policy is not None:
         policy.check(mllm)  # before an hour of labels
     reference = reference_labels(mllm, dataset, cfg)
     settings = {"policy": OmegaConf.to_container(cfg.policy, resolve=True), "max_new_tokens": cfg.max_new_tokens}
-    if policy is not None:
+    if to_calibrate:  # the setting follows from this, and its file lies in the folder that is yet to be opened
+        settings["calibration"] = calibration_of(mllm, cfg)
+    elif policy is not None:
         settings["policy_state"] = policy_digest(policy)
     folder = RunFolder.open(cfg.output_dir, fingerprint(mllm, dataset, cfg, **settings), cfg, cfg.overwrite)
+    if to_calibrate:
+        policy = calibrated_policy(mllm, cfg, folder.path)
     compute = functools.partial(evaluate_batch, mllm, policy, max_new_tokens=cfg.max_new_tokens, counted={})
     run(folder, dataset, consecutive_batches(len(dataset), cfg.batch_size), compute, cfg.policy.name)
     if not distributed.is_main():

@@ -10,10 +10,10 @@ import torch
 from omegaconf import DictConfig
 from PIL import Image
 
+from dyvte.calibrate import calibrated_policy
 from dyvte.config import command, load_model
 from dyvte.data.base import build_dataset
 from dyvte.errors import ConfigError
-from dyvte.evaluate import build_policy
 from dyvte.figures import exit_of_one_question
 from dyvte.flops import prefill_flops
 from dyvte.policies.dynamic_exit import DynamicExit, exit_probabilities
@@ -35,7 +35,9 @@ def generate(cfg: DictConfig) -> dict[str, Any]:
     """
     image, question = _what_to_ask(cfg)
     mllm = load_model(cfg)
-    policy = build_policy(cfg.policy)
+    folder = RunFolder(Path(cfg.output_dir))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    policy = calibrated_policy(mllm, cfg, folder.path)
     batch = mllm.encode([image], [question])
     (full_answer,) = mllm.generate(batch, max_new_tokens=cfg.max_new_tokens)
     full = prefill_flops(mllm, batch)
@@ -45,8 +47,6 @@ def generate(cfg: DictConfig) -> dict[str, Any]:
         asked = {} if run is None else exit_probabilities(run)
         count = prefill_flops(mllm, batch)
     probability = {k: float(each[0]) for k, each in asked.items() if k <= exit_layer}
-    folder = RunFolder(Path(cfg.output_dir))
-    folder.path.mkdir(parents=True, exist_ok=True)
     summary = {
         "model": cfg.model.name,
         "policy": cfg.policy.name,

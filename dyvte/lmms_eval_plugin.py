@@ -22,9 +22,9 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
+from dyvte.calibrate import build_policy
 from dyvte.config import compose
 from dyvte.errors import ConfigError
-from dyvte.evaluate import build_policy
 from dyvte.flops import prefill_flops
 from dyvte.mllm import MLLM, Batch, load
 from dyvte.policies.base import Policy

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import nn
 
 import dyvte.gates.labels
+from dyvte.calibrate import build_policy
 from dyvte.config import HYDRA_VERSION, compose, config_folder
 from dyvte.data.metrics import exact_match
 from dyvte.data.shapes import ShapesDataset
@@ -33,7 +34,9 @@ from dyvte.generate import generate
 from dyvte.instrument.sweep import exit_sweep, greedy_answer_ids
 from dyvte.mllm import MLLM, load
 from dyvte.policies.dynamic_exit import DynamicExit
+from dyvte.policies.fitprune import FitPrune, Recipe
 from dyvte.policies.fixed_exit import FixedExit
+from dyvte.policies.vtw import VTW
 from dyvte.store import RunFolder
 from dyvte.testbed.model import TestbedSizes, build_model
 from dyvte.testbed.tokenizer import build_processor
@@ -332,6 +335,55 @@ def test_wrong_gates_are_refused_before_the_work(model_folder: Path, tmp_path: P
     with pytest.raises(ModelError, match="these gates are for a model of 5 layers"):
         evaluate(evaluate_config(tmp_path, model_folder, "policy=dynamic_exit", f"policy.gates={tmp_path}/gates"))
     assert not (tmp_path / ".reference").exists()
+
+
+# ------------------------------------------------------------------- calibration
+
+
+@pytest.mark.parametrize(("policy", "setting"), [("vtw", "layer"), ("fitprune", "recipe")])
+def test_an_open_setting_is_calibrated_kept_and_reused(
+    policy: str, setting: str, mllm: MLLM, model_folder: Path, evaluated: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    of_policy = {"vtw": ["eta=0.2", "start=0"], "fitprune": ["budget=0.9"]}
+    calibrate = [f"policy.calibrate.{each}" for each in of_policy[policy]]
+    chosen = [f"policy={policy}", f"reference_dir={evaluated}/.reference", "calibration.data.limit=5", *calibrate]
+    evaluate(evaluate_config(tmp_path, model_folder, *chosen))
+    assert f"{policy} calibrated on 5 prompts of shapes_validation: {setting}" in capsys.readouterr().out
+    file = tmp_path / policy / "calibration.json"
+    found = json.loads(file.read_text())["found"][setting]
+    samples = list(ShapesDataset("validation", 5))
+    batch = mllm.encode([each.image for each in samples], [each.question for each in samples])
+    if policy == "vtw":
+        assert found == VTW.calibrate(mllm, [batch], 0.2, 0).layer
+        assert 0 < found < LAYERS
+        assert summary_of(tmp_path, policy)["mean_exit_layer"] == found
+    else:
+        assert Recipe(**found) == FitPrune.fit(mllm, [batch], 0.9).recipe == Recipe.load(file)
+        assert summary_of(tmp_path, policy)["cost"] < 0.95
+
+    with mock.patch.object(VTW, "calibrate", side_effect=AssertionError), mock.patch.object(FitPrune, "fit"):
+        evaluate(evaluate_config(tmp_path, model_folder, *chosen))
+    assert f"calibrated before, on 5 prompts: {setting}" in capsys.readouterr().out
+    with pytest.raises(RunFolderError, match=r"calibration\.data\.limit was 5, is 4"):
+        evaluate(evaluate_config(tmp_path, model_folder, *chosen, "calibration.data.limit=4"))
+
+    common = ["model=hf", f"model.path={model_folder}", "device=cpu", f"policy={policy}", "batch_size=8", *calibrate]
+    own = [f"output_dir={tmp_path}/generate", f"max_new_tokens={TOKENS}", "calibration.data.limit=5"]
+    summary = generate(compose("generate", [*common, *own]))
+    assert json.loads((tmp_path / "generate" / "calibration.json").read_text())["found"][setting] == found
+    assert summary["exit_layer"] == (found if policy == "vtw" else LAYERS)
+    generate(compose("generate", [*common, *own, "calibration.data.limit=6"]))
+    assert "calibrated on 6 prompts" in capsys.readouterr().out
+
+
+def test_a_setting_that_is_given_is_not_calibrated(model_folder: Path, evaluated: Path, tmp_path: Path) -> None:
+    chosen = ["policy=vtw", "policy.layer=2", f"reference_dir={evaluated}/.reference"]
+    evaluate(evaluate_config(tmp_path, model_folder, *chosen))
+    assert summary_of(tmp_path, "vtw_2")["mean_exit_layer"] == 2
+    assert not (tmp_path / "vtw_2" / "calibration.json").exists()
+    with pytest.raises(ConfigError, match=r"policy vtw needs policy\.layer="):
+        build_policy(compose("evaluate", ["policy=vtw"]).policy)
 
 
 # ---------------------------------------------------------------------- generate

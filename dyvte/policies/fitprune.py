@@ -12,9 +12,10 @@ attention and MLP of a layer, we delete before the next layer.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -170,14 +171,15 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Read what `save` wrote.
+        """Read what `save` wrote, or the `calibration.json` that a command wrote.
 
         Raises:
             ConfigError: the file is missing or holds something else.
         """
         try:
-            return cls(**json.loads(Path(path).read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            content = json.loads(Path(path).read_text())
+            return cls(**content.get("found", {}).get("recipe", content))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{path} is no FitPrune recipe ({error}); write one with FitPrune.fit(...).recipe.save(path)"
             ) from error
@@ -230,14 +232,16 @@ class FitPrune(AttentionPolicy):
     recipe says.
 
     Attributes:
-        recipe: a recipe, or a JSON file with one.
+        recipe: a recipe, its fields, or a JSON file with one.
     """
 
-    recipe: Recipe | str | Path
+    recipe: Recipe | Mapping[str, Any] | str | Path
     _keep: list[float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.recipe, Recipe):
+        if isinstance(self.recipe, Mapping):
+            self.recipe = Recipe(**self.recipe)
+        elif not isinstance(self.recipe, Recipe):
             self.recipe = Recipe.load(self.recipe)
         self._keep = list(self.recipe.keep)
 

@@ -1,0 +1,163 @@
+"""Policies whose setting is found on a few prompts when the configuration leaves it open.
+
+A file of `conf/policy/` that can do this has a setting that is null and a block `calibrate` with what finds it:
+
+    layer: null
+    calibrate:
+      _target_: dyvte.policies.vtw.VTW.calibrate     # called with the model, batches and the keys below
+      eta: 0.003
+
+What was found is kept as `calibration.json` in the run folder, with what it was made of, and reused as long as that is
+the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from dyvte import distributed
+from dyvte.data.base import Dataset, Sample, build_dataset
+from dyvte.errors import BrokenSample, ConfigError, DataError
+from dyvte.mllm import MLLM, Batch
+from dyvte.policies.base import Policy
+from dyvte.store import model_fingerprint, plain, write_json
+
+FILE = "calibration.json"
+
+
+def build_policy(cfg: DictConfig) -> Policy | None:
+    """The policy of a configuration in `conf/policy/`; None for the unchanged model.
+
+    Raises:
+        ConfigError: a setting is left open that a command would calibrate.
+    """
+    if open_settings(cfg):
+        (setting, *_) = open_settings(cfg)
+        raise ConfigError(
+            f"policy {cfg.name} needs policy.{setting}=...; python -m dyvte.evaluate and dyvte.generate find it "
+            f"by themselves and keep it in {FILE}"
+        )
+    return _build(cfg)
+
+
+def open_settings(cfg: DictConfig) -> list[str]:
+    """Settings of a policy that are null and that its block `calibrate` finds."""
+    if not cfg.get("calibrate"):
+        return []
+    return [str(key) for key, value in cfg.items() if value is None]
+
+
+def calibration_of(mllm: MLLM, cfg: DictConfig) -> dict[str, Any]:
+    """What a calibrated setting is made of, as in a fingerprint: the model, the prompts, and what is asked for.
+
+    Args:
+        mllm: the model.
+        cfg: the composed configuration; `policy`, `calibration.data` and `batch_size` are taken.
+    """
+    data: Any = OmegaConf.to_container(cfg.calibration.data, resolve=True)
+    dataset = build_dataset(cfg.calibration.data)
+    made_of = {
+        "model": model_fingerprint(mllm),
+        "data": {**data, "samples": len(dataset), "content": dataset.fingerprint},
+        "policy": OmegaConf.to_container(cfg.policy, resolve=True),
+        "batch_size": cfg.batch_size,
+    }
+    as_stored: dict[str, Any] = json.loads(json.dumps(plain(made_of), default=str))
+    return as_stored
+
+
+def calibrated_policy(mllm: MLLM, cfg: DictConfig, folder: Path) -> Policy | None:
+    """The policy of a command's configuration, its open setting calibrated or read from an earlier calibration.
+
+    Args:
+        mllm: the model.
+        cfg: the composed configuration, see `calibration_of`.
+        folder: an existing run folder; `calibration.json` is written there.
+
+    Raises:
+        DataError: none of the calibration prompts can be read, or none shows an image.
+    """
+    settings = open_settings(cfg.policy)
+    if not settings:
+        return build_policy(cfg.policy)
+    with distributed.main_process_first():  # which calibrates for the others
+        return _calibrate_or_read(mllm, cfg, settings, folder / FILE)
+
+
+def _calibrate_or_read(mllm: MLLM, cfg: DictConfig, settings: list[str], file: Path) -> Policy:
+    made_of = calibration_of(mllm, cfg)
+    kept = json.loads(file.read_text()) if file.is_file() else {}
+    found: dict[str, Any] = kept.get("found", {})
+    if kept.get("made_of") != made_of:
+        samples = with_image(build_dataset(cfg.calibration.data))
+        batches = list(_batches(mllm, samples, cfg.batch_size))
+        calibrate: Any = OmegaConf.to_container(cfg.policy.calibrate, resolve=True)
+        with torch.no_grad():
+            policy = instantiate(calibrate, _partial_=True, _convert_="all")(mllm, batches)
+        found = plain({name: _plain_setting(getattr(policy, name)) for name in settings})
+        write_json(file, {"num_samples": len(samples), "found": found, "made_of": made_of})
+        how = f"calibrated on {len(samples)} prompts of {cfg.calibration.data.name}"
+    else:
+        how = f"calibrated before, on {kept['num_samples']} prompts"
+    if distributed.is_main():
+        print(f"{cfg.policy.name} {how}: {', '.join(f'{name} {_short(found[name])}' for name in found)} ({file})")
+    policy = _build(OmegaConf.merge(cfg.policy, found))
+    assert policy is not None
+    return policy
+
+
+def _build(cfg: Any) -> Policy | None:
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    for not_of_the_policy in ("name", "calibrate"):
+        settings.pop(not_of_the_policy, None)
+    if "_target_" not in settings:
+        return None
+    policy: Policy = instantiate(settings, _partial_=True, _convert_="all")()  # its errors are not wrapped in Hydra's
+    return policy
+
+
+def with_image(dataset: Dataset) -> list[Sample]:
+    """Samples that can be read and show an image.
+
+    Raises:
+        DataError: there is none.
+    """
+    samples = []
+    for index in range(len(dataset)):
+        try:
+            sample = dataset[index]
+        except BrokenSample:  # a calibration needs some prompts, not these
+            continue
+        if sample.image is not None:
+            samples.append(sample)
+    if not samples:
+        raise DataError(
+            "no prompt with an image to calibrate on: set calibration.data, for instance "
+            "data@calibration.data=llava_json calibration.data.file=FILE"
+        )
+    return samples
+
+
+def _batches(mllm: MLLM, samples: list[Sample], batch_size: int) -> Iterator[Batch]:
+    for start in range(0, len(samples), batch_size):
+        part = samples[start : start + batch_size]
+        yield mllm.encode([each.image for each in part], [each.question for each in part])
+
+
+def _plain_setting(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def _short(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    shown = {name: each for name, each in value.items() if isinstance(each, (int, float))}
+    return " ".join(f"{name}={each:.3g}" for name, each in shown.items())
