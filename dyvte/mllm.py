@@ -7,6 +7,7 @@ image-text-to-text protocol of transformers needs no code here.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
@@ -238,7 +239,11 @@ class MLLM:
             pad_id = getattr(self.tokenizer, "pad_token_id", None)
             settings["pad_token_id"] = pad_id if pad_id is not None else end_ids[0] if end_ids else 0
         settings.update(kwargs)
-        inputs = batch.left_padded()
+        inputs = dict(batch.left_padded())
+        if "mm_encoder_outputs" in inputs:  # beam search repeats in place what these hold
+            inputs["mm_encoder_outputs"] = {
+                kind: copy.copy(output) for kind, output in inputs["mm_encoder_outputs"].items()
+            }
         generated = self.model.generate(**inputs, **settings)
         sequences = getattr(generated, "sequences", generated)[:, inputs["input_ids"].shape[1] :]
         return [_cut_after_end(row.tolist(), end_ids) for row in sequences]
@@ -347,6 +352,8 @@ def load(
     **model_kwargs: Any,
 ) -> MLLM:
     """Load a multimodal LLM and its processor. Weights are read from safetensors files only.
+
+    (With `exported`, also from the `.bin` files of a fork's checkpoint: tensors alone, no code.)
 
     Args:
         name_or_path: a shipped model ("llava_shapes"), a local folder in Hub layout, or a Hub id.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import IMAGE_SIZE
-from forks import VOCABULARY, Fork, random_ids
+from forks import TEXT, VOCABULARY, Fork, random_ids
 from PIL import Image
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -132,6 +134,83 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
     assert alive[1] == 1
     with safe_open(tmp_path / "model-00007-of-00010.safetensors", framework="pt") as out:
         assert torch.equal(out.get_tensor("t13"), torch.full((1000,), 13.0))
+
+
+SHARD = 150 * 2**20
+"""Bytes of each of the three weight files of `large_checkpoint`."""
+
+MEASURE = """
+import resource, sys
+from dyvte.convert import convert
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+small, large, target = sys.argv[1:]
+convert(small, target + "-small")  # everything that is imported on the way is in memory now
+before = peak()
+convert(large, target)
+print("grown", peak() - before)
+"""
+
+
+def large_checkpoint(small: Fork, folder: Path) -> None:
+    """A checkpoint like `small` with embedding, head and layer of `SHARD` bytes each, all zeros that take no disk."""
+    width = TEXT["hidden_size"]
+    rows, inner = SHARD // (2 * width), SHARD // (2 * width * 3)
+    config = json.loads((small.folder / "config.json").read_text())
+    changed = {"vocab_size": rows, "intermediate_size": inner, "num_hidden_layers": 1}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**config, **changed}))
+    for file in small.folder.glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    shapes = {name: tuple(each.shape) for name, each in small.text.items() if ".layers." not in name}
+    shapes |= {name: tuple(each.shape) for name, each in small.text.items() if ".layers.0." in name}
+    for name in shapes:
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            shapes[name] = (rows, width)
+        if name.endswith(("gate_proj.weight", "up_proj.weight")):
+            shapes[name] = (inner, width)
+        if name.endswith("down_proj.weight"):
+            shapes[name] = (width, inner)
+    projector = {f"model.mm_projector.{name}": tuple(each.shape) for name, each in small.projector.items()}
+    of_file = {"embed": {}, "head": {}, "rest": projector}
+    for name, shape in shapes.items():
+        part = "embed" if "embed_tokens" in name else "head" if "lm_head" in name else "rest"
+        of_file[part][name] = shape
+    index = {}
+    for number, part in enumerate(of_file.values(), start=1):
+        name = f"model-{number:05d}-of-00003.safetensors"
+        write_zeros(folder / name, part)
+        index |= dict.fromkeys(part, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def write_zeros(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        out.truncate(8 + len(text) + end)
+
+
+def test_peak_memory_is_under_one_shard_and_a_gibibyte(tmp_path: Path) -> None:
+    """Three shards and the three that are written are 900 MiB: what is asked for here is stricter."""
+    small = fork(tmp_path / "small", "llava-1.5-safetensors")
+    large_checkpoint(small, tmp_path / "large")
+    target = tmp_path / "target"
+    command = [sys.executable, "-c", MEASURE, str(small.folder), str(tmp_path / "large"), str(target)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    assert size > 3 * SHARD * 0.99
+    grown = int(done.stdout.split("grown")[-1])
+    assert grown < 1.5 * SHARD < SHARD + 2**30
+    shutil.rmtree(target)  # pytest keeps the folders of some runs
 
 
 def test_command_line(tmp_path: Path) -> None:

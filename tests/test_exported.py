@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -140,9 +141,9 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return made
 
 
-def run_export(setting: SimpleNamespace, output: Path, *more: str) -> None:
+def run_export(setting: SimpleNamespace, output: Path, *more: str, questions: str = "questions.jsonl") -> None:
     words = ["--package", "fake_fork", "--model-path", str(setting.fork.folder), "--conv-mode", "plain"]
-    words += ["--questions", str(setting.folder / "questions.jsonl"), "--image-folder", str(setting.folder)]
+    words += ["--questions", str(setting.folder / questions), "--image-folder", str(setting.folder)]
     added = {f"fake_fork.{name}": module for name, module in setting.modules.items()}
     sys.modules.update({"fake_fork": SimpleNamespace(), "fake_fork.model": SimpleNamespace(), **added})  # type: ignore[arg-type]
     try:
@@ -234,6 +235,28 @@ def test_answers_and_generation(setting: SimpleNamespace) -> None:
         assert run.exit_layers.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("policy", [None, dyvte.FixedExit(1), dyvte.FastV(1, 0.5)])
+def test_beam_search_leaves_the_batch_as_it_was(setting: SimpleNamespace, policy: Any) -> None:
+    """transformers repeats the visual tokens for the beams in place, which a second call would repeat again."""
+    mllm, data = exported(setting), ExportedDataset(str(setting.export))
+    samples = [data[index] for index in (0, 3, 2)]  # one without an image between two with
+    batch = mllm.encode([each.image for each in samples], [each.question for each in samples])
+    tokens = batch["mm_encoder_outputs"]["image"].pooler_output
+    before = [each.clone() for each in tokens]
+
+    def answers(**settings: Any) -> list[list[int]]:
+        with nullcontext() if policy is None else policy(mllm):
+            return mllm.generate_ids(batch, max_new_tokens=3, **settings)
+
+    first, greedy = answers(num_beams=2), answers()
+    assert answers(num_beams=2) == first
+    assert answers() == greedy
+    assert all(torch.equal(*pair) for pair in zip(before, tokens, strict=True))
+    if policy is None:
+        alone = mllm.encode([samples[2].image], [samples[2].question])
+        assert mllm.generate_ids(alone, max_new_tokens=3, num_beams=2) == [first[2]]
+
+
 def test_continues_after_an_interruption(setting: SimpleNamespace, tmp_path: Path) -> None:
     run_export(setting, tmp_path, "--limit", "4")
     before = {file.name: file.read_bytes() for file in (tmp_path / "shards").iterdir()}
@@ -281,11 +304,12 @@ def test_a_prompt_that_the_fork_cuts_is_an_error(setting: SimpleNamespace, tmp_p
         model.config.max_position_embeddings = before
 
 
-def command_settings(setting: SimpleNamespace, tmp_path: Path) -> list[str]:
+def command_settings(setting: SimpleNamespace, tmp_path: Path, model: str = "exported") -> list[str]:
     return [
-        "model=exported",
+        f"model={model}",
         f"model.path={setting.fork.folder}",
         f"model.exported={setting.export}",
+        "model.dtype=float32",
         "data=exported",
         "device=cpu",
         f"output_dir={tmp_path / 'run'}",
@@ -306,3 +330,50 @@ def test_stages_command(setting: SimpleNamespace, tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["num_samples"] == 4
     assert len(summary["curves"]["cross"]) == 3
+
+
+@pytest.fixture(scope="module")
+def many(setting: SimpleNamespace) -> SimpleNamespace:
+    """The same checkpoint with an export of enough questions to train on."""
+    words = ("red", "blue", "green", "square", "circle", "left")
+    lines = [
+        {"question_id": f"{image}-{word}", "image": f"{image}.png", "text": f"what is {word} ?", "answer": word}
+        for image in ("red", "blue")
+        for word in words
+    ]
+    (setting.folder / "many.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made = SimpleNamespace(**{**vars(setting), "export": setting.folder / "many"})
+    run_export(made, made.export, questions="many.jsonl")
+    return made
+
+
+def test_exits_train_and_evaluate_commands(many: SimpleNamespace, tmp_path: Path) -> None:
+    """As a configured model (Eagle) and as any other: exits, gates trained on them, and gates evaluated."""
+    from analysis.exits import main as exits
+    from dyvte.evaluate import evaluate
+    from dyvte.train import train
+
+    settings = [*command_settings(many, tmp_path, "eagle_x5_7b"), "batch_size=6"]
+    exits(compose("exits", [*settings, "bootstrap=20", "permutations=19", "captions=0", "max_new_tokens=2"]))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["model"] == "eagle_x5_7b"
+    assert summary["num_samples"] == 12
+    assert len(summary["accuracy"]) == len(summary["kl"]) == 4
+    assert summary["kl"][-1] == 0
+
+    of_train = [f"output_dir={tmp_path}/train", f"labels.dir={tmp_path}/labels", "labels.max_new_tokens=2"]
+    fit = ["recipe.training.epochs=1", "validation_share=0.5"]
+    assert train(compose("train", [*command_settings(many, tmp_path), "batch_size=6", *of_train, *fit])) is not None
+
+    common = [*command_settings(many, tmp_path)[:-1], "batch_size=6", "max_new_tokens=2"]
+    common += [f"comparison_dir={tmp_path}/compare", f"reference_dir={tmp_path}/reference"]
+    gates = ["policy=dynamic_exit", f"policy.gates={tmp_path}/train/gates"]
+    found = evaluate(compose("evaluate", [*common, *gates]))
+    assert found is not None
+    assert found["num_questions"] == 12
+    assert 0 <= found["accuracy"] <= 1
+
+    calibrated = ["policy=vtw", "policy.calibrate.eta=100", "policy.calibrate.start=1"]
+    found = evaluate(compose("evaluate", [*common, *calibrated, "data@calibration.data=exported"]))
+    assert found is not None
+    assert found["mean_exit_layer"] == 1  # any divergence is small enough
