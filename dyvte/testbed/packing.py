@@ -62,11 +62,16 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class Branch:
-    """A prompt with the answer that is trained on; ``prompt_weight`` trains (weakly) on the prompt's words too."""
+    """A prompt with the answer that is trained on; ``prompt_weight`` trains (weakly) on the prompt's words too.
+
+    Attributes:
+        decided: which words of the answer carry the full weight; the others weigh as the prompt's do. None: all.
+    """
 
     kind: str
     prompt: Sequence[int]
     answer: Sequence[int]
+    decided: Sequence[bool] | None = None
 
 
 def pack(
@@ -109,9 +114,10 @@ def pack(
             positions[row, cursor:end] = torch.arange(start, start + len(tokens))
             branch_of[row, cursor:end] = number
             answer = cursor + len(branch.prompt)
-            trained = cursor if prompt_weight else answer - 1
-            labels[row, trained : end - 1] = ids[row, trained + 1 : end]
-            weights[row, trained : end - 1] = prompt_weight
-            weights[row, answer - 1 : end - 1] = 1.0
+            decided = torch.tensor([True] * len(branch.answer) if branch.decided is None else branch.decided)
+            weights[row, cursor : end - 1] = prompt_weight
+            weights[row, answer - 1 : end - 1] = torch.where(decided, 1.0, prompt_weight)
+            trained = weights[row, cursor : end - 1] > 0
+            labels[row, cursor : end - 1] = ids[row, cursor + 1 : end].where(trained, torch.tensor(IGNORE))
             cursor = end
     return PackedBatch(ids, positions, branch_of, labels, weights, kinds)

@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 
 _TEMPLATES = (
     "what is plus minus ? there a how many objects are the left right of above below do and have same "
-    "from go then : color shape size describe image . , at shows"
+    "from go then : color shape size describe image . , at shows tour"
 )
 
 

@@ -34,15 +34,20 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dyvte.config import command
 from dyvte.errors import ConfigError
 from dyvte.store import write_atomic
+from dyvte.testbed.lookups import look_up
 from dyvte.testbed.model import TestbedSizes, build_model
 from dyvte.testbed.packing import IGNORE, Branch, PackedBatch, pack
 from dyvte.testbed.questions import CAPTION_PROMPT, IMAGE_KINDS, KINDS, ask, caption
 from dyvte.testbed.tokenizer import ASSISTANT, BOS, EOS, IMAGE, SYSTEM_PROMPT, USER, build_processor
+from dyvte.testbed.tours import TOUR_PROMPT, tour
 from dyvte.testbed.world import (
     ATTRIBUTES,
+    COLUMNS,
+    GRID,
     IMAGE_SIZE,
     MAX_OBJECTS,
     MIN_OBJECTS,
+    ROWS,
     VALUES,
     Scene,
     patch_labels,
@@ -53,6 +58,7 @@ from dyvte.testbed.world import (
 
 STAGES = ("language", "vision", "align", "instruct")
 MAX_HOPS = max(KINDS.values())
+CAPTION_OFFSET = 10**7  # instruction's caption scenes are not the alignment's
 
 
 # ---------------------------------------------------------------- speed
@@ -112,6 +118,20 @@ class Batches:
         """A question with its answer and end token, in the chat format."""
         return Branch(kind, self.ids(f"{question} {ASSISTANT}"), self.ids(f"{answer} {EOS}"))
 
+    def tour(self, scene: Scene, rng: np.random.Generator) -> Branch:
+        """A tour of the scene; only what the image decides carries the full loss."""
+        words = tour(scene, rng, self.cfg.tour_stops)
+        answer = [*self.ids(" ".join(w.text for w in words)), *self.ids(EOS)]
+        return Branch("tour", self.ids(f"{TOUR_PROMPT} {ASSISTANT}"), answer, [*(w.decided for w in words), False])
+
+    def look_ups(self, scene: Scene, rng: np.random.Generator, number: int, hops: int) -> list[Branch]:
+        """At most ``number`` different look-ups of at most ``hops`` hops, fewer of the long ones."""
+        found: dict[str, str] = {}
+        for steps in rng.integers(hops, size=2 * number):
+            if len(found) < number and (one := look_up(scene, rng, int(steps))) is not None:
+                found[one[0]] = one[1]
+        return [Branch("look_up", self.ids(prompt), self.ids(answer)) for prompt, answer in found.items()]
+
     def rng(self, stage: str, step: int) -> np.random.Generator:
         """The random generator of one step of a stage."""
         return np.random.default_rng([self.cfg.seed, STAGES.index(stage), step])
@@ -135,25 +155,31 @@ class Batches:
                 break
         return branches
 
+    def descriptions(self, scene: Scene, rng: np.random.Generator, number: int) -> list[Branch]:
+        """Tours of a scene, a ``caption_share`` of them replaced by captions."""
+        return [
+            self.branch("caption", CAPTION_PROMPT, caption(scene, rng))
+            if rng.random() < self.cfg.caption_share
+            else self.tour(scene, rng)
+            for _ in range(number)
+        ]
+
     def language(self, step: int, progress: float, size: int, stage: str = "language") -> PackedBatch:
-        """Scenes in words, with questions; half the rows also say the scene again in another order."""
+        """Scenes in words, each with a tour (or the scene again in another order) and questions."""
         rng, rows = self.rng(stage, step), []
         for i in range(size):
             scene = sample_scene("text", self.cfg.seed, step * size + i, MIN_OBJECTS, self.max_objects(stage, progress))
-            branches = self.questions(scene, rng, self.cfg.language.questions)
-            if rng.random() < self.cfg.language.caption_share:
-                branches.insert(0, self.branch("caption", CAPTION_PROMPT, caption(scene, rng)))
+            branches = self.descriptions(scene, rng, 1) + self.questions(scene, rng, self.cfg.language.questions)
             rows.append(([*self.head, *self.ids(f"the image shows {caption(scene, rng)} .")], branches))
         weight = self.cfg.language.prompt_weight
         return pack(rows, self.cfg.language.length, self.pad_id, weight, prefix_weight=weight)
 
-    def align(self, step: int, size: int, stage: str = "align") -> tuple[PackedBatch, Tensor]:
-        """Images of caption scenes (which no question is ever asked about) with one caption each."""
-        rng = self.rng(stage, step)
+    def align(self, step: int, size: int) -> tuple[PackedBatch, Tensor]:
+        """Images of caption scenes (which no question is ever asked about) with tours and captions."""
+        rng = self.rng("align", step)
         scenes = [sample_scene("caption", self.cfg.seed, step * size + i) for i in range(size)]
-        prefix = [*self.head, *self.image]
-        rows = [(prefix, [self.branch("caption", CAPTION_PROMPT, caption(s, rng))]) for s in scenes]
-        return pack(rows, self.cfg.align.length, self.pad_id), pixels(scenes)
+        rows = [([*self.head, *self.image], self.descriptions(s, rng, self.cfg.align.descriptions)) for s in scenes]
+        return pack(rows, self.cfg.align.length, self.pad_id, self.cfg.align.prompt_weight), pixels(scenes)
 
     @property
     def prefix(self) -> list[int]:
@@ -164,23 +190,37 @@ class Batches:
         return None if self.cfg.instruct.blind else pixels(scenes)
 
     def instruct(self, step: int, progress: float, size: int) -> tuple[PackedBatch, Tensor | None]:
-        """Images of question scenes, with a random mix of questions about each."""
+        """Images of question scenes with a random mix of questions, and of caption scenes with look-ups."""
         rng = self.rng("instruct", step)
-        high = self.max_objects("instruct", progress)
-        scenes = [sample_scene("train", self.cfg.seed, step * size + i, MIN_OBJECTS, high) for i in range(size)]
-        hops = 1 + sum(progress >= start for start in self.cfg.instruct.more_hops_from)
-        rows = [(self.prefix, self.questions(s, rng, self.cfg.instruct.questions, hops)) for s in scenes]
-        packed = pack(rows, self.cfg.instruct.length, self.pad_id, self.cfg.instruct.prompt_weight)
-        return packed, self._images(scenes)
+        settings = self.cfg.instruct
+        early, late = settings.look_up_share
+        share = 0.0 if settings.blind else late + (early - late) * max(1 - progress / settings.curriculum, 0.0)
+        hops = 1 + sum(progress >= start for start in settings.more_hops_from)
+        rows, scenes = [], []
+        for i in range(size):
+            index = step * size + i
+            if rng.random() < share:
+                scene = sample_scene("caption", self.cfg.seed, CAPTION_OFFSET + index)
+                branches = self.look_ups(scene, rng, settings.look_ups, hops)
+                if rng.random() < self.cfg.caption_share:
+                    branches.insert(0, self.branch("caption", CAPTION_PROMPT, caption(scene, rng)))
+            else:
+                scene = sample_scene("train", self.cfg.seed, index)
+                branches = self.questions(scene, rng, settings.questions, hops)
+            rows.append((self.prefix, branches))
+            scenes.append(scene)
+        return pack(rows, settings.length, self.pad_id, settings.prompt_weight), self._images(scenes)
 
     def validation(self, number: int) -> tuple[PackedBatch, Tensor | None]:
-        """Images of validation scenes with one question of every image kind that each admits."""
+        """Images of validation scenes with look-ups and one question of every image kind that each admits."""
         rows, scenes = [], []
         for index in range(number):
             scene = sample_scene("validation", 0, index)
             rng = scene_generator("validation", 0, index, purpose=2)
             asked = [q for k in IMAGE_KINDS if (q := ask(scene, k, rng)) is not None]
             branches = [self.branch(q.kind, q.text, q.answer) for q in asked]
+            if not self.cfg.instruct.blind:
+                branches += self.look_ups(scene, rng, 6, 1)
             rows.append((self.prefix, branches))
             scenes.append(scene)
         return pack(rows, self.cfg.instruct.length, self.pad_id), self._images(scenes)
@@ -198,24 +238,55 @@ def visual_features(model: LlavaForConditionalGeneration, images: Tensor) -> Ten
     return model.model.vision_tower(images).last_hidden_state[:, 1:]
 
 
-@torch.no_grad()
-def initialise_projector(model: LlavaForConditionalGeneration, images: Tensor) -> None:
-    """Fold a standardisation of the tower's features into the projector, and scale its output to the word embeddings.
+def words_of_patches(model: LlavaForConditionalGeneration, scenes: list[Scene], batches: Batches) -> Tensor:
+    """For every patch the sum of the embeddings of the words for what lies under it and where it is: [B, V, width]."""
+    table = model.get_input_embeddings().weight.detach()
+    named = {**VALUES, "row": ROWS, "column": COLUMNS}
+    words = {a: table[torch.tensor(batches.ids(" ".join(values)))] for a, values in named.items()}
+    labels = [patch_labels(s, batches.sizes.patch_size) for s in scenes]
+    side = IMAGE_SIZE // batches.sizes.patch_size
+    total = torch.zeros(len(scenes), side * side, table.shape[1], device=table.device)
+    for name, known in words.items():
+        label = torch.from_numpy(np.stack([x[name] for x in labels])).to(table.device)
+        if name in VALUES:  # class 0 is background, of which there is nothing to say
+            known = torch.cat([torch.zeros_like(known[:1]), known])
+        else:
+            label = label * GRID // side
+        total += known[label]
+    return total
 
-    The tower's features share a large common vector, and their norm is a hundred times a word embedding's: projected by
-    a fresh projector, the visual tokens differ too little from one another to be told apart, and are too long for
-    decoder layers to write anything on them.
+
+def initialise_projector(
+    model: LlavaForConditionalGeneration, scenes: list[Scene], batches: Batches, steps: int = 300, lr: float = 3e-3
+) -> float:
+    """Start the projector where each patch says its words: the sum of their embeddings (``words_of_patches``).
+
+    First a standardisation of the tower's features is folded in, whose large common vector would otherwise hide what
+    tells patches apart; then the projector is fitted by least squares. Returns the relative squared error left.
     """
-    features = visual_features(model, images)
-    mean, deviation = features.mean((0, 1)), features.std((0, 1)).clamp_min(1e-6)
     projector = model.model.multi_modal_projector
-    first, second = projector.linear_1, projector.linear_2
-    nn.init.normal_(first.weight, std=first.in_features**-0.5)
-    first.weight.div_(deviation)
-    first.bias.copy_(-first.weight @ mean)
-    nn.init.zeros_(second.bias)
-    wanted = model.get_input_embeddings().weight.square().mean().sqrt()
-    second.weight.mul_(wanted / projector(features).square().mean().sqrt())
+    with torch.no_grad():
+        features = torch.cat(
+            [visual_features(model, pixels(scenes[i : i + 50]).to(model.device)) for i in range(0, len(scenes), 50)]
+        ).flatten(0, 1)
+        mean, deviation = features.mean(0), features.std(0).clamp_min(1e-6)
+        first = projector.linear_1
+        nn.init.normal_(first.weight, std=first.in_features**-0.5)
+        first.weight.div_(deviation)
+        first.bias.copy_(-first.weight @ mean)
+        nn.init.zeros_(projector.linear_2.bias)
+    target = words_of_patches(model, scenes, batches).flatten(0, 1)
+    optimizer = torch.optim.Adam(projector.parameters(), lr=lr)
+    scale, left = float(target.square().mean()), float("nan")
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        chosen = torch.randint(len(features), (4096,)).to(features.device)
+        error = (projector(features[chosen]) - target[chosen]).square().mean() / scale
+        optimizer.zero_grad(set_to_none=True)
+        error.backward()
+        optimizer.step()
+        left = float(error.detach())
+    return left
 
 
 def hidden_states(
@@ -247,7 +318,7 @@ def packed_loss(model: LlavaForConditionalGeneration, states: Tensor, batch: Pac
 def packed_accuracy(
     model: LlavaForConditionalGeneration, batch: PackedBatch, images: Tensor | None, chunk: int = 32
 ) -> dict[str, float]:
-    """Teacher-forced accuracy of one-word answers by kind (exactly greedy accuracy, for one word and an end token)."""
+    """Teacher-forced accuracy by kind: of one-word answers (exactly greedy accuracy), of a tour's decided words."""
     right: dict[str, list[float]] = defaultdict(list)
     for start in range(0, len(batch.input_ids), chunk):
         part = slice(start, start + chunk)
@@ -259,7 +330,9 @@ def packed_accuracy(
         for (row, number), kind in batch.kinds.items():
             if start <= row < start + chunk:
                 mine = answered[row - start] & (piece.branch[row - start] == number)
-                right[kind].append(float(correct[row - start][mine].all()))
+                hits = correct[row - start][mine].float()
+                if len(hits):
+                    right[kind].append(float(hits.mean() if kind == "tour" else hits.min()))
     return {k: float(np.mean(v)) for k, v in right.items()}
 
 
@@ -431,7 +504,7 @@ def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
         batch, images = held_out[0]
         with fast_training(device, precision):
             found = packed_accuracy(model, batch.to(device), None if images is None else images.to(device))
-        return {"accuracy": float(np.mean(list(found.values())))} | found
+        return {"accuracy": float(np.mean([v for k, v in found.items() if k in IMAGE_KINDS]))} | found
 
     def language_accuracy() -> dict[str, float]:
         batch = batches.language(10**6, 1.0, cfg.validation_scenes)  # a step that training never reaches
@@ -460,13 +533,8 @@ def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
 
     def instruct_batch(step: int, progress: float) -> tuple[PackedBatch, Tensor | None]:
         size = cfg.instruct.batch_size
-        draw = batches.rng("instruct", step).random() + (1.0 if cfg.instruct.blind else 0.0)
-        # captions, the densest teachers of which attributes belong together, come first and thin out
-        early, late = cfg.instruct.caption_share
-        captions = late + (early - late) * max(1 - progress / cfg.instruct.curriculum, 0.0)
-        if draw < captions:
-            return batches.align(10**6 + step, size, stage="instruct")
-        if draw < captions + cfg.instruct.text_share:
+        # the draw that picks a batch of text must not be the first of the batch itself
+        if batches.rng("instruct", 10**8 + step).random() < cfg.instruct.text_share and not cfg.instruct.blind:
             return batches.language(10**6 + step, progress, size, stage="instruct"), None
         return batches.instruct(step, progress, size)
 
@@ -496,9 +564,9 @@ def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
             talk.requires_grad_(False)
             if not (folder / "align.pt").exists():
                 torch.manual_seed(cfg.seed)
-                initialise_projector(
-                    model, pixels([sample_scene("caption", cfg.seed, i) for i in range(64)]).to(device)
-                )
+                fitted = [sample_scene("caption", cfg.seed, i) for i in range(cfg.align.projector_scenes)]
+                left = initialise_projector(model, fitted, batches)
+                tqdm.write(f"projector starts at the words of the patches, relative squared error {left:.3f}")
             run_stage(
                 name,
                 modules={"projector": projector},

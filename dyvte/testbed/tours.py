@@ -1,0 +1,66 @@
+"""Tours of a scene: dense practice in finding objects and following steps, for training only.
+
+A tour stops at some objects and states facts about each in random order, the kind of fact first; between two stops it
+either follows a step as questions do or starts anew at a random object::
+
+    color red size small at top left go right shape circle size large , at bottom center shape cross ...
+
+A question teaches one answer; a tour of the same length teaches a dozen. Only words that the image decides carry the
+full weight of the loss: a value counts as *decided* when everything said so far leaves no choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dyvte.testbed.questions import STAY, STEPS, follow
+from dyvte.testbed.world import ATTRIBUTES, COLUMNS, ROWS, Object, Scene
+
+TOUR_PROMPT = "tour the image ."
+PLACE = "at"
+FACTS = (*ATTRIBUTES, PLACE)
+FEWEST_FACTS = 2
+
+
+@dataclass(frozen=True)
+class TourWord:
+    """One word of a tour, and whether the image and the words before it leave no other choice."""
+
+    text: str
+    decided: bool
+
+
+def _values(item: Object, fact: str) -> tuple[str, ...]:
+    return (ROWS[item.row], COLUMNS[item.column]) if fact == PLACE else (item[fact],)
+
+
+def _steps_from(scene: Scene, item: Object) -> list[str]:
+    return [step for step in STEPS if step != STAY and follow(scene, item, step) is not None]
+
+
+def tour(scene: Scene, rng: np.random.Generator, stops: int, step_share: float = 0.6) -> list[TourWord]:
+    """A tour of ``stops`` stops; ``step_share`` of the moves follow a step, the others start anew."""
+    words: list[TourWord] = []
+    here = scene.objects[int(rng.integers(len(scene.objects)))]
+    fitting = list(scene.objects)  # the objects the tour may be at, as far as its words tell
+    for stop in range(stops):
+        if stop:
+            steps = _steps_from(scene, here) if rng.random() < step_share else []
+            if steps:
+                step = steps[int(rng.integers(len(steps)))]
+                words += [TourWord("go", False), TourWord(step, False)]
+                reached = [end for o in fitting if (end := follow(scene, o, step)) is not None]
+                here, fitting = follow(scene, here, step), list(dict.fromkeys(reached))  # type: ignore[assignment]
+            else:
+                words.append(TourWord(",", False))
+                here, fitting = scene.objects[int(rng.integers(len(scene.objects)))], list(scene.objects)
+        number = int(rng.integers(FEWEST_FACTS, len(FACTS) + 1))
+        for fact in rng.permutation(FACTS)[:number]:
+            words.append(TourWord(str(fact), False))
+            for position, value in enumerate(_values(here, str(fact))):
+                possible = {_values(o, str(fact))[position] for o in fitting}
+                words.append(TourWord(value, len(possible) == 1))
+                fitting = [o for o in fitting if _values(o, str(fact))[position] == value]
+    return words
