@@ -7,7 +7,7 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install stages test lint format types pytest testbed-eval test-lmms-eval clean
+.PHONY: help install stages test lint format types pytest docs notebooks figures testbed-eval test-lmms-eval clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,15 @@ test-lmms-eval: ## Run lmms-eval itself on the shipped model under a policy
 	$(LMMS)/bin/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' \
 		|| $(LMMS)/bin/python -m pip uninstall --yes --quiet torchvision
 	$(LMMS)/bin/python tests/lmms_eval/run.py
+
+docs: $(STAMP) ## The API reference, docs/api.md, from the docstrings
+	$(BIN)/python -m analysis.api_reference
+
+notebooks: $(STAMP) ## Run the notebooks again and keep their outputs
+	$(BIN)/python -m analysis.notebooks
+
+figures: $(STAMP) ## Draw every picture of README.md and docs/ again
+	$(BIN)/python -m analysis.gallery
 
 testbed-eval: $(STAMP) ## Accuracy and controls of the shipped model, and its model card
 	$(BIN)/python -m analysis.testbed

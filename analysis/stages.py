@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from analysis import plots, statistics
 from analysis.statistics import Band, StageVerdict
-from dyvte import runner, store
+from dyvte import distributed, runner, store
 from dyvte.config import command, load_model
 from dyvte.data import BrokenSample, Dataset, Sample, build_dataset
 from dyvte.errors import ConfigError, ModelError
@@ -223,6 +223,8 @@ def main(cfg: DictConfig) -> None:
     folder = store.RunFolder.open(cfg.output_dir, store.fingerprint(mllm, dataset, cfg), cfg, overwrite=cfg.overwrite)
     batches = runner.consecutive_batches(len(dataset), cfg.batch_size)
     runner.run(folder, dataset, batches, partial(measure, mllm), f"{cfg.model.name} on {cfg.data.name}")
+    if not distributed.is_main():
+        return
     summary = report(cfg, folder, mllm, dataset)
     stages = summary["stages"]
     print(f"stages: {stages['verdict']}" + "".join(f"\n  {reason}" for reason in stages["reasons"]))

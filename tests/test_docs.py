@@ -1,0 +1,338 @@
+"""The documentation says what is there: links lead somewhere, commands compose, the API reference is the code's."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import unquote
+
+import hydra
+import pytest
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
+
+import dyvte
+from analysis import api_reference
+from dyvte.config import HYDRA_VERSION, config_folder, missing_settings
+
+ROOT = Path(__file__).parents[1]
+TOP = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
+PAGES = [*TOP, *sorted((ROOT / "docs").rglob("*.md"))]
+PLACEHOLDER = re.compile(r"\b[A-Z][A-Z_]+\b|\.\.\.")
+"""What stands for a value of the reader's in running text: FOLDER, NAME, ..."""
+
+
+def page_id(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and content of the fenced code blocks of a page."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def prose(page: Path) -> str:
+    """A page without its code blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+# ------------------------------------------------------------------------------ API
+
+
+def test_the_api_reference_is_what_its_command_writes():
+    assert api_reference.PAGE.read_text() == api_reference.reference(), "write it again with `make docs`"
+
+
+def test_the_api_reference_holds_every_public_name():
+    headings = re.findall(r"^#+ dyvte\.(\w+)$", api_reference.PAGE.read_text(), re.MULTILINE)
+    assert set(dyvte.__all__) - {"__version__"} <= set(headings)
+
+
+def test_signatures_read_the_same_on_every_machine():
+    def example(path: Path = ROOT, how: object = len, *, count: int = 3, **rest: str) -> list[int]:
+        return []
+
+    signature = api_reference._signature(example)
+    assert signature == "(path: Path = ..., how: object = len, *, count: int = 3, **rest: str) -> list[int]"
+    page = api_reference.PAGE.read_text()
+    assert " at 0x" not in page
+    assert str(ROOT) not in page
+
+
+def test_docstrings_become_markdown():
+    docstring = (
+        "Do.\n\nArgs:\n    x: first,\n        a <tag>.\n    y, z: others.\n\nReturns:\n    :meth:`open` it.\n\nEnd."
+    )
+    lines = "\n".join(api_reference._markdown(docstring))
+    assert "**Args**\n\n- `x`: first,\n  a \\<tag>.\n- `y`, `z`: others." in lines
+    assert "**Returns**\n\n`open` it.\n\nEnd." in lines
+
+
+# ---------------------------------------------------------------------------- links
+
+
+def targets(page: Path) -> list[str]:
+    text = re.sub(r"`[^`\n]*`", "", prose(page))
+    found = re.findall(r"\[[^\]]*\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)", text)
+    return [target for target in found if not re.match(r"[a-z]+:", target)]
+
+
+def anchors(page: Path) -> set[str]:
+    found: dict[str, int] = {}
+    names = set(re.findall(r"<a (?:id|name)=\"([^\"]+)\"", page.read_text()))
+    for heading in re.findall(r"^#{1,6} (.+?)\s*$", prose(page), re.MULTILINE):
+        anchor = api_reference.slug(re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading))
+        names.add(f"{anchor}-{found[anchor]}" if anchor in found else anchor)
+        found[anchor] = found.get(anchor, 0) + 1
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_relative_link_leads_somewhere(page: Path):
+    for target in targets(page):
+        path, _, anchor = unquote(target).partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{target}: no {file}"
+        assert file.is_relative_to(ROOT), f"{target} leaves the repository"
+        if anchor:
+            assert file.suffix == ".md", f"{target}: {file.name} has no headings"
+            assert anchor in anchors(file), f"{target}: no such heading in {file.name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_picture_says_in_words_what_it_shows(page: Path):
+    assert not re.findall(r"!\[\s*\]\([^)]*\)", prose(page))
+    for image in re.findall(r"<img [^>]*>", prose(page)):
+        assert re.search(r"alt=\"[^\"]+\"", image), image
+
+
+def test_the_map_names_every_page():
+    index = ROOT / "docs" / "index.md"
+    linked = {(index.parent / target.partition("#")[0]).resolve() for target in targets(index)}
+    missing = [page_id(page) for page in PAGES if page not in {index, *TOP} and page not in linked]
+    assert not missing
+
+
+# ------------------------------------------------------------------------- commands
+
+
+def commands_in(text: str) -> Iterator[str]:
+    """Lines that run a module, however it is started, with continuation lines joined."""
+    for line in text.replace("\\\n", " ").splitlines():
+        if re.search(r"(^|\s)-m (dyvte|analysis)\b", line):
+            yield line.strip().removeprefix("$ ")
+
+
+def block_commands() -> list[tuple[Path, str]]:
+    return [
+        (page, line)
+        for page in PAGES
+        for language, block in blocks(page)
+        if language in ("", "sh", "bash", "console")
+        for line in commands_in(block)
+    ]
+
+
+def inline_commands() -> list[tuple[Path, str]]:
+    return [
+        (page, line)
+        for page in PAGES
+        for span in re.findall(r"`([^`]+)`", prose(page))
+        for line in commands_in(" ".join(span.split()))
+    ]
+
+
+def module_and_words(line: str) -> tuple[str, list[str]]:
+    """The module that a line runs, and its arguments: `accelerate launch -m dyvte.train x=1` -> dyvte.train, [x=1]."""
+    words = shlex.split(line, comments=True)
+    start = (
+        next(i for i, word in enumerate(words[1:]) if word == "-m" and re.match(r"dyvte|analysis", words[i + 2])) + 1
+    )
+    return words[start + 1], words[start + 2 :]
+
+
+def source_of(module: str) -> str:
+    spec = find_spec(module)
+    assert spec, f"there is no module {module}"
+    assert spec.origin, f"{module} is no command"
+    return Path(spec.origin).read_text()
+
+
+def configuration_of(module: str) -> str | None:
+    """Name of the Hydra configuration of a command; None where it reads its arguments otherwise."""
+    match = re.search(r"^@command\(\"(\w+)\"\)", source_of(module), re.MULTILINE)
+    return match[1] if match else None
+
+
+def jobs(overrides: list[str], multirun: bool) -> list[list[str]]:
+    """The settings of each job of a sweep; without `--multirun` there is one."""
+    if not multirun:
+        return [overrides]
+    choices = []
+    for override in OverridesParser.create().parse_overrides(overrides):
+        if override.is_sweep_override():
+            choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+        else:
+            choices.append([str(override.input_line)])
+    return [list(job) for job in itertools.product(*choices)]
+
+
+def check_command(line: str, configs: Path) -> None:
+    """Fail unless the module exists and every setting composes to a configuration that lacks nothing.
+
+    Args:
+        line: as on the page.
+        configs: folder that holds the configurations that the page shows, for `--config-dir`.
+    """
+    module, words = module_and_words(line)
+    name = configuration_of(module)
+    if name is None:
+        for option in [word.partition("=")[0] for word in words if word.startswith("--")]:
+            assert f'"{option}"' in source_of(module), f"{module} has no option {option}"
+        return
+    searchpath = []
+    if "--config-dir" in words:
+        at = words.index("--config-dir")
+        folder = configs / words[at + 1]
+        assert folder.is_dir(), f"the page shows no file under {words[at + 1]}/"
+        searchpath = [f"hydra.searchpath=[file://{folder}]"]
+        words = words[:at] + words[at + 2 :]
+    flags = [word for word in words if word.startswith("-")]
+    assert set(flags) <= {"--multirun", "--help"}, flags
+    overrides = [word for word in words if not word.startswith("-")]
+    if module == "dyvte.convert":
+        from dyvte.convert import name_positional
+
+        overrides = name_positional(overrides)
+    with hydra.initialize_config_dir(version_base=HYDRA_VERSION, config_dir=str(config_folder())):
+        for job in jobs(overrides, "--multirun" in flags):
+            cfg = hydra.compose(name, [*searchpath, *job])
+            assert isinstance(cfg, DictConfig)
+            assert not missing_settings(cfg), f"needs {missing_settings(cfg)}"
+
+
+@pytest.fixture
+def shown_configs(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Folder with the YAML blocks of a page that begin with their file name: `# my_conf/policy/mine.yaml`."""
+    for language, block in blocks(request.node.callspec.params["page"]):
+        if language == "yaml" and (named := re.match(r"# (\S+\.yaml)\n", block)):
+            file = tmp_path / named[1]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(block)
+            assert isinstance(yaml.safe_load(block), dict)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("page", "line"), block_commands(), ids=lambda each: None)
+def test_commands_in_code_blocks_compose(page: Path, line: str, shown_configs: Path):
+    check_command(line, shown_configs)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_commands_in_running_text_compose(page: Path, shown_configs: Path):
+    for line in [line for other, line in inline_commands() if other == page]:
+        module, words = module_and_words(line)
+        if not words or PLACEHOLDER.search(line):  # a command by its name
+            source_of(module)
+        else:
+            check_command(line, shown_configs)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python -m analysis.no_such_command",
+        "python -m analysis.stages data.limits=3",
+        "python -m analysis.stages model=no_such_model",
+        "python -m dyvte.evaluate policy=fixed_exit",  # needs its layer
+        "python -m dyvte.evaluate policy=none,dynamic_exit",  # needs --multirun
+        "python -m dyvte.evaluate --config-dir nowhere policy=mine",
+        "python -m analysis.bench_sweep --no-such-option 3",
+        "torchrun --nproc_per_node 2 -m dyvte.train recipe=no_such_recipe",
+    ],
+)
+def test_a_wrong_command_would_be_found(line: str, tmp_path: Path):
+    assert list(commands_in(line)) == [line]
+    with pytest.raises((AssertionError, hydra.errors.HydraException)):
+        check_command(line, tmp_path)
+
+
+def is_command(path: Path) -> bool:
+    """Whether a file ends with `if __name__ == "__main__":`."""
+    tests = [ast.unparse(each.test) for each in ast.parse(path.read_text()).body if isinstance(each, ast.If)]
+    return "__name__ == '__main__'" in tests
+
+
+def test_every_command_is_documented():
+    documented = {module_and_words(line)[0] for _, line in [*block_commands(), *inline_commands()]}
+    alone = {"dyvte.export_visual_tokens"}  # copied into another environment and run there as a file
+    for folder in ("dyvte", "analysis"):
+        for path in (ROOT / folder).rglob("*.py"):
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            assert not is_command(path) or module in documented | alone, f"no page says python -m {module}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_make_targets_and_extras_exist(page: Path):
+    text = page.read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    spans = [span for span in re.findall(r"`([^`\n]+)`", prose(page)) if span.startswith("make ")]
+    lines = [line for _, block in blocks(page) for line in block.splitlines() if line.startswith("make ")]
+    for line in [*spans, *lines]:
+        wanted = [word for word in shlex.split(line, comments=True)[1:] if "=" not in word]
+        assert set(wanted) <= targets, line
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for names in re.findall(r"(?:dyvte|'\.|\"\.)\[([a-z,-]+)\]['\"]", text):
+        assert set(names.split(",")) <= set(extras), names
+
+
+# --------------------------------------------------------------------------- Python
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_python_examples_parse_and_use_names_that_exist(page: Path):
+    for language, block in blocks(page):
+        if language != "python" or page == api_reference.PAGE:
+            continue
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dyvte":
+                assert hasattr(dyvte, node.attr) or find_spec(f"dyvte.{node.attr}"), f"no dyvte.{node.attr}"
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("dyvte", "analysis")):
+                assert node.module
+                defined = source_of(node.module)
+                for alias in node.names:
+                    assert re.search(rf"\b{alias.name}\b", defined), f"{node.module} has no {alias.name}"
+
+
+# ------------------------------------------------------------- change log, citations
+
+
+def test_the_change_log_follows_its_format():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    versions = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert versions
+    assert all(re.fullmatch(r"Unreleased|\[?\d+\.\d+\.\d+\]? - \d{4}-\d\d-\d\d", version) for version in versions), (
+        versions
+    )
+    assert versions[0] == "Unreleased" or dyvte.__version__ in versions[0]
+    kinds = set(re.findall(r"^### (.+)$", text, re.MULTILINE))
+    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def test_every_method_can_be_cited():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    for each in citation["references"]:
+        assert each["title"], each
+        assert each["authors"], each
+        assert all(set(author) == {"given-names", "family-names"} for author in each["authors"]), each["title"]
+    cited = {each["url"].rpartition("/")[2] for each in citation["references"]}
+    table = (ROOT / "docs" / "policies.md").read_text().partition("| policy |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"\b\d{4}\.\d{5}\b", table)) <= cited
