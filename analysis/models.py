@@ -473,9 +473,9 @@ num2words): `pip install 'dyvte[models]'`. Without it, loading them says so.
 On a random copy with 4 to 6 narrow layers and the real geometry of images: the largest difference between the probe's
 attention mass and the maps of eager attention; between `exit_sweep` and one run per exit (logits); between exit L and
 no exit; between two images under exit 0 (must be 0); and, so that these mean something, how far another image moves the
-logits without an exit. The tests add generation under exits against a full recomputation with masked visual keys, and
-run stages, exits, train, evaluate and generate on small models of nine families (llava, llava_next, llava_onevision,
-qwen2_5_vl, qwen3_vl, internvl, gemma3, mistral3, idefics3).
+logits without an exit. The tests repeat this for smaller images, add generation under exits against a full
+recomputation with masked visual keys, and run stages, exits, train, evaluate and generate on a copy of every model
+below.
 
 | model | probe | sweep | exit L | exit 0 | image matters |
 |---|--:|--:|--:|--:|--:|
@@ -502,8 +502,10 @@ qwen2_5_vl, qwen3_vl, internvl, gemma3, mistral3, idefics3).
 
 ## Weights
 
-Weights are read from safetensors only, code from a model's repository runs only with `model.trust_remote_code=true`,
-`model.revision=COMMIT` pins what is downloaded, and `HF_HUB_OFFLINE=1` is respected. Gated models (Gemma) need
+Weights are read from safetensors only, with one exception: many checkpoints of the LLaVA code base exist as `.bin` only,
+which `dyvte.convert` and `model=exported` read as tensors alone (`torch.load(weights_only=True)`; a file that would run
+code is refused). Code from a model's repository runs only with `model.trust_remote_code=true`, `model.revision=COMMIT`
+pins what is downloaded, and `HF_HUB_OFFLINE=1` is respected. Gated models (Gemma) need
 `hf auth login` after accepting their terms. `model.quantization_config` goes to transformers as it is
 (`'{{load_in_4bit: true}}'` with `dyvte[quantization]`), `model.device_map=auto` spreads a model over devices, memory
 and disk.

@@ -254,7 +254,7 @@ def _one_image(mllm: MLLM, generator: torch.Generator) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _num_visual_tokens(mllm: MLLM, image: dict[str, Tensor]) -> int:
-    if mllm.model.config.model_type == "idefics3":
+    if mllm.model.config.model_type in ("idefics3", "smolvlm"):
         image = {"pixel_values": image["pixel_values"][None]}
     features = mllm.model.get_image_features(**image).pooler_output
     return features[0].shape[0]
@@ -319,7 +319,7 @@ def _merge_images(mllm: MLLM, images: list[list[dict[str, Tensor]]]) -> dict[str
     flat = [image for row in images for image in row]
     if not flat:
         return {}
-    if mllm.model.config.model_type == "idefics3":  # rows are padded with black images
+    if mllm.model.config.model_type in ("idefics3", "smolvlm"):  # rows are padded with black images
         most = max(map(len, images))
         pixels = torch.zeros(len(images), most, *flat[0]["pixel_values"].shape[1:])
         for row, of_row in enumerate(images):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import EOS, IMAGE_TOKEN, PAD, VISION_END, VISION_START, _merge_images, _num_visual_tokens, _one_image
+from families import EOS, PAD, VISION_END, VISION_START, _merge_images, _num_visual_tokens, _one_image
 from families import FAMILIES as BUILDERS
 from families import _tokenizer as word_tokenizer
 from forks import Fork
@@ -86,10 +89,61 @@ def test_layers_and_visual_tokens(name: str) -> None:
     assert models.count_visual_tokens(models.small_copy(known), models.image_inputs(known)) == known.visual_tokens
 
 
-@pytest.mark.parametrize(
-    "name", ["qwen25vl7b", "glm41v_9b", "smolvlm2", "mistral_small31", "internvl_chat7b", "vila7b"]
-)
+def with_small_image(known: models.Architecture) -> models.Architecture:
+    """The same model for a small image: fewer patches and tiles' pixels, the same way from patches to visual tokens."""
+    config, inputs = copy.deepcopy(known.config), copy.deepcopy(known.inputs)
+    vision = config["vision_config"]
+    if "image_grid_thw" in inputs:
+        inputs |= {"image_grid_thw": [[1, 4, 8]], "pixel_values": [32, known.inputs["pixel_values"][1]]}
+    else:
+        patches_a_side = {
+            "llava_next": 2,
+            "llava_onevision": 2,
+            "gemma3": 8,
+            "internvl": 8,
+            "mistral3": 8,
+            "smolvlm": 9,
+        }
+        patch = vision["patch_size"] if isinstance(vision["patch_size"], int) else vision["patch_size"][0]
+        before, after = inputs["pixel_values"][-1], patches_a_side.get(config["model_type"], 4) * patch
+
+        def scaled(pixels: Any) -> Any:
+            return [scaled(each) for each in pixels] if isinstance(pixels, list) else pixels * after // before
+
+        inputs["pixel_values"][-2:] = [after, after]
+        if vision["model_type"] != "pixtral":  # whose size is the largest that it takes
+            vision["image_size"] = scaled(vision["image_size"])
+        config |= {key: scaled(config[key]) for key in ("image_grid_pinpoints",) if key in config}
+        inputs |= {key: scaled(inputs[key]) for key in ("image_sizes",) if key in inputs}
+        config |= {
+            key: config[key] * after**2 // before**2
+            for key in ("mm_tokens_per_image", "image_seq_length")
+            if key in config
+        }
+    small = dataclasses.replace(known, config=config, inputs=inputs)
+    return dataclasses.replace(
+        small, visual_tokens=models.count_visual_tokens(models.small_copy(small), models.image_inputs(small))
+    )
+
+
+@cache
+def small(name: str) -> tuple[MLLM, models.Architecture]:
+    """A narrow and shallow copy of a configured model, for small images."""
+    known = with_small_image(models.architecture(name))
+    return models.small_copy(known), known
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_instruments_agree_with_plain_computations(name: str) -> None:
+    found = models.compare(small(name)[1])
+    assert found["probe"] < 1e-5
+    assert found["sweep"] < 1e-4
+    assert found["exit_all"] == found["exit_none"] == 0
+    assert found["image_matters"] > 0.1
+
+
+@pytest.mark.parametrize("name", ["qwen25vl7b", "glm41v_9b", "smolvlm2", "mistral_small31", "internvl_chat7b"])
+def test_instruments_agree_on_images_of_the_real_size(name: str) -> None:
     found = models.compare(models.architecture(name))
     assert found["probe"] < 1e-5
     assert found["sweep"] < 1e-4
@@ -97,18 +151,13 @@ def test_instruments_agree_with_plain_computations(name: str) -> None:
     assert found["image_matters"] > 0.1
 
 
-# --------------------------------------------------- families that tests/families.py has not
+# ------------------------------------------------------------------------- generation
 
 
-@cache
-def small(name: str) -> MLLM:
-    return models.small_copy(models.architecture(name))
-
-
-@pytest.mark.parametrize("name", ["glm41v_9b", "smolvlm2"])
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("exit_layer", [0, 2])
 def test_generation_under_exit_equals_masked_recomputation(name: str, exit_layer: int) -> None:
-    mllm, known = small(name), models.architecture(name)
+    mllm, known = small(name)
     batch = models.prompt(mllm, known, known.visual_tokens)
     visual = list(range(models.SMALL_VOCABULARY - 12, models.SMALL_VOCABULARY))
     with dyvte.FixedExit(exit_layer)(mllm):
@@ -189,16 +238,17 @@ def test_prefix_lm_branches_all_text() -> None:
 
 
 class StandInProcessor:
-    """Makes inputs of questions and images for a model of tests/families.py, whose own processor needs torchvision.
+    """Makes inputs of questions and images for a small model, whose own processor needs torchvision or a vocabulary.
 
-    Pixels are drawn at random from the content of the image.
+    Pixels are drawn at random from the content of the image: `draw(seed)` gives the inputs of one.
     """
 
     chat_template, image_token = "stand-in", "<image>"
 
-    def __init__(self, mllm: MLLM) -> None:
-        self.mllm, self.tokenizer = mllm, word_tokenizer({"<image>": IMAGE_TOKEN})
-        self.image_token_id = IMAGE_TOKEN
+    def __init__(self, mllm: MLLM, draw: Callable[[int], dict[str, Tensor]]) -> None:
+        self.mllm, self.draw = mllm, draw
+        self.image_token_id = mllm.image_token_id
+        self.tokenizer = word_tokenizer({"<image>": self.image_token_id})
 
     def apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
         parts = ["<image>" if part["type"] == "image" else part["text"] for part in messages[0]["content"]]
@@ -213,7 +263,7 @@ class StandInProcessor:
             inputs = [self._pixels(image) for image in of_row]
             ids: list[int] = []
             for token in self.tokenizer(prompt, add_special_tokens=False)["input_ids"]:
-                count = _num_visual_tokens(self.mllm, inputs[0]) if token == IMAGE_TOKEN else 0
+                count = _num_visual_tokens(self.mllm, inputs[0]) if token == self.image_token_id else 0
                 ids += [VISION_START, *[token] * count, VISION_END] if count else [token]
             rows.append(ids)
             of_rows.append(inputs)
@@ -227,37 +277,41 @@ class StandInProcessor:
         inputs = {"input_ids": input_ids, "attention_mask": (input_ids != PAD).long()}
         family = self.mllm.model.config.model_type
         if family == "gemma3":
-            inputs["token_type_ids"] = (input_ids == IMAGE_TOKEN).long()
-        if family.startswith("qwen"):
-            inputs["mm_token_type_ids"] = (input_ids == IMAGE_TOKEN).int()
+            inputs["token_type_ids"] = (input_ids == self.image_token_id).long()
+        if family.startswith(("qwen", "glm")):
+            inputs["mm_token_type_ids"] = (input_ids == self.image_token_id).int()
         return {**inputs, **_merge_images(self.mllm, of_rows)}
 
     def _pixels(self, image: Image.Image) -> dict[str, Tensor]:
-        seed = int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:4], "big")
-        return _one_image(self.mllm, torch.Generator().manual_seed(seed))
+        return self.draw(int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:4], "big"))
 
 
-def run_every_command(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
-    """Summaries of stages, exits, train, evaluate and generate on a small model of a family."""
+def run_every_command(
+    mllm: MLLM,
+    draw: Callable[[int], dict[str, Tensor]],
+    chosen: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> dict[str, dict[str, Any]]:
+    """Summaries of stages, exits, train, evaluate and generate on a small model that stands in for the chosen one."""
     import analysis.exits
     import analysis.stages
     import dyvte.evaluate
     import dyvte.generate
     import dyvte.train
 
-    model = BUILDERS[family](0, num_layers=3)
-    model.model.generation_config.eos_token_id = EOS
+    mllm.model.generation_config.eos_token_id = EOS
 
     def load(path: str, **settings: Any) -> MLLM:
         assert settings["trust_remote_code"] is False
-        return dyvte.wrap(model.model, StandInProcessor(model))
+        return dyvte.wrap(mllm.model, StandInProcessor(mllm, draw))
 
     monkeypatch.setattr("dyvte.mllm.load", load)
     monkeypatch.setattr(
         "dyvte.store.RunFolder.save_figure", lambda self, name, figure: self.path / name
     )  # takes longest
     monkeypatch.chdir(tmp_path)
-    common = ["model=llava7b", "device=cpu", "data.limit=12", "batch_size=12", "data=shapes", "data.per_scene=1"]
+    common = [*chosen, "device=cpu", "data.limit=12", "batch_size=12", "data=shapes", "data.per_scene=1"]
     quick = ["bootstrap=20", "permutations=19"]
     analysis.stages.main(compose("stages", [*common, *quick, "output_dir=stages", "maps.count=1"]))
     analysis.exits.main(
@@ -295,9 +349,35 @@ def run_every_command(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("family", BUILDERS)
 def test_every_command_runs(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    summaries = run_every_command(family, tmp_path, monkeypatch)
+    mllm = BUILDERS[family](0, num_layers=3)
+
+    def draw(seed: int) -> dict[str, Tensor]:
+        return _one_image(mllm, torch.Generator().manual_seed(seed))
+
+    summaries = run_every_command(mllm, draw, ["model=llava7b"], tmp_path, monkeypatch)
     assert all(summary["num_layers"] == 3 for summary in summaries.values())
     assert len(summaries["exits"]["kl"]) == 4
+    assert summaries["evaluate"]["mean_exit_layer"] == 1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_command_runs_on_a_small_copy(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mllm, known = small(name)
+
+    def draw(seed: int) -> dict[str, Tensor]:
+        inputs = models.image_inputs(known, seed)
+        if known.config["model_type"] == "smolvlm":  # [rows, images, ...]: the images are put into rows later
+            inputs["pixel_values"] = inputs["pixel_values"][0]
+        return inputs
+
+    chosen = [f"model={name}", "model.path=somewhere"]
+    if "exported" in compose("base", [f"model={name}"]).model:
+        chosen.append("model.exported=somewhere")
+    summaries = run_every_command(mllm, draw, chosen, tmp_path, monkeypatch)
+    layers = mllm.num_layers
+    assert all(summary["num_layers"] == layers and summary["model"] == name for summary in summaries.values())
+    assert len(summaries["exits"]["kl"]) == layers + 1
+    assert len(summaries["stages"]["curves"]["cross"]) == layers
     assert summaries["evaluate"]["mean_exit_layer"] == 1
 
 
