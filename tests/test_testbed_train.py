@@ -178,6 +178,17 @@ def test_unknown_stages_and_missing_runs_are_named(tmp_path: Path) -> None:
         train(config("stages=[instruct]", f"init_from={tmp_path}/nowhere"), tmp_path)
 
 
+def test_a_run_continues_from_an_exported_model(tmp_path: Path) -> None:
+    export(build_model(SIZES, seed=4), SIZES.patch_size, tmp_path / "model")
+    still = ["stages=[instruct]", "instruct.lr=0.0", "instruct.steps=1", f"init_from={tmp_path / 'model'}"]
+    (tmp_path / "run").mkdir()
+    continued = train(config(*still), tmp_path / "run").state_dict()
+    for name, value in build_model(SIZES, seed=4).state_dict().items():
+        assert torch.equal(continued[name], value), name
+    with pytest.raises(ConfigError, match="holds a model of other sizes or words"):
+        train(config(*still, "sizes.layers=3"), tmp_path / "run")
+
+
 def test_the_schedule_warms_up_stays_and_falls_to_zero() -> None:
     rates = [learning_rate(s, 100, 1.0, 0.1, 0.4) for s in range(100)]
     assert rates[0] == pytest.approx(0.1)

@@ -379,8 +379,12 @@ def run_stage(
     """
     path = folder / f"{name}.pt"
     parameters = [p for m in modules.values() for p in m.parameters()]
-    decayed, plain = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = []
+    for key, module in modules.items():
+        scale = cfg.get("projector_rate", 1.0) if key == "projector" else 1.0  # of instruction only
+        for decay, matrix in ((cfg.weight_decay, True), (0.0, False)):
+            chosen = [p for p in module.parameters() if (p.ndim >= 2) == matrix]
+            groups.append({"params": chosen, "weight_decay": decay, "scale": scale})
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98))
     first, seconds = 0, 0.0
     if path.exists():
@@ -406,7 +410,7 @@ def run_stage(
         for step, batch in zip(bar, steps, strict=True):
             rate = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.decay)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["scale"]
             loss = loss_of(batch)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(parameters, cfg.clip)
@@ -435,6 +439,18 @@ def run_stage(
                 if done < cfg.steps:
                     content["optimizer"] = optimizer.state_dict()
                 _save(path, content)
+
+
+def continue_from(model: LlavaForConditionalGeneration, folder: Path) -> None:
+    """Start from an exported model, such as the one that ships; its sizes and vocabulary must be this run's."""
+    exported = LlavaForConditionalGeneration.from_pretrained(folder, local_files_only=True).state_dict()
+    wanted = model.state_dict()
+    if differing := [k for k in wanted if k not in exported or exported[k].shape != wanted[k].shape]:
+        raise ConfigError(
+            f"init_from={folder} holds a model of other sizes or words ({differing[0]} and {len(differing) - 1} more "
+            "differ): set sizes.* to its own"
+        )
+    model.load_state_dict(exported)
 
 
 def load_stages(folder: Path, stages: list[str], modules: dict[str, nn.Module]) -> None:
@@ -513,7 +529,11 @@ def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
 
     if cfg.init_from:
         parts = {"tower": tower, "projector": projector, "talk": talk}
-        load_stages(Path(cfg.init_from), [s for s in STAGES if s not in cfg.stages], parts)
+        source = Path(cfg.init_from)
+        if (source / "config.json").is_file():
+            continue_from(model, source)
+        else:
+            load_stages(source, [s for s in STAGES if s not in cfg.stages], parts)
     heads = PatchHeads(sizes.vision_width, IMAGE_SIZE // sizes.patch_size).to(device)
 
     def patch_loss(batch: tuple[Tensor, dict[str, Tensor]]) -> Tensor:
