@@ -32,6 +32,8 @@ from dyvte.mllm import SHIPPED_MODELS
 from dyvte.store import RunFolder, versions, write_atomic, write_json
 
 PAGE = "report.html"
+COMPARED = ("stages", "exits", "evaluate")
+"""Steps whose results are put side by side."""
 
 
 @command("report")
@@ -51,7 +53,8 @@ def report(cfg: DictConfig) -> Path:
     if models == [cfg.model.name]:
         found = {cfg.model.name: find_runs(_patterns(cfg, cfg.model.name))}
     elif len(models) > 1:
-        found = {model: find_runs(_patterns(cfg, model)) for model in models}
+        patterns = {model: _patterns(cfg, model) for model in models}
+        found = {model: find_runs({step: each[step] for step in COMPARED}) for model, each in patterns.items()}
     else:
         raise ConfigError(f"compare={models}: give two models or more, or model={models[0] if models else 'NAME'}")
     folder = RunFolder(Path(cfg.output_dir))
@@ -89,7 +92,7 @@ def _missing(
     cfg: DictConfig, model: str, runs: Sequence[Run], unfinished: Mapping[str, Sequence[Path]]
 ) -> Iterator[Missing]:
     done, given = {run.step for run in runs}, _chosen(cfg, model)
-    for step in STEPS:
+    for step in STEPS if len(cfg.compare) == 1 else (step for step in STEPS if step.name in COMPARED):
         stopped = [str(path) for path in unfinished.get(step.name, ())]
         if step.name not in done or stopped:
             name = step.name if len(cfg.compare) == 1 else f"{step.name} of {model}"
@@ -159,7 +162,7 @@ def lead(models: Sequence[str]) -> str:
     """What the page is about, and what a shipped model is no evidence for."""
     text = (
         "Where in the decoder the image matters to the answers: how attention runs between image and text, what "
-        "happens when the visual tokens leave after layer k, and what policies that take them out cost and save."
+        "happens when the visual tokens leave at exit layer k, and what policies that take them out cost and save."
     )
     if set(models) & set(SHIPPED_MODELS):
         shipped = ", ".join(each for each in models if each in SHIPPED_MODELS)
@@ -170,7 +173,7 @@ def lead(models: Sequence[str]) -> str:
 
 SECTIONS = {
     "stages": ("Attention, layer by layer", "How image and text attend to each other."),
-    "exits": ("The image leaves after layer k", "Every exit layer, for all questions at once."),
+    "exits": ("The image leaves at exit layer k", "Every exit layer, for all questions at once."),
     "train": ("Gates", "Small classifiers that decide after each layer whether the image is still needed."),
     "evaluate": ("Policies", "What was asked under each policy, beside fixed exits."),
     "tables": ("Methods at matched cost", "All methods on the same questions."),
@@ -185,7 +188,7 @@ def _sections(runs: Sequence[Run], folder: RunFolder) -> Iterator[Section]:
             continue
         maps = [file.stem for run in own for file in run.figures() if file.stem.startswith("map_")]
         shown = [each for run in own for each in pictures(run, leave_out=maps)]
-        drawn = [_save(folder, name, *rest) for name, *rest in DRAWN[step](own)] if step in DRAWN else []
+        drawn = [_save(folder, *each) for each in DRAWN[step](own)] if step in DRAWN else []
         more = [
             Picture.of(file, *describe(run, file.stem)) for run in own for file in run.figures() if file.stem in maps
         ]
@@ -279,7 +282,7 @@ DRAWN: dict[str, Callable[[Sequence[Run]], Iterator[Drawn]]] = {"train": _draw_g
 def several_models(cfg: DictConfig, found: Mapping[str, list[Run]], missing: list[Missing], folder: RunFolder) -> Page:
     """The page of several models: their numbers in shared tables, their figures next to each other."""
     named = {model: [replace(run, name=f"{model}/{run.name}") for run in runs] for model, runs in found.items()}
-    runs = [run for own in named.values() for run in own]
+    runs = [run for step in COMPARED for own in named.values() for run in own if run.step == step]
     names = ", ".join(named)
     warnings = []
     for model, own in named.items():

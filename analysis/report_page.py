@@ -141,7 +141,7 @@ def _finding(finding: Finding) -> dict[str, Any]:
                 "key": effect.estimate,
                 "value": run.value(effect.estimate),
                 "text": written(run.value(effect.estimate), effect.unit),
-                "limits": None if limits is None else interval_text(*limits, effect.unit),
+                "limits": None if limits is None else interval_text(limits[0], limits[1], effect.unit),
                 "limit_keys": effect.limits,
                 "limit_values": limits,
                 "interval": effect.interval if limits else "",

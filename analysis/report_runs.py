@@ -42,7 +42,7 @@ class Step:
 
 STEPS = (
     Step("stages", "analysis.stages", "", "attention between image and text in every layer, and the verdict on stages"),
-    Step("exits", "analysis.exits", "", "what happens if the image leaves after layer k, for every k"),
+    Step("exits", "analysis.exits", "", "what happens if the image leaves at exit layer k, for every k"),
     Step("train", "dyvte.train", "", "gates that decide for each question when the image leaves", own_data=True),
     Step(
         "evaluate",
@@ -151,11 +151,12 @@ def find_runs(patterns: Mapping[str, str]) -> tuple[list[Run], dict[str, list[Pa
     """The finished runs below some folders, in the order of `STEPS`, and the folders of unfinished ones.
 
     Args:
-        patterns: step -> folder, in which `*` stands for any name.
+        patterns: step -> folder, in which `*` stands for any name; steps that are not in it are not looked for.
     """
-    runs, unfinished = [], {}
+    runs: list[Run] = []
+    unfinished: dict[str, list[Path]] = {}
     for step in STEPS:
-        for path, stars in _matches(patterns[step.name]):
+        for path, stars in _matches(patterns[step.name]) if step.name in patterns else ():
             if (path / "summary.json").is_file():
                 runs.append(Run.read(step.name, "/".join((step.name, *stars)), path))
             elif (path / "fingerprint.json").is_file():

@@ -43,12 +43,13 @@ class Table:
     note: str = ""
 
 
-def number(run: Run, unit: str, place: str, limits: tuple[str, str] | None = None) -> Cell:
+def number(run: Run, unit: str, place: str, limits: tuple[str, ...] | None = None) -> Cell:
     """A number of a summary, with its limits in brackets."""
     value = run.value(place)
     text = written(value, unit)
     if limits is not None and value is not None:
-        text += " " + interval_text(*(run.value(each) for each in limits), unit)
+        low, high = (run.value(each) for each in limits)
+        text += " " + interval_text(low, high, unit)
     return Cell(text, value, run.name, place)
 
 
@@ -213,11 +214,14 @@ def policies(runs: Sequence[Run]) -> Table:
             ]
             for run in runs
         ],
-        f"The next to last but one compares with the best mixture of fixed exits. {CLUSTERED}",
+        "Fixed exits with this agreement: what the cheapest mixture of them costs that changes no more answers. "
+        + CLUSTERED,
     )
 
 
 def _evaluate(run: Run) -> Iterator[Table]:
+    if run.value("/policy") == "none":
+        return  # by kind, exits has it
     yield Table(
         f"{policy_label(str(run.value('/policy')))}, by kind of question",
         ["kind", *POLICY_COLUMNS],
@@ -226,43 +230,50 @@ def _evaluate(run: Run) -> Iterator[Table]:
     )
 
 
+Columns = dict[str, tuple[str, str, tuple[str, str] | None]]
+QUARTILES, LIMITS = ("_q25", "_q75"), ("_low", "_high")
+MEASURED: Columns = {
+    "batch": ("count", "batch_size", None),
+    "prefill, ms": ("plain", "prefill_ms", QUARTILES),
+    "prefill (full = 1)": ("ratio", "prefill_ratio", QUARTILES),
+    "decoding step, ms": ("plain", "decode_ms", QUARTILES),
+    "decoding (full = 1)": ("ratio", "decode_ratio", QUARTILES),
+    "tokens/s": ("count", "tokens_per_second", None),
+    "decoder FLOPs": ("count", "flops_decoder", None),
+    "KV cache, bytes": ("count", "kv_cache_bytes", None),
+    "peak memory, bytes": ("count", "peak_memory_bytes", None),
+}
+ANSWERED: Columns = {
+    "budget": ("ratio", "budget", None),
+    "decoder FLOPs (full = 1)": ("ratio", "cost", None),
+    "right answers": ("share", "accuracy", LIMITS),
+    "right, image needed": ("share", "accuracy_needs_image", LIMITS),
+    "same answer as full model": ("share", "agreement", None),
+    "mean exit layer": ("layer", "mean_exit_layer", None),
+}
+
+
 def _methods(run: Run) -> Iterator[Table]:
+    """The rows of `analysis.tables` or `analysis.cost`: words first, then the numbers that there are, then settings."""
     rows: Sequence[Mapping[str, Any]] = run.value("/rows") or []
-
-    def cell(index: int, unit: str, key: str, limits: tuple[str, str] | None = None) -> Cell:
-        both = None if limits is None else tuple(pointer("rows", index, each) for each in limits)
-        return number(run, unit, pointer("rows", index, key), both)  # type: ignore[arg-type]
-
-    if rows and "prefill_ms" in rows[0]:
-        quartiles = ("_q25", "_q75")
-        columns = {
-            "prefill, ms": ("plain", "prefill_ms", quartiles),
-            "prefill (full = 1)": ("ratio", "prefill_ratio", quartiles),
-            "decoding step, ms": ("plain", "decode_ms", quartiles),
-            "decoding (full = 1)": ("ratio", "decode_ratio", quartiles),
-            "tokens/s": ("count", "tokens_per_second", None),
-            "decoder FLOPs": ("count", "flops_decoder", None),
-            "KV cache, bytes": ("count", "kv_cache_bytes", None),
-        }
-        note = "Medians of the repeats, in brackets their quartiles; ratios are taken within a repeat."
-        first = "batch"
-    else:
-        limits = ("_low", "_high")
-        columns = {
-            "decoder FLOPs (full = 1)": ("ratio", "cost", None),
-            "right answers": ("share", "accuracy", limits),
-            "right, image needed": ("share", "accuracy_needs_image", limits),
-            "same answer as full model": ("share", "agreement", None),
-            "mean exit layer": ("layer", "mean_exit_layer", None),
-        }
-        note = BANDED
-        first = "budget"
+    if not rows:
+        return
+    measured = "prefill_ms" in rows[0]
+    columns = {
+        name: column
+        for name, column in (MEASURED if measured else ANSWERED).items()
+        if any(row.get(column[1]) is not None for row in rows)
+    }
+    names = [key for key, value in rows[0].items() if isinstance(value, str) and key != "setting"]
+    settings = ["setting"] if any(row.get("setting") for row in rows) else []
     table = []
     for index, row in enumerate(rows):
-        lead = cell(index, "count", "batch_size") if first == "batch" else cell(index, "ratio", "budget")
-        cells = [
-            cell(index, unit, key, None if tails is None else (key + tails[0], key + tails[1]))
-            for unit, key, tails in columns.values()
-        ]
-        table.append([words(policy_label(row["method"])), lead, *cells, words(row.get("setting") or "")])
-    yield Table(_spaced(run.value("/experiment") or "cost"), ["method", first, *columns, "setting"], table, note)
+        cells = [words(policy_label(str(row[name])) if name == "method" else row[name]) for name in names]
+        for unit, key, tails in columns.values():
+            places = None if tails is None else tuple(pointer("rows", index, key + tail) for tail in tails)
+            cells.append(number(run, unit, pointer("rows", index, key), places))
+        table.append([*cells, *(words(row.get("setting") or "") for _ in settings)])
+    note = (
+        "Medians of the repeats, in brackets their quartiles; ratios are taken within a repeat." if measured else BANDED
+    )
+    yield Table(_spaced(run.value("/experiment") or "cost"), [*map(_spaced, names), *columns, *settings], table, note)

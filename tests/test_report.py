@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +22,7 @@ from analysis.report import report
 from analysis.report_findings import interval_text, written
 from analysis.report_runs import STEPS, Run, command_of, find_runs, lookup, overrides_of, pointer
 from analysis.report_samples import Samples, gates_for, look, relative_maps
+from analysis.report_tables import tables
 from analysis.stages import attention_map
 from dyvte.config import compose
 from dyvte.data import build_dataset
@@ -452,6 +453,15 @@ def test_numbers_are_written_for_readers(value: float | None, unit: str, text: s
 
 def test_an_interval_that_has_no_end_says_so():
     assert interval_text(3, None, "layer") == "[3, –]"
+
+
+def test_tables_of_experiments_show_what_their_rows_hold(tmp_path: Path):
+    rows = [{"gates": "text mean", "accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6, "cost": 0.25}]
+    run = Run("tables", "tables/gates", tmp_path, {"experiment": "gates", "rows": rows}, {}, {})
+    (table,) = tables(run)
+    assert table.columns == ["gates", "decoder FLOPs (full = 1)", "right answers"]
+    assert [cell.text for cell in table.rows[0]] == ["text mean", "0.250", "50.0% [40.0, 60.0]"]
+    assert list(tables(replace(run, summary={"rows": []}))) == []
 
 
 # ---------------------------------------------------------------- several models
