@@ -1,0 +1,92 @@
+"""What the notebooks show: figures and tables as values of a cell, and a folder of images to begin with."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from dyvte.data import Dataset
+from dyvte.store import write_atomic
+
+DPI = 100
+"""Enough for a page, little enough for a repository, and the resolution that legends were laid out for."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG that Jupyter displays."""
+
+    png: bytes
+
+    def _repr_png_(self) -> bytes:
+        return self.png
+
+
+@dataclass(frozen=True)
+class Text:
+    """Markdown that Jupyter displays."""
+
+    markdown: str
+
+    def _repr_markdown_(self) -> str:
+        return self.markdown
+
+
+def show(figure: Figure) -> Picture:
+    """The figure as a picture, whatever backend is in use; the figure is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    plt.close(figure)
+    return Picture(buffer.getvalue())
+
+
+def picture(file: str | Path) -> Picture:
+    """A PNG that a command has drawn."""
+    return Picture(Path(file).read_bytes())
+
+
+def page(file: str | Path) -> Text:
+    """A Markdown file that a command has written."""
+    return Text(Path(file).read_text())
+
+
+def table(frame: pd.DataFrame, digits: int = 3) -> Text:
+    """A table with its numbers rounded."""
+    head = [f"| {' | '.join(map(str, frame.columns))} |", "|---" * len(frame.columns) + "|"]
+    rows = [
+        "| " + " | ".join(f"{value:.{digits}f}" if isinstance(value, float) else str(value) for value in row) + " |"
+        for row in frame.itertuples(index=False)
+    ]
+    return Text("\n".join([*head, *rows]))
+
+
+def write_question_folder(folder: str | Path, dataset: Dataset) -> Path:
+    """Write images and questions as files in the form of LLaVA's evaluation data; a folder that is there is kept.
+
+    Args:
+        folder: gets `images/*.png` and `questions.jsonl` with `question_id`, `image`, `text`, `answer`, `category`.
+        dataset: what to write.
+
+    Returns:
+        `questions.jsonl`.
+    """
+    file = Path(folder) / "questions.jsonl"
+    if file.is_file():
+        return file
+    (file.parent / "images").mkdir(parents=True, exist_ok=True)
+    lines = []
+    for sample in dataset:
+        name = f"{sample.image_id}.png" if sample.image is not None else None
+        if sample.image is not None and not (file.parent / "images" / str(name)).is_file():
+            image = sample.image
+            write_atomic(file.parent / "images" / str(name), lambda out, image=image: image.save(out, format="png"))
+        record = {"question_id": sample.id, "image": name, "text": sample.question}
+        lines.append(json.dumps({**record, "answer": sample.answer, "category": sample.kind}))
+    write_atomic(file, lambda out: out.write("".join(f"{line}\n" for line in lines).encode()))
+    return file

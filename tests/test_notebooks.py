@@ -1,0 +1,97 @@
+"""Notebooks run as committed, show what their code gives on the shipped model, and hold no logic and no numbers."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis.notebooks import FOLDER, chosen, execute, stamp
+from dyvte.errors import ConfigError
+
+FILES = sorted(FOLDER.glob("*.ipynb"))
+NAMES = ["01_three_stages", "02_manual_exit", "03_dyvte", "04_compare_methods", "05_your_model"]
+MACHINE = re.compile(r"/(home|root|tmp|work|usr|opt|Users|var)/|[A-Z]:\\\\")
+NUMBER = re.compile(r"\d+\.\d+|\d\s?%|\b\d{3,}\b")
+
+by_name = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+
+
+def read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text())
+
+
+def cells(notebook: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
+
+
+def text(cell: dict[str, Any]) -> str:
+    return "".join(cell["source"])
+
+
+def outputs(notebook: dict[str, Any]) -> list[dict[str, Any]]:
+    return [output for cell in cells(notebook, "code") for output in cell["outputs"]]
+
+
+def pictures(notebook: dict[str, Any]) -> int:
+    return sum("image/png" in output.get("data", {}) for output in outputs(notebook))
+
+
+def test_all_are_there() -> None:
+    assert [file.stem for file in FILES] == NAMES
+    assert chosen(["03"]) == [FOLDER / "03_dyvte.ipynb"]
+    with pytest.raises(ConfigError, match="no notebook '9'; there are 01_three_stages"):
+        chosen(["01", "9"])
+
+
+@by_name
+def test_the_first_cell_picks_and_the_rest_only_calls(file: Path) -> None:
+    first, *rest = cells(read(file), "code")
+    assert first["metadata"]["tags"] == ["parameters"]
+    assignments = ast.parse(text(first)).body
+    assert all(isinstance(each, ast.Assign) for each in assignments)
+    chosen_here = {each.targets[0].id: ast.literal_eval(each.value) for each in assignments}  # type: ignore[attr-defined]
+    assert {"MODEL", "RUNS"} <= set(chosen_here)
+    logic = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.If, ast.While, ast.Try)
+    for cell in rest:
+        tree = ast.parse(text(cell))
+        assert not any(isinstance(node, logic) for node in ast.walk(tree)), text(cell)
+        assigned = {
+            name.id for name in ast.walk(tree) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+        }
+        assert not assigned & set(chosen_here), "set again below the first cell"
+
+
+@by_name
+def test_text_says_what_to_look_for_and_not_what_came_out(file: Path) -> None:
+    notebook = read(file)
+    for cell in cells(notebook, "markdown"):
+        words = re.sub(r"\[[^\]]*\]\([^)]*\)|`[^`]*`", "", text(cell)).replace("95%", "")  # links, code, the level
+        assert not NUMBER.search(words), words
+    assert "testbed" in text(notebook["cells"][0])
+
+
+@by_name
+def test_outputs_are_of_this_code_and_these_weights(file: Path) -> None:
+    notebook = read(file)
+    assert notebook["metadata"].get("dyvte") == stamp(notebook), "out of date: make notebooks"
+    counts = [cell["execution_count"] for cell in cells(notebook, "code")]
+    assert counts == list(range(1, len(counts) + 1))
+    assert pictures(notebook) > 0
+    assert not [each for each in outputs(notebook) if each["output_type"] == "error" or each.get("name") == "stderr"]
+    content = json.dumps(outputs(notebook))
+    content = re.sub(r'"image/png": "[^"]*"', "", content)
+    assert not MACHINE.search(content), MACHINE.search(content)
+
+
+@pytest.mark.slow
+@by_name
+def test_it_runs_as_committed(file: Path, tmp_path: Path) -> None:
+    notebook = execute(file, tmp_path)
+    assert pictures(notebook) == pictures(read(file))
+    assert list((tmp_path / "outputs" / "notebooks").rglob("summary.json")), "runs go where the first cell says"
+    assert set((tmp_path / "notebooks").iterdir()) == {tmp_path / "notebooks" / file.name}
