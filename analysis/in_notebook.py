@@ -18,21 +18,27 @@ DPI = 100
 """Enough for a page, little enough for a repository, and the resolution that legends were laid out for."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Picture:
     """A PNG that Jupyter displays."""
 
     png: bytes
 
+    def __repr__(self) -> str:
+        return f"<picture, {len(self.png):,} bytes>"
+
     def _repr_png_(self) -> bytes:
         return self.png
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Text:
     """Markdown that Jupyter displays."""
 
     markdown: str
+
+    def __repr__(self) -> str:
+        return self.markdown
 
     def _repr_markdown_(self) -> str:
         return self.markdown

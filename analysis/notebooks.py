@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -27,11 +28,9 @@ from dyvte.store import write_atomic
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 TIMEOUT = 600
 """Seconds a cell."""
-QUIET = {
-    "TQDM_DISABLE": "1",  # a progress bar is of no use to a reader
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-}
+QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+PROGRESS = re.compile(r"^.*\d+%\|.*\|.*$|^.*\d+(it|sample|epoch)s? \[.*\]$")
+"""A line of a progress bar, which is of no use to a reader."""
 
 
 def shipped_files() -> dict[str, str]:
@@ -83,7 +82,19 @@ def execute(file: Path, workdir: Path) -> dict[str, Any]:
         "language_info": {"name": "python"},
     }
     notebook["metadata"]["dyvte"] = stamp(notebook)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"] = [kept for kept in map(without_progress, cell["outputs"]) if kept is not None]
     return notebook
+
+
+def without_progress(output: dict[str, Any]) -> dict[str, Any] | None:
+    """An output without lines of progress bars; None if nothing else is left. Warnings stay."""
+    if output.get("name") != "stderr":
+        return output
+    lines = [line for line in re.split(r"[\r\n]+", "".join(output["text"])) if not PROGRESS.match(line.strip())]
+    left = "\n".join(lines).replace("\x1b[A", "").strip()
+    return {**output, "text": [left]} if left else None
 
 
 @contextmanager

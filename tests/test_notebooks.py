@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from analysis.notebooks import FOLDER, chosen, execute, stamp
+from analysis.notebooks import FOLDER, chosen, execute, stamp, without_progress
 from dyvte.errors import ConfigError
 
 FILES = sorted(FOLDER.glob("*.ipynb"))
@@ -86,6 +86,17 @@ def test_outputs_are_of_this_code_and_these_weights(file: Path) -> None:
     content = json.dumps(outputs(notebook))
     content = re.sub(r'"image/png": "[^"]*"', "", content)
     assert not MACHINE.search(content), MACHINE.search(content)
+
+
+def test_progress_bars_go_and_warnings_stay() -> None:
+    bars = (
+        "a on b:   0%|          | 0/24 [00:00<?, ?sample/s]\ra on b:  67%|██▋   | 16/24 [00:34<00:17,  2.13s/sample]\n"
+    )
+    stderr = {"output_type": "stream", "name": "stderr"}
+    assert without_progress({**stderr, "text": [bars]}) is None
+    assert without_progress({**stderr, "text": [bars, "UserWarning: x\n"]}) == {**stderr, "text": ["UserWarning: x"]}
+    stdout = {"output_type": "stream", "name": "stdout", "text": [bars]}
+    assert without_progress(stdout) == stdout
 
 
 @pytest.mark.slow
