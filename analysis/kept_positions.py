@@ -1,0 +1,250 @@
+"""``python -m analysis.kept_positions``: which places of the image each method keeps.
+
+Methods get settings of the same cost (`analysis.matched`) and run on the same questions. A map says in which share of
+the questions, and of the layers that a method has thinned, a place is still seen. Places are numbered in the order of
+the visual tokens; their mean number, 0 for the first and 1 for the last, is 0.5 for a method that has no preference.
+Ranking by attention is known to favour late places, whose tokens are nearest to the question.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+from analysis import plots
+from analysis.matched import Calibration, methods
+from analysis.statistics import mean_band
+from analysis.tables import LABELS, describe, encoded
+from dyvte import distributed
+from dyvte.config import command, load_model
+from dyvte.data.base import Sample, build_dataset
+from dyvte.errors import ConfigError, DataError
+from dyvte.instrument.views import View, view
+from dyvte.mllm import MLLM, Batch
+from dyvte.policies.base import Policy, Prefill
+from dyvte.store import RunFolder, fingerprint
+
+
+@command("kept_positions")
+def main(cfg: DictConfig) -> None:
+    """Draw the maps that `conf/kept_positions.yaml` asks for."""
+    kept_positions(cfg)
+
+
+def kept_positions(cfg: DictConfig) -> dict[str, Any] | None:
+    """Run every method over the questions; write the maps as a table, a figure and `summary.json`.
+
+    Returns:
+        The summary; None in all processes but the first.
+
+    Raises:
+        ConfigError: an unknown method.
+        DataError: no question shows an image whose visual tokens lie on a grid.
+    """
+    mllm, dataset = load_model(cfg), build_dataset(cfg.data)
+    known = methods(None)
+    if unknown := [name for name in cfg.methods if name not in known]:
+        raise ConfigError(f"methods names {unknown[0]!r}; choose from {', '.join(known)}")
+    settings = {key: OmegaConf.to_container(cfg, resolve=True)[key] for key in ("methods", "budget", "calibration")}
+    folder = RunFolder.open(cfg.output_dir, fingerprint(mllm, dataset, cfg, **settings), cfg, cfg.overwrite)
+    if not distributed.is_main():
+        return None
+    batches = list(encoded(mllm, dataset, cfg.batch_size))
+    grid, chosen = common_grid(mllm, [sample for samples, _ in batches for sample in samples])
+    calibration_data = build_dataset(cfg.calibration.data)
+    calibration = Calibration(mllm, [batch for _, batch in encoded(mllm, calibration_data, cfg.batch_size)])
+    for index, name in enumerate(tqdm(cfg.methods, desc="methods", unit="method", dynamic_ncols=True)):
+        if folder.has_shard(index):
+            continue
+        started = time.perf_counter()
+        policy = known[name](calibration, cfg.budget)
+        rows = [] if policy is None else places(mllm, policy, batches, chosen)
+        setting = pd.DataFrame([{"method": name, "setting": "cannot" if policy is None else describe(policy)}])
+        tables: dict[str, Any] = {"settings": setting}
+        if rows:
+            table = pd.DataFrame(rows)
+            mean = np.stack(table.pop("share").to_list()).mean(0)
+            tables["places"] = table.assign(method=name)
+            tables["maps"] = pd.DataFrame({"method": name, "place": np.arange(len(mean)), "share": mean})
+        folder.write_shard(index, tables, num_samples=len(rows), seconds=time.perf_counter() - started)
+    folder.merge()
+    return report(cfg, mllm, folder, grid, len(chosen))
+
+
+# -------------------------------------------------------------------------- measuring
+
+
+@dataclass
+class Seen(Policy):
+    """Changes nothing; notes which positions every layer runs on."""
+
+    masks: list[Tensor] = field(default_factory=list, repr=False)
+
+    def before_layer(self, layer: int, prefill: Prefill) -> None:
+        """Note them."""
+        if layer == 0:
+            self.masks.clear()
+        self.masks.append(prefill.kept.clone())
+
+
+@torch.no_grad()
+def kept_by_layer(mllm: MLLM, batch: Batch, policy: Policy) -> list[Tensor]:
+    """Of every row [L, V]: whether layer l sees visual token v."""
+    seen = Seen()
+    with policy(mllm), seen(mllm):
+        mllm.model(**batch, use_cache=False, logits_to_keep=1)
+    kept = torch.stack(seen.masks, dim=1).cpu()
+    return [kept[row][:, visual] for row, visual in enumerate(batch.layout.visual.cpu())]
+
+
+def share_kept(kept: Tensor) -> Tensor | None:
+    """[V] share of the thinned layers that see each visual token; None where no layer is thinned.
+
+    A layer is thinned if it sees some and not all visual tokens.
+
+    Args:
+        kept: [L, V] boolean.
+    """
+    thinned = kept.any(1) & ~kept.all(1)
+    return kept[thinned].double().mean(0) if thinned.any() else None
+
+
+def mean_place(share: Tensor) -> float:
+    """Mean number of the places, 0 for the first visual token and 1 for the last, weighted by `share` [V]."""
+    place = torch.linspace(0, 1, len(share), dtype=share.dtype)
+    return float((place * share).sum() / share.sum())
+
+
+def common_grid(mllm: MLLM, samples: Sequence[Sample]) -> tuple[View, set[str]]:
+    """The most frequent arrangement of visual tokens, and the ids of the samples that have it.
+
+    Raises:
+        DataError: there is none.
+    """
+    of_sample: dict[str, View] = {}
+    for sample in samples:
+        if sample.image is not None:
+            found = view(mllm, mllm.encode([sample.image], [sample.question]))
+            if found is not None:
+                of_sample[sample.id] = found
+    if not of_sample:
+        raise DataError("no question shows an image whose visual tokens lie on one grid")
+    shapes = {name: (each.rows, each.columns) for name, each in of_sample.items()}
+    shape, _ = Counter(shapes.values()).most_common(1)[0]
+    chosen = {name for name in shapes if shapes[name] == shape}
+    return next(of_sample[name] for name in shapes if name in chosen), chosen
+
+
+def places(
+    mllm: MLLM, policy: Policy, batches: Sequence[tuple[list[Sample], Batch]], chosen: set[str]
+) -> list[dict[str, Any]]:
+    """One row a question: the mean place that the policy keeps, and the share of every place."""
+    rows = []
+    for samples, batch in batches:
+        for sample, kept in zip(samples, kept_by_layer(mllm, batch, policy), strict=True):
+            share = share_kept(kept) if sample.id in chosen else None
+            if share is not None:
+                place = {"mean_place": mean_place(share), "kept": float(share.mean())}
+                rows.append({"id": sample.id, "image_id": sample.image_id, **place, "share": share.tolist()})
+    return rows
+
+
+# ----------------------------------------------------------------------------- report
+
+
+def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, grid: View, num_questions: int) -> dict[str, Any]:
+    """Maps and mean places with intervals, of every method that thins a layer."""
+    settings = folder.read_table("settings").set_index("method")["setting"]
+    if not (folder.path / "places.parquet").is_file():
+        raise ConfigError(f"no method can meet budget={cfg.budget} on these questions, or none thins a layer")
+    table, maps = folder.read_table("places"), folder.read_table("maps")
+    found = []
+    for name in cfg.methods:
+        rows = table[table["method"] == name]
+        if rows.empty:
+            continue
+        band = mean_band(rows["mean_place"], rows["image_id"].tolist(), n_boot=cfg.bootstrap, seed=cfg.seed)
+        share = torch.tensor(maps[maps["method"] == name]["share"].to_numpy(copy=True))
+        found.append(
+            {
+                "method": name,
+                "setting": settings[name],
+                "questions": len(rows),
+                "kept": float(rows["kept"].mean()),
+                "mean_place": float(band.mean),
+                "mean_place_ci": [float(band.low), float(band.high)],
+                "preference": preference(float(band.low), float(band.high)),
+                "map": grid.arrange(share).tolist(),
+            }
+        )
+    note = f"{num_questions} questions; mean place: 0 first, 1 last visual token, intervals 95%, bootstrap over images"
+    with plots.style():
+        path = folder.save_figure("kept_positions", figure(found, f"{cfg.model.name} on {cfg.data.name}, {note}"))
+    summary = folder.write_summary(
+        model=cfg.model.name,
+        data=cfg.data.name,
+        num_layers=mllm.num_layers,
+        num_samples=num_questions,
+        budget=cfg.budget,
+        grid=[grid.rows, grid.columns],
+        methods=found,
+    )
+    for each in found:
+        low, high = each["mean_place_ci"]
+        print(
+            f"{LABELS[each['method']]:>20}  keeps {100 * each['kept']:3.0f}%, mean place {each['mean_place']:.3f} "
+            f"[{low:.3f}, {high:.3f}]: {each['preference']}"
+        )
+    print(f"figure: {path}")
+    return summary
+
+
+def preference(low: float, high: float) -> str:
+    """What an interval of the mean place says; it has no width where a method never looks at the question."""
+    if high - low < 1e-6:
+        return "the same places for every question"
+    if low > 0.5:
+        return "late places"
+    return "early places" if high < 0.5 else "no preference shown"
+
+
+def figure(found: Sequence[dict[str, Any]], title: str) -> Figure:
+    """One map a method: how often a place is seen, relative to the method's own mean."""
+    columns = min(4, len(found))
+    lines = -(-len(found) // columns)
+    drawing, axes = plt.subplots(
+        lines, columns, figsize=(2.3 * columns + 0.9, 2.55 * lines + 0.5), squeeze=False, layout="constrained"
+    )
+    maps = [np.asarray(each["map"]) / np.mean(each["map"]) for each in found]
+    top = max(float(each.max()) for each in maps)
+    shown = None
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, each, values in zip(axes.flat, found, maps, strict=False):
+        shown = axis.imshow(values, cmap="gray", vmin=0, vmax=top, interpolation="nearest")
+        low, high = each["mean_place_ci"]
+        axis.set_title(
+            f"{LABELS[each['method']]}, keeps {100 * each['kept']:.0f}%\n"
+            f"mean place {each['mean_place']:.2f} [{low:.2f}, {high:.2f}]",
+            fontsize=8,
+        )
+    if shown is not None:
+        drawing.colorbar(shown, ax=axes, shrink=0.8, label="how often a place is seen (mean of the method = 1)")
+    drawing.suptitle(title, fontsize=8)
+    return drawing
+
+
+if __name__ == "__main__":
+    main()
