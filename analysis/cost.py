@@ -25,7 +25,7 @@ from dyvte.errors import ConfigError, DataError
 from dyvte.evaluate import policy_digest
 from dyvte.flops import prefill_flops
 from dyvte.gates.module import load_gates
-from dyvte.measure import kv_cache_bytes
+from dyvte.measure import PeakMemory, kv_cache_bytes
 from dyvte.mllm import MLLM, Batch
 from dyvte.policies.base import Policy
 from dyvte.policies.dynamic_exit import DynamicExit
@@ -202,22 +202,20 @@ class Stopwatch:
 
 @torch.no_grad()
 def constant(mllm: MLLM, batch: Batch, policy: Policy | None) -> dict[str, float]:
-    """What does not vary between repeats, of one question: FLOPs of the prefill, bytes in the KV cache, peak memory.
+    """What does not vary between repeats, of one question: FLOPs of the prefill, bytes in the KV cache.
 
-    The peak is of memory allocated on a GPU during the prefill, NaN on a CPU, whose allocator does not tell.
+    And the peak memory of the batch's prefill, above what was held before it (see `dyvte.measure.PeakMemory`).
     """
-    rows, cuda = len(batch["input_ids"]), mllm.device.type == "cuda"
+    rows = len(batch["input_ids"])
     with _active(mllm, policy):
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(mllm.device)
-        cache = mllm.model(**batch, use_cache=True, logits_to_keep=1).past_key_values
-        peak = torch.cuda.max_memory_allocated(mllm.device) if cuda else float("nan")
+        with PeakMemory(mllm.device) as memory:
+            cache = mllm.model(**batch, use_cache=True, logits_to_keep=1).past_key_values
         count = prefill_flops(mllm, batch)
     return {
         "flops_total": count.total / rows,
         "flops_decoder": count.decoder / rows,
         "kv_cache_bytes": kv_cache_bytes(cache) / rows,
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": memory.bytes,
     }
 
 
@@ -249,12 +247,13 @@ def markdown(cfg: DictConfig, table: pd.DataFrame) -> str:
     """The table to put into a document."""
     threads = torch.get_num_threads()
     columns = ["batch", "method", "prefill, ms", "of full", "decode step, ms", "of full", "tokens/s"]
-    columns += ["decoder GFLOPs", "total GFLOPs", "KV cache, kB"]
+    columns += ["decoder GFLOPs", "total GFLOPs", "KV cache, kB", "peak memory, MB"]
     lines = [
         f"### {cfg.experiment.title}",
         "",
         f"{cfg.model.name} on {cfg.data.name}; median of {cfg.cost.repeats} repeats [quartiles], {threads} threads; "
-        "ratios are taken within a repeat.",
+        "ratios are taken within a repeat. FLOPs and KV cache are of one question; peak memory is what the prefill of "
+        "the whole batch takes at most above what the process held before it.",
         "",
         f"| {' | '.join(columns)} |",
         "|" + "---|" * len(columns),
@@ -271,6 +270,7 @@ def markdown(cfg: DictConfig, table: pd.DataFrame) -> str:
             f"{row['flops_decoder'] / 1e9:.3f}",
             f"{row['flops_total'] / 1e9:.3f}",
             f"{row['kv_cache_bytes'] / 1e3:.0f}",
+            f"{row['peak_memory_bytes'] / 1e6:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -42,6 +42,8 @@ from dyvte.policies.fitprune import FitPrune, Recipe
 from dyvte.store import RunFolder, fingerprint, write_atomic
 
 NEEDS_GATES = ("dynamic_exit", "fastv_dynamic_exit")
+OF_GATES = ("statuses", "train_on_kinds", "other_gates")
+"""Settings of an experiment that only `analysis.gate_tables` reads."""
 FROM_REFERENCE = ("none", "fixed_exit")
 """Methods whose answers are in the label set of the full model and every exit already."""
 
@@ -68,6 +70,10 @@ def tables(cfg: DictConfig) -> dict[str, Any] | None:
         from analysis.cost import cost
 
         return cost(cfg)
+    if experiment.measures == "gates":
+        from analysis.gate_tables import gate_table
+
+        return gate_table(cfg)
     mllm, dataset = load_model(cfg), build_dataset(cfg.data)
     gates = load_gates(cfg.gates) if set(experiment.methods) & set(NEEDS_GATES) else None
     known = [*FROM_REFERENCE, *methods(gates)]
@@ -75,8 +81,9 @@ def tables(cfg: DictConfig) -> dict[str, Any] | None:
         raise ConfigError(f"unknown method {unknown[0]!r} in experiment {experiment.name}; choose from {known}")
     reference = reference_labels(mllm, dataset, cfg)
     calibration_data = build_dataset(cfg.calibration.data)
+    asked: Any = OmegaConf.to_container(experiment, resolve=True)
     settings = {
-        "experiment": OmegaConf.to_container(experiment, resolve=True),
+        "experiment": {key: value for key, value in asked.items() if key not in OF_GATES},
         "calibration": OmegaConf.to_container(cfg.calibration, resolve=True),
         "gates": None if gates is None else policy_digest(DynamicExit(gates)),
         "max_new_tokens": cfg.max_new_tokens,

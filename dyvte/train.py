@@ -73,7 +73,7 @@ def train(cfg: DictConfig) -> Gates | None:
         return None
     started = time.perf_counter()
     split = split_labels(labels, cfg)
-    fit = _fit(mllm.num_layers, mllm.hidden_size, split, cfg, list(cfg.recipe.status), mllm.device, folder)
+    fit = fit_gates(mllm.num_layers, mllm.hidden_size, split, cfg, list(cfg.recipe.status), mllm.device, folder)
     fit.gates.facts = {
         "model": cfg.model.name,
         "data": cfg.data.name,
@@ -83,7 +83,7 @@ def train(cfg: DictConfig) -> Gates | None:
     }
     _save(fit.gates, folder, "gates")
     if QUESTION in settings.status:
-        control = _fit(mllm.num_layers, mllm.hidden_size, split, cfg, [QUESTION], mllm.device)
+        control = fit_gates(mllm.num_layers, mllm.hidden_size, split, cfg, [QUESTION], mllm.device)
         control.gates.facts = {**fit.gates.facts, "validation": control.validation}
         _save(control.gates, folder, f"gates/{QUESTION_GATES}")
     folder.write_table("layers", fit.report)
@@ -158,14 +158,16 @@ def _hash_share(text: str) -> float:
 
 
 @dataclass(frozen=True)
-class _Fit:
+class GateFit:
+    """Trained gates, their report by layer, the losses on the way, and what they reach on the validation questions."""
+
     gates: Gates
     report: pd.DataFrame
     history: pd.DataFrame
     validation: dict[str, Any]
 
 
-def _fit(
+def fit_gates(
     num_layers: int,
     hidden_size: int,
     split: Split,
@@ -173,8 +175,11 @@ def _fit(
     parts: list[str],
     device: torch.device,
     folder: RunFolder | None = None,
-) -> _Fit:
-    """Train gates that look at some status parts; with a folder, log to TensorBoard there and show progress."""
+) -> GateFit:
+    """Train gates that look at some status parts; with a folder, log to TensorBoard there and show progress.
+
+    `cfg.recipe` and `cfg.seed` say how.
+    """
     recipe: Recipe = instantiate(cfg.recipe.training)
     status = split.labels.status(parts)
     validation = split.data(split.validation, status)
@@ -227,7 +232,7 @@ def _fit(
         "cost_of_oracle": float(at_exit(cost, agree.int().argmax(1)).mean()),
     }
     report = layer_report(probability, validation.labels[:, 1:-1], gates.thresholds())
-    return _Fit(gates.cpu(), report, pd.DataFrame(history), result)
+    return GateFit(gates.cpu(), report, pd.DataFrame(history), result)
 
 
 def _write_scalars(

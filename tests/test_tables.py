@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,11 +17,15 @@ from omegaconf import OmegaConf
 import dyvte
 from analysis.cost import Stopwatch, constant, measure, summarize
 from analysis.matched import Calibration, largest_within, methods
-from analysis.tables import Lengths, Outcome, _from_reference, _sentence, _verdicts, describe, plan
+from analysis.tables import Lengths, Outcome, _from_reference, _sentence, _verdicts, describe, plan, tables
 from dyvte.config import compose
+from dyvte.data.shapes import ShapesDataset
 from dyvte.flops import plan_decoder_flops, prefill_flops
 from dyvte.gates.module import Gates
+from dyvte.measure import PeakMemory
 from dyvte.mllm import MLLM, Batch
+from dyvte.testbed.model import TestbedSizes, build_model
+from dyvte.testbed.tokenizer import build_processor
 
 LAYERS = 6
 
@@ -126,7 +131,7 @@ def test_a_lead_counts_only_if_its_interval_leaves_zero_out() -> None:
     assert "not told apart from it" in _sentence(verdict)
 
 
-@pytest.mark.parametrize("name", ["matched", "table1", "table2", "table4", "table5"])
+@pytest.mark.parametrize("name", ["matched", *(f"table{number}" for number in range(1, 7))])
 def test_experiments_name_methods_that_exist(name: str) -> None:
     experiment = compose("tables", [f"experiment={name}"]).experiment
     assert set(experiment.methods) <= {"none", "fixed_exit", *methods(gates())}
@@ -134,6 +139,74 @@ def test_experiments_name_methods_that_exist(name: str) -> None:
     for each in experiment.published:
         assert set(each) == {"method", "task", "quantity", "value"}
     assert bool(experiment.published) == bool(experiment.source)
+
+
+# ------------------------------------------------------------------------------- gates
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random testbed on disk, its weights large enough for the image to matter."""
+    sizes = TestbedSizes(
+        patch_size=32, vision_layers=1, vision_width=32, vision_heads=2, layers=4, width=48, heads=2, mlp_width=64
+    )
+    random = build_model(sizes, 0)
+    for parameter in random.parameters():
+        if parameter.ndim >= 2:
+            torch.nn.init.normal_(parameter, std=1.5 / parameter.shape[-1] ** 0.5)
+    folder = tmp_path_factory.mktemp("model")
+    random.save_pretrained(folder)
+    build_processor(sizes.patch_size).save_pretrained(folder)
+    return folder
+
+
+def gate_settings(model_folder: Path, folder: Path, name: str) -> list[str]:
+    model = ["model=hf", f"model.path={model_folder}", "device=cpu", "data.limit=12", "batch_size=12"]
+    training = [
+        "gate_training.data.limit=48",
+        f"gate_training.labels_dir={folder}/labels-{name}",
+        "validation_share=0.5",
+    ]
+    training += ["recipe.training.epochs=1", "recipe.training.members=1", "max_new_tokens=2", "bootstrap=20"]
+    folders = [f"reference_dir={folder}/reference", f"output_dir={folder}/{name}", f"experiment={name}"]
+    return [*model, *training, *folders]
+
+
+def test_tables_of_gates(model_folder: Path, tmp_path: Path) -> None:
+    settings = gate_settings(model_folder, tmp_path, "table3")
+    statuses = "experiment.statuses=[[text_mean,text_last],[image_last]]"
+    found = tables(compose("tables", [*settings, statuses]))
+    assert found is not None
+    assert [row["gates"] for row in found["rows"]] == ["full model", "text mean + text last", "image last"]
+    assert found["rows"][0]["agreement"] == found["rows"][0]["cost"] == 1
+    assert found["rows"][0]["mean_exit_layer"] == 4
+    assert "| image last |" in (tmp_path / "table3" / "table.md").read_text()
+
+    torch.manual_seed(1)
+    ready = Gates(4, 48)
+    ready.save_pretrained(tmp_path / "ready")
+    other = [f"experiment.other_gates=[{tmp_path}/ready]", "data.kinds=[attribute,two_hop]"]
+    settings = gate_settings(model_folder, tmp_path, "table6")
+    found = tables(compose("tables", [*settings, *other, "gate_training.data.kinds=[attribute,two_hop]"]))
+    assert found is not None
+    alone = [f"text mean + text last, trained on {kind} alone" for kind in ("attribute", "two_hop")]
+    assert [row["gates"] for row in found["rows"]] == [
+        "full model",
+        "text mean + text last",
+        *alone,
+        f"gates of {tmp_path}/ready",
+    ]
+    assert "GQA" in (tmp_path / "table6" / "table.md").read_text()
+
+    # the exits are those that the policy takes
+    mllm = dyvte.load(model_folder, device="cpu")
+    exits = []
+    for sample in ShapesDataset("test", 12, kinds=["attribute", "two_hop"]):
+        with dyvte.DynamicExit(ready)(mllm) as run:
+            mllm.generate(mllm.encode([sample.image], [sample.question]), max_new_tokens=1)
+            exits.append(int(run.exit_layers[0]))
+    table = pd.read_parquet(tmp_path / "table6" / "exits.parquet")
+    assert table[table["gates"].str.endswith("/ready")]["exit_layer"].tolist() == exits
 
 
 # -------------------------------------------------------------------------------- cost
@@ -153,6 +226,21 @@ def test_policies_take_turns_and_ratios_are_paired() -> None:
     pairs = repeats.pivot(index="repeat", columns="method", values="prefill_seconds")
     expected = (pairs["fixed_exit"] / pairs["none"]).median()
     assert table.loc["fixed_exit", "prefill_ratio"] == pytest.approx(expected)
+
+
+@torch.no_grad()
+def test_peak_memory_is_what_the_block_takes_at_most() -> None:
+    held = torch.zeros(1000, 1000)
+    with PeakMemory(torch.device("cpu")) as memory:
+        first = held + 1
+        second = first + 1
+        del first
+        third = second + 1
+        del second, third
+    assert memory.bytes == pytest.approx(2 * held.nbytes, rel=0.01)
+    mllm, batch = model(), prompts(rows=4)
+    full, pruned = (constant(mllm, batch, policy)["peak_memory_bytes"] for policy in (None, dyvte.UniformDrop(0.1)))
+    assert full >= pruned > 0
 
 
 def test_the_stopwatch_adds_up() -> None:
