@@ -89,7 +89,9 @@ def execute(file: Path, workdir: Path) -> dict[str, Any]:
 
 
 def without_progress(output: dict[str, Any]) -> dict[str, Any] | None:
-    """An output without lines of progress bars; None if nothing else is left. Warnings stay."""
+    """An output without progress bars, as lines or widgets; None if nothing else is left. Warnings stay."""
+    if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+        return None
     if output.get("name") != "stderr":
         return output
     lines = [line for line in re.split(r"[\r\n]+", "".join(output["text"])) if not PROGRESS.match(line.strip())]

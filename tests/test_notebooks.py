@@ -95,6 +95,8 @@ def test_progress_bars_go_and_warnings_stay() -> None:
     stderr = {"output_type": "stream", "name": "stderr"}
     assert without_progress({**stderr, "text": [bars]}) is None
     assert without_progress({**stderr, "text": [bars, "UserWarning: x\n"]}) == {**stderr, "text": ["UserWarning: x"]}
+    widget = {"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": {}}}
+    assert without_progress(widget) is None
     stdout = {"output_type": "stream", "name": "stdout", "text": [bars]}
     assert without_progress(stdout) == stdout
 
