@@ -502,7 +502,7 @@ below.
 
 ## Weights
 
-Weights are read from safetensors only, with one exception: many checkpoints of the LLaVA code base exist as `.bin` only,
+Weights are read from safetensors only, with one exception: many checkpoints of the LLaVA code base are `.bin` only,
 which `dyvte.convert` and `model=exported` read as tensors alone (`torch.load(weights_only=True)`; a file that would run
 code is refused). Code from a model's repository runs only with `model.trust_remote_code=true`, `model.revision=COMMIT`
 pins what is downloaded, and `HF_HUB_OFFLINE=1` is respected. Gated models (Gemma) need

@@ -150,8 +150,8 @@ token: following them is the decoder's work.
 `python -m dyvte.testbed.train` runs the four stages (language, vision, align, instruct); every batch is a function of
 the seed and the step, so a killed and resumed run equals an uninterrupted one.
 
-From a plain start the decoder stays for thousands of steps where it names attributes that are in the image, of the wrong
-object. What the recipe does about it:
+From a plain start the decoder stays for thousands of steps where it names attributes that are in the image, of the
+wrong object. What the recipe does about it:
 
 - Heads start as copiers: value times output matrix near the identity (Trockman and Kolter, "Mimetic Initialization of
   Self-Attention Layers", ICML 2023), wider query and key matrices, a read-out that begins as the word embeddings
@@ -159,7 +159,8 @@ object. What the recipe does about it:
 - The projector starts where each patch says the words for what lies under it, the labels of the tower's own stage
   (`initialise_projector`); then it trains on captions.
 - Tours and captions (`dyvte/testbed/tours.py`) teach stage 0 and alignment; instruction begins with look-ups
-  (`dyvte/testbed/lookups.py`), the shortest practice in finding an object, about caption scenes only, and thins them out.
+  (`dyvte/testbed/lookups.py`), the shortest practice in finding an object, about caption scenes only, and thins them
+  out.
 
 These starts make the testbed learnable in under an hour on two cores. They also shape its attention, one more reason
 not to read its curves as LLaVA's.
