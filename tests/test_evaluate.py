@@ -55,6 +55,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for parameter in model.parameters():
         if parameter.ndim >= 2:
             nn.init.normal_(parameter, std=1.5 / parameter.shape[-1] ** 0.5)
+    nn.init.zeros_(model.lm_head.weight[model.config.image_token_id].data)  # an answer must not hold an image
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
     build_processor(sizes.patch_size).save_pretrained(folder)
