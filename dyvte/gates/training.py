@@ -207,6 +207,9 @@ def train_gates(
 def average_gates(members: Sequence[Gates]) -> Gates:
     """Gates whose logits are the mean of the members': one wider gate a layer, so an ensemble needs nothing else.
 
+    Their weights are rounded to half precision, in which they are stored: whatever is chosen on their probabilities
+    afterwards holds for the gates that are loaded, too.
+
     Args:
         members: trained on the same statuses, so that they standardise them alike.
     """
@@ -215,8 +218,8 @@ def average_gates(members: Sequence[Gates]) -> Gates:
     merged = Gates(**config).to(first.inner.device)
     merged.shift.copy_(first.shift)
     merged.scale.copy_(first.scale)
-    merged.inner.copy_(torch.cat([each.inner for each in members], dim=2))
-    merged.outer.copy_(torch.cat([each.outer for each in members], dim=1) / len(members))
+    merged.inner.copy_(torch.cat([each.inner for each in members], dim=2).half())
+    merged.outer.copy_((torch.cat([each.outer for each in members], dim=1) / len(members)).half())
     biases: list[Tensor] = [each.inner_bias for each in members if each.inner_bias is not None]
     if merged.inner_bias is not None:
         merged.inner_bias.copy_(torch.cat(biases, dim=2))
