@@ -8,7 +8,6 @@ of them: ratios to the unchanged model are taken within a repeat.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,20 +16,20 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from analysis.matched import Calibration, methods
-from analysis.tables import LABELS, NEEDS_GATES, describe, encoded, published_setting
+from analysis.markdown import heading, markdown_table, published, write_table_page
+from analysis.tables import LABELS, UNPUBLISHED_BUDGET, describe, encoded, gates_of, load_calibration, policy_at
 from dyvte.config import command, load_model
 from dyvte.data.base import build_dataset
-from dyvte.errors import ConfigError, DataError
+from dyvte.errors import DataError
 from dyvte.evaluate import policy_digest
 from dyvte.flops import prefill_flops
-from dyvte.gates.module import load_gates
+from dyvte.gates.module import Gates
 from dyvte.measure import PeakMemory, kv_cache_bytes
 from dyvte.mllm import MLLM, Batch
 from dyvte.policies.base import Policy
 from dyvte.policies.dynamic_exit import DynamicExit
 from dyvte.policies.fixed_exit import FixedExit
-from dyvte.store import RunFolder, fingerprint, write_atomic
+from dyvte.store import RunFolder, fingerprint
 
 
 @command("cost")
@@ -48,9 +47,8 @@ def cost(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         DataError: fewer prompts with an image than the largest batch.
     """
-    mllm, dataset = load_model(cfg), build_dataset(cfg.data)
-    experiment, settings = cfg.experiment, cfg.cost
-    gates = load_gates(cfg.gates) if set(experiment.methods) & set(NEEDS_GATES) else None
+    mllm, dataset, gates = load_model(cfg), build_dataset(cfg.data), gates_of(cfg)
+    settings = cfg.cost
     policies = _policies(cfg, mllm, gates)
     prompts = [
         each for samples, _ in encoded(mllm, dataset, cfg.batch_size) for each in samples if each.image is not None
@@ -60,7 +58,7 @@ def cost(cfg: DictConfig) -> dict[str, Any]:
             f"a batch of {max(settings.batch_sizes)} needs as many questions with an image; set data.limit="
         )
     made_of = {
-        "experiment": OmegaConf.to_container(experiment, resolve=True),
+        "experiment": OmegaConf.to_container(cfg.experiment, resolve=True),
         "cost": OmegaConf.to_container(settings, resolve=True),
         "gates": None if gates is None else policy_digest(DynamicExit(gates)),
         "threads": torch.get_num_threads(),
@@ -73,15 +71,16 @@ def cost(cfg: DictConfig) -> dict[str, Any]:
         part = prompts[:batch_size]
         batch = mllm.encode([each.image for each in part], [each.question for each in part])
         repeats = measure(mllm, batch, policies, settings.repeats, settings.new_tokens, cfg.seed)
-        constants = [{"method": name, **constant(mllm, batch, policy)} for name, policy in policies.items()]
-        found = {"repeats": repeats.assign(batch_size=batch_size), "constants": pd.DataFrame(constants)}
-        found["constants"] = found["constants"].assign(batch_size=batch_size)
+        constants = pd.DataFrame([{"method": name, **constant(mllm, batch, each)} for name, each in policies.items()])
+        measured = {"repeats": repeats, "constants": constants}
+        found = {name: each.assign(batch_size=batch_size) for name, each in measured.items()}
         folder.write_shard(index, found, num_samples=batch_size, seconds=time.perf_counter() - started)
     folder.merge()
     table = summarize(folder.read_table("repeats"), folder.read_table("constants"))
     table["setting"] = table["method"].map({name: "" if p is None else describe(p) for name, p in policies.items()})
     folder.write_table("cost", table)
-    summary = folder.write_summary(
+    write_table_page(folder, markdown(cfg, table))
+    return folder.write_summary(
         model=cfg.model.name,
         data=cfg.data.name,
         num_layers=mllm.num_layers,
@@ -89,21 +88,11 @@ def cost(cfg: DictConfig) -> dict[str, Any]:
         threads=torch.get_num_threads(),
         rows=table.to_dict("records"),
     )
-    text = markdown(cfg, table)
-    write_atomic(folder.path / "table.md", lambda out: out.write(text.encode()))
-    print(text)
-    print(f"table: {folder.path / 'table.md'}")
-    return summary
 
 
-def _policies(cfg: DictConfig, mllm: MLLM, gates: Any) -> dict[str, Policy | None]:
+def _policies(cfg: DictConfig, mllm: MLLM, gates: Gates | None) -> dict[str, Policy | None]:
     """Every method at the experiment's first budget, the unchanged model first; without those that cannot meet it."""
-    budget = cfg.experiment.budgets[0]
-    known = ["none", "fixed_exit", *methods(gates)]
-    if unknown := [name for name in cfg.experiment.methods if name not in known]:
-        raise ConfigError(f"unknown method {unknown[0]!r} in experiment {cfg.experiment.name}; choose from {known}")
-    data = build_dataset(cfg.calibration.data)
-    calibration = Calibration(mllm, [batch for _, batch in encoded(mllm, data, cfg.batch_size)])
+    budget, calibration = cfg.experiment.budgets[0], load_calibration(mllm, cfg)
     policies: dict[str, Policy | None] = {"none": None}
     for name in cfg.experiment.methods:
         if name == "none":
@@ -111,13 +100,10 @@ def _policies(cfg: DictConfig, mllm: MLLM, gates: Any) -> dict[str, Policy | Non
         if name == "fixed_exit":
             layers = mllm.num_layers
             costs = [calibration.cost([1.0] * k + [0.0] * (layers - k)) for k in range(layers + 1)]
-            wanted = 0.5 if budget is None else budget
+            wanted = UNPUBLISHED_BUDGET if budget is None else budget
             policies[name] = FixedExit(int(np.argmin(np.abs(np.array(costs) - wanted))))
             continue
-        if budget is None:
-            policy = published_setting(name, calibration, gates)
-        else:
-            policy = methods(gates)[name](calibration, budget)
+        policy = policy_at(name, budget, calibration, gates)
         if policy is not None:
             policies[name] = policy
     return policies
@@ -243,24 +229,18 @@ def summarize(repeats: pd.DataFrame, constants: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values(["batch_size", "method"], key=lambda c: c.map(order) if c.name == "method" else c)
 
 
-def markdown(cfg: DictConfig, table: pd.DataFrame) -> str:
-    """The table to put into a document."""
-    threads = torch.get_num_threads()
+def markdown(cfg: DictConfig, table: pd.DataFrame) -> list[str]:
+    """The lines of the page to put into a document."""
     columns = ["batch", "method", "prefill, ms", "of full", "decode step, ms", "of full", "tokens/s"]
     columns += ["decoder GFLOPs", "total GFLOPs", "KV cache, kB", "peak memory, MB"]
-    lines = [
-        f"### {cfg.experiment.title}",
-        "",
-        f"{cfg.model.name} on {cfg.data.name}; median of {cfg.cost.repeats} repeats [quartiles], {threads} threads; "
-        "ratios are taken within a repeat. FLOPs and KV cache are of one question; peak memory is what the prefill of "
-        "the whole batch takes at most above what the process held before it.",
-        "",
-        f"| {' | '.join(columns)} |",
-        "|" + "---|" * len(columns),
-    ]
-    for row in table.to_dict("records"):
-        cells: Sequence[str] = [
-            f"{row['batch_size']}",
+    note = (
+        f"median of {cfg.cost.repeats} repeats [quartiles], {torch.get_num_threads()} threads; ratios are taken within "
+        "a repeat. FLOPs and KV cache are of one question; peak memory is what the prefill of the whole batch takes at "
+        "most above what the process held before it"
+    )
+    rows = [
+        [
+            row["batch_size"],
             LABELS[row["method"]],
             f"{row['prefill_ms']:.1f} [{row['prefill_ms_q25']:.1f}, {row['prefill_ms_q75']:.1f}]",
             f"{row['prefill_ratio']:.2f}",
@@ -272,8 +252,9 @@ def markdown(cfg: DictConfig, table: pd.DataFrame) -> str:
             f"{row['kv_cache_bytes'] / 1e3:.0f}",
             f"{row['peak_memory_bytes'] / 1e6:.1f}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        for row in table.to_dict("records")
+    ]
+    return [*heading(cfg, note), *markdown_table(columns, rows), *published(cfg.experiment)]
 
 
 if __name__ == "__main__":

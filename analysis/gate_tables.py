@@ -7,12 +7,10 @@ of the answers, so no gate runs the model again. An exit that gates choose here 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,18 +19,20 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
+from analysis.markdown import heading, markdown_table, percent_with_limits, published, write_table_page
 from analysis.statistics import mean_band
 from dyvte import distributed
 from dyvte.config import load_model
 from dyvte.data.base import build_dataset
 from dyvte.errors import DataError
-from dyvte.gates.labels import LabelSet, LabelSettings, collect_labels, label_fingerprint
+from dyvte.evaluate import reference_labels
+from dyvte.gates.labels import LabelSet, LabelSettings, collect_labels
 from dyvte.gates.metrics import at_exit, first_exit
 from dyvte.gates.module import Gates, load_gates
 from dyvte.gates.training import exit_probabilities
 from dyvte.instrument.states import STATUS_PARTS
 from dyvte.mllm import MLLM
-from dyvte.store import RunFolder, fingerprint, write_atomic
+from dyvte.store import RunFolder, fingerprint
 from dyvte.train import Split, fit_gates, split_labels
 
 
@@ -64,11 +64,7 @@ def gate_table(cfg: DictConfig) -> dict[str, Any] | None:
         DataError: a kind of question has too few training questions.
     """
     mllm, dataset = load_model(cfg), build_dataset(cfg.data)
-    known = LabelSettings(cfg.max_new_tokens, status=STATUS_PARTS, answers=True)
-    made_of = json.dumps(label_fingerprint(mllm, dataset, cfg, known), sort_keys=True, default=str)
-    digest = hashlib.sha256(made_of.encode()).hexdigest()[:12]
-    path = Path(cfg.reference_dir) / f"{cfg.model.name}-{cfg.data.name}-{digest}"
-    asked = collect_labels(mllm, dataset, cfg, path, known, "full model, every exit and status")
+    asked = reference_labels(mllm, dataset, cfg, STATUS_PARTS)
     training = training_labels(mllm, cfg)
     settings = {
         "experiment": OmegaConf.to_container(cfg.experiment, resolve=True),
@@ -187,9 +183,8 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, asked: LabelSet) -> d
     folder.write_table("comparison", pd.DataFrame(table))
     folder.write_table("kinds", pd.DataFrame(by_kind))
     note = f"{len(images)} questions about {len(set(images))} images; intervals 95%, bootstrap over images"
-    text = markdown(cfg, table, by_kind, note)
-    write_atomic(folder.path / "table.md", lambda out: out.write(text.encode()))
-    summary = folder.write_summary(
+    write_table_page(folder, markdown(cfg, table, by_kind, note))
+    return folder.write_summary(
         model=cfg.model.name,
         data=cfg.data.name,
         num_layers=mllm.num_layers,
@@ -198,38 +193,31 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, asked: LabelSet) -> d
         rows=table,
         kinds=by_kind,
     )
-    print(text)
-    print(f"table: {folder.path / 'table.md'}")
-    return summary
 
 
 def markdown(
     cfg: DictConfig, table: Sequence[Mapping[str, Any]], by_kind: Sequence[Mapping[str, Any]], note: str
-) -> str:
-    """The table to put into a document."""
-    lines = [f"### {cfg.experiment.title}", "", f"{cfg.model.name} on {cfg.data.name}: {note}.", ""]
-    lines += [
-        "| gates | accuracy | same answer as full model | mean exit layer | decoder FLOPs |",
-        "|---|---|---|---|---|",
-    ]
-    for row in table:
-        accuracy = f"{100 * row['accuracy']:.1f} [{100 * row['accuracy_low']:.1f}, {100 * row['accuracy_high']:.1f}]"
-        cells = (accuracy, f"{100 * row['agreement']:.1f}", f"{row['mean_exit_layer']:.2f}", f"{row['cost']:.3f}")
-        lines.append(f"| {row['gates']} | {' | '.join(cells)} |")
-    if cfg.experiment.by_kind:
-        frame = pd.DataFrame(by_kind)
-        kinds = sorted(set(frame["kind"]))
-        lines += ["", "Same answer as the full model (%), and mean exit layer, by kind of question asked:", ""]
-        lines += [f"| gates | {' | '.join(kinds)} |", "|---|" + "---|" * len(kinds)]
-        for row in table:
-            own = frame[frame["gates"] == row["gates"]].set_index("kind")
-            cells = [f"{100 * own.loc[kind, 'agreement']:.1f}, {own.loc[kind, 'exit_layer']:.1f}" for kind in kinds]
-            lines.append(f"| {row['gates']} | {' | '.join(cells)} |")
-    if cfg.experiment.published:
-        lines += ["", "Published, on other models and data:", "", "| method | task | quantity | value |"]
-        lines += ["|---|---|---|---|"]
-        lines += [
-            f"| {each.method} | {each.task} | {each.quantity} | {each.value} |" for each in cfg.experiment.published
+) -> list[str]:
+    """The lines of the page to put into a document."""
+    rows = [
+        [
+            row["gates"],
+            percent_with_limits(row, "accuracy"),
+            f"{100 * row['agreement']:.1f}",
+            f"{row['mean_exit_layer']:.2f}",
+            f"{row['cost']:.3f}",
         ]
-        lines += ["", f"Source: {cfg.experiment.source}."]
-    return "\n".join(lines) + "\n"
+        for row in table
+    ]
+    head = ["gates", "accuracy", "same answer as full model", "mean exit layer", "decoder FLOPs"]
+    lines = [*heading(cfg, note), *markdown_table(head, rows)]
+    if cfg.experiment.by_kind:
+        cells = {
+            (each["gates"], each["kind"]): f"{100 * each['agreement']:.1f}, {each['exit_layer']:.1f}"
+            for each in by_kind
+        }
+        kinds = sorted({kind for _, kind in cells})
+        rows = [[row["gates"], *(cells[row["gates"], kind] for kind in kinds)] for row in table]
+        lines += ["", "Same answer as the full model (%), and mean exit layer, by kind of question asked:", ""]
+        lines += markdown_table(["gates", *kinds], rows)
+    return [*lines, *published(cfg.experiment)]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -24,16 +23,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis import plots
-from analysis.matched import Calibration, methods
+from analysis.matched import methods
 from analysis.statistics import mean_band
-from analysis.tables import LABELS, describe, encoded
+from analysis.tables import LABELS, SeenPositions, describe, encoded, load_calibration
 from dyvte import distributed
 from dyvte.config import command, load_model
 from dyvte.data.base import Sample, build_dataset
 from dyvte.errors import ConfigError, DataError
 from dyvte.instrument.views import View, view
 from dyvte.mllm import MLLM, Batch
-from dyvte.policies.base import Policy, Prefill
+from dyvte.policies.base import Policy
 from dyvte.store import RunFolder, fingerprint
 
 
@@ -63,8 +62,7 @@ def kept_positions(cfg: DictConfig) -> dict[str, Any] | None:
         return None
     batches = list(encoded(mllm, dataset, cfg.batch_size))
     grid, chosen = common_grid(mllm, [sample for samples, _ in batches for sample in samples])
-    calibration_data = build_dataset(cfg.calibration.data)
-    calibration = Calibration(mllm, [batch for _, batch in encoded(mllm, calibration_data, cfg.batch_size)])
+    calibration = load_calibration(mllm, cfg)
     for index, name in enumerate(tqdm(cfg.methods, desc="methods", unit="method", dynamic_ncols=True)):
         if folder.has_shard(index):
             continue
@@ -86,23 +84,10 @@ def kept_positions(cfg: DictConfig) -> dict[str, Any] | None:
 # -------------------------------------------------------------------------- measuring
 
 
-@dataclass
-class Seen(Policy):
-    """Changes nothing; notes which positions every layer runs on."""
-
-    masks: list[Tensor] = field(default_factory=list, repr=False)
-
-    def before_layer(self, layer: int, prefill: Prefill) -> None:
-        """Note them."""
-        if layer == 0:
-            self.masks.clear()
-        self.masks.append(prefill.kept.clone())
-
-
 @torch.no_grad()
 def kept_by_layer(mllm: MLLM, batch: Batch, policy: Policy) -> list[Tensor]:
     """Of every row [L, V]: whether layer l sees visual token v."""
-    seen = Seen()
+    seen = SeenPositions()
     with policy(mllm), seen(mllm):
         mllm.model(**batch, use_cache=False, logits_to_keep=1)
     kept = torch.stack(seen.masks, dim=1).cpu()

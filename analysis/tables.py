@@ -21,13 +21,14 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from analysis import plots
+from analysis.markdown import heading, markdown_table, percent_with_limits, published, write_table_page
 from analysis.matched import Calibration, methods
 from analysis.statistics import cluster_bootstrap, mean_band, percentile_band
 from dyvte import distributed
 from dyvte.config import command, load_model
 from dyvte.data.base import Dataset, Sample, build_dataset
 from dyvte.data.metrics import exact_match
-from dyvte.errors import BrokenSample, ConfigError, DataError
+from dyvte.errors import ConfigError, DataError
 from dyvte.evaluate import policy_digest, reference_labels
 from dyvte.flops import plan_decoder_flops
 from dyvte.gates.labels import LabelSet
@@ -39,13 +40,15 @@ from dyvte.policies.drop import RandomDrop
 from dyvte.policies.dynamic_exit import DynamicExit
 from dyvte.policies.fastv import FastV
 from dyvte.policies.fitprune import FitPrune, Recipe
-from dyvte.store import RunFolder, fingerprint, write_atomic
+from dyvte.store import RunFolder, fingerprint
 
 NEEDS_GATES = ("dynamic_exit", "fastv_dynamic_exit")
 OF_GATES = ("statuses", "train_on_kinds", "other_gates")
 """Settings of an experiment that only `analysis.gate_tables` reads."""
 FROM_REFERENCE = ("none", "fixed_exit")
 """Methods whose answers are in the label set of the full model and every exit already."""
+UNPUBLISHED_BUDGET = 0.5
+"""Cost, as a share of the full model's, of methods that have no published setting to fall back on."""
 
 Values = npt.NDArray[np.float64]
 
@@ -74,13 +77,8 @@ def tables(cfg: DictConfig) -> dict[str, Any] | None:
         from analysis.gate_tables import gate_table
 
         return gate_table(cfg)
-    mllm, dataset = load_model(cfg), build_dataset(cfg.data)
-    gates = load_gates(cfg.gates) if set(experiment.methods) & set(NEEDS_GATES) else None
-    known = [*FROM_REFERENCE, *methods(gates)]
-    if unknown := [name for name in experiment.methods if name not in known]:
-        raise ConfigError(f"unknown method {unknown[0]!r} in experiment {experiment.name}; choose from {known}")
+    mllm, dataset, gates = load_model(cfg), build_dataset(cfg.data), gates_of(cfg)
     reference = reference_labels(mllm, dataset, cfg)
-    calibration_data = build_dataset(cfg.calibration.data)
     asked: Any = OmegaConf.to_container(experiment, resolve=True)
     settings = {
         "experiment": {key: value for key, value in asked.items() if key not in OF_GATES},
@@ -93,7 +91,7 @@ def tables(cfg: DictConfig) -> dict[str, Any] | None:
     todo = [index for index in range(len(jobs)) if not folder.has_shard(index)]
     mine = todo[distributed.rank() :: distributed.world_size()]
     if mine:
-        calibration = Calibration(mllm, [batch for _, batch in encoded(mllm, calibration_data, cfg.batch_size)])
+        calibration = load_calibration(mllm, cfg)
         batches = list(encoded(mllm, dataset, cfg.batch_size))
         for index in tqdm(mine, desc=experiment.name, unit="run", initial=len(jobs) - len(todo), total=len(jobs)):
             started = time.perf_counter()
@@ -135,17 +133,32 @@ def encoded(mllm: MLLM, dataset: Dataset, batch_size: int) -> Iterator[tuple[lis
     Raises:
         DataError: none can be read.
     """
-    samples = []
-    for index in range(len(dataset)):
-        try:
-            samples.append(dataset[index])
-        except BrokenSample:  # named in the failures of the label set
-            continue
+    samples = list(dataset.readable())  # the others are in the failures of the label set
     if not samples:
         raise DataError("no question can be read")
     for start in range(0, len(samples), batch_size):
         part = samples[start : start + batch_size]
         yield part, mllm.encode([each.image for each in part], [each.question for each in part])
+
+
+def gates_of(cfg: DictConfig) -> Gates | None:
+    """The gates that the methods of an experiment need; None where none does.
+
+    Raises:
+        ConfigError: an unknown method.
+    """
+    names = cfg.experiment.methods
+    gates = load_gates(cfg.gates) if set(names) & set(NEEDS_GATES) else None
+    known = [*FROM_REFERENCE, *methods(gates)]
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"unknown method {unknown[0]!r} in experiment {cfg.experiment.name}; choose from {known}")
+    return gates
+
+
+def load_calibration(mllm: MLLM, cfg: DictConfig) -> Calibration:
+    """The prompts of `calibration.data`, which settings are chosen on."""
+    dataset = build_dataset(cfg.calibration.data)
+    return Calibration(mllm, [batch for _, batch in encoded(mllm, dataset, cfg.batch_size)])
 
 
 def run_job(
@@ -156,10 +169,7 @@ def run_job(
     max_new_tokens: int,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Answers under a method, one row a question (none where it cannot meet the budget), and its setting."""
-    if job.budget is None:
-        policy = published_setting(job.method, calibration, gates)
-    else:
-        policy = methods(gates)[job.method](calibration, job.budget)
+    policy = policy_at(job.method, job.budget, calibration, gates)
     if isinstance(policy, RandomDrop):
         policy.seed = job.seed
     label = {"method": job.method, "budget": job.budget, "seed": job.seed}
@@ -173,38 +183,47 @@ def run_job(
     return pd.DataFrame(rows).assign(**label)[[*label, *rows[0]]], setting
 
 
-def published_setting(method: str, calibration: Calibration, gates: Gates | None) -> Policy | None:
-    """A method as its paper or its training set it; the others at half of the full model's cost."""
-    if method == "dynamic_exit" and gates is not None:
-        return DynamicExit(gates)
-    if method == "fastv":
-        return FastV()
-    if method == "fastv_dynamic_exit" and gates is not None:
-        return Compose([FastV(), DynamicExit(gates, min_layer=FastV().layer + 1)])
-    return methods(gates)[method](calibration, 0.5)
+def policy_at(method: str, budget: float | None, calibration: Calibration, gates: Gates | None) -> Policy | None:
+    """A method at a budget, None where it cannot meet it.
+
+    Without a budget: as its paper or its training set it; the others at half of the full model's cost.
+    """
+    if budget is None:
+        if method == "dynamic_exit" and gates is not None:
+            return DynamicExit(gates)
+        if method == "fastv":
+            return FastV()
+        if method == "fastv_dynamic_exit" and gates is not None:
+            return Compose([FastV(), DynamicExit(gates, min_layer=FastV().layer + 1)])
+        budget = UNPUBLISHED_BUDGET
+    return methods(gates)[method](calibration, budget)
 
 
 @dataclass
-class Lengths(Policy):
-    """Changes nothing; notes how many positions of each row every layer runs on."""
+class SeenPositions(Policy):
+    """Changes nothing; notes which positions every layer runs on.
 
-    counts: list[torch.Tensor] = field(default_factory=list, repr=False)
+    Attributes:
+        masks: [B, N] of every layer, in the last prefill.
+    """
+
+    masks: list[torch.Tensor] = field(default_factory=list, repr=False)
 
     def before_layer(self, layer: int, prefill: Prefill) -> None:
-        """Count."""
+        """Note them."""
         if layer == 0:
-            self.counts.clear()
-        self.counts.append(prefill.kept.sum(1))
+            self.masks.clear()
+        self.masks.append(prefill.kept.clone())
 
 
 def answer(
     mllm: MLLM, policy: Policy, samples: Sequence[Sample], batch: Batch, max_new_tokens: int
 ) -> list[dict[str, Any]]:
     """Answers of one batch and the decoder FLOPs of each prefill, from the positions that every layer ran on."""
-    lengths = Lengths()
-    with policy(mllm) as run, lengths(mllm):
+    seen = SeenPositions()
+    with policy(mllm) as run, seen(mllm):
         answers = mllm.decode(mllm.generate_ids(batch, max_new_tokens=max_new_tokens))
-        exits, counts = run.exit_layers.tolist(), torch.stack(lengths.counts, dim=1).tolist()
+        exits, counts = run.exit_layers.tolist(), torch.stack(seen.masks, dim=1).sum(2).tolist()
     return [
         {
             "id": sample.id,
@@ -328,9 +347,8 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, reference: LabelSet) 
     )
     with plots.style():
         folder.save_figure("accuracy_against_cost", figure(table, note))
-    text = markdown(cfg, table, by_kind, verdicts, note)
-    write_atomic(folder.path / "table.md", lambda out: out.write(text.encode()))
-    summary = folder.write_summary(
+    write_table_page(folder, markdown(cfg, table, by_kind, verdicts, note))
+    return folder.write_summary(
         model=cfg.model.name,
         data=cfg.data.name,
         num_layers=mllm.num_layers,
@@ -340,9 +358,6 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, reference: LabelSet) 
         rows=table.to_dict("records"),
         verdicts=verdicts,
     )
-    print(text)
-    print(f"table: {folder.path / 'table.md'}")
-    return summary
 
 
 def _row(
@@ -410,45 +425,35 @@ LABELS = {
 
 def markdown(
     cfg: DictConfig, table: pd.DataFrame, by_kind: pd.DataFrame, verdicts: Sequence[Mapping[str, Any]], note: str
-) -> str:
-    """The table to put into a document."""
-    lines = [f"### {cfg.experiment.title}", "", f"{cfg.model.name} on {cfg.data.name}: {note}.", ""]
-    lines += [
-        "| budget | method | decoder FLOPs | accuracy | accuracy, image needed | same answer as full model | setting |",
-        "|---|---|---|---|---|---|---|",
+) -> list[str]:
+    """The lines of the page to put into a document."""
+    head = ["budget", "method", "decoder FLOPs", "accuracy", "accuracy, image needed", "same answer as full model"]
+    rows = [
+        [
+            _budget(row),
+            LABELS[row["method"]],
+            f"{row['cost']:.3f}",
+            percent_with_limits(row, "accuracy"),
+            percent_with_limits(row, "accuracy_needs_image"),
+            f"{100 * row['agreement']:.1f}",
+            row["setting"],
+        ]
+        for row in table.to_dict("records")
     ]
-    for row in table.to_dict("records"):
-        lines.append(
-            f"| {_budget(row)} | {LABELS[row['method']]} | {row['cost']:.3f} | {_interval(row, 'accuracy')} | "
-            f"{_interval(row, 'accuracy_needs_image')} | {100 * row['agreement']:.1f} | {row['setting']} |"
-        )
+    lines = [*heading(cfg, note), *markdown_table([*head, "setting"], rows)]
     lines += ["", *[_sentence(each) for each in verdicts]]
     if cfg.experiment.by_kind:
         names = [name for name in by_kind.columns if name not in ("method", "budget")]
-        lines += ["", f"| budget | method | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
-        for row in by_kind.to_dict("records"):
-            cells = " | ".join(f"{100 * row[name]:.1f}" for name in names)
-            lines.append(f"| {_budget(row)} | {LABELS[row['method']]} | {cells} |")
-    if cfg.experiment.published:
-        lines += [
-            "",
-            "Published, on other models and data:",
-            "",
-            "| method | task | quantity | value |",
-            "|---|---|---|---|",
+        rows = [
+            [_budget(row), LABELS[row["method"]], *(f"{100 * row[name]:.1f}" for name in names)]
+            for row in by_kind.to_dict("records")
         ]
-        for each in cfg.experiment.published:
-            lines.append(f"| {each.method} | {each.task} | {each.quantity} | {each.value} |")
-        lines += ["", f"Source: {cfg.experiment.source}."]
-    return "\n".join(lines) + "\n"
+        lines += ["", *markdown_table(["budget", "method", *names], rows)]
+    return [*lines, *published(cfg.experiment)]
 
 
 def _budget(row: Mapping[str, Any]) -> str:
     return "" if row["budget"] is None or np.isnan(row["budget"]) else f"{row['budget']:g}"
-
-
-def _interval(row: Mapping[str, Any], name: str) -> str:
-    return f"{100 * row[name]:.1f} [{100 * row[f'{name}_low']:.1f}, {100 * row[f'{name}_high']:.1f}]"
 
 
 def _sentence(verdict: Mapping[str, Any]) -> str:

@@ -99,9 +99,16 @@ def evaluate(cfg: DictConfig) -> dict[str, Any] | None:
 # ---------------------------------------------------------------------- reference
 
 
-def reference_labels(mllm: MLLM, dataset: Dataset, cfg: DictConfig) -> LabelSet:
-    """The full model's answers and what every fixed exit makes of them, made once for a model and data."""
-    settings = LabelSettings(cfg.max_new_tokens, status=(QUESTION,), answers=True)
+def reference_labels(mllm: MLLM, dataset: Dataset, cfg: DictConfig, status: tuple[str, ...] = (QUESTION,)) -> LabelSet:
+    """The full model's answers and what every fixed exit makes of them, made once for a model and data.
+
+    Args:
+        mllm: the model.
+        dataset: the questions.
+        cfg: the composed configuration; the set is kept under `reference_dir`.
+        status: status parts that it holds (see `dyvte.gates.labels.LabelSettings`).
+    """
+    settings = LabelSettings(cfg.max_new_tokens, status=status, answers=True)
     made_of = json.dumps(label_fingerprint(mllm, dataset, cfg, settings), sort_keys=True, default=str)
     digest = hashlib.sha256(made_of.encode()).hexdigest()[:12]
     path = Path(cfg.reference_dir) / f"{cfg.model.name}-{cfg.data.name}-{digest}"

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 import dyvte
 from analysis.cost import Stopwatch, constant, measure, summarize
 from analysis.matched import Calibration, largest_within, methods
-from analysis.tables import Lengths, Outcome, _from_reference, _sentence, _verdicts, describe, plan, tables
+from analysis.tables import Outcome, SeenPositions, _from_reference, _sentence, _verdicts, describe, plan, tables
 from dyvte.config import compose
 from dyvte.data.shapes import ShapesDataset
 from dyvte.flops import plan_decoder_flops, prefill_flops
@@ -73,10 +73,10 @@ def test_a_budget_below_the_text_alone_is_met_by_none() -> None:
 
 @torch.no_grad()
 def test_planned_lengths_cost_what_the_counter_counts() -> None:
-    mllm, batch, lengths = model(), prompts(), Lengths()
-    with dyvte.FastV(layer=2, keep=0.5)(mllm), lengths(mllm):
+    mllm, batch, seen = model(), prompts(), SeenPositions()
+    with dyvte.FastV(layer=2, keep=0.5)(mllm), seen(mllm):
         counted = prefill_flops(mllm, batch).decoder
-        counts = torch.stack(lengths.counts, dim=1).tolist()
+        counts = torch.stack(seen.masks, dim=1).sum(2).tolist()
     assert sum(plan_decoder_flops(mllm.text_config, row) for row in counts) == counted
 
 

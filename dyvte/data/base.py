@@ -7,6 +7,7 @@ import io
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,12 @@ class Dataset(ABC):
     def __iter__(self) -> Iterator[Sample]:
         """All samples; the first broken one raises."""
         return (self[index] for index in range(len(self)))
+
+    def readable(self) -> Iterator[Sample]:
+        """The samples that are not broken."""
+        for index in range(len(self)):
+            with suppress(BrokenSample):
+                yield self[index]
 
 
 def build_dataset(cfg: DictConfig) -> Dataset:
