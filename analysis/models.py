@@ -502,13 +502,17 @@ below.
 
 ## Weights
 
-Weights are read from safetensors only, with one exception: many checkpoints of the LLaVA code base are `.bin` only,
-which `dyvte.convert` and `model=exported` read as tensors alone (`torch.load(weights_only=True)`; a file that would run
-code is refused). Code from a model's repository runs only with `model.trust_remote_code=true`, `model.revision=COMMIT`
-pins what is downloaded, and `HF_HUB_OFFLINE=1` is respected. Gated models (Gemma) need
-`hf auth login` after accepting their terms. `model.quantization_config` goes to transformers as it is
-(`'{{load_in_4bit: true}}'` with `dyvte[quantization]`), `model.device_map=auto` spreads a model over devices, memory
-and disk.
+- **Safetensors only**, with one exception: many checkpoints of the LLaVA code base are `.bin` only, which `dyvte.convert`
+  and `model=exported` read as tensors alone (`torch.load(weights_only=True)`; a file that would run code is refused).
+- **Pinned**: `model.revision=COMMIT` fixes what is downloaded. Without it the default branch is taken, and the
+  `config.yaml` of each run names the commit that this was ([how to](how_to_own_model.md#the-same-weights-again)).
+- **Offline**: with `HF_HUB_OFFLINE=1` nothing is asked of the Hub and what is cached is used.
+- **Remote code** is off: what comes with a repository runs only with `model.trust_remote_code=true`, and a model that
+  needs it says so.
+- **Gated models** (Gemma) need `hf auth login` after accepting their terms, and say so.
+- **Quantized**: `model.quantization_config` goes to transformers as it is (`'{{load_in_4bit: true}}'` with
+  `dyvte[quantization]`). Tested with a stand-in of 8-bit layers, not with bitsandbytes itself.
+- **Spread**: `model.device_map=auto` puts a model on several devices, memory and disk.
 """
 
 

@@ -109,6 +109,9 @@ def missing_settings(cfg: DictConfig) -> list[str]:
 def load_model(cfg: DictConfig) -> MLLM:
     """The model of `cfg.model` on `cfg.device`, through `dyvte.load`.
 
+    For a model of the Hub `cfg.model.revision` becomes the commit that was loaded, so that the `config.yaml` of a run
+    names it and the run can be repeated after the branch has moved.
+
     Raises:
         ConfigError: `model.path` is not set.
         ModelError: The model cannot be loaded.
@@ -123,7 +126,10 @@ def load_model(cfg: DictConfig) -> MLLM:
     device = None if cfg.device == "auto" else cfg.device
     if device is None and distributed.world_size() > 1:
         device = distributed.device()  # each process has a GPU of its own
-    return load(path, device=device, **settings)
+    mllm = load(path, device=device, **settings)
+    if mllm.commit is not None:
+        OmegaConf.update(cfg, "model.revision", mllm.commit, force_add=True)
+    return mllm
 
 
 def _folder_name(path: str | None) -> str:

@@ -76,7 +76,10 @@ class MLLM:
         text_config: config of the decoder.
         image_token_id: id of the placeholder that stands for one visual token.
         visual_token_ids: all placeholder ids that count as visual (image and, where there is one, video).
+        commit: of the Hub repository that `load` read; None where the model did not come from the Hub.
     """
+
+    commit: str | None = None
 
     def __init__(self, model: Any, processor: Any = None) -> None:
         self.model: Any = model.eval()
@@ -363,7 +366,7 @@ def load(
         attn_implementation: passed to `from_pretrained`: "sdpa", "eager", "flash_attention_2", ...
         quantization_config: passed to `from_pretrained`.
         trust_remote_code: run code from the model's repository.
-        revision: branch, tag or commit of a Hub id.
+        revision: branch, tag or commit of a Hub id. The attribute `commit` of what is returned says what it stood for.
         token: Hub token; by default the one of `hf auth login`.
         exported: folder that `dyvte/export_visual_tokens.py` wrote; NAME_OR_PATH is then the checkpoint whose language
             model gets those visual tokens (see `dyvte.exported`).
@@ -383,6 +386,9 @@ def load(
     ):
         if value is not None:
             model_kwargs[name] = value
+    place = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if quantization_config is not None:  # quantized weights are not moved afterwards
+        model_kwargs.setdefault("device_map", {"": place})
     if exported is not None:
         from dyvte.exported import load_language_model
 
@@ -397,15 +403,19 @@ def load(
             _refuse_forks(str(name_or_path), source, hub_kwargs)
             config = AutoConfig.from_pretrained(source, **hub_kwargs)
         _check_config(str(name_or_path), config)
+        if getattr(config, "quantization_config", None) is not None:  # stored that way
+            model_kwargs.setdefault("device_map", {"": place})
         model_kwargs.setdefault("use_safetensors", True)
         with _OneLineErrors(str(name_or_path)):
             model = AutoModelForImageTextToText.from_pretrained(
                 source, config=config, dtype=dtype, **hub_kwargs, **model_kwargs
             )
             processor = _load_processor(source, hub_kwargs)
-    if device_map is None and quantization_config is None:
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return wrap(model, processor)
+    if "device_map" not in model_kwargs:
+        model = model.to(place)
+    mllm = wrap(model, processor)
+    mllm.commit = _cached_commit(str(name_or_path), revision)
+    return mllm
 
 
 # ---------------------------------------------------------------------- loading
@@ -426,6 +436,9 @@ class _OneLineErrors:
         raise ModelError(f"cannot load {self.name!r}: {_explain(error)}") from None
 
 
+GATED_HINT = "it is gated; accept its terms on its Hub page, then run `hf auth login`"
+
+
 def _explain(error: BaseException) -> str:
     from huggingface_hub.errors import GatedRepoError, HFValidationError
 
@@ -436,9 +449,12 @@ def _explain(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     text = " ".join(str(error).split())
     if any(isinstance(each, GatedRepoError) for each in chain) or "gated repo" in text:
-        return "it is gated; accept its terms on its Hub page, then run `hf auth login`"
+        return GATED_HINT
     if "trust_remote_code" in text:
-        return "it needs code from its own repository; read that code, then set trust_remote_code=true"
+        return (
+            "it needs code from its own repository; read that code, then set trust_remote_code=true (on the command "
+            "line model.trust_remote_code=true, with model.revision=COMMIT for the code that was read)"
+        )
     if any(isinstance(each, HFValidationError) for each in chain):
         return "no such folder here, and it is not a Hub id of the form owner/name"
     if "no file named" in text or "with `safetensors`" in text:
@@ -471,18 +487,34 @@ def _resolve_source(name: str, revision: str | None, token: str | bool | None) -
         from huggingface_hub import try_to_load_from_cache
 
         if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            pinned = "" if revision is None else f" --revision {revision}"
             raise ModelError(
                 f"cannot load {name!r}: the Hugging Face Hub cannot be reached and nothing is cached here; run "
-                f"`hf download {name}` where there is a network, or give a local folder (model.path=FOLDER)"
+                f"`hf download {name}{pinned}` where there is a network, or give a local folder (model.path=FOLDER)"
             )
         return name, {**kwargs, "local_files_only": True}
     return name, kwargs
 
 
+def _cached_commit(name: str, revision: str | None) -> str | None:
+    """The commit of a Hub id's files in the cache, by which the cache names its folder; None for other models."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if name in SHIPPED_MODELS or Path(name).expanduser().is_dir():
+        return None
+    file = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None
+
+
 def _hub_answers(name: str, kwargs: dict[str, Any]) -> bool:
     """Whether the Hub has NAME; False when it cannot be reached. One request, no retries."""
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     if huggingface_hub.constants.is_offline_mode():
         return False
@@ -494,6 +526,8 @@ def _hub_answers(name: str, kwargs: dict[str, Any]) -> bool:
         ) from None
     except RevisionNotFoundError:
         raise ModelError(f"cannot load {name!r}: the Hub has no revision {kwargs.get('revision')!r} of it") from None
+    except GatedRepoError:  # a kind of RepositoryNotFoundError
+        raise ModelError(f"cannot load {name!r}: {GATED_HINT}") from None
     except RepositoryNotFoundError:
         raise ModelError(
             f"cannot load {name!r}: the Hub has no such model, or it is private (then run `hf auth login`)"

@@ -362,6 +362,11 @@ class RunFolder:
                 with safe_open(shard / f"{name}.safetensors", framework="pt") as file:
                     yield {key: file.get_tensor(key) for key in keys}
 
+    @property
+    def seconds(self) -> float:
+        """Work on the finished batches, over every session that the run took."""
+        return sum(record["seconds"] for record in self._shard_records())
+
     def failures(self) -> list[dict[str, Any]]:
         """The samples that could not be used, in order."""
         return [failure for record in self._shard_records() for failure in record["failures"]]
@@ -379,7 +384,7 @@ class RunFolder:
                 "num_samples": sum(record["num_samples"] for record in records),
                 "num_failed": sum(len(record["failures"]) for record in records),
                 "num_layers": num_layers,
-                "seconds": round(sum(record["seconds"] for record in records), 3),
+                "seconds": round(self.seconds, 3),
                 "versions": versions(),
                 **content,
             }

@@ -88,14 +88,16 @@ def train(cfg: DictConfig) -> Gates | None:
         _save(control.gates, folder, f"gates/{QUESTION_GATES}")
     folder.write_table("layers", fit.report)
     folder.write_table("history", fit.history)
+    training = time.perf_counter() - started
     folder.write_summary(
         model=cfg.model.name,
         data=cfg.data.name,
         num_layers=mllm.num_layers,
+        seconds=round(labels.folder.seconds + training, 3),
         num_samples=len(labels),
         num_failed=len(labels.folder.failures()),
         recipe=cfg.recipe.name,
-        training_seconds=round(time.perf_counter() - started, 2),
+        training_seconds=round(training, 2),
         **fit.gates.facts["controls"],
         **fit.validation,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -23,10 +24,12 @@ from families import (
     processor_for,
     random_batch,
 )
+from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM
 
 import dyvte
+from dyvte.config import compose, load_model
 from dyvte.errors import ModelError
 from dyvte.mllm import MLLM, SHIPPED_MODELS, _explain
 
@@ -322,7 +325,7 @@ def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path, llava_folder:
     custom = write_config(
         tmp_path / "custom", model_type="mine", auto_map={"AutoConfig": "c.C", "AutoModelForImageTextToText": "m.M"}
     )
-    assert "trust_remote_code=true" in error_of(custom)
+    assert "set trust_remote_code=true (on the command line model.trust_remote_code=true" in error_of(custom)
     assert "unknown_type" in error_of(write_config(tmp_path / "unknown", model_type="unknown_type"))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
@@ -334,7 +337,37 @@ def test_offline_with_nothing_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     message = error_of("llava-hf/llava-1.5-7b-hf")
     assert "cannot be reached and nothing is cached" in message
-    assert "hf download llava-hf/llava-1.5-7b-hf" in message
+    assert "hf download llava-hf/llava-1.5-7b-hf`" in message
+    assert "hf download llava-hf/llava-1.5-7b-hf --revision v1`" in error_of("llava-hf/llava-1.5-7b-hf", revision="v1")
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cached_model(llava_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """Hub id of a model whose branch main is in a cache, and no network."""
+    repository = tmp_path / "models--owner--name"
+    shutil.copytree(llava_folder, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return "owner/name"
+
+
+@pytest.mark.parametrize("revision", [None, "main", COMMIT])
+def test_a_run_names_the_commit_that_was_loaded(cached_model: str, revision: str | None) -> None:
+    asked = [] if revision is None else [f"model.revision={revision}"]
+    cfg = compose("stages", ["model=hf", f"model.path={cached_model}", "device=cpu", *asked])
+    assert load_model(cfg).commit == COMMIT
+    assert cfg.model.revision == COMMIT  # which config.yaml and the report's command take from here
+
+
+def test_a_model_from_a_folder_has_no_commit(llava_folder: Path) -> None:
+    cfg = compose("stages", ["model=hf", f"model.path={llava_folder}", "device=cpu"])
+    assert load_model(cfg).commit is None
+    assert cfg.model.revision is None
 
 
 def test_no_network_is_found_out_with_one_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -353,6 +386,16 @@ def test_no_network_is_found_out_with_one_request(monkeypatch: pytest.MonkeyPatc
 
 def test_a_gated_model_asks_for_a_login() -> None:
     assert "hf auth login" in _explain(OSError("You are trying to access a gated repo.\nMake sure to have access"))
+
+
+def test_a_gated_model_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str, **kwargs: Any) -> None:
+        raise GatedRepoError.__new__(GatedRepoError)  # a kind of RepositoryNotFoundError
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "model_info", refuse)
+    message = error_of("google/gemma-3-4b-it")
+    assert "it is gated; accept its terms on its Hub page, then run `hf auth login`" in message
 
 
 def test_shipped_model_that_is_not_there_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

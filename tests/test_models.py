@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -418,7 +419,12 @@ def models_batch(mllm: MLLM) -> dyvte.Batch:
 
 def test_settings_reach_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr("dyvte.mllm.load", lambda path, **settings: seen.update(settings, path=path))
+
+    def load(path: str, **settings: Any) -> MLLM:
+        seen.update(settings, path=path)
+        return BUILDERS["llava"](num_layers=1)
+
+    monkeypatch.setattr("dyvte.mllm.load", load)
     changes = ["model.quantization_config={load_in_4bit: true}", "model.device_map=auto", "model.revision=abc123"]
     load_model(compose("stages", ["model=llava7b", *changes]))
     assert seen["path"] == "llava-hf/llava-1.5-7b-hf"
@@ -426,6 +432,93 @@ def test_settings_reach_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen["device_map"] == "auto"
     assert seen["revision"] == "abc123"
     assert seen["trust_remote_code"] is False
+
+
+class Int8Linear(torch.nn.Module):
+    """A linear layer whose weights are whole numbers and a scale for each row, as in 8-bit quantization."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def dequantized(self) -> Tensor:
+        return self.weight.to(self.scale.dtype) * self.scale
+
+    def forward(self, states: Tensor) -> Tensor:
+        return torch.nn.functional.linear(states, self.dequantized(), self.bias)
+
+
+def replace_linear_layers(decoder: torch.nn.Module) -> None:
+    for module in list(decoder.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, torch.nn.Linear):
+                setattr(module, name, Int8Linear(child))
+
+
+@pytest.fixture
+def stand_in_quantization(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A way to quantize that transformers knows for the length of a test, in place of bitsandbytes."""
+    from transformers.quantizers import auto
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class Config(QuantizationConfigMixin):
+        def __init__(self, **_: Any) -> None:
+            self.quant_method = "stand_in"  # type: ignore[assignment]
+
+    class Quantizer(HfQuantizer):
+        requires_calibration = False
+
+        def is_serializable(self, *_: Any, **__: Any) -> bool:
+            return False
+
+        @property
+        def is_trainable(self) -> bool:
+            return False
+
+        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+            replace_linear_layers(model.get_decoder())
+            return model
+
+    monkeypatch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "stand_in", Config)
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "stand_in", Quantizer)
+    return "stand_in"
+
+
+@torch.no_grad()
+def test_a_quantized_model_runs_through_every_instrument(tmp_path: Path, stand_in_quantization: str) -> None:
+    """The settings reach transformers as they are; results are those of the same weights in full precision."""
+    BUILDERS["llava"](0, num_layers=3).model.save_pretrained(tmp_path)
+    plain = dyvte.load(tmp_path, device="cpu")
+    changes = [f"model.path={tmp_path}", f"model.quantization_config={{quant_method: {stand_in_quantization}}}"]
+    quantized = load_model(compose("stages", ["model=hf", "device=cpu", "model.dtype=float32", *changes]))
+    weights = {name: each for name, each in quantized.model.named_modules() if isinstance(each, Int8Linear)}
+    assert len(weights) == 3 * 7  # of attention and MLP, in every layer
+    assert plain.model.get_submodule(next(iter(weights))).weight.ne(next(iter(weights.values())).dequantized()).any()
+    for name, each in weights.items():
+        plain.model.get_submodule(name).weight.data = each.dequantized()
+    batch = models_batch(plain)
+    first, second = dyvte.exit_sweep(plain, batch), dyvte.exit_sweep(quantized, batch)
+    torch.testing.assert_close(first.logits, second.logits, atol=1e-4, rtol=1e-4)
+    with dyvte.FixedExit(2)(plain):
+        expected = plain.generate(batch, max_new_tokens=3)
+    with dyvte.FixedExit(2)(quantized):
+        assert quantized.generate(batch, max_new_tokens=3) == expected
+    with dyvte.AttentionProbe(plain) as one, dyvte.AttentionProbe(quantized) as two:
+        plain.model(**batch)
+        quantized.model(**batch)
+    torch.testing.assert_close(one.stats.mass, two.stats.mass, atol=1e-5, rtol=0, equal_nan=True)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+@pytest.mark.parametrize("setting", ["load_in_8bit", "load_in_4bit"])
+def test_quantization_without_its_package_says_which(setting: str, tmp_path: Path) -> None:
+    BUILDERS["llava"](0, num_layers=1).model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="requires bitsandbytes"):
+        dyvte.load(tmp_path, device="cpu", quantization_config={setting: True})
 
 
 def test_only_safetensors_are_read(tmp_path: Path) -> None:
