@@ -502,8 +502,9 @@ below.
 
 ## Weights
 
-- **Safetensors only**, with one exception: many checkpoints of the LLaVA code base are `.bin` only, which `dyvte.convert`
-  and `model=exported` read as tensors alone (`torch.load(weights_only=True)`; a file that would run code is refused).
+- **Safetensors only**, with one exception: many checkpoints of the LLaVA code base are `.bin` only, which
+  `dyvte.convert` and `model=exported` read as tensors alone (`torch.load(weights_only=True)`; a file that would run
+  code is refused).
 - **Pinned**: `model.revision=COMMIT` fixes what is downloaded. Without it the default branch is taken, and the
   `config.yaml` of each run names the commit that this was ([how to](how_to_own_model.md#the-same-weights-again)).
 - **Offline**: with `HF_HUB_OFFLINE=1` nothing is asked of the Hub and what is cached is used.
