@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -60,6 +63,12 @@ def picture(file: str | Path) -> Picture:
 def page(file: str | Path) -> Text:
     """A Markdown file that a command has written."""
     return Text(Path(file).read_text())
+
+
+def quietly(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a command's function returns, without the table that it prints: the cell shows that as a page."""
+    with redirect_stdout(io.StringIO()):
+        return function(*arguments)
 
 
 def table(frame: pd.DataFrame, digits: int = 3) -> Text:

@@ -88,6 +88,12 @@ def test_outputs_are_of_this_code_and_these_weights(file: Path) -> None:
     assert not MACHINE.search(content), MACHINE.search(content)
 
 
+@by_name
+def test_a_table_is_shown_once_and_as_a_table(file: Path) -> None:
+    printed = [line for each in outputs(read(file)) for line in "".join(each.get("text", "")).splitlines()]
+    assert not [line for line in printed if line.startswith("|")]
+
+
 def test_progress_bars_go_and_warnings_stay() -> None:
     bars = (
         "a on b:   0%|          | 0/24 [00:00<?, ?sample/s]\ra on b:  67%|██▋   | 16/24 [00:34<00:17,  2.13s/sample]\n"
