@@ -152,35 +152,45 @@ def fixed_exit_table(reference: LabelSet) -> pd.DataFrame:
 
 def control_table(policy: DynamicExit, source: str, answers: pd.DataFrame, reference: LabelSet) -> pd.DataFrame:
     """Controls of dynamic exits, one row each in the columns of the comparison; none of them runs the model again."""
-    rows = _reference_rows(answers, reference)
-    images = answers["image_id"].tolist()
-    table = []
-    for name, share in control_exits(policy, source, answers, reference, rows).items():
-        # a control says with which probability every question leaves at every layer
-        def expected(values: Tensor, share: Tensor = share) -> Tensor:
-            return (share * values[rows].double()).sum(1)
+    controls = control_exits(policy, source, answers, reference, reference_rows(answers, reference))
+    return pd.DataFrame(
+        [{"policy": name, **expected_figures(share, answers, reference)} for name, share in controls.items()]
+    )
 
-        row: dict[str, Any] = {
-            "policy": name,
-            "num_questions": len(answers),
-            "mean_exit_layer": float((share * torch.arange(reference.num_layers + 1)).sum(1).mean()),
-            "flops_decoder": float(expected(reference.flops).mean()),
-            "cost": float(expected(reference.flops).mean() / reference.flops[rows, -1].double().mean()),
-        }
-        correct = reference.correct[rows]
-        measured = {
-            "accuracy": expected(reference.correct),
-            "accuracy_loss": correct[:, -1] - expected(reference.correct),
-            "agreement": expected(reference.agree),
-        }
-        for column, values in measured.items():
-            row[column], row[f"{column}_low"], row[f"{column}_high"] = cluster_interval(values, images)
-        row["full_accuracy"] = float(correct[:, -1].mean())
-        flops, agree = reference.flops[rows].double().mean(0), reference.agree[rows].double().mean(0)
-        row["cost_of_fixed_exits"] = mixture_cost(flops / flops[-1], agree, row["agreement"])
-        row["cost_ratio"] = row["cost"] / row["cost_of_fixed_exits"]
-        table.append(row)
-    return pd.DataFrame(table)
+
+def expected_figures(share: Tensor, answers: pd.DataFrame, reference: LabelSet) -> dict[str, Any]:
+    """What questions come to, in the columns of the comparison, if each leaves at every layer with some probability.
+
+    Args:
+        share: [n, L + 1] probability of every exit layer, rows sum to 1.
+        answers: the n questions.
+        reference: what every exit makes of them.
+    """
+    rows = reference_rows(answers, reference)
+    images = answers["image_id"].tolist()
+
+    def expected(values: Tensor) -> Tensor:
+        return (share * values[rows].double()).sum(1)
+
+    row: dict[str, Any] = {
+        "num_questions": len(answers),
+        "mean_exit_layer": float((share * torch.arange(reference.num_layers + 1)).sum(1).mean()),
+        "flops_decoder": float(expected(reference.flops).mean()),
+        "cost": float(expected(reference.flops).mean() / reference.flops[rows, -1].double().mean()),
+    }
+    correct = reference.correct[rows]
+    measured = {
+        "accuracy": expected(reference.correct),
+        "accuracy_loss": correct[:, -1] - expected(reference.correct),
+        "agreement": expected(reference.agree),
+    }
+    for column, values in measured.items():
+        row[column], row[f"{column}_low"], row[f"{column}_high"] = cluster_interval(values, images)
+    row["full_accuracy"] = float(correct[:, -1].mean())
+    flops, agree = reference.flops[rows].double().mean(0), reference.agree[rows].double().mean(0)
+    row["cost_of_fixed_exits"] = mixture_cost(flops / flops[-1], agree, row["agreement"])
+    row["cost_ratio"] = row["cost"] / row["cost_of_fixed_exits"]
+    return row
 
 
 # ------------------------------------------------------------------------- a batch
@@ -271,7 +281,7 @@ def figures(answers: pd.DataFrame, reference: LabelSet) -> dict[str, Any]:
     the same agreement, `oracle` the cheapest exit of every question that keeps its answer. Intervals are two-sided 95%,
     clustered by image.
     """
-    rows = _reference_rows(answers, reference)
+    rows = reference_rows(answers, reference)
     images = answers["image_id"].tolist()
     agree, full_flops = reference.agree[rows], float(reference.flops[rows, -1].double().mean())
     cost = reference.flops[rows].double() / full_flops
@@ -311,7 +321,7 @@ def figures(answers: pd.DataFrame, reference: LabelSet) -> dict[str, Any]:
     }
 
 
-def _reference_rows(answers: pd.DataFrame, reference: LabelSet) -> Tensor:
+def reference_rows(answers: pd.DataFrame, reference: LabelSet) -> Tensor:
     """Row of every answer's question in the reference."""
     position = pd.Series(np.arange(len(reference)), index=reference.samples["id"])
     return torch.from_numpy(position.loc[answers["id"]].to_numpy(copy=True))
