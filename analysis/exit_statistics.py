@@ -24,10 +24,8 @@ import numpy.typing as npt
 import torch
 from scipy.stats import norm
 
-from analysis.statistics import MIN_CLUSTERS, Array, cluster_bootstrap, cluster_mean
+from analysis.statistics import MIN_CLUSTERS, Array, Clusters, cluster_bootstrap, cluster_mean, count_images
 from dyvte.criteria import kl_exit_layer, kl_stays_below
-
-Clusters = Sequence[Any] | npt.NDArray[Any]
 
 ROUNDING = 1e-4
 """Relative change of the logits that float32 rounding can explain, with a hundredfold margin."""
@@ -57,7 +55,7 @@ def one_sided_limits(
     replicates = cluster_bootstrap(values, clusters, n_boot, seed)
     mean = cluster_mean(values)
     z2 = float(norm.ppf(level)) ** 2
-    least = z2 / (len(np.unique(np.asarray(clusters).astype(str))) + z2)
+    least = z2 / (count_images(clusters) + z2)
     low, high = np.nanpercentile(replicates, [100 * (1 - level), 100 * level], axis=0)
     return np.minimum(low, mean - least), np.maximum(high, mean + least)
 
@@ -222,7 +220,7 @@ def contribution_stops(
     correct, agree = np.asarray(correct, dtype=np.float64), np.asarray(agree, dtype=np.float64)
     num_layers = agree.shape[1] - 1
     statement = "visual tokens contribute to the answers, and no longer do from some layer on"
-    num_images = len(np.unique(np.asarray(clusters).astype(str)))
+    num_images = count_images(clusters)
     details: dict[str, Any] = {
         "max_loss": max_loss,
         "min_gain": min_gain,
@@ -349,7 +347,7 @@ def early_exit_disturbs(
 
 def depth_depends_on_kind(
     depth: npt.ArrayLike,
-    kinds: Clusters,
+    kinds: Sequence[Any] | npt.NDArray[Any],
     clusters: Clusters,
     contributes: bool,
     *,

@@ -6,7 +6,7 @@ entropy; K* of the KL criterion; exit depths; and which of the paper's findings 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -18,13 +18,21 @@ from matplotlib import pyplot as plt
 from omegaconf import DictConfig
 from torch import Tensor
 
-from analysis import exit_statistics, plots, plots_exits
+from analysis import exit_statistics, plots_paper
 from analysis.exit_statistics import Finding
-from analysis.statistics import Array, Band, cluster_bootstrap, cluster_mean, mean_band, percentile_band
+from analysis.statistics import (
+    Array,
+    Band,
+    cluster_bootstrap,
+    cluster_mean,
+    count_images,
+    mean_band,
+    percentile_band,
+)
 from dyvte import distributed, runner, store
 from dyvte.config import command, load_model
 from dyvte.criteria import exit_depth, kl_to_full, lucky_exit_depth, paper_labels
-from dyvte.data import BrokenSample, Dataset, Sample, build_dataset
+from dyvte.data import Dataset, Sample, build_dataset
 from dyvte.data.metrics import exact_match
 from dyvte.data.shapes import ShapesDataset
 from dyvte.errors import ConfigError, ModelError
@@ -103,7 +111,7 @@ class OtherImages:
         """The first two scenes of the data, for batches that show one scene only."""
         if self._pool is None:
             self._pool = []
-            for sample in readable(self.dataset):
+            for sample in self.dataset.readable():
                 if sample.image is not None and all(sample.image_id != each.image_id for each in self._pool):
                     self._pool.append(sample)
                 if len(self._pool) == 2:
@@ -114,15 +122,6 @@ class OtherImages:
 def part_of(sample: Sample) -> str:
     """Which part of the data a sample belongs to."""
     return TEXT_ONLY if sample.image is None else str(sample.metadata.get("part", QUESTIONS))
-
-
-def readable(dataset: Dataset) -> Iterator[Sample]:
-    """The samples that are not broken."""
-    for index in range(len(dataset)):
-        try:
-            yield dataset[index]
-        except BrokenSample:
-            continue
 
 
 # ------------------------------------------------------------------------ measuring
@@ -431,11 +430,6 @@ def first_finding(results: Results, cfg: DictConfig, level: float = LEVEL) -> Fi
     )
 
 
-def as_dict(band: Band) -> dict[str, list[Any]]:
-    """A band as plain data."""
-    return {"mean": band.mean.tolist(), "low": band.low.tolist(), "high": band.high.tolist()}
-
-
 @dataclass(frozen=True)
 class Group:
     """A group of questions: all, one kind, or those that need the image."""
@@ -457,12 +451,12 @@ class Group:
         entropy = results.entropies["text_entropy"]
         return {
             "num_samples": len(depths),
-            "num_images": len(np.unique(results.images)),
+            "num_images": count_images(results.images),
             **{name: self.curves[name].mean for name in ("accuracy", "agreement", "kl")},
             **{name: cluster_mean(results.exits[name]) for name in FLOPS},
-            "bands": {name: as_dict(band) for name, band in self.curves.items()},
+            "bands": {name: band.to_dict() for name, band in self.curves.items()},
             "exit_depth": {
-                **as_dict(self.depth),
+                **self.depth.to_dict(),
                 "counts": np.bincount(depths, minlength=results.num_layers + 1),
                 "lucky_mean": results.samples["lucky_exit_depth"].mean(),
             },
@@ -478,7 +472,7 @@ def entropy_summary(results: Results, cfg: DictConfig) -> dict[str, Any]:
     for name, entropy in results.entropies.items():
         change = mean_band(entropy - entropy[:, -1:], results.images, LEVEL, cfg.bootstrap, cfg.seed)
         mean = mean_band(entropy, results.images, LEVEL, cfg.bootstrap, cfg.seed)
-        summary[name] = {"matrix": as_dict(mean), "difference": as_dict(change)}
+        summary[name] = {"matrix": mean.to_dict(), "difference": change.to_dict()}
     return summary
 
 
@@ -532,8 +526,8 @@ def token_summary(depths: pd.DataFrame, cfg: DictConfig, least: int = 10) -> dic
         replicates = cluster_bootstrap(values, whole["image_id"].to_numpy(), cfg.bootstrap, cfg.seed)
         means = cluster_mean(values)
         for index, part in enumerate((CAPTIONS, QUESTIONS)):
-            summary[part]["whole_answer"] = as_dict(percentile_band(means[index], replicates[:, index], LEVEL))
-        summary["captions_minus_questions"] = as_dict(percentile_band(means @ [1, -1], replicates @ [1, -1], LEVEL))
+            summary[part]["whole_answer"] = percentile_band(means[index], replicates[:, index], LEVEL).to_dict()
+        summary["captions_minus_questions"] = percentile_band(means @ [1, -1], replicates @ [1, -1], LEVEL).to_dict()
     return summary
 
 
@@ -547,9 +541,7 @@ def long_table(groups: Mapping[str, Group]) -> pd.DataFrame:
                     "num_samples": len(group.results.samples),
                     "measure": measure,
                     "exit_layer": np.arange(len(band.mean)),
-                    "mean": band.mean,
-                    "low": band.low,
-                    "high": band.high,
+                    **band.to_dict(),
                 }
             )
             for name, group in groups.items()
@@ -693,68 +685,48 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, An
     folder.write_table("entropy_mean", entropy_long_table(entropy))
     folder.write_table("token_curves", token_curves(of_tokens))
     summary_groups = {name: group.summary() for name, group in named.items()}
-    figures = draw(cfg, overall, by_kind, flops["flops_decoder"], kl_exits, entropy["text_entropy"], tokens)
+    content = store.plain(
+        {
+            "model": cfg.model.name,
+            "data": cfg.data.name,
+            "num_layers": mllm.num_layers,
+            "num_questions": len(results.samples),
+            "num_images": count_images(results.images),
+            "num_captions": int((everything.samples["part"] == CAPTIONS).sum()),
+            "num_without_image": int((everything.samples["visual_tokens"] == 0).sum()),
+            **{name: overall.curves[name].mean for name in CURVES},
+            **flops,
+            "k_star": {f"{each.eta:g}": each.layer for each in kl_exits},
+            "k_star_details": [asdict(each) for each in kl_exits],
+            "kl_start": cfg.kl_start,
+            "findings": {name: finding.to_dict() for name, finding in findings.items()},
+            "overall": summary_groups.pop("all"),
+            "needs_image": summary_groups.pop("needs_image", None),
+            "kinds": {name.removeprefix("kind="): group for name, group in summary_groups.items()},
+            "entropy": entropy,
+            "tokens": tokens,
+            "settings": {"level": LEVEL, "bootstrap": cfg.bootstrap, "permutations": cfg.permutations, **cfg.findings},
+        }
+    )
+    figures = draw(content)
     for name, figure in figures.items():
         folder.save_figure(name, figure)
         plt.close(figure)
-    return folder.write_summary(
-        model=cfg.model.name,
-        data=cfg.data.name,
-        num_layers=mllm.num_layers,
-        num_questions=len(results.samples),
-        num_images=len(np.unique(results.images)),
-        num_captions=int((everything.samples["part"] == CAPTIONS).sum()),
-        num_without_image=int((everything.samples["visual_tokens"] == 0).sum()),
-        **{name: overall.curves[name].mean for name in CURVES},
-        **flops,
-        k_star={f"{each.eta:g}": each.layer for each in kl_exits},
-        k_star_details=[asdict(each) for each in kl_exits],
-        kl_start=cfg.kl_start,
-        findings={name: finding.to_dict() for name, finding in findings.items()},
-        overall=summary_groups.pop("all"),
-        needs_image=summary_groups.pop("needs_image", None),
-        kinds={name.removeprefix("kind="): group for name, group in summary_groups.items()},
-        entropy=entropy,
-        tokens=tokens,
-        settings={"level": LEVEL, "bootstrap": cfg.bootstrap, "permutations": cfg.permutations, **cfg.findings},
-        figures=sorted(figures),
-    )
+    return folder.write_summary(**content, figures=sorted(figures))
 
 
-def draw(
-    cfg: DictConfig,
-    overall: Group,
-    by_kind: Mapping[str, Group],
-    flops: Array,
-    kl_exits: Sequence[exit_statistics.KlExit],
-    entropy: Mapping[str, Any],
-    tokens: Mapping[str, Any],
-) -> dict[str, plt.Figure]:
-    """All figures, by file name."""
-    title = f"{cfg.model.name} on {cfg.data.name}"
-    num_samples, num_images = len(overall.results.samples), len(np.unique(overall.results.images))
-    footnote = plots.band_note(num_samples, num_images, LEVEL)
-    no_bands = f"means over n = {num_samples:,} questions on {num_images:,} images"
+def draw(summary: Mapping[str, Any]) -> dict[str, plt.Figure]:
+    """All figures, by file name, from what `summary.json` will say."""
     figures = {
-        "exits": plots_exits.exits(overall.curves, flops, overall.stops.exit_layer, title, footnote),
-        "kl": plots_exits.kl(overall.curves["kl"], overall.curves["kl_reverse"], kl_exits, title, footnote),
-        "entropy": plots_exits.entropy(entropy["matrix"]["mean"], entropy["difference"]["mean"], title, no_bands),
-        "exit_depth": plots_exits.exit_depth(
-            {
-                kind: (np.bincount(group.results.samples["exit_depth"], minlength=len(flops)), group.depth)
-                for kind, group in {**by_kind, "all": overall}.items()
-            },
-            title,
-            no_bands,
-        ),
+        "exits": plots_paper.manual_exit(summary),
+        "kl": plots_paper.kl_criterion(summary),
+        "entropy": plots_paper.text_entropy(summary),
+        "exit_depth": plots_paper.exit_depths(summary),
     }
-    if len(by_kind) > 1:
-        counts = {kind: len(group.results.samples) for kind, group in by_kind.items()}
-        figures["kinds"] = plots_exits.kinds(
-            {kind: group.curves for kind, group in by_kind.items()}, counts, f"{title}, by question kind", footnote
-        )
-    if {QUESTIONS, CAPTIONS} <= tokens.keys():
-        figures["tokens"] = plots_exits.tokens(tokens, len(flops) - 1, title)
+    if len(summary["kinds"]) > 1:
+        figures["kinds"] = plots_paper.manual_exit_by_kind(summary)
+    if {QUESTIONS, CAPTIONS} <= summary["tokens"].keys():
+        figures["tokens"] = plots_paper.answer_tokens(summary)
     return figures
 
 

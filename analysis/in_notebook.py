@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from analysis.markdown import markdown_table
 from dyvte.data import Dataset
 from dyvte.store import write_atomic
 
@@ -73,12 +74,11 @@ def quietly(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def table(frame: pd.DataFrame, digits: int = 3) -> Text:
     """A table with its numbers rounded."""
-    head = [f"| {' | '.join(map(str, frame.columns))} |", "|---" * len(frame.columns) + "|"]
     rows = [
-        "| " + " | ".join(f"{value:.{digits}f}" if isinstance(value, float) else str(value) for value in row) + " |"
+        [f"{value:.{digits}f}" if isinstance(value, float) else value for value in row]
         for row in frame.itertuples(index=False)
     ]
-    return Text("\n".join([*head, *rows]))
+    return Text("\n".join(markdown_table(list(frame.columns), rows)))
 
 
 def write_question_folder(folder: str | Path, dataset: Dataset) -> Path:

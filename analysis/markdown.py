@@ -1,4 +1,4 @@
-"""Tables in Markdown, and `table.md` of a run folder: what `analysis.tables`, its gates and `analysis.cost` print."""
+"""Tables in Markdown, and the `table.md` of a run folder."""
 
 from __future__ import annotations
 

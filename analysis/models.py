@@ -33,8 +33,8 @@ from dyvte.store import write_atomic
 SMALL_VOCABULARY = 256
 """Rows of the embedding of a small copy; its special tokens get the last ids."""
 
-NUM_CHECKED_TOKENS = 7
-"""Text tokens before and after the image of the small copies' prompts."""
+WORDS = 7
+"""Text tokens before the image of the small copies' prompts, and as many after it."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,15 @@ def build_config(settings: dict[str, Any]) -> Any:
     for key in ("text_config", "vision_config"):
         if isinstance(settings.get(key), dict):
             part = settings[key]
-            settings[key] = CONFIG_MAPPING[part["model_type"]](**_without_type(part))
+            settings[key] = CONFIG_MAPPING[part["model_type"]](**_without(part, "model_type"))
     model_type = settings["model_type"]
     if model_type in ("qwen2_5_vl", "qwen3_vl", "glm4v"):  # these take their parts as dictionaries only
         settings |= {key: settings[key].to_dict() for key in ("text_config", "vision_config")}
-    return CONFIG_MAPPING[model_type](**_without_type(settings))
+    return CONFIG_MAPPING[model_type](**_without(settings, "model_type"))
 
 
-def _without_type(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key != "model_type"}
+def _without(settings: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in names}
 
 
 def full_size(known: Architecture) -> MLLM:
@@ -143,10 +143,10 @@ def small_settings(known: Architecture) -> dict[str, Any]:
     return settings
 
 
-def small_copy(known: Architecture, seed: int = 0, attn_implementation: str = "sdpa") -> MLLM:
+def small_copy(known: Architecture, attn_implementation: str = "sdpa") -> MLLM:
     """A narrow and shallow random copy in float32 on the CPU, whose attention is far from uniform."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(
             build_config(small_settings(known)), dtype=torch.float32, attn_implementation=attn_implementation
         )
@@ -172,13 +172,12 @@ def count_visual_tokens(mllm: MLLM, inputs: dict[str, Tensor]) -> int:
     return sum(len(each) for each in features) if not isinstance(features, Tensor) else features.shape[:-1].numel()
 
 
-def prompt(mllm: MLLM, known: Architecture, num_visual: int, seed: int = 0) -> Batch:
+def prompt(mllm: MLLM, known: Architecture, num_visual: int) -> Batch:
     """Random text, an image, random text, as a batch of one."""
-    generator = torch.Generator().manual_seed(seed)
-    text = torch.randint(3, 200, (2 * NUM_CHECKED_TOKENS,), generator=generator).tolist()
+    text = torch.randint(3, 200, (2 * WORDS,), generator=torch.Generator().manual_seed(0)).tolist()
     middle = [mllm.image_token_id] * num_visual
-    ids = torch.tensor([[*text[:NUM_CHECKED_TOKENS], *middle, *text[NUM_CHECKED_TOKENS:]]])
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **image_inputs(known, seed)}
+    ids = torch.tensor([[*text[:WORDS], *middle, *text[WORDS:]]])
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **image_inputs(known)}
     types = (ids == mllm.image_token_id).long()
     model_type = mllm.model.config.model_type
     if model_type == "gemma3":
@@ -226,15 +225,14 @@ def vision_tflops(mllm: MLLM, known: Architecture) -> float | None:
 
 
 @torch.no_grad()
-def compare(known: Architecture, seed: int = 0) -> dict[str, float]:
+def compare(known: Architecture) -> dict[str, float]:
     """Largest differences on a small copy: probe and eager maps, sweep and single exits, exit L and no exit.
 
     Exit 0 is compared between two images: nothing of them may be left.
     """
-    mllm, eager = small_copy(known, seed), small_copy(known, seed, "eager")
-    num_visual = count_visual_tokens(mllm, image_inputs(known, seed))
-    batch, other = prompt(mllm, known, num_visual, seed), prompt(mllm, known, num_visual, seed + 1)
-    other = Batch({**batch, "pixel_values": other["pixel_values"]}, batch.layout)
+    mllm, eager = small_copy(known), small_copy(known, "eager")
+    batch = prompt(mllm, known, count_visual_tokens(mllm, image_inputs(known)))
+    other = Batch({**batch, "pixel_values": image_inputs(known, seed=1)["pixel_values"]}, batch.layout)
     text = batch.layout.text
     with dyvte.AttentionProbe(mllm, layout=batch.layout) as probe:
         plain = mllm.model(**batch, use_cache=False).logits
@@ -383,10 +381,6 @@ def peculiar() -> Iterator[tuple[str, str, dict[str, Any]]]:
             "image_token_id": 250,
         },
     )
-
-
-def _without(settings: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in names}
 
 
 def verdict(settings: dict[str, Any]) -> str:

@@ -59,6 +59,7 @@ MEASURES = {
     "mean_score": "mean attention score\nper allowed pair",
     "enrichment": "enrichment\n(uniform attention = 1)",
 }
+ENRICHMENT_NO_SINK = "enrichment without the sink\n(uniform attention = 1)"
 STAGES = ("early fusion", "intra-modality\nmodelling", "multimodal\nreasoning")
 
 
@@ -83,21 +84,26 @@ def style() -> Iterator[None]:
         yield
 
 
-def draw_band(axis: Axes, x: npt.ArrayLike, band: Band, series: Series) -> None:
-    """A line with its confidence band; with few points the markers tell the series apart in grey."""
-    x = np.asarray(x)
-    axis.fill_between(x, band.low, band.high, color=series.color, alpha=0.22, linewidth=0)
+def draw_line(axis: Axes, x: npt.ArrayLike, y: npt.ArrayLike, series: Series, markevery: int = 1) -> None:
+    """A line; its markers, on every `markevery`-th point, tell it apart in grey."""
     axis.plot(
         x,
-        band.mean,
+        y,
         color=series.color,
         linestyle=series.linestyle,
         marker=series.marker,
-        markevery=max(1, len(x) // 12),
+        markevery=markevery,
         markeredgecolor="white",
         markeredgewidth=0.5,
         label=series.label,
     )
+
+
+def draw_band(axis: Axes, x: npt.ArrayLike, band: Band, series: Series) -> None:
+    """A line with its confidence band and about twelve markers."""
+    x = np.asarray(x)
+    axis.fill_between(x, band.low, band.high, color=series.color, alpha=0.22, linewidth=0)
+    draw_line(axis, x, band.mean, series, max(1, len(x) // 12))
 
 
 def layer_axis(axis: Axes, num_layers: int, label: str = "decoder layer", ticks: int = 12) -> None:
@@ -126,6 +132,43 @@ def ratio_axis(axis: Axes) -> None:
     axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_ylim(low, high)
+
+
+def kind_panels(
+    counts: Mapping[str, int], columns: int, size: tuple[float, float], rest: float, num_ticks: int, xlabel: str
+) -> tuple[Figure, dict[str, Axes]]:
+    """Empty panels on one scale, one a question kind, with `xlabel` under the last of each column.
+
+    Args:
+        counts: kind -> number of questions.
+        columns: panels side by side.
+        size: width and height of a panel in inches.
+        rest: height of title and legend in inches.
+        num_ticks: the x axes count from 0 to one less.
+        xlabel: what they count.
+
+    Returns:
+        The figure, and kind -> panel.
+    """
+    rows = math.ceil(len(counts) / columns)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(max(size[0] * columns, 5.0), size[1] * rows + rest),
+        layout="constrained",
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
+    for axis in axes.flat[len(counts) :]:
+        axis.set_visible(False)
+    panels = dict(zip(counts, axes.flat, strict=False))
+    for index, (kind, axis) in enumerate(panels.items()):
+        last_in_column = index + columns >= len(counts)
+        axis.set_title(f"{kind.replace('_', ' ')} (n = {counts[kind]:,})")
+        layer_axis(axis, num_ticks, xlabel if last_in_column else "", ticks=6)
+        axis.tick_params(labelbottom=last_in_column)
+    return figure, panels
 
 
 def legend(figure: Figure, axis: Axes, footnote: str, columns: int = 3) -> None:
@@ -170,7 +213,7 @@ def stages(curves: Mapping[str, Band], verdict: Mapping[str, Any], title: str, f
         axis.axhline(1.0, color="#888888", linewidth=0.8, zorder=0)
         layer_axis(axis, num_layers)
         ratio_axis(axis)
-        axis.set_ylabel("enrichment without the sink\n(uniform attention = 1)")
+        axis.set_ylabel(ENRICHMENT_NO_SINK)
         boundaries = verdict.get("boundaries")
         if boundaries:
             edges = [0, *boundaries, num_layers]
@@ -224,47 +267,40 @@ def measures(curves: Mapping[str, Mapping[str, Band]], title: str, footnote: str
 
 
 def small_multiples(
-    curves: Mapping[str, Mapping[str, Band]],
-    counts: Mapping[str, int],
-    title: str,
-    footnote: str,
-    ylabel: str = "enrichment without the sink\n(uniform attention = 1)",
+    curves: Mapping[str, Mapping[str, Band]], counts: Mapping[str, int], title: str, footnote: str
 ) -> Figure:
-    """One panel a question kind, all on the same scale.
+    """Enrichment without the sink, one panel a question kind, all on the same scale.
 
     Args:
         curves: kind -> series -> `[L]`.
         counts: kind -> number of questions.
     """
     with style():
+        num_layers = len(next(iter(curves.values()))["cross"].mean)
         columns = min(math.ceil(math.sqrt(len(curves))), 4)
-        rows = math.ceil(len(curves) / columns)
-        figure, axes = plt.subplots(
-            rows,
-            columns,
-            figsize=(max(2.8 * columns, 5.0), 2.1 * rows + 0.6),
-            layout="constrained",
-            sharex=True,
-            sharey=True,
-            squeeze=False,
-        )
-        for axis in axes.flat[len(curves) :]:
-            axis.set_visible(False)
-        for index, (axis, (kind, bands)) in enumerate(zip(axes.flat, curves.items(), strict=False)):
-            num_layers = len(bands["cross"].mean)
+        figure, panels = kind_panels(counts, columns, (2.8, 2.1), 0.6, num_layers, "decoder layer")
+        for kind, axis in panels.items():
             for name, series in SERIES.items():
-                draw_band(axis, np.arange(num_layers), bands[name], series)
+                draw_band(axis, np.arange(num_layers), curves[kind][name], series)
             axis.axhline(1.0, color="#888888", linewidth=0.8, zorder=0)
-            axis.set_title(f"{kind.replace('_', ' ')} (n = {counts[kind]:,})")
-            last_in_column = index + columns >= len(curves)
-            layer_axis(axis, num_layers, "decoder layer" if last_in_column else "", ticks=6)
-            axis.tick_params(labelbottom=last_in_column)
-        for axis in axes.flat[: len(curves)]:
+        for axis in panels.values():
             ratio_axis(axis)
-        figure.supylabel(ylabel, fontsize=9)
+        figure.supylabel(ENRICHMENT_NO_SINK, fontsize=9)
         figure.suptitle(title)
-        legend(figure, axes[0, 0], footnote, 3 if columns > 2 else 1)
+        legend(figure, axis, footnote, 3 if columns > 2 else 1)
         return figure
+
+
+def relative_maps(maps: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Attention on each patch `[L, rows, columns]` relative to its even spread over the image (1)."""
+    maps = np.asarray(maps, dtype=np.float64)
+    total = maps.sum((1, 2), keepdims=True)
+    return np.divide(maps, total, out=np.zeros_like(maps), where=total > 0) * maps[0].size
+
+
+def darkest(relative: npt.NDArray[np.float64]) -> float:
+    """The relative attention drawn darkest: near the largest, and at least 4, so that nearly even attention is pale."""
+    return max(float(np.quantile(relative, 0.995)), 4.0)
 
 
 def attention_maps(
@@ -278,11 +314,8 @@ def attention_maps(
         mass: for each layer the sum over all visual tokens, shown as a percentage.
         caption: question and answer.
     """
-    maps = np.asarray(maps, dtype=np.float64)
-    num_layers = len(maps)
-    total = maps.sum((1, 2), keepdims=True)
-    relative = np.divide(maps, total, out=np.zeros_like(maps), where=total > 0) * maps[0].size
-    top = max(float(np.quantile(relative, 0.995)), 4.0)  # attention that is nearly even stays pale
+    relative = relative_maps(maps)
+    num_layers, top = len(relative), darkest(relative)
     with style():
         columns = min(num_layers + 1, max(5, math.ceil(math.sqrt(1.7 * (num_layers + 1)))))
         rows = math.ceil((num_layers + 1) / columns)

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from analysis.exit_statistics import KlExit
-from analysis.plots import CYCLE, draw_band, layer_axis, legend, style
+from analysis.plots import CYCLE, draw_band, draw_line, kind_panels, layer_axis, legend, style
 from analysis.statistics import Band
 
 EXIT_LAYER = "exit layer k (visual tokens leave before layer k)"
@@ -85,30 +85,15 @@ def kinds(curves: Mapping[str, Mapping[str, Band]], counts: Mapping[str, int], t
         counts: kind -> number of questions.
     """
     with style():
-        columns = min(len(curves), 5)
-        rows = math.ceil(len(curves) / columns)
-        figure, axes = plt.subplots(
-            rows,
-            columns,
-            figsize=(max(2.1 * columns, 5.0), 2.0 * rows + 0.7),
-            layout="constrained",
-            sharex=True,
-            sharey=True,
-            squeeze=False,
-        )
-        for axis in axes.flat[len(curves) :]:
-            axis.set_visible(False)
-        for index, (axis, (kind, bands)) in enumerate(zip(axes.flat, curves.items(), strict=False)):
-            _draw_quality(axis, bands)
-            axis.set_title(f"{kind.replace('_', ' ')} (n = {counts[kind]:,})")
-            last_in_column = index + columns >= len(curves)
-            layer_axis(axis, len(bands["agreement"].mean), "exit layer k" if last_in_column else "", ticks=6)
-            axis.tick_params(labelbottom=last_in_column)
+        num_exits = len(next(iter(curves.values()))["agreement"].mean)
+        figure, panels = kind_panels(counts, min(len(curves), 5), (2.1, 2.0), 0.7, num_exits, "exit layer k")
+        for kind, axis in panels.items():
+            _draw_quality(axis, curves[kind])
             axis.set_ylim(0, 1.05)
             axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         figure.supylabel("share of questions", fontsize=9)
         figure.suptitle(title)
-        legend(figure, axes[0, 0], footnote, 2)
+        legend(figure, axis, footnote, 2)
         return figure
 
 
@@ -168,17 +153,8 @@ def entropy(matrix: npt.ArrayLike, difference: npt.ArrayLike, title: str, footno
         )
         shown = np.unique(np.linspace(0, num_layers, min(6, num_layers + 1)).round().astype(int))[:-1]
         for exit_layer, series in zip(shown, CYCLE[1:], strict=False):
-            left.plot(
-                layers[exit_layer:],
-                matrix[exit_layer, exit_layer:],
-                color=series.color,
-                linestyle=series.linestyle,
-                marker=series.marker,
-                markevery=max(1, num_layers // 12),
-                markeredgecolor="white",
-                markeredgewidth=0.5,
-                label=f"exit at k = {exit_layer}",
-            )
+            line = replace(series, label=f"exit at k = {exit_layer}")
+            draw_line(left, layers[exit_layer:], matrix[exit_layer, exit_layer:], line, max(1, num_layers // 12))
         left.plot(layers, matrix[-1], color=CYCLE[0].color, linewidth=2.2, label="full model", zorder=1)
         layer_axis(left, num_layers)
         left.set_ylabel("entropy of text self-attention (nats)")
@@ -206,11 +182,21 @@ def entropy(matrix: npt.ArrayLike, difference: npt.ArrayLike, title: str, footno
         return figure
 
 
-def exit_depth(groups: Mapping[str, tuple[npt.NDArray[np.int64], Band]], title: str, footnote: str) -> Figure:
-    """Distribution of the exit depth in every group of questions, with the mean and its interval.
+ExitLayers = tuple[npt.NDArray[np.int64], Band]
+"""Number of questions at each exit layer, `[L + 1]`, and the mean exit layer as a band without axes."""
+
+
+def exit_depth(groups: Mapping[str, ExitLayers], title: str, footnote: str) -> Figure:
+    """Distribution of the exit depth in every group of questions; see :func:`exit_map`."""
+    return exit_map(groups, "exit depth: first exit layer from which the answer stays the same", title, footnote)
+
+
+def exit_map(groups: Mapping[str, ExitLayers], xlabel: str, title: str, footnote: str) -> Figure:
+    """Share of the questions at each exit layer, one row a group, with the mean and its interval where it is known.
 
     Args:
-        groups: name -> (number of questions at each depth `[L + 1]`, mean depth as a band without axes).
+        groups: question kinds in any order, and `all`, which comes last; limits of a mean that are NaN are not drawn.
+        xlabel: whose exit layers they are.
     """
     names = sorted((name for name in groups if name != "all"), key=lambda name: float(groups[name][1].mean))
     names = [*names, "all"] if len(names) != 1 else ["all"]
@@ -231,22 +217,23 @@ def exit_depth(groups: Mapping[str, tuple[npt.NDArray[np.int64], Band]], title: 
         mean, low, high = (
             np.array([float(getattr(groups[name][1], part)) for name in names]) for part in ("mean", "low", "high")
         )
+        known = np.isfinite(low).any()
         axis.errorbar(
             mean + 0.5,
             rows,
-            xerr=np.stack([mean - low, high - mean]),
+            xerr=np.stack([mean - low, high - mean]) if known else None,
             fmt="D",
             color="#c65911",
             markeredgecolor="white",
             markersize=6,
             capsize=3,
-            label="mean and its 95% interval",
+            label="mean and its 95% interval" if known else "mean",
         )
         axis.set_yticks(rows, [f"{name.replace('_', ' ')} ({groups[name][0].sum():,})" for name in names], rotation=0)
         step = max(1, math.ceil(shares.shape[1] / 16))
         ticks = np.arange(0, shares.shape[1], step)
         axis.set_xticks(ticks + 0.5, ticks.astype(str), rotation=0)
-        axis.set_xlabel("exit depth: first exit layer from which the answer stays the same")
+        axis.set_xlabel(xlabel)
         axis.set_title(title)
         legend(figure, axis, footnote)
         return figure
@@ -264,9 +251,8 @@ def tokens(summary: Mapping[str, Any], num_layers: int, title: str) -> Figure:
         figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
         for series, (part, label) in zip(CYCLE, labels.items(), strict=False):
             values = summary[part]
-            band = Band(*(np.array(values[name]) for name in ("mean", "low", "high")))
             text = f"{label} ({values['num_answers'][0]:,} answers)"
-            draw_band(axis, np.array(values["token"]), band, replace(series, label=text))
+            draw_band(axis, values["token"], Band.from_dict(values), replace(series, label=text))
         axis.set_ylim(0, num_layers)
         axis.set_xlabel("index of the answer token (teacher-forced on the full model's answer)")
         axis.set_ylabel("exit layer from which\nthe token is predicted")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,26 @@ import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
 from analysis import plots, plots_exits
 from analysis.exit_statistics import KlExit
-from analysis.plots import CYCLE, SERIES, draw_band, layer_axis, legend, ratio_axis, style
+from analysis.plots import (
+    CYCLE,
+    ENRICHMENT_NO_SINK,
+    SERIES,
+    draw_band,
+    draw_line,
+    layer_axis,
+    legend,
+    ratio_axis,
+    style,
+)
 from analysis.statistics import Band
 from dyvte.data import Dataset
-from dyvte.errors import BrokenSample, DataError, RunFolderError
+from dyvte.errors import DataError, RunFolderError
 from dyvte.figures import accuracy_against_flops
 from dyvte.mllm import SHIPPED_MODELS
 
@@ -59,13 +68,13 @@ def provenance(summary: Summary) -> str:
     return text
 
 
-def _band(values: Mapping[str, Any]) -> Band:
+def read_band(values: Mapping[str, Any]) -> Band:
     """Limits of a summary as arrays; null is NaN."""
-    return Band(*(np.array(values[name], dtype=np.float64) for name in ("mean", "low", "high")))
+    return Band.from_dict(values)
 
 
 def _bands(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Band]:
-    return {name: _band(each) for name, each in values.items()}
+    return {name: read_band(each) for name, each in values.items()}
 
 
 def _title(summary: Summary) -> str:
@@ -74,6 +83,10 @@ def _title(summary: Summary) -> str:
 
 def _footnote(group: Summary) -> str:
     return plots.band_note(group["num_samples"], group["num_images"])
+
+
+def _no_bands(group: Summary) -> str:
+    return f"means over n = {group['num_samples']:,} questions on {group['num_images']:,} images"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -100,7 +113,7 @@ def attention_scores(summaries: Sequence[Summary]) -> Figure:
     rows = {
         "mean_score": "mean attention score\nper allowed pair",
         "mean_score_no_sink": "the same\nwithout the sink",
-        "enrichment_no_sink": "enrichment without the sink\n(uniform attention = 1)",
+        "enrichment_no_sink": ENRICHMENT_NO_SINK,
     }
     with style():
         figure, axes = plt.subplots(
@@ -170,15 +183,14 @@ def text_entropy(summary: Summary) -> Figure:
     """Fig. 4: entropy of the text's self-attention under every exit (summary of `analysis.exits`)."""
     entropy, group = summary["entropy"]["text_entropy"], summary["overall"]
     matrix, difference = (np.array(entropy[name]["mean"], dtype=np.float64) for name in ("matrix", "difference"))
-    note = f"means over n = {group['num_samples']:,} questions on {group['num_images']:,} images"
-    return plots_exits.entropy(matrix, difference, _title(summary), note)
+    return plots_exits.entropy(matrix, difference, _title(summary), _no_bands(group))
 
 
 def kl_criterion(summary: Summary) -> Figure:
     """KL divergence of every exit from the full model, and where VTW's thresholds lie (summary of `analysis.exits`)."""
     group = summary["overall"]
     thresholds = [KlExit(**each) for each in summary["k_star_details"]]
-    forward, reverse = (_band(group["bands"][name]) for name in ("kl", "kl_reverse"))
+    forward, reverse = (read_band(group["bands"][name]) for name in ("kl", "kl_reverse"))
     return plots_exits.kl(forward, reverse, thresholds, _title(summary), _footnote(group))
 
 
@@ -186,11 +198,15 @@ def exit_depths(summary: Summary) -> Figure:
     """How deep the image is needed, by question kind (summary of `analysis.exits`)."""
     group = summary["overall"]
     groups = {
-        name: (np.array(each["exit_depth"]["counts"]), _band(each["exit_depth"]))
+        name: (np.array(each["exit_depth"]["counts"]), read_band(each["exit_depth"]))
         for name, each in {**summary["kinds"], "all": group}.items()
     }
-    note = f"n = {group['num_samples']:,} questions on {group['num_images']:,} images"
-    return plots_exits.exit_depth(groups, _title(summary), note)
+    return plots_exits.exit_depth(groups, _title(summary), _no_bands(group))
+
+
+def answer_tokens(summary: Summary) -> Figure:
+    """How long each token of an answer and of a caption needs the image (summary of `analysis.exits`)."""
+    return plots_exits.tokens(summary["tokens"], summary["num_layers"], _title(summary))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -214,16 +230,7 @@ def gate_report(layers: pd.DataFrame, title: str) -> Figure:
     with style():
         figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
         for (column, label), series in zip(shown.items(), CYCLE, strict=False):
-            axis.plot(
-                layers["exit_layer"],
-                layers[column],
-                color=series.color,
-                linestyle=series.linestyle,
-                marker=series.marker,
-                markeredgecolor="white",
-                markeredgewidth=0.5,
-                label=label,
-            )
+            draw_line(axis, layers["exit_layer"], layers[column], replace(series, label=label))
         layer_axis(axis, int(layers["exit_layer"].max()) + 2, "exit layer k that a gate decides on")
         axis.set_ylim(-0.03, 1.05)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -235,33 +242,12 @@ def gate_report(layers: pd.DataFrame, title: str) -> Figure:
 
 def exit_layers(summary: Summary) -> Figure:
     """Where the questions of every kind left under a policy (summary of `dyvte.evaluate`)."""
-    kinds = summary["kinds"]
-    names = sorted(kinds, key=lambda kind: kinds[kind]["mean_exit_layer"])
-    groups = {**({name: kinds[name] for name in names} if len(names) > 1 else {}), "all": summary}
-    shares = np.array([np.array(each["exit_layers"]) / sum(each["exit_layers"]) for each in groups.values()])
-    with style():
-        figure, axis = plt.subplots(figsize=(6.4, 0.34 * len(groups) + 1.9), layout="constrained")
-        sns.heatmap(
-            shares,
-            ax=axis,
-            cmap="Greys",
-            vmin=0,
-            vmax=max(float(shares.max()), 0.01),
-            cbar_kws={"label": "share of questions", "format": PercentFormatter(1.0, decimals=0)},
-            linewidths=0.5,
-            linecolor="white",
-        )
-        rows = np.arange(len(groups)) + 0.5
-        means = [each["mean_exit_layer"] + 0.5 for each in groups.values()]
-        axis.plot(means, rows, "D", color="#c65911", markeredgecolor="white", markersize=6, label="mean")
-        labels = [f"{name.replace('_', ' ')} ({each['num_questions']:,})" for name, each in groups.items()]
-        axis.set_yticks(rows, labels, rotation=0)
-        ticks = np.arange(0, shares.shape[1], max(1, shares.shape[1] // 16))
-        axis.set_xticks(ticks + 0.5, ticks.astype(str), rotation=0)
-        axis.set_xlabel("exit layer k that the policy chose")
-        axis.set_title(f"{summary['policy']}: {_title(summary)}")
-        legend(figure, axis, f"n = {summary['num_questions']:,} questions")
-        return figure
+    groups = {
+        name: (np.array(each["exit_layers"]), Band(*np.array([each["mean_exit_layer"], np.nan, np.nan])))
+        for name, each in {**summary["kinds"], "all": summary}.items()
+    }
+    title, note = f"{summary['policy']}: {_title(summary)}", f"n = {summary['num_questions']:,} questions"
+    return plots_exits.exit_map(groups, "exit layer k that the policy chose", title, note)
 
 
 def policies(folder: str | Path) -> Figure:
@@ -311,13 +297,9 @@ def exit_examples_of(samples: pd.DataFrame, dataset: Dataset, images: int, quest
     by_image = samples.groupby("image_id", sort=False)
     found: list[Example] = []
     seen: set[str] = set()
-    for index in range(len(dataset)):
+    for sample in dataset.readable():
         if len(found) == images:
             break
-        try:
-            sample = dataset[index]
-        except BrokenSample:
-            continue
         if sample.image is not None and sample.image_id not in seen:
             seen.add(sample.image_id)
             rows = by_image.get_group(sample.image_id).head(questions).reset_index(drop=True)

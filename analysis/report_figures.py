@@ -14,6 +14,7 @@ from typing import Any
 
 from analysis.report_findings import policy_label, written
 from analysis.report_runs import Run
+from analysis.stages import file_name
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -79,16 +80,10 @@ def pictures(run: Run, leave_out: Sequence[str] = ()) -> list[Picture]:
 def describe(run: Run, name: str) -> tuple[str, str]:
     """Alternative text and caption of a figure."""
     if name.startswith("map_"):
-        record = next((each for each in run.value("/maps") or [] if name.endswith(_tail(each["id"]))), None)
+        record = next((each for each in run.value("/maps") or [] if name == f"map_{file_name(each['id'])}"), None)
         return _map(record), "The same as a still picture, every layer at once."
     description, caption = DESCRIPTIONS.get((run.step, name), (_unknown, ""))
     return description(run.summary), caption
-
-
-def _tail(sample_id: str) -> str:
-    from analysis.stages import file_name
-
-    return "map_" + file_name(sample_id)
 
 
 # ------------------------------------------------------------------------ words

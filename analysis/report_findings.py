@@ -9,10 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from analysis.report_runs import Run, pointer
+from analysis.report_runs import Limits, Run, band_places, ends, pointer
 from analysis.tables import LABELS
-
-Limits = tuple[str, str] | None
 
 BAND = "95%, bootstrap over images"
 CLUSTERED = "95%, clustered by image"
@@ -36,7 +34,7 @@ class Effect:
     label: str
     unit: str
     estimate: str
-    limits: Limits = None
+    limits: Limits | None = None
     interval: str = ""
 
 
@@ -83,23 +81,23 @@ def _triple(label: str, unit: str, place: str, interval: str) -> Effect:
     return Effect(label, unit, f"{place}/0", (f"{place}/1", f"{place}/2"), interval)
 
 
-def _band(label: str, unit: str, place: str, index: Any = None) -> Effect:
+def _band(label: str, unit: str, place: str, index: int | None = None) -> Effect:
     """An effect that is stored as `{mean, low, high}`, of numbers or lists."""
-    tail = "" if index is None else f"/{index}"
-    return Effect(label, unit, f"{place}/mean{tail}", (f"{place}/low{tail}", f"{place}/high{tail}"), BAND)
+    return Effect(label, unit, *band_places(place, index), BAND)
 
 
 def _stages(run: Run) -> Iterator[Finding]:
-    contrasts = [
-        _triple("fall of attention on the image into the middle stage (0.69 = halved)", "log", "/stages/fall", ""),
-        _triple("its rise out of the middle stage (0.69 = doubled)", "log", "/stages/rise", ""),
-        _triple("within-modality share, middle stage minus the stage before", "points", "/stages/share_in", ""),
-        _triple("within-modality share, middle stage minus the stage after", "points", "/stages/share_out", ""),
+    effects = [
+        _triple(label, unit, f"/stages/{key}", SIMULTANEOUS)
+        for label, unit, key in (
+            ("fall of attention on the image into the middle stage (0.69 = halved)", "log", "fall"),
+            ("its rise out of the middle stage (0.69 = doubled)", "log", "rise"),
+            ("within-modality share, middle stage minus the stage before", "points", "share_in"),
+            ("within-modality share, middle stage minus the stage after", "points", "share_out"),
+        )
     ]
-    effects = [Effect(each.label, each.unit, each.estimate, each.limits, SIMULTANEOUS) for each in contrasts]
     for index, name in enumerate(("second", "third")):
-        limits = (pointer("stages", "boundaries_ci", index, 0), pointer("stages", "boundaries_ci", index, 1))
-        place = pointer("stages", "boundaries", index)
+        place, limits = f"/stages/boundaries/{index}", ends(f"/stages/boundaries_ci/{index}")
         effects.append(Effect(f"first layer of the {name} stage", "layer", place, limits, "95%, bootstrap"))
     yield Finding(
         run,
@@ -165,13 +163,21 @@ def _exits(run: Run) -> Iterator[Finding]:
             Effect(
                 f"K* at η = {each['eta']:g} nats",
                 "layer",
-                pointer("k_star_details", index, "layer"),
-                (pointer("k_star_details", index, "interval", 0), pointer("k_star_details", index, "interval", 1)),
+                f"/k_star_details/{index}/layer",
+                ends(f"/k_star_details/{index}/interval"),
                 BAND,
             )
             for index, each in enumerate(thresholds)
         ],
     )
+
+
+COSTS = (
+    Effect("mean exit layer", "layer", "/mean_exit_layer"),
+    Effect("decoder FLOPs of the prefill (full model = 1)", "ratio", "/cost"),
+    Effect("the same of fixed exits with the same agreement", "ratio", "/cost_of_fixed_exits"),
+)
+"""What gates cost, trained or in use."""
 
 
 def _train(run: Run) -> Iterator[Finding]:
@@ -181,9 +187,7 @@ def _train(run: Run) -> Iterator[Finding]:
         effects=[
             Effect("same answer as the full model", "share", "/agreement"),
             Effect("changed answers, upper 95% limit", "share", "/disagreement_upper_limit"),
-            Effect("mean exit layer", "layer", "/mean_exit_layer"),
-            Effect("decoder FLOPs of the prefill (full model = 1)", "ratio", "/cost"),
-            Effect("the same of fixed exits with the same agreement", "ratio", "/cost_of_fixed_exits"),
+            *COSTS,
             Effect("the same if every exit were chosen with hindsight", "ratio", "/cost_of_oracle"),
         ],
     )
@@ -194,7 +198,7 @@ def _evaluate(run: Run) -> Iterator[Finding]:
         return  # the full model: the table of policies has its accuracy
 
     def with_interval(label: str, unit: str, key: str) -> Effect:
-        return Effect(label, unit, f"/{key}", (f"/{key}_ci/0", f"/{key}_ci/1"), CLUSTERED)
+        return Effect(label, unit, f"/{key}", ends(f"/{key}_ci"), CLUSTERED)
 
     yield Finding(
         run,
@@ -203,9 +207,7 @@ def _evaluate(run: Run) -> Iterator[Finding]:
             with_interval("right answers", "share", "accuracy"),
             with_interval("accuracy lost against the full model", "points", "accuracy_loss"),
             with_interval("same answer as the full model", "share", "agreement"),
-            Effect("mean exit layer", "layer", "/mean_exit_layer"),
-            Effect("decoder FLOPs of the prefill (full model = 1)", "ratio", "/cost"),
-            Effect("the same of fixed exits with the same agreement", "ratio", "/cost_of_fixed_exits"),
+            *COSTS,
         ],
     )
 

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from analysis.report_figures import Picture
 from analysis.report_findings import Finding, interval_text, written
-from analysis.report_runs import Run, command_of
+from analysis.report_runs import Run, command_of, leaves
 from analysis.report_samples import Samples, palette
 from analysis.report_tables import Cell, Table, words
 
@@ -219,14 +219,11 @@ def _source(run: Run) -> dict[str, Any]:
         "seconds": run.value("/seconds"),
         "weights": run.weights or "–",
         "data": run.data or "–",
-        "settings": list(_settings({key: run.config[key] for key in order})),
+        "settings": [
+            (name, "null" if value is None else str(value))
+            for name, value in leaves({key: run.config[key] for key in order})
+        ],
     }
-
-
-def _settings(content: Any, prefix: str = "") -> list[tuple[str, str]]:
-    if isinstance(content, Mapping) and content:
-        return [pair for key, each in content.items() for pair in _settings(each, f"{prefix}.{key}" if prefix else key)]
-    return [(prefix, "null" if content is None else str(content))]
 
 
 def versions(runs: Sequence[Run]) -> dict[str, Any]:

@@ -144,6 +144,26 @@ def pointer(*parts: Any) -> str:
     return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)
 
 
+Limits = tuple[str, str]
+"""JSON pointers of the lower and the upper limit of an interval."""
+
+
+def ends(place: str) -> Limits:
+    """Where the limits of an interval stand that is stored as `[lower, upper]`."""
+    return f"{place}/0", f"{place}/1"
+
+
+def band_places(place: str, index: int | None = None) -> tuple[str, Limits]:
+    """Where the mean and the limits stand of what is stored as `{mean, low, high}`.
+
+    Args:
+        place: of the whole.
+        index: of an entry, where mean and limits are lists.
+    """
+    tail = "" if index is None else f"/{index}"
+    return f"{place}/mean{tail}", (f"{place}/low{tail}", f"{place}/high{tail}")
+
+
 # ------------------------------------------------------------------------ finding
 
 
@@ -227,8 +247,8 @@ def overrides_of(config: Mapping[str, Any], name: str) -> list[str]:
     ]
     if overrides:
         composed = compose(name, overrides)
-    wanted = {key: value for key, value in _leaves(config) if key != "overwrite"}
-    raw = dict(_leaves(OmegaConf.to_container(composed, resolve=False)))
+    wanted = {key: value for key, value in leaves(config) if key != "overwrite"}
+    raw = dict(leaves(OmegaConf.to_container(composed, resolve=False)))
     given = [key for key in wanted if not _interpolated(raw.get(key)) and _resolved(composed, key) != wanted[key]]
     if given:
         overrides += [_assignment(key, wanted[key], raw) for key in given]
@@ -258,10 +278,11 @@ def _file(config: Mapping[str, Any], group: str) -> str | None:
     return max(fitting, key=lambda stem: (name.startswith(stem), len(stem)), default=None)
 
 
-def _leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of a configuration by their dotted names; an empty group is one setting."""
     if isinstance(content, Mapping) and content:
         for key, value in content.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, content
 

@@ -16,6 +16,7 @@ from matplotlib.colors import to_hex
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
+from analysis.plots import darkest, relative_maps
 from analysis.report_figures import data_address
 from analysis.report_runs import Run
 from analysis.stages import attention_map, choose
@@ -28,12 +29,6 @@ from dyvte.instrument.sweep import exit_sweep, greedy_answer_ids
 from dyvte.mllm import MLLM
 from dyvte.policies.dynamic_exit import DynamicExit, exit_probabilities
 from dyvte.store import model_fingerprint
-
-FULL_COLOUR = 0.995
-"""Quantile of the attention per patch that gets the darkest colour, as in `analysis.plots.attention_maps`."""
-LEAST_FULL_COLOUR = 4.0
-"""... which is never less than this multiple of even attention, so that nearly even attention stays pale."""
-
 
 MAX_NEW_TOKENS = 64
 
@@ -113,16 +108,15 @@ def look_at(mllm: MLLM, sample: Sample, query: str, policy: DynamicExit | None) 
     if found is None:
         return None
     record, image = found
-    maps = np.asarray(record["maps"], dtype=np.float64)
-    relative = relative_maps(maps)
+    relative = relative_maps(record["maps"])
     content = {key: record[key] for key in ("id", "kind", "question", "reference", "answer", "query")}
     content |= {
         "image": png_of(image),
-        "rows": maps.shape[1],
-        "columns": maps.shape[2],
+        "rows": relative.shape[1],
+        "columns": relative.shape[2],
         "mass": [round(float(each), 5) for each in record["mass"]],
         "maps": [[round(float(each), 2) for each in layer.flat] for layer in relative],
-        "top": max(float(np.quantile(relative, FULL_COLOUR)), LEAST_FULL_COLOUR),
+        "top": darkest(relative),
         "exit_depth": depth_of(mllm, sample),
         "exit_layer": None,
         "exit_answer": None,
@@ -130,12 +124,6 @@ def look_at(mllm: MLLM, sample: Sample, query: str, policy: DynamicExit | None) 
         "answers": {},
     }
     return content | ({} if policy is None else under_gates(mllm, sample, policy))
-
-
-def relative_maps(maps: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Attention on each patch `[L, rows, columns]` relative to its even spread over the image (1)."""
-    total = maps.sum((1, 2), keepdims=True)
-    return np.divide(maps, total, out=np.zeros_like(maps), where=total > 0) * maps[0].size
 
 
 def png_of(image: npt.NDArray[Any]) -> str:

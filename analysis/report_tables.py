@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from analysis.report_findings import interval_text, policy_label, written
-from analysis.report_runs import Run, pointer
+from analysis.report_runs import Limits, Run, band_places, ends, pointer
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Table:
     note: str = ""
 
 
-def number(run: Run, unit: str, place: str, limits: tuple[str, ...] | None = None) -> Cell:
+def number(run: Run, unit: str, place: str, limits: Limits | None = None) -> Cell:
     """A number of a summary, with its limits in brackets."""
     value = run.value(place)
     text = written(value, unit)
@@ -53,10 +53,9 @@ def number(run: Run, unit: str, place: str, limits: tuple[str, ...] | None = Non
     return Cell(text, value, run.name, place)
 
 
-def banded(run: Run, unit: str, place: str, index: Any = None) -> Cell:
+def banded(run: Run, unit: str, place: str, index: int | None = None) -> Cell:
     """A number that is stored as `{mean, low, high}`, of numbers or lists."""
-    tail = "" if index is None else f"/{index}"
-    return number(run, unit, f"{place}/mean{tail}", (f"{place}/low{tail}", f"{place}/high{tail}"))
+    return number(run, unit, *band_places(place, index))
 
 
 def words(text: Any) -> Cell:
@@ -156,16 +155,11 @@ def _exits(run: Run) -> Iterator[Table]:
         ["η, nats", "K*", "stays below from"],
         [
             [
-                number(run, "nats", pointer("k_star_details", index, "eta")),
-                number(
-                    run,
-                    "layer",
-                    pointer("k_star_details", index, "layer"),
-                    (pointer("k_star_details", index, "interval", 0), pointer("k_star_details", index, "interval", 1)),
-                ),
-                number(run, "layer", pointer("k_star_details", index, "stays")),
+                number(run, "nats", f"{place}/eta"),
+                number(run, "layer", f"{place}/layer", ends(f"{place}/interval")),
+                number(run, "layer", f"{place}/stays"),
             ]
-            for index in range(len(run.value("/k_star_details") or []))
+            for place in (f"/k_star_details/{index}" for index in range(len(run.value("/k_star_details") or [])))
         ],
         f"K*: first exit layer with a divergence of at most η; a dash: none. {BANDED}",
     )
@@ -193,7 +187,7 @@ POLICY_COLUMNS: dict[str, tuple[str, str, bool]] = {
 
 def _policy_cells(run: Run, place: str) -> list[Cell]:
     return [
-        number(run, unit, f"{place}/{key}", (f"{place}/{key}_ci/0", f"{place}/{key}_ci/1") if interval else None)
+        number(run, unit, f"{place}/{key}", ends(f"{place}/{key}_ci") if interval else None)
         for unit, key, interval in POLICY_COLUMNS.values()
     ]
 
@@ -270,8 +264,8 @@ def _methods(run: Run) -> Iterator[Table]:
     for index, row in enumerate(rows):
         cells = [words(policy_label(str(row[name])) if name == "method" else row[name]) for name in names]
         for unit, key, tails in columns.values():
-            places = None if tails is None else tuple(pointer("rows", index, key + tail) for tail in tails)
-            cells.append(number(run, unit, pointer("rows", index, key), places))
+            place = pointer("rows", index, key)
+            cells.append(number(run, unit, place, None if tails is None else (place + tails[0], place + tails[1])))
         table.append([*cells, *(words(row.get("setting") or "") for _ in settings)])
     note = (
         "Medians of the repeats, in brackets their quartiles; ratios are taken within a repeat." if measured else BANDED

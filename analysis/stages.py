@@ -23,7 +23,7 @@ from analysis import plots, statistics
 from analysis.statistics import Band, StageVerdict
 from dyvte import distributed, runner, store
 from dyvte.config import command, load_model
-from dyvte.data import BrokenSample, Dataset, Sample, build_dataset
+from dyvte.data import Dataset, Sample, build_dataset
 from dyvte.errors import ConfigError, ModelError
 from dyvte.instrument.attention import CURVES, MEASURES, AttentionProbe
 from dyvte.instrument.role_attention import ENTROPIES
@@ -100,13 +100,9 @@ def choose(dataset: Dataset, count: int, ids: list[str] | None) -> list[Sample]:
     """
     chosen: list[Sample] = []
     again: list[Sample] = []
-    for index in range(len(dataset)):
+    for sample in dataset.readable():
         if len(chosen) >= (count if ids is None else len(ids)):
             break
-        try:
-            sample = dataset[index]
-        except BrokenSample:
-            continue
         if ids is not None:
             if sample.id in ids:
                 chosen.append(sample)
@@ -183,10 +179,7 @@ def verdict(table: pd.DataFrame, cfg: DictConfig, level: float = LEVEL) -> Stage
 
 def as_lists(curves: Bands) -> dict[str, dict[str, list[float]]]:
     """Bands as plain data for the summary."""
-    return {
-        name: {"mean": band.mean.tolist(), "low": band.low.tolist(), "high": band.high.tolist()}
-        for name, band in curves.items()
-    }
+    return {name: band.to_dict() for name, band in curves.items()}
 
 
 def long_table(groups: Mapping[str, Mapping[str, Bands]]) -> pd.DataFrame:
@@ -198,9 +191,7 @@ def long_table(groups: Mapping[str, Mapping[str, Bands]]) -> pd.DataFrame:
                 "measure": name,
                 "curve": curve,
                 "layer": np.arange(len(band.mean)),
-                "mean": band.mean,
-                "low": band.low,
-                "high": band.high,
+                **band.to_dict(),
             }
         )
         for kind, of_measures in groups.items()

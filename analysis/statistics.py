@@ -12,7 +12,7 @@ Everything here is a pure function of numpy arrays. Two facts shape the code:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import combinations, pairwise
@@ -24,6 +24,8 @@ import ruptures
 from scipy.optimize import isotonic_regression
 
 Array = npt.NDArray[np.float64]
+Clusters = Sequence[Any] | npt.NDArray[Any]
+"""The image of each sample, length n."""
 
 MIN_STAGE_LAYERS = 2
 """A single layer is not a stage."""
@@ -50,6 +52,20 @@ class Band:
     low: Array
     high: Array
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Band:
+        """What :meth:`to_dict` gave, read from a `summary.json`: null is NaN."""
+        return cls(*(np.array(values[name], dtype=np.float64) for name in ("mean", "low", "high")))
+
+    def to_dict(self) -> dict[str, Any]:
+        """`mean`, `low` and `high` as lists, or as numbers where the band has no axes."""
+        return {"mean": self.mean.tolist(), "low": self.low.tolist(), "high": self.high.tolist()}
+
+
+def count_images(clusters: Clusters) -> int:
+    """How many images the samples are about."""
+    return len(np.unique(np.asarray(clusters).astype(str)))
+
 
 def cluster_mean(values: npt.ArrayLike) -> Array:
     """Mean over samples of `values [n, ...]`, ignoring NaN; NaN where every sample is NaN."""
@@ -60,9 +76,7 @@ def cluster_mean(values: npt.ArrayLike) -> Array:
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
-def cluster_bootstrap(
-    values: npt.ArrayLike, clusters: Sequence[Any] | npt.NDArray[Any], n_boot: int = 1000, seed: int = 0
-) -> Array:
+def cluster_bootstrap(values: npt.ArrayLike, clusters: Clusters, n_boot: int = 1000, seed: int = 0) -> Array:
     """Bootstrap replicates of the mean over samples, drawing whole clusters with replacement.
 
     The same `seed`, `clusters` and `n_boot` draw the same clusters, so replicates of two quantities measured on
@@ -115,7 +129,7 @@ def percentile_band(mean: npt.ArrayLike, replicates: Array, level: float = 0.95)
 
 def mean_band(
     values: npt.ArrayLike,
-    clusters: Sequence[Any] | npt.NDArray[Any],
+    clusters: Clusters,
     level: float = 0.95,
     n_boot: int = 1000,
     seed: int = 0,
@@ -354,7 +368,7 @@ def stage_verdict(
     cross: npt.ArrayLike,
     visual: npt.ArrayLike,
     text: npt.ArrayLike,
-    clusters: Sequence[Any] | npt.NDArray[Any],
+    clusters: Clusters,
     *,
     min_effect: float = float(np.log(1.1)),
     min_bic_gain: float = 4.0,
@@ -392,7 +406,7 @@ def stage_verdict(
     usable = np.isfinite(cross).all(1)
     labels = np.asarray(clusters).astype(str)[usable]
     cross, visual, text = cross[usable], visual[usable], text[usable]
-    num_layers, num_clusters = cross.shape[1], len(np.unique(labels))
+    num_layers, num_clusters = cross.shape[1], count_images(labels)
     settings = {
         "min_effect": min_effect,
         "min_bic_gain": min_bic_gain,

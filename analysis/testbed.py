@@ -193,14 +193,14 @@ def attention_figure(runs: dict[str, dict[str, Any]], measure: str) -> Figure:
                     )
                 else:
                     for curve, values in curves[measure].items():
-                        band = Band(*(np.array(values[k]) for k in ("mean", "low", "high")))
+                        band = Band.from_dict(values)
                         plots.draw_band(axis, np.arange(len(band.mean)), band, plots.SERIES[curve])
                 if row == 0:
                     axis.set_title(title)
                 if row == len(runs) - 1:
                     axis.set_xlabel("decoder layer")
                 if column == 0:
-                    axis.set_ylabel(f"{name}\n{plots.MEASURES['mass' if measure == 'mass' else 'enrichment']}")
+                    axis.set_ylabel(f"{name}\n{plots.MEASURES[measure.removesuffix('_no_sink')]}")
         handles, labels = axes[0, -1].get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncols=3)
         figure.tight_layout(rect=(0, 0.35 / figure.get_figheight(), 1, 1))

@@ -20,8 +20,10 @@ from tqdm import tqdm
 
 from analysis.statistics import mean_band
 from dyvte.config import command
+from dyvte.criteria import exit_depth
 from dyvte.errors import ConfigError
 from dyvte.instrument.attention import CURVES, AttentionProbe
+from dyvte.instrument.sweep import exit_sweep
 from dyvte.mllm import MLLM, wrap
 from dyvte.store import write_json
 from dyvte.testbed.model import TestbedSizes, build_model
@@ -62,15 +64,11 @@ def accuracy_table(records: list[ShapesRecord], answers: list[str], seed: int = 
     right = np.array([r.answer == a for r, a in zip(records, answers, strict=True)], dtype=float)
     kinds = np.array([r.kind for r in records])
     clusters = np.array([r.image_id for r in records])
+    groups = {str(kind): kinds == kind for kind in dict.fromkeys(kinds)} | {"image": np.isin(kinds, IMAGE_KINDS)}
     table = {}
-    for kind in dict.fromkeys(kinds):
-        band = mean_band(right[kinds == kind], clusters[kinds == kind], seed=seed)
-        table[str(kind)] = {"accuracy": float(band.mean), "low": float(band.low), "high": float(band.high)}
-        table[str(kind)]["num"] = int((kinds == kind).sum())
-    asked = np.isin(kinds, IMAGE_KINDS)
-    band = mean_band(right[asked], clusters[asked], seed=seed)
-    table["image"] = {"accuracy": float(band.mean), "low": float(band.low), "high": float(band.high)}
-    table["image"]["num"] = int(asked.sum())
+    for name, chosen in groups.items():
+        band = mean_band(right[chosen], clusters[chosen], seed=seed).to_dict()
+        table[name] = {"accuracy": band["mean"], "low": band["low"], "high": band["high"], "num": int(chosen.sum())}
     return table
 
 
@@ -87,37 +85,30 @@ def attention_curves(mllm: MLLM, records: list[ShapesRecord], batch_size: int, s
     clusters = [r.image_id for r in records]
     curves: dict[str, Any] = {m: {} for m in MEASURES}
     for (measure, curve), parts in values.items():
-        band = mean_band(np.concatenate(parts), clusters, seed=seed)
-        curves[measure][curve] = {"mean": band.mean.tolist(), "low": band.low.tolist(), "high": band.high.tolist()}
+        curves[measure][curve] = mean_band(np.concatenate(parts), clusters, seed=seed).to_dict()
     return curves
 
 
 def exit_agreement(mllm: MLLM, records: list[ShapesRecord], batch_size: int, seed: int) -> dict[str, Any]:
     """Share of answers that stay the full model's under each exit k = 0..L, and mean exit depth by kind."""
-    import dyvte
-    from dyvte.criteria import exit_depth
-
     agree = []
     for start in tqdm(range(0, len(records), batch_size), desc="exits", mininterval=1.0):
         part = records[start : start + batch_size]
         images, questions = [r.image() for r in part], [r.question for r in part]
         batch = mllm.encode(images, questions)
         given = [str(a) for a in mllm.generate(batch, max_new_tokens=3)]
-        sweep = dyvte.exit_sweep(mllm, batch, answer_ids=mllm.answer_ids(questions, given))
+        sweep = exit_sweep(mllm, batch, answer_ids=mllm.answer_ids(questions, given))
         agree.append(sweep.agree)
     together = torch.cat(agree)
     clusters = [r.image_id for r in records]
-    band = mean_band(together.double().numpy(), clusters, seed=seed)
     depth = exit_depth(together.bool()).double().numpy()
     kinds = np.array([r.kind for r in records])
     by_kind = {}
     for kind in dict.fromkeys(kinds):
         mine = mean_band(depth[kinds == kind], np.array(clusters)[kinds == kind], seed=seed)
-        by_kind[str(kind)] = {"mean": float(mine.mean), "low": float(mine.low), "high": float(mine.high)}
-    return {
-        "agreement": {"mean": band.mean.tolist(), "low": band.low.tolist(), "high": band.high.tolist()},
-        "exit_depth": by_kind,
-    }
+        by_kind[str(kind)] = mine.to_dict()
+    agreement = mean_band(together.double().numpy(), clusters, seed=seed)
+    return {"agreement": agreement.to_dict(), "exit_depth": by_kind}
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
