@@ -29,7 +29,7 @@ from dyvte.store import write_json
 from dyvte.testbed.model import TestbedSizes, build_model
 from dyvte.testbed.questions import IMAGE_KINDS, ShapesQuestions, ShapesRecord
 from dyvte.testbed.tokenizer import build_processor
-from dyvte.testbed.train import STAGES, load_stages
+from dyvte.testbed.train import STAGES, load_stages, phases
 
 MEASURES = ("mass", "enrichment_no_sink")
 
@@ -117,6 +117,16 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return list({line["step"]: line for line in lines}.values())
 
 
+def stage_log(run: Path, stage: str, cfg: DictConfig) -> list[dict[str, Any]]:
+    """The log of one stage; the phases of instruction follow each other, their steps and seconds counted on."""
+    names = [name for name, _ in phases(cfg)] if stage == "instruct" and "phases" in cfg else [stage]
+    lines: list[dict[str, Any]] = []
+    for file in (path for name in names if (path := run / f"{name}.jsonl").is_file()):
+        before = lines[-1] if lines else {"step": 0, "seconds": 0.0}
+        lines += [{**x, **{k: x[k] + before[k] for k in ("step", "seconds")}} for x in read_log(file)]
+    return lines
+
+
 @command("testbed_runs")
 def main(cfg: DictConfig) -> None:
     """Write the record of one finished training run."""
@@ -126,7 +136,7 @@ def main(cfg: DictConfig) -> None:
     trained = OmegaConf.load(run / "config.yaml")
     assert isinstance(trained, DictConfig)
     vision = Path(cfg.vision or run)
-    logs = {s: read_log(p) for s in STAGES if (p := (vision if s == "vision" else run) / f"{s}.jsonl").is_file()}
+    logs = {s: lines for s in STAGES if (lines := stage_log(vision if s == "vision" else run, s, trained))}
     record: dict[str, Any] = {
         "name": trained.name,
         "config": OmegaConf.to_container(trained),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dyvte.testbed.lookups import look_up
+from dyvte.testbed.lookups import brief, look_up
 from dyvte.testbed.questions import follow
 from dyvte.testbed.tokenizer import build_tokenizer
 from dyvte.testbed.tours import PLACE, tour
@@ -58,14 +58,44 @@ def test_a_look_up_has_one_answer_and_says_it(steps: int) -> None:
     assert found > 150
 
 
+def answer_brief(scene: Scene, text: str) -> str:
+    """The answer to a brief question, read from its words alone."""
+    words = text.split()
+    assert words.pop() == "?"
+    if words[:2] == ["how", "many"]:
+        return str(sum(fits(o, words[2:]) for o in scene.objects))
+    if len(words) == 2:
+        return "yes" if any(fits(o, words) for o in scene.objects) else "no"
+    if words[-2] == "same":
+        pair = [next(o for o in scene.objects if fits(o, key)) for key in (words[:2], words[2:4])]
+        return "yes" if pair[0][words[-1]] == pair[1][words[-1]] else "no"
+    first, second = (next(o for o in scene.objects if fits(o, key)) for key in (words[:2], words[3:]))
+    step = {"left": second.column - first.column, "above": second.row - first.row}
+    step |= {"right": -step["left"], "below": -step["above"]}
+    return "yes" if step[words[2]] > 0 else "no"
+
+
+@pytest.mark.parametrize("max_hops", [1, 2])
+def test_a_brief_question_says_the_truth_and_all_its_kinds_come(max_hops: int) -> None:
+    told: dict[int, list[str]] = {}
+    for index in range(300):
+        scene = sample_scene("caption", 5, index)
+        if one := brief(scene, np.random.default_rng(index), max_hops):
+            text, answer = one
+            assert answer == answer_brief(scene, text)
+            told.setdefault(len(text.split()), []).append(answer)
+    assert set(told) == ({3, 4} if max_hops == 1 else {3, 4, 6, 7}), "existence, count; relation, comparison"
+    assert 0.35 < np.mean([a == "yes" for a in told[3]]) < 0.65
+
+
 def test_every_word_of_practice_is_in_the_vocabulary() -> None:
     tokenizer = build_tokenizer()
     known = set(tokenizer.get_vocab())
     for index in range(50):
         scene, rng = sample_scene("caption", 5, index), np.random.default_rng(index)
         assert {w.text for w in tour(scene, rng, 8)} <= known
-        if one := look_up(scene, rng, 1):
-            assert set(" ".join(one).split()) <= known
+        for one in (look_up(scene, rng, 1), brief(scene, rng, 2)):
+            assert one is None or set(" ".join(one).split()) <= known
 
 
 def _tours_that_may_be(scene: Scene, words: list[str]) -> set[str]:

@@ -24,6 +24,7 @@ from dyvte.testbed.train import (
     learning_rate,
     packed_accuracy,
     packed_loss,
+    phases,
     train,
     visual_features,
 )
@@ -35,7 +36,7 @@ TINY = [
     "align.steps=4", "instruct.batch_size=2", "instruct.steps=4", "instruct.questions=4", "instruct.length=200",
     "language.checkpoint_every=2", "vision.checkpoint_every=2", "align.checkpoint_every=2",
     "instruct.checkpoint_every=2", "language.eval_every=2", "vision.eval_every=4", "align.eval_every=4",
-    "instruct.eval_every=4", "workers=0",
+    "instruct.eval_every=4", "instruct.phases=[]", "workers=0",
 ]  # fmt: skip
 SIZES = TestbedSizes(16, 1, 32, 2, 2, 32, 2, 48)
 
@@ -111,11 +112,21 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage", ["language", "vision", "align", "instruct"])
+PHASES = [
+    "instruct.phases=[find,follow]", "phases.find.settings.steps=2",
+    "phases.find.settings.warmup=0.5", "phases.find.settings.decay=0.5", "phases.find.settings.look_ups=3",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [("language", []), ("vision", []), ("align", []), ("instruct", []), ("instruct", PHASES)],
+    ids=["language", "vision", "align", "instruct", "phases"],
+)
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
-    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, changes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = config(f"stages=[{stage}]")
+    cfg = config(f"stages=[{stage}]", *changes)
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
     train(cfg, tmp_path / "whole")
@@ -124,7 +135,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
 
     def killing(*args: float) -> float:
         calls.append(args)
-        if len(calls) == 4:  # in the fourth step, after the checkpoint of the second
+        if len(calls) == 4:  # in the fourth step, after the checkpoint of the second (or the end of the first phase)
             raise Killed
         return schedule(*args)  # type: ignore[arg-type]
 
@@ -169,6 +180,19 @@ def test_the_blind_control_sees_no_image() -> None:
     batch, images = batches.instruct(0, 1.0, 2)
     assert images is None
     assert not (batch.input_ids == batches.ids("<image>")[0]).any()
+
+
+def test_phases_put_in_their_own_settings_and_draw_scenes_of_their_own() -> None:
+    cfg = config(*PHASES, "kind_weights.count=9.0", "+phases.find.kind_weights.count=7.0")
+    (first, find), (last, follow) = phases(cfg)
+    assert (first, last) == ("instruct_find", "instruct"), "what comes after reads the last phase as the stage"
+    assert (find.instruct.steps, follow.instruct.steps) == (2, cfg.instruct.steps)
+    assert (find.kind_weights.count, follow.kind_weights.count) == (7.0, 2.0)
+    assert find.kind_weights.existence == cfg.kind_weights.existence
+    assert follow.instruct.questions == cfg.instruct.questions
+    assert (find.seed, follow.seed) == (cfg.seed, cfg.seed + 1)
+    with pytest.raises(ConfigError, match=r"instruct.phases names \['finish'\]; phases are"):
+        phases(config("instruct.phases=[finish]"))
 
 
 def test_unknown_stages_and_missing_runs_are_named(tmp_path: Path) -> None:

@@ -5,6 +5,10 @@ A key that fits one object, steps as questions take them, and what is asked for,
     red circle size -> small             at top left color -> green
     red circle go left shape -> cross    small triangle at -> bottom right
 
+and the kinds of question that follow no path without the words that carry nothing::
+
+    red circle ? -> yes    how many red ? -> 2    red circle left small cross ? -> no
+
 A question of the same content takes three times the words, and a decoder that sees only questions stays for thousands
 of steps where it names an attribute of the wrong object (docs/testbed.md).
 """
@@ -13,10 +17,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from dyvte.testbed.questions import STAY, STEPS, follow, unique_names
+from dyvte.testbed.questions import IMAGE_KINDS, KINDS, PATH_KINDS, STAY, STEPS, ask, follow, unique_names
 from dyvte.testbed.world import ATTRIBUTES, COLUMNS, ROWS, Object, Scene
 
 PLACE = "at"
+BRIEF_KINDS = tuple(k for k in IMAGE_KINDS if k not in PATH_KINDS)
+FILLERS = frozenset(["is", "are", "there", "a", "the", "do", "and", "have", "of", "objects"])
 
 
 def place(item: Object) -> str:
@@ -58,3 +64,12 @@ def look_up(
         words += ["go", step]
         here = follow(scene, here, step)  # type: ignore[assignment]
     return " ".join([*words, asked]), place(here) if asked == PLACE else here[asked]
+
+
+def brief(scene: Scene, rng: np.random.Generator, max_hops: int) -> tuple[str, str] | None:
+    """A question that follows no path, of at most ``max_hops`` hops, in its telling words alone, with its answer."""
+    kinds = [k for k in BRIEF_KINDS if KINDS[k] <= max_hops]
+    question = ask(scene, str(_choice(rng, kinds)), rng, tries=4)
+    if question is None:
+        return None
+    return " ".join(w for w in question.text.split() if w not in FILLERS), question.answer

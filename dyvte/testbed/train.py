@@ -5,7 +5,7 @@ Stages, each with its own checkpoints, resumed where they stopped:
 language   the decoder learns scenes described in words, questions about them, and arithmetic (no image)
 vision     the tower learns, without questions, which attributes lie under each patch; frozen from then on
 align      the projector alone learns to caption images with the frozen decoder (LLaVA's stage 1)
-instruct   projector and decoder learn to answer questions about images (LLaVA's stage 2)
+instruct   projector and decoder learn to answer questions about images (LLaVA's stage 2), in phases
 
 A batch is a pure function of (seed, stage, step), so a killed and resumed run equals an uninterrupted one.
 """
@@ -34,7 +34,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dyvte.config import command
 from dyvte.errors import ConfigError
 from dyvte.store import write_atomic
-from dyvte.testbed.lookups import look_up
+from dyvte.testbed.lookups import brief, look_up
 from dyvte.testbed.model import TestbedSizes, build_model
 from dyvte.testbed.packing import IGNORE, Branch, PackedBatch, pack
 from dyvte.testbed.questions import CAPTION_PROMPT, IMAGE_KINDS, KINDS, ask, caption
@@ -59,6 +59,28 @@ from dyvte.testbed.world import (
 STAGES = ("language", "vision", "align", "instruct")
 MAX_HOPS = max(KINDS.values())
 CAPTION_OFFSET = 10**7  # instruction's caption scenes are not the alignment's
+
+
+def phases(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
+    """The phases of instruction in order: the name of each one's files, and the settings with its own put in.
+
+    The last is named as the stage. Each phase draws scenes from a seed of its own.
+
+    Raises:
+        ConfigError: a phase without settings under ``phases``.
+    """
+    chosen = list(cfg.instruct.phases)
+    if unknown := [p for p in chosen if p not in cfg.phases]:
+        raise ConfigError(f"instruct.phases names {unknown}; phases are {sorted(cfg.phases)}")
+    if not chosen:
+        return [("instruct", cfg)]
+    found = []
+    for number, phase in enumerate(chosen):
+        settings = {"instruct": cfg.phases[phase].settings, "kind_weights": cfg.phases[phase].kind_weights}
+        merged = OmegaConf.merge(cfg, settings, {"seed": cfg.seed + number})
+        assert isinstance(merged, DictConfig)
+        found.append(("instruct" if number == len(chosen) - 1 else f"instruct_{phase}", merged))
+    return found
 
 
 # ---------------------------------------------------------------- speed
@@ -125,12 +147,17 @@ class Batches:
         return Branch("tour", self.ids(f"{TOUR_PROMPT} {ASSISTANT}"), answer, [*(w.decided for w in words), False])
 
     def look_ups(self, scene: Scene, rng: np.random.Generator, number: int, hops: int) -> list[Branch]:
-        """At most ``number`` different look-ups of at most ``hops`` hops, fewer of the long ones."""
-        found: dict[str, str] = {}
-        for steps in rng.integers(hops, size=2 * number):
-            if len(found) < number and (one := look_up(scene, rng, int(steps))) is not None:
-                found[one[0]] = one[1]
-        return [Branch("look_up", self.ids(prompt), self.ids(answer)) for prompt, answer in found.items()]
+        """At most ``number`` different look-ups of at most ``hops`` hops."""
+        found: dict[str, tuple[str, str]] = {}
+        shares = np.array(self.cfg.instruct.look_up_steps[:hops], dtype=float)
+        for steps in rng.choice(len(shares), size=2 * number, p=shares / shares.sum()):
+            if len(found) == number:
+                break
+            a_brief = rng.random() < self.cfg.instruct.brief_share
+            one = brief(scene, rng, hops) if a_brief else look_up(scene, rng, int(steps))
+            if one is not None:
+                found[one[0]] = ("brief" if a_brief else "look_up", one[1])
+        return [Branch(kind, self.ids(prompt), self.ids(answer)) for prompt, (kind, answer) in found.items()]
 
     def rng(self, stage: str, step: int) -> np.random.Generator:
         """The random generator of one step of a stage."""
@@ -210,6 +237,14 @@ class Batches:
             rows.append((self.prefix, branches))
             scenes.append(scene)
         return pack(rows, settings.length, self.pad_id, settings.prompt_weight), self._images(scenes)
+
+    def instruct_or_text(self, step: int, progress: float) -> tuple[PackedBatch, Tensor | None]:
+        """A batch of images, or with probability ``text_share`` one of scenes in words."""
+        size = self.cfg.instruct.batch_size
+        # the draw that picks a batch of text must not be the first of the batch itself
+        if self.rng("instruct", 10**8 + step).random() < self.cfg.instruct.text_share and not self.cfg.instruct.blind:
+            return self.language(10**6 + step, progress, size, stage="instruct"), None
+        return self.instruct(step, progress, size)
 
     def validation(self, number: int) -> tuple[PackedBatch, Tensor | None]:
         """Images of validation scenes with look-ups and one question of every image kind that each admits."""
@@ -551,13 +586,6 @@ def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
         on_object = labels["color"] > 0
         return {a: float((outputs[a].argmax(-1).cpu() == labels[a])[on_object].float().mean()) for a in outputs}
 
-    def instruct_batch(step: int, progress: float) -> tuple[PackedBatch, Tensor | None]:
-        size = cfg.instruct.batch_size
-        # the draw that picks a batch of text must not be the first of the batch itself
-        if batches.rng("instruct", 10**8 + step).random() < cfg.instruct.text_share and not cfg.instruct.blind:
-            return batches.language(10**6 + step, progress, size, stage="instruct"), None
-        return batches.instruct(step, progress, size)
-
     for name in (s for s in STAGES if s in cfg.stages):
         stage = cfg[name]
         common: dict[str, Any] = {"folder": folder, "cfg": stage, "seed_everything": cfg.seed, "workers": cfg.workers}
@@ -598,14 +626,15 @@ def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
             talk.requires_grad_(True)
         else:
             tower.requires_grad_(False)
-            run_stage(
-                name,
-                modules={"projector": projector, "talk": talk},
-                batch_of=instruct_batch,
-                loss_of=loss,
-                evaluate=image_accuracy,
-                **common,
-            )
+            for phase, settings in phases(cfg):
+                run_stage(
+                    phase,
+                    modules={"projector": projector, "talk": talk},
+                    batch_of=Batches(settings, sizes).instruct_or_text,
+                    loss_of=loss,
+                    evaluate=image_accuracy,
+                    **{**common, "cfg": settings.instruct, "seed_everything": settings.seed},
+                )
     return model
 
 
