@@ -45,6 +45,7 @@ def cost(cfg: DictConfig) -> dict[str, Any]:
         The summary.
 
     Raises:
+        ConfigError: an unknown method.
         DataError: fewer prompts with an image than the largest batch.
     """
     mllm, dataset, gates = load_model(cfg), build_dataset(cfg.data), gates_of(cfg)

@@ -150,7 +150,11 @@ def places(
 
 
 def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, grid: View, num_questions: int) -> dict[str, Any]:
-    """Maps and mean places with intervals, of every method that thins a layer."""
+    """Maps and mean places with intervals, of every method that thins a layer.
+
+    Raises:
+        ConfigError: none does.
+    """
     settings = folder.read_table("settings").set_index("method")["setting"]
     if not (folder.path / "places.parquet").is_file():
         raise ConfigError(f"no method can meet budget={cfg.budget} on these questions, or none thins a layer")

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dyvte import distributed
 from dyvte.data.base import Dataset, Sample, build_dataset
-from dyvte.errors import BrokenSample, ConfigError, DataError
+from dyvte.errors import ConfigError, DataError
 from dyvte.mllm import MLLM, Batch
 from dyvte.policies.base import Policy
 from dyvte.store import model_fingerprint, plain, write_json
@@ -130,14 +130,7 @@ def with_image(dataset: Dataset) -> list[Sample]:
     Raises:
         DataError: there is none.
     """
-    samples = []
-    for index in range(len(dataset)):
-        try:
-            sample = dataset[index]
-        except BrokenSample:  # a calibration needs some prompts, not these
-            continue
-        if sample.image is not None:
-            samples.append(sample)
+    samples = [sample for sample in dataset.readable() if sample.image is not None]
     if not samples:
         raise DataError(
             "no prompt with an image to calibrate on: set calibration.data, for instance "
