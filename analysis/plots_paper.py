@@ -68,13 +68,8 @@ def provenance(summary: Summary) -> str:
     return text
 
 
-def read_band(values: Mapping[str, Any]) -> Band:
-    """Limits of a summary as arrays; null is NaN."""
-    return Band.from_dict(values)
-
-
 def _bands(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Band]:
-    return {name: read_band(each) for name, each in values.items()}
+    return {name: Band.from_dict(each) for name, each in values.items()}
 
 
 def _title(summary: Summary) -> str:
@@ -122,9 +117,10 @@ def attention_scores(summaries: Sequence[Summary]) -> Figure:
             figsize=(max(3.0 * len(summaries), 5.2), 2.0 * len(rows) + 0.8),
             layout="constrained",
             sharex="col",
-            sharey="row",
             squeeze=False,
         )
+        for axis in axes[2, 1:]:  # the other two depend on the number of tokens, so models differ in scale
+            axis.sharey(axes[2, 0])
         for column, summary in enumerate(summaries):
             for row, (measure, label) in enumerate(rows.items()):
                 axis, bands = axes[row, column], _bands(summary["bands"][measure])
@@ -133,7 +129,8 @@ def attention_scores(summaries: Sequence[Summary]) -> Figure:
                 layer_axis(axis, summary["num_layers"], "decoder layer" if row == len(rows) - 1 else "")
                 if column == 0:
                     axis.set_ylabel(label)
-            axes[0, column].set_title(f"{_title(summary)}\nn = {summary['num_samples']:,}")
+            name = "\n".join(textwrap.wrap(_title(summary), 28))
+            axes[0, column].set_title(f"{name}\n{summary['num_layers']} layers, n = {summary['num_samples']:,}")
         for axis in axes[:2].flat:
             axis.set_ylim(bottom=0)
         for axis in axes[2]:
@@ -190,7 +187,7 @@ def kl_criterion(summary: Summary) -> Figure:
     """KL divergence of every exit from the full model, and where VTW's thresholds lie (summary of `analysis.exits`)."""
     group = summary["overall"]
     thresholds = [KlExit(**each) for each in summary["k_star_details"]]
-    forward, reverse = (read_band(group["bands"][name]) for name in ("kl", "kl_reverse"))
+    forward, reverse = (Band.from_dict(group["bands"][name]) for name in ("kl", "kl_reverse"))
     return plots_exits.kl(forward, reverse, thresholds, _title(summary), _footnote(group))
 
 
@@ -198,7 +195,7 @@ def exit_depths(summary: Summary) -> Figure:
     """How deep the image is needed, by question kind (summary of `analysis.exits`)."""
     group = summary["overall"]
     groups = {
-        name: (np.array(each["exit_depth"]["counts"]), read_band(each["exit_depth"]))
+        name: (np.array(each["exit_depth"]["counts"]), Band.from_dict(each["exit_depth"]))
         for name, each in {**summary["kinds"], "all": group}.items()
     }
     return plots_exits.exit_depth(groups, _title(summary), _no_bands(group))

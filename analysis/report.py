@@ -1,7 +1,7 @@
 """One HTML file that shows what the runs of a model found: `python -m analysis.report` (docs/how_to_report.md).
 
 It reads the run folders of the other commands, looks at a few samples with the model, and writes `report.html`, which
-holds all its figures and loads nothing. Several models side by side: `compare=[llava7b,llava13b]`.
+holds all its figures and loads nothing. Several models side by side: `'compare=[llava7b,llava13b]'`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
-from analysis import plots_paper
+from analysis import plots_compare, plots_paper
+from analysis.plots import style
 from analysis.report_figures import Picture, course, describe, pictures
 from analysis.report_findings import findings, policy_label, written
-from analysis.report_page import Missing, Page, Section, render
+from analysis.report_page import Missing, Page, Section, render, verdict_table
 from analysis.report_runs import STEPS, Run, disagreements, find_runs, first_command, other_commands
 from analysis.report_samples import look
 from analysis.report_tables import Cell, Table, banded, number, policies, tables, words
@@ -200,7 +201,8 @@ def _sections(runs: Sequence[Run], folder: RunFolder) -> Iterator[Section]:
 
 def _save(folder: RunFolder, name: str, figure: Figure, alt: str, caption: str) -> Picture:
     """Keep a figure that this command has drawn beside the page, and put it into it."""
-    path = folder.save_figure(name, figure)
+    with style():
+        path = folder.save_figure(name, figure)
     plt.close(figure)
     return Picture.of(path, alt, caption)
 
@@ -291,20 +293,23 @@ def several_models(cfg: DictConfig, found: Mapping[str, list[Run]], missing: lis
         warnings.append("The runs were not made on the same questions: compare their shapes, not their numbers.")
     sections = [
         section
-        for section in (_stages_of_models(named, folder), _exits_of_models(named), _policies_of_models(named))
+        for section in (_stages_of_models(named, folder), _exits_of_models(named, folder), _policies_of_models(named))
         if section.pictures or section.tables or section.beside
     ]
+    found_of_all = findings(runs)
+    owners = {run.name: model for model, own in named.items() for run in own}
     return Page(
         title=f"{len(named)} models on {cfg.data.name}",
         lead=f"{names}. {lead(list(named))}",
         warnings=warnings,
-        findings=findings(runs),
-        owners={run.name: model for model, own in named.items() for run in own},
+        findings=found_of_all,
+        owners=owners,
         samples=None,
         sections=sections,
         runs=runs,
         missing=missing,
         command=_own_command(cfg),
+        verdicts=verdict_table(found_of_all, owners),
     )
 
 
@@ -336,6 +341,10 @@ def _stages_of_models(found: Mapping[str, list[Run]], folder: RunFolder) -> Sect
         )
         caption = "Attention in each model (Fig. 2 of the DyVTE paper). Bands: 95%, bootstrap over images."
         drawn.append(_save(folder, "attention_scores", figure, alt, caption))
+        figure = plots_compare.attention_by_depth({model: run.summary for model, run in runs.items()})
+        alt = f"Line plot over relative depth, one line a model: enrichment without the sink. {'; '.join(lines)}."
+        caption = "The same attention on the image, with all decoders stretched to one length."
+        drawn.append(_save(folder, "attention_by_depth", figure, alt, caption))
     rows = []
     for model, run in runs.items():
         place = f"/bands/{run.value('/endpoint')}/cross"
@@ -361,7 +370,24 @@ def _stages_of_models(found: Mapping[str, list[Run]], folder: RunFolder) -> Sect
     )
 
 
-def _exits_of_models(found: Mapping[str, list[Run]]) -> Section:
+def _exits_of_models(found: Mapping[str, list[Run]], folder: RunFolder) -> Section:
+    runs = {model: run for model, own in found.items() for run in own if run.step == "exits"}
+    drawn = []
+    if runs:
+        lines = [
+            f"{model}: " + course("same answer", run.summary["agreement"], "share", "exit layer")
+            for model, run in runs.items()
+        ]
+        drawn.append(
+            _save(
+                folder,
+                "exits_by_depth",
+                plots_compare.exits_by_depth({model: run.summary for model, run in runs.items()}),
+                "Two line plots over the share of layers that see the image, one line a model: how many answers stay "
+                f"the full model's, and how many are right. {'; '.join(lines)}.",
+                "What becomes of the answers if the image leaves at this depth of each decoder.",
+            )
+        )
     rows = []
     for model, own in found.items():
         for run in own:
@@ -391,7 +417,7 @@ def _exits_of_models(found: Mapping[str, list[Run]]) -> Section:
     note = "In brackets: 95% intervals, bootstrap over images."
     shown = [Table("Models", columns, rows, note)] if rows else []
     title, text = SECTIONS["exits"]
-    return Section("exits", title, text, tables=shown, beside=_beside(found, "exits"))
+    return Section("exits", title, text, drawn, shown, beside=_beside(found, "exits"))
 
 
 def _policies_of_models(found: Mapping[str, list[Run]]) -> Section:

@@ -36,6 +36,11 @@ class Picture:
     width: int
     height: int
 
+    @property
+    def wide(self) -> bool:
+        """Whether it needs the page's width to be read: a figure of several panels side by side."""
+        return self.width > 1200 or self.width > 1.7 * self.height
+
     @classmethod
     def of(cls, file: Path, alt: str, caption: str) -> Picture:
         """From a PNG file."""

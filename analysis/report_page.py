@@ -78,6 +78,7 @@ class Page:
         warnings: what a reader must know before the numbers.
         findings: verdicts and effects; `owner` of a run's name says whose, on pages of several models.
         owners: run name -> model.
+        verdicts: on pages of several models, a row a question and a column a model; None on others.
         samples: of the layer slider; None without.
         sections: figures and tables.
         runs: all runs, for settings, versions and commands.
@@ -95,6 +96,7 @@ class Page:
     runs: list[Run]
     missing: list[Missing]
     command: str
+    verdicts: Table | None = None
 
 
 def render(page: Page) -> str:
@@ -126,6 +128,24 @@ def verdict(name: str) -> str:
 def rounded(value: float | str | None) -> str:
     """A number to its last digit, for whoever reads the page by program."""
     return "" if value is None else str(value) if isinstance(value, str) else repr(value)
+
+
+def verdict_table(findings: Sequence[Finding], owners: Mapping[str, str]) -> Table:
+    """What was found for which model.
+
+    Args:
+        findings: of all models; those without a verdict are left out.
+        owners: run name -> model.
+    """
+    models = list(dict.fromkeys(owners.values()))
+    by_title: dict[str, dict[str, Cell]] = {}
+    for each in findings:
+        if each.verdict is not None:
+            value = str(each.run.value(each.verdict))
+            cell = Cell(verdict(value), value, each.run.name, each.verdict)
+            by_title.setdefault(each.title, {})[owners[each.run.name]] = cell
+    rows = [[words(title), *(cells.get(model, Cell("–")) for model in models)] for title, cells in by_title.items()]
+    return Table("Verdicts", ["finding", *models], rows)
 
 
 def _finding(finding: Finding) -> dict[str, Any]:
@@ -239,6 +259,6 @@ def versions(runs: Sequence[Run]) -> dict[str, Any]:
             sets.append((found, [run.name]))
     packages = list(dict.fromkeys(package for found, _ in sets for package in found))
     return {
-        "columns": [", ".join(names) for _, names in sets],
+        "columns": [", ".join(names) for _, names in sets] if len(sets) > 1 else ["all runs"],
         "rows": [(package, [found.get(package, "–") for found, _ in sets]) for package in packages],
     }

@@ -18,10 +18,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from analysis import report as report_module
+from analysis.plots import relative_maps
 from analysis.report import report
 from analysis.report_findings import interval_text, written
 from analysis.report_runs import STEPS, Run, command_of, find_runs, lookup, overrides_of, pointer
-from analysis.report_samples import Samples, gates_for, look, relative_maps
+from analysis.report_samples import Samples, gates_for, look
 from analysis.report_tables import tables
 from analysis.stages import attention_map
 from dyvte.config import compose
@@ -360,6 +361,7 @@ def test_the_commands_on_the_page_make_the_runs(page: Path, root: Path):
     [
         ("stages", []),
         ("stages", ["model=llava7b", "model.path=/models/my copy", "data.limit=7", "maps.ids=[a,'1']"]),
+        ("stages", ["model=llava7b", "model.revision='12345678901234567890123456789012345678e9'"]),
         ("exits", ["etas=[0.1,1e-4]", "data.kinds=[attribute]", "accuracy=false", "seed=3"]),
         ("evaluate", ["policy=fastv", "policy.keep=0.25", "output_dir=/somewhere/else"]),
         ("evaluate", ["policy=dynamic_exit", "comparison_dir=/x", "policy.gates='a=b,{c}'"]),
@@ -474,7 +476,8 @@ def test_several_models_stand_side_by_side(tmp_path: Path, monkeypatch):
     elements = read(path)
     images = having(elements, "img")
     assert sum("One column of line plots a model" in each.attributes["alt"] for each in images) == 1
-    assert (tmp_path / "report/figures/attention_scores.png").is_file()
+    drawn = {file.stem for file in (tmp_path / "report/figures").glob("*.png")}
+    assert drawn == {"attention_scores", "attention_by_depth", "exits_by_depth"}
     captions = [each.text for each in having(elements, "figcaption")]
     assert {captions.count(model) for model in models} == {9}  # the figures of stages (but maps) and exits
     orders = {}
@@ -485,6 +488,10 @@ def test_several_models_stand_side_by_side(tmp_path: Path, monkeypatch):
         place = f"/overall/bands/accuracy/mean/{LAYERS}"
         assert orders[f"{model}/exits"][place] == repr(lookup(summary, place))
     assert {each.text for each in having(elements, "span") if each.attributes.get("class") == "owner"} == set(models)
+    (verdicts,) = (each for each in having(elements, "table") if each.text.strip().startswith("Verdicts"))
+    assert all(model in verdicts.text for model in models)
+    assert verdicts.text.count("The depth depends") == 1  # one row for all models
+    assert verdicts.text.count("not found") == 2 * len(models)  # that one, and the stages
 
 
 def test_what_another_model_lacks_is_named(tmp_path: Path):
