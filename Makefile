@@ -7,7 +7,7 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install stages test lint format types pytest docs notebooks figures testbed-eval test-lmms-eval clean
+.PHONY: help install stages test lint format types pytest docs notebooks figures comparison testbed-eval test-lmms-eval clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,12 +38,13 @@ types: $(STAMP) ## Check type hints
 pytest: $(STAMP) ## Run the tests (WORKERS=2 processes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
 
-# In an environment of its own: lmms-eval brings many packages along. torchvision's wheel needs the CUDA build of torch,
-# and lmms-eval starts without it.
+# In an environment of its own: lmms-eval brings many packages along, among them a wandb that wants an older protobuf.
+# torchvision's wheel needs the CUDA build of torch, and lmms-eval starts without it.
 LMMS    := .venv-lmms-eval
 test-lmms-eval: ## Run lmms-eval itself on the shipped model under a policy
 	test -x $(LMMS)/bin/python || $(PYTHON) -m venv $(LMMS)
-	$(LMMS)/bin/python -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt -e '.[lmms-eval]'
+	grep -v '^protobuf==' constraints.txt > $(LMMS)/constraints.txt
+	$(LMMS)/bin/python -m pip install --no-compile --quiet --disable-pip-version-check -c $(LMMS)/constraints.txt -e '.[lmms-eval]'
 	$(LMMS)/bin/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' \
 		|| $(LMMS)/bin/python -m pip uninstall --yes --quiet torchvision
 	$(LMMS)/bin/python tests/lmms_eval/run.py
@@ -56,6 +57,10 @@ notebooks: $(STAMP) ## Run the notebooks again and keep their outputs
 
 figures: $(STAMP) ## Draw every picture of README.md and docs/ again
 	$(BIN)/python -m analysis.gallery
+
+# One thread a process: the testbed is too small for more.
+comparison: $(STAMP) ## All methods at the same FLOPs on the shipped model, into README.md (WORKERS=2 processes)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(WORKERS) -m analysis.comparison
 
 testbed-eval: $(STAMP) ## Accuracy and controls of the shipped model, and its model card
 	$(BIN)/python -m analysis.testbed

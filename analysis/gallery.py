@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 
 from analysis import exits, plots_paper, stages, tables
 from analysis.in_notebook import show
+from analysis.markdown import replace_between
 from analysis.notebooks import shipped_files
 from dyvte import evaluate
 from dyvte.config import compose
@@ -265,12 +266,8 @@ def gallery_page(cfg: DictConfig, sources: Mapping[str, Any]) -> str:
 
 def with_gallery(text: str, cfg: DictConfig, sources: Mapping[str, Any]) -> str:
     """README.md with the pictures that belong there between its two comments; unchanged without them."""
-    if START not in text or END not in text:
-        return text
-    before, _, rest = text.partition(START)
-    after = rest.partition(END)[2]
     shown = [entry(name, cfg, sources[name], Path(cfg.readme)) for name in sources if cfg.pictures[name].readme]
-    return f"{before}{START}\n" + "\n\n".join(shown) + f"\n{END}{after}"
+    return replace_between(text, START, END, "\n\n".join(shown))
 
 
 # ----------------------------------------------------------------------------- command

@@ -1,4 +1,4 @@
-"""Tables in Markdown, and the `table.md` of a run folder."""
+"""Tables in Markdown, the `table.md` of a run folder, and pages that are written in part."""
 
 from __future__ import annotations
 
@@ -33,6 +33,14 @@ def published(experiment: DictConfig) -> list[str]:
     rows = [(each.method, each.task, each.quantity, each.value) for each in experiment.published]
     table = markdown_table(["method", "task", "quantity", "value"], rows)
     return ["", "Published, on other models and data:", "", *table, "", f"Source: {experiment.source}."]
+
+
+def replace_between(text: str, start: str, end: str, content: str) -> str:
+    """`text` with the lines between its two comments replaced; unchanged where it lacks them."""
+    if start not in text or end not in text:
+        return text
+    before, _, rest = text.partition(start)
+    return f"{before}{start}\n{content}\n{end}{rest.partition(end)[2]}"
 
 
 def write_table_page(folder: RunFolder, lines: Sequence[str]) -> None:

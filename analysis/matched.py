@@ -7,6 +7,7 @@ share of tokens to keep have it solved for; exits by gates have their threshold 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from dyvte.criteria import kl_to_full
 from dyvte.errors import ConfigError
-from dyvte.flops import plan_decoder_flops
+from dyvte.flops import plan_decoder_flops, prefill_flops
 from dyvte.gates.metrics import at_exit, first_exit
 from dyvte.gates.module import Gates
 from dyvte.instrument.sweep import exit_sweep
@@ -80,6 +81,11 @@ class Calibration:
         """Decoder FLOPs of the full model, summed over the prompts."""
         return self._flops([1.0] * self.mllm.num_layers)
 
+    @cached_property
+    def outside(self) -> float:
+        """Operations of a prefill outside of the decoder (vision tower, vocabulary), a prompt."""
+        return _outside(self, None)
+
     def cost(self, shares: Sequence[float]) -> float:
         """Cost of letting layer l see the share `shares[l]` of the visual tokens."""
         return self._flops(shares) / self.full
@@ -102,6 +108,18 @@ class Calibration:
 
 def _layer_lengths(text: int, visual: int, shares: Sequence[float]) -> list[int]:
     return [text + int(visual * share + 0.5) for share in shares]
+
+
+def _outside(calibration: Calibration, policy: Policy | None) -> float:
+    batch = calibration.batches[0]
+    with nullcontext() if policy is None else policy(calibration.mllm):
+        count = prefill_flops(calibration.mllm, batch)
+    return (count.total - count.decoder) / len(batch["input_ids"])
+
+
+def deciding_cost(calibration: Calibration, policy: Policy) -> float:
+    """What a policy computes to choose tokens or layers (scores, gates), over the full model's decoder FLOPs."""
+    return (_outside(calibration, policy) - calibration.outside) * len(calibration.lengths) / calibration.full
 
 
 # ---------------------------------------------------------------------------- methods
@@ -148,15 +166,17 @@ def fitprune(calibration: Calibration, budget: float) -> Policy | None:
         return None
 
 
+def kl_layers(divergence: Sequence[float]) -> list[int]:
+    """The exits that VTW chooses under one eta or another: layers with a smaller divergence than all before them."""
+    return [k for k, each in enumerate(divergence) if all(each < earlier for earlier in divergence[:k])]
+
+
 def vtw(calibration: Calibration, budget: float) -> Policy | None:
-    """VTW with the smallest eta whose layer is within the budget: K* is the first layer with so small a divergence."""
-    divergence, layers = calibration.divergence, calibration.mllm.num_layers
-    found = None
-    for k in range(layers + 1):
-        first = bool((divergence[:k] > divergence[k]).all())
-        if first and calibration.cost([1.0] * k + [0.0] * (layers - k)) <= budget:
-            found = VTW(k)
-    return found
+    """VTW with the smallest eta whose layer is within the budget."""
+    layers = calibration.mllm.num_layers
+    choices = kl_layers(calibration.divergence.tolist())
+    within = [k for k in choices if calibration.cost([1.0] * k + [0.0] * (layers - k)) <= budget]
+    return VTW(within[-1]) if within else None
 
 
 def dynamic_exit(gates: Gates) -> Callable[[Calibration, float], Policy | None]:
@@ -217,9 +237,9 @@ def methods(gates: Gates | None) -> dict[str, Callable[[Calibration, float], Pol
         "pyramid_drop": pyramid_drop,
         "tome": _share_before(lambda share: ToMe(keep=max(share, 1e-6))),
         "fitprune": fitprune,
-        "divprune": _share_before(lambda share: DivPrune(share)),
-        "uniform": _share_before(lambda share: UniformDrop(share)),
-        "random": _share_before(lambda share: RandomDrop(share)),
+        "divprune": _share_before(DivPrune),
+        "uniform": _share_before(UniformDrop),
+        "random": _share_before(RandomDrop),
         "random_stratified": _share_before(lambda share: RandomDrop(share, stratified=True)),
     }
     if gates is not None:

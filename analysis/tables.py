@@ -11,19 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from analysis import plots
 from analysis.markdown import heading, markdown_table, percent_with_limits, published, write_table_page
-from analysis.matched import Calibration, methods
-from analysis.statistics import cluster_bootstrap, mean_band, percentile_band
+from analysis.matched import Calibration, deciding_cost, kl_layers, methods
+from analysis.pairwise import Contest, Values, pairs_of, seeded_bootstrap, standings
+from analysis.plots_methods import methods_at_cost
+from analysis.statistics import percentile_band
 from dyvte import distributed
 from dyvte.config import command, load_model
 from dyvte.data.base import Dataset, Sample, build_dataset
@@ -45,12 +45,10 @@ from dyvte.store import RunFolder, fingerprint
 NEEDS_GATES = ("dynamic_exit", "fastv_dynamic_exit")
 OF_GATES = ("statuses", "train_on_kinds", "other_gates")
 """Settings of an experiment that only `analysis.gate_tables` reads."""
-FROM_REFERENCE = ("none", "fixed_exit")
+FROM_REFERENCE = ("none", "fixed_exit", "vtw")
 """Methods whose answers are in the label set of the full model and every exit already."""
 UNPUBLISHED_BUDGET = 0.5
 """Cost, as a share of the full model's, of methods that have no published setting to fall back on."""
-
-Values = npt.NDArray[np.float64]
 
 
 @command("tables")
@@ -87,17 +85,17 @@ def tables(cfg: DictConfig) -> dict[str, Any] | None:
         "max_new_tokens": cfg.max_new_tokens,
     }
     folder = RunFolder.open(cfg.output_dir, fingerprint(mllm, dataset, cfg, **settings), cfg, cfg.overwrite)
-    jobs = [job for job in plan(experiment) if job.method not in FROM_REFERENCE]
-    todo = [index for index in range(len(jobs)) if not folder.has_shard(index)]
-    mine = todo[distributed.rank() :: distributed.world_size()]
-    if mine:
+    jobs = plan(experiment)
+    mine = range(distributed.rank(), len(jobs), distributed.world_size())
+    todo = [index for index in mine if not folder.has_shard(index)]
+    if todo:
         calibration = load_calibration(mllm, cfg)
         batches = list(encoded(mllm, dataset, cfg.batch_size))
-        for index in tqdm(mine, desc=experiment.name, unit="run", initial=len(jobs) - len(todo), total=len(jobs)):
+        progress = {"initial": len(mine) - len(todo), "total": len(mine), "disable": not distributed.is_main()}
+        for index in tqdm(todo, desc=experiment.name, unit="run", **progress):
             started = time.perf_counter()
-            rows, setting = run_job(jobs[index], calibration, gates, batches, cfg.max_new_tokens)
-            found = {"answers": rows, "settings": setting}
-            folder.write_shard(index, found, num_samples=len(rows), seconds=time.perf_counter() - started)
+            found = run_job(jobs[index], calibration, gates, batches, cfg.max_new_tokens)
+            folder.write_shard(index, found, num_samples=len(dataset), seconds=time.perf_counter() - started)
     distributed.barrier()
     if not distributed.is_main():
         return None
@@ -118,12 +116,13 @@ class Job:
 
 
 def plan(experiment: DictConfig) -> list[Job]:
-    """Every run of an experiment, in order."""
-    jobs = []
+    """Every run of an experiment, in order; of VTW the divergence that its layers follow from, once."""
+    jobs = [Job("vtw", None)] if "vtw" in experiment.methods else []
     for budget in experiment.budgets:
         for method in experiment.methods:
-            seeds = range(experiment.random_seeds if method.startswith("random") else 1)
-            jobs += [Job(method, budget, seed) for seed in seeds]
+            if method not in FROM_REFERENCE:
+                seeds = range(experiment.random_seeds if method.startswith("random") else 1)
+                jobs += [Job(method, budget, seed) for seed in seeds]
     return jobs
 
 
@@ -167,20 +166,29 @@ def run_job(
     gates: Gates | None,
     batches: Sequence[tuple[list[Sample], Batch]],
     max_new_tokens: int,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Answers under a method, one row a question (none where it cannot meet the budget), and its setting."""
+) -> dict[str, pd.DataFrame]:
+    """Tables of a run: `answers`, one row a question (none where the budget cannot be met), and `settings`.
+
+    Of VTW, whose answers are there already: `divergence`.
+    """
+    if job.method == "vtw":
+        kl = calibration.divergence.tolist()
+        return {"divergence": pd.DataFrame({"exit_layer": range(len(kl)), "kl": kl})}
     policy = policy_at(job.method, job.budget, calibration, gates)
     if isinstance(policy, RandomDrop):
         policy.seed = job.seed
     label = {"method": job.method, "budget": job.budget, "seed": job.seed}
-    setting = pd.DataFrame([{**label, "setting": "cannot" if policy is None else describe(policy)}])
     if policy is None:
         columns = [*label, "id", "answer", "correct", "flops_decoder", "exit_layer"]
-        return pd.DataFrame(columns=columns), setting
+        return {"answers": pd.DataFrame(columns=columns), "settings": pd.DataFrame([{**label, "setting": "cannot"}])}
     rows = [
         row for samples, batch in batches for row in answer(calibration.mllm, policy, samples, batch, max_new_tokens)
     ]
-    return pd.DataFrame(rows).assign(**label)[[*label, *rows[0]]], setting
+    deciding = deciding_cost(calibration, policy) if job.seed == 0 else 0.0
+    return {
+        "answers": pd.DataFrame(rows).assign(**label)[[*label, *rows[0]]],
+        "settings": pd.DataFrame([{**label, "setting": describe(policy), "deciding": deciding}]),
+    }
 
 
 def policy_at(method: str, budget: float | None, calibration: Calibration, gates: Gates | None) -> Policy | None:
@@ -256,7 +264,18 @@ def describe(policy: Policy) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method came to on n questions; for methods of several seeds the mean over them, question by question."""
+    """What a method came to on n questions.
+
+    Attributes:
+        method: its name.
+        budget: the cost that it was set to, None for its published setting.
+        setting: in a few words.
+        correct: [n, seeds] whether each question is answered right.
+        agree: [n] whether the answer is the full model's, the mean over seeds.
+        cost: [n] decoder FLOPs of the prefill over the full model's mean.
+        exit_layer: [n] layers that saw the image.
+        deciding: cost of choosing tokens or layers, on the same scale, which `cost` leaves out.
+    """
 
     method: str
     budget: float | None
@@ -265,59 +284,98 @@ class Outcome:
     agree: Values
     cost: Values
     exit_layer: Values
-    num_seeds: int
-    seed_range: tuple[float, float] | None
+    deciding: float = 0.0
 
 
 def outcomes(folder: RunFolder, reference: LabelSet, experiment: DictConfig) -> list[Outcome]:
     """Every method at every budget, the full model first; those that cannot meet a budget are left out."""
-    position = pd.Series(np.arange(len(reference)), index=reference.samples["id"])
-    full_answer = reference.samples["answer"].to_numpy()
-    full_flops = float(reference.flops[:, -1].double().mean())
-    answers, settings = folder.read_table("answers"), folder.read_table("settings")
-    found = [_from_reference(reference, "none", 1.0)] if "none" in experiment.methods else []
+    names = experiment.methods
+    layers = {"fixed_exit": list(range(reference.num_layers + 1))}
+    if "vtw" in names:
+        layers["vtw"] = kl_layers(folder.read_table("divergence")["kl"].tolist())
+    found = [exit_mixture(reference, "none", None, [reference.num_layers])] if "none" in names else []
+    ran = any(job.method not in FROM_REFERENCE for job in plan(experiment))
+    answers, settings = (folder.read_table(name) for name in ("answers", "settings")) if ran else (None, None)
     for budget in experiment.budgets:
-        if "fixed_exit" in experiment.methods and budget is not None:
-            fixed = _from_reference(reference, "fixed_exit", budget)
-            found += [] if fixed is None else [fixed]
-        for method in experiment.methods:
-            wanted = answers["budget"].isna() if budget is None else answers["budget"] == budget
-            rows = answers[wanted & (answers["method"] == method)]
-            if rows.empty:
-                continue
-            runs = []
-            for _, one in rows.groupby("seed"):
-                ordered = one.iloc[np.argsort(position.loc[one["id"]].to_numpy())]
-                agree = (ordered["answer"].to_numpy() == full_answer).astype(float)
-                columns = [ordered[name].to_numpy(dtype=float) for name in ("correct", "flops_decoder", "exit_layer")]
-                runs.append([columns[0], agree, columns[1] / full_flops, columns[2]])
-            mean = np.mean(runs, axis=0)
-            by_seed = [float(np.nanmean(each[0])) for each in runs]
-            same = settings["budget"].isna() if budget is None else settings["budget"] == budget
-            setting = str(settings[same & (settings["method"] == method)]["setting"].iloc[0])
-            spread = (min(by_seed), max(by_seed)) if len(runs) > 1 else None
-            found.append(Outcome(method, budget, setting, *mean, num_seeds=len(runs), seed_range=spread))
+        for method in names:
+            if method in layers and not (method == "fixed_exit" and budget is None):
+                found.append(exit_mixture(reference, method, budget, layers[method]))
+            elif method not in FROM_REFERENCE:
+                assert answers is not None
+                assert settings is not None
+                found.append(_from_runs(reference, method, budget, answers, settings))
     return [each for each in found if each is not None]
 
 
-def _from_reference(reference: LabelSet, method: str, budget: float) -> Outcome | None:
-    """The full model, or the mixture of two neighbouring fixed exits that costs exactly the budget on average."""
-    costs = (reference.flops.double() / reference.flops[:, -1].double().mean()).numpy()
-    mean = costs.mean(0)
-    if budget < mean[0]:
+def _from_runs(
+    reference: LabelSet, method: str, budget: float | None, answers: pd.DataFrame, settings: pd.DataFrame
+) -> Outcome | None:
+    """The runs of a method, one a seed."""
+
+    def of_method(table: pd.DataFrame) -> pd.DataFrame:
+        at_budget = table["budget"].isna() if budget is None else table["budget"] == budget
+        return table[at_budget & (table["method"] == method)]
+
+    rows, setting = of_method(answers), of_method(settings)
+    if rows.empty:
         return None
-    upper = int(np.searchsorted(mean, budget - 1e-9).clip(1, len(mean) - 1))
-    share = float((budget - mean[upper - 1]) / (mean[upper] - mean[upper - 1]))
-    share = min(max(share, 0.0), 1.0)
+    position = pd.Series(np.arange(len(reference)), index=reference.samples["id"])
+    full_answer = reference.samples["answer"].to_numpy()
+    by_seed: dict[str, list[Values]] = {"correct": [], "agree": [], "flops_decoder": [], "exit_layer": []}
+    for _, one in rows.groupby("seed"):
+        ordered = one.iloc[np.argsort(position.loc[one["id"]].to_numpy())]
+        for name, columns in by_seed.items():
+            values = ordered["answer"] == full_answer if name == "agree" else ordered[name]
+            columns.append(values.to_numpy(dtype=float))
+    stacked = {name: np.stack(columns, axis=1) for name, columns in by_seed.items()}
+    return Outcome(
+        method,
+        budget,
+        str(setting["setting"].iloc[0]),
+        correct=stacked["correct"],
+        agree=stacked["agree"].mean(1),
+        cost=stacked["flops_decoder"].mean(1) / float(reference.flops[:, -1].double().mean()),
+        exit_layer=stacked["exit_layer"].mean(1),
+        deciding=float(setting["deciding"].iloc[0]),
+    )
+
+
+def exit_mixture(reference: LabelSet, method: str, budget: float | None, layers: Sequence[int]) -> Outcome | None:
+    """Exits after fixed layers, mixed over the questions so that they cost the budget on average.
+
+    Args:
+        reference: answers of every exit.
+        method: its name.
+        budget: None: `UNPUBLISHED_BUDGET`, or the only layer that there is.
+        layers: the exits to choose from, ascending; the two whose costs enclose the budget are mixed.
+
+    Returns:
+        None if the first of them costs more than the budget.
+    """
+    costs = reference.cost.numpy()
+    mean = costs.mean(0)[list(layers)]
+    wanted = (UNPUBLISHED_BUDGET if len(layers) > 1 else mean[-1]) if budget is None else budget
+    if wanted < mean[0]:
+        return None
+    last = len(layers) - 1
+    above = min(int(np.searchsorted(mean, wanted - 1e-9)), last)
+    below = max(above - 1, 0)
+    share = 1.0 if above == below else min(float((wanted - mean[below]) / (mean[above] - mean[below])), 1.0)
 
     def mixed(table: Values) -> Values:
-        return (1 - share) * table[:, upper - 1] + share * table[:, upper]
+        return (1 - share) * table[:, layers[below]] + share * table[:, layers[above]]
 
-    layers = np.broadcast_to(np.arange(costs.shape[1], dtype=float), costs.shape)
+    which = f"{layers[above]}" if share == 1 else f"{layers[below]} or {layers[above]} ({share:.0%})"
     correct, agree = reference.correct.double().numpy(), reference.agree.double().numpy()
-    setting = "" if method == "none" else f"layer={upper - 1 + share:.2f} (mixture)"
-    exits = [mixed(each) for each in (correct, agree, costs, layers)]
-    return Outcome(method, None if method == "none" else budget, setting, *exits, num_seeds=1, seed_range=None)
+    return Outcome(
+        method,
+        budget,
+        "" if method == "none" else f"layer={which}",
+        correct=mixed(correct)[:, None],
+        agree=mixed(agree),
+        cost=mixed(costs),
+        exit_layer=mixed(np.broadcast_to(np.arange(costs.shape[1], dtype=float), costs.shape)),
+    )
 
 
 def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, reference: LabelSet) -> dict[str, Any]:
@@ -340,21 +398,28 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, reference: LabelSet) 
         ]
     )
     folder.write_table("kinds", by_kind)
-    verdicts = [verdict for name, chosen in subsets.items() for verdict in _verdicts(found, name, chosen, images, cfg)]
+    verdicts = compare(found, subsets, images, cfg)
     note = (
         f"{len(images)} questions about {len(set(images))} images ({int(needs_image.sum())} need the image: without it "
         "the model answers otherwise); intervals 95%, bootstrap over images"
     )
+    leading = {
+        (each["on"], each["budget"]): {method: method in each["not_told_apart"] for method in each["lead"]}
+        | {each["ahead"]: True}
+        for each in verdicts
+    }
     with plots.style():
-        folder.save_figure("accuracy_against_cost", figure(table, note))
+        folder.save_figure("accuracy_against_cost", methods_at_cost(table.to_dict("records"), leading, LABELS, note))
     write_table_page(folder, markdown(cfg, table, by_kind, verdicts, note))
     return folder.write_summary(
         model=cfg.model.name,
         data=cfg.data.name,
         num_layers=mllm.num_layers,
         num_samples=len(images),
+        num_images=len(set(images)),
         experiment=cfg.experiment.name,
         needs_image=int(needs_image.sum()),
+        tolerance=cfg.experiment.tolerance,
         rows=table.to_dict("records"),
         verdicts=verdicts,
     )
@@ -365,43 +430,65 @@ def _row(
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"method": each.method, "budget": each.budget, "cost": float(each.cost.mean())}
     for name, chosen in subsets.items():
-        if chosen.any():
+        right = each.correct[chosen]
+        if np.isfinite(right).any():
             kept = [image for image, wanted in zip(images, chosen, strict=True) if wanted]
-            band = mean_band(each.correct[chosen], kept, n_boot=cfg.bootstrap, seed=cfg.seed)
+            band = percentile_band(np.nanmean(right), seeded_bootstrap(right, kept, cfg.bootstrap, cfg.seed))
             row |= {name: float(band.mean), f"{name}_low": float(band.low), f"{name}_high": float(band.high)}
         else:
             row |= dict.fromkeys((name, f"{name}_low", f"{name}_high"), float("nan"))
-    low, high = each.seed_range or (float("nan"), float("nan"))
+    needed = each.cost[subsets["accuracy_needs_image"]]
+    by_seed = np.nanmean(each.correct, axis=0) if np.isfinite(each.correct).any() else np.array([np.nan])
+    several = len(by_seed) > 1
     return row | {
+        "cost_needs_image": float(needed.mean()) if len(needed) else float("nan"),
+        "deciding": each.deciding,
         "agreement": float(each.agree.mean()),
         "mean_exit_layer": float(each.exit_layer.mean()),
         "setting": each.setting,
-        "seeds": each.num_seeds,
-        "worst_seed": low,
-        "best_seed": high,
+        "seeds": len(by_seed),
+        "worst_seed": float(by_seed.min()) if several else float("nan"),
+        "best_seed": float(by_seed.max()) if several else float("nan"),
     }
 
 
-def _verdicts(
-    found: Sequence[Outcome], name: str, chosen: npt.NDArray[np.bool_], images: list[Any], cfg: DictConfig
+def compare(
+    found: Sequence[Outcome], subsets: Mapping[str, npt.NDArray[np.bool_]], images: list[Any], cfg: DictConfig
 ) -> list[dict[str, Any]]:
-    """At each budget the most accurate method, and those that it cannot be told apart from (paired differences)."""
-    kept = [image for image, wanted in zip(images, chosen, strict=True) if wanted]
+    """At each budget the most accurate method, its lead over the others, and those it cannot be told apart from.
+
+    Methods whose cost is not within `experiment.tolerance` of the budget do not take part. The intervals of all leads,
+    on all subsets and at all budgets, hold together (`analysis.pairwise`).
+    """
+    contests, about = [], []
+    for name, chosen in subsets.items():
+        for budget in [each for each in cfg.experiment.budgets if each is not None]:
+            rivals = [each for each in found if each.budget == budget and each.method != "none"]
+            off = {each.method: float(each.cost.mean()) for each in rivals}
+            off = {method: cost for method, cost in off.items() if abs(cost - budget) > cfg.experiment.tolerance}
+            matched = [each for each in rivals if each.method not in off]
+            right = [np.where(chosen[:, None], each.correct, np.nan) for each in matched]
+            if len(matched) > 1 and np.isfinite(right[0]).any():
+                contests.append(Contest([each.method for each in matched], right))
+                costs = {each.method: float(each.cost[chosen].mean()) for each in matched}
+                about.append({"on": name, "budget": budget, "costs": costs, "not_matched": off})
     verdicts = []
-    for budget in cfg.experiment.budgets:
-        rivals = [each for each in found if each.budget == budget and each.method != "none"]
-        if budget is None or len(rivals) < 2 or not kept:
-            continue
-        best = max(rivals, key=lambda each: float(np.nanmean(each.correct[chosen])))
-        differences = {}
-        for other in rivals:
-            if other is not best:
-                values = (best.correct - other.correct)[chosen]
-                band = percentile_band(np.nanmean(values), cluster_bootstrap(values, kept, cfg.bootstrap, cfg.seed))
-                differences[other.method] = [float(band.mean), float(band.low), float(band.high)]
-        tied = [method for method, (_, low, _) in differences.items() if low <= 0]
+    for head, standing in zip(about, standings(contests, images, cfg.bootstrap, cfg.seed), strict=True):
+        best, names = standing.best, standing.methods
+        leads = {
+            names[i]: [float(lead), float(lead - margin), float(lead + margin)]
+            for i, (lead, margin) in enumerate(zip(standing.lead[best], standing.margin[best], strict=True))
+            if i != best
+        }
         verdicts.append(
-            {"on": name, "budget": budget, "ahead": best.method, "not_told_apart": tied, "lead": differences}
+            {
+                **head,
+                "ahead": names[best],
+                "accuracy": float(standing.accuracy[best]),
+                "not_told_apart": [names[i] for i in standing.tied],
+                "lead": leads,
+                "comparisons": pairs_of(contests),
+            }
         )
     return verdicts
 
@@ -427,21 +514,38 @@ def markdown(
     cfg: DictConfig, table: pd.DataFrame, by_kind: pd.DataFrame, verdicts: Sequence[Mapping[str, Any]], note: str
 ) -> list[str]:
     """The lines of the page to put into a document."""
-    head = ["budget", "method", "decoder FLOPs", "accuracy", "accuracy, image needed", "same answer as full model"]
+    head = [
+        "budget",
+        "method",
+        "decoder FLOPs",
+        "image needed",
+        "+ deciding",
+        "accuracy",
+        "image needed",
+        "same answer",
+    ]
     rows = [
         [
             _budget(row),
             LABELS[row["method"]],
             f"{row['cost']:.3f}",
+            f"{row['cost_needs_image']:.3f}",
+            f"{row['deciding']:.3f}",
             percent_with_limits(row, "accuracy"),
             percent_with_limits(row, "accuracy_needs_image"),
             f"{100 * row['agreement']:.1f}",
-            row["setting"],
+            row["setting"] + seeds(row),
         ]
         for row in table.to_dict("records")
     ]
-    lines = [*heading(cfg, note), *markdown_table([*head, "setting"], rows)]
-    lines += ["", *[_sentence(each) for each in verdicts]]
+    lines = [*heading(cfg, note), COLUMNS, "", *markdown_table([*head, "setting"], rows)]
+    if verdicts:
+        lines += [
+            "",
+            *[sentence(each, cfg.experiment.tolerance) for each in verdicts],
+            "",
+            what_it_means(verdicts, cfg.experiment.tolerance),
+        ]
     if cfg.experiment.by_kind:
         names = [name for name in by_kind.columns if name not in ("method", "budget")]
         rows = [
@@ -456,38 +560,57 @@ def _budget(row: Mapping[str, Any]) -> str:
     return "" if row["budget"] is None or np.isnan(row["budget"]) else f"{row['budget']:g}"
 
 
-def _sentence(verdict: Mapping[str, Any]) -> str:
-    where = "overall" if verdict["on"] == "accuracy" else "where the image is needed"
-    tied = [LABELS[each] for each in verdict["not_told_apart"]]
-    told = f"not told apart from it: {', '.join(tied)}" if tied else "ahead of all others"
-    return f"- Budget {verdict['budget']:g}, {where}: {LABELS[verdict['ahead']]} is most accurate, {told}."
+def seeds(row: Mapping[str, Any]) -> str:
+    """What a method's seeds spread over; nothing for one that has none."""
+    if row["seeds"] == 1:
+        return ""
+    return f"; {row['seeds']} seeds, {100 * row['worst_seed']:.1f} to {100 * row['best_seed']:.1f}"
 
 
-def figure(table: pd.DataFrame, note: str) -> Figure:
-    """Accuracy against cost, one line a method: overall, and where the image is needed."""
-    drawing, axes = plt.subplots(1, 2, figsize=(9, 4.4), sharex=True, layout="constrained")
-    titles = {"accuracy": "all questions", "accuracy_needs_image": "questions that need the image"}
-    for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        for index, (method, rows) in enumerate(table.groupby("method", sort=False)):
-            rows = rows.sort_values("cost")
-            series = plots.CYCLE[index % len(plots.CYCLE)]
-            error = np.stack([rows[name] - rows[f"{name}_low"], rows[f"{name}_high"] - rows[name]]).clip(min=0)
-            axis.errorbar(
-                rows["cost"],
-                100 * rows[name],
-                yerr=100 * error,
-                label=LABELS[str(method)],
-                color=series.color,
-                linestyle=series.linestyle,
-                marker=series.marker if index < len(plots.CYCLE) else f"${index}$",
-                capsize=2,
-                elinewidth=0.8,
-            )
-        axis.set(title=title, xlabel="decoder FLOPs of the prefill (full model = 1)", ylabel="accuracy (%)")
-    handles, labels = axes[0].get_legend_handles_labels()
-    drawing.legend(handles, labels, loc="outside lower center", ncols=5)
-    drawing.suptitle(note, fontsize=8)
-    return drawing
+COLUMNS = (
+    "Decoder FLOPs of the prefill are shares of the full model's, over all questions and over those that need the "
+    "image; deciding, which no budget counts, is what choosing tokens or layers takes on top. Accuracy and answers "
+    "that are the full model's are percentages."
+)
+
+
+def sentence(verdict: Mapping[str, Any], tolerance: float) -> str:
+    """Who is ahead at a cost, and who cannot be told apart."""
+    where = "all questions" if verdict["on"] == "accuracy" else "questions that need the image"
+    best, tied = verdict["ahead"], verdict["not_told_apart"]
+    behind = [method for method in verdict["lead"] if method not in tied]
+    percent = f"{LABELS[best]} ({100 * verdict['accuracy']:.1f}%)"
+    if not tied:
+        nearest = min(verdict["lead"], key=lambda method: verdict["lead"][method][0])
+        lead, low, high = (100 * each for each in verdict["lead"][nearest])
+        text = (
+            f"**{percent} is ahead** of all others, of {LABELS[nearest]} by {lead:.1f} points [{low:.1f}, {high:.1f}]."
+        )
+    else:
+        others = "all others" if not behind else ", ".join(LABELS[each] for each in tied)
+        text = f"{percent} is the most accurate, **not told apart** from {others}."
+        if behind:
+            text += f" Behind it: {', '.join(LABELS[each] for each in behind)}."
+    dearer = {method: cost for method, cost in verdict["costs"].items() if cost > verdict["budget"] + tolerance}
+    if dearer:
+        text += f" On these, more than the budget is spent by {_with_costs(dearer)}."
+    if verdict["not_matched"]:
+        text += f" Not compared, as the budget is not met: {_with_costs(verdict['not_matched'])}."
+    return f"- {verdict['budget']:g} of the FLOPs, {where}: {text}"
+
+
+def _with_costs(costs: Mapping[str, float]) -> str:
+    return ", ".join(f"{LABELS[method]} ({cost:.2f})" for method, cost in costs.items())
+
+
+def what_it_means(verdicts: Sequence[Mapping[str, Any]], tolerance: float) -> str:
+    """How the sentences were decided."""
+    return (
+        f"Compared are methods whose cost over all questions is within {tolerance:g} of the budget. Two are told apart "
+        f"if their difference exceeds a band that holds for all {verdicts[0]['comparisons']} differences of two "
+        "methods at one budget, on both sets of questions, together with 95% probability (paired bootstrap over "
+        "images, and over the seeds of methods that have some)."
+    )
 
 
 if __name__ == "__main__":

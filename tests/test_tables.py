@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +16,24 @@ from families import FAMILIES, random_batch
 from omegaconf import OmegaConf
 
 import dyvte
+from analysis import comparison, gallery
 from analysis.cost import Stopwatch, constant, measure, summarize
-from analysis.matched import Calibration, largest_within, methods
-from analysis.tables import Outcome, SeenPositions, _from_reference, _sentence, _verdicts, describe, plan, tables
+from analysis.markdown import replace_between
+from analysis.matched import Calibration, deciding_cost, kl_layers, largest_within, methods
+from analysis.notebooks import shipped_files
+from analysis.pairwise import Contest, pairs_of, seeded_bootstrap, standings
+from analysis.plots_methods import methods_at_cost
+from analysis.tables import (
+    LABELS,
+    Outcome,
+    SeenPositions,
+    compare,
+    describe,
+    exit_mixture,
+    plan,
+    sentence,
+    tables,
+)
 from dyvte.config import compose
 from dyvte.data.shapes import ShapesDataset
 from dyvte.flops import plan_decoder_flops, prefill_flops
@@ -87,48 +103,206 @@ def test_settings_in_a_few_words() -> None:
 
 
 def test_methods_with_seeds_run_once_a_seed() -> None:
-    experiment = OmegaConf.create({"budgets": [0.5, None], "methods": ["fastv", "random"], "random_seeds": 3})
+    experiment = OmegaConf.create(
+        {"budgets": [0.5, None], "methods": ["none", "vtw", "fastv", "random"], "random_seeds": 3}
+    )
     jobs = plan(experiment)
-    assert len(jobs) == 2 * (1 + 3)
+    assert len(jobs) == 1 + 2 * (1 + 3)
     assert [job.seed for job in jobs if job.method == "random" and job.budget == 0.5] == [0, 1, 2]
+    assert [job.budget for job in jobs if job.method == "vtw"] == [None]  # its answers are those of fixed exits
+
+
+@torch.no_grad()
+def test_what_deciding_costs_is_counted_apart() -> None:
+    mllm, batch = model(), prompts()
+    calibration = Calibration(mllm, [batch])
+    assert deciding_cost(calibration, dyvte.FixedExit(2)) == deciding_cost(calibration, dyvte.UniformDrop(0.5)) == 0
+    full = prefill_flops(mllm, batch)
+    gate = Gates(LAYERS, mllm.hidden_size)
+    with dyvte.DynamicExit(gate)(mllm):
+        count = prefill_flops(mllm, batch)
+    expected = (count.total - count.decoder - (full.total - full.decoder)) / full.decoder
+    assert expected > 0
+    assert deciding_cost(calibration, dyvte.DynamicExit(gate)) == pytest.approx(expected)
 
 
 def reference() -> Any:
     flops = torch.tensor([[2.0, 4.0, 8.0], [4.0, 8.0, 16.0]])
     correct = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
-    return SimpleNamespace(flops=flops, correct=correct, agree=correct.bool())
+    cost = flops.double() / 12
+    return SimpleNamespace(flops=flops, cost=cost, correct=correct, agree=correct.bool(), num_layers=2)
 
 
 def test_a_fixed_exit_mixes_two_layers_to_meet_the_budget() -> None:
-    found = _from_reference(reference(), "fixed_exit", 0.75)  # costs 0.25, 0.5 and 1
+    found = exit_mixture(reference(), "fixed_exit", 0.75, [0, 1, 2])  # costs 0.25, 0.5 and 1
     assert found is not None
     assert found.cost.mean() == pytest.approx(0.75)
-    assert found.correct.tolist() == [1.0, 0.5]
+    assert found.correct[:, 0].tolist() == [1.0, 0.5]
     assert found.exit_layer.tolist() == [1.5, 1.5]
-    full = _from_reference(reference(), "none", 1.0)
+    assert found.setting == "layer=1 or 2 (50%)"
+    between = exit_mixture(reference(), "vtw", 0.75, [0, 2])  # VTW never chooses layer 1
+    assert between is not None
+    assert between.cost.mean() == pytest.approx(0.75)
+    assert between.correct[:, 0].tolist() == pytest.approx([2 / 3, 2 / 3])
+    full = exit_mixture(reference(), "none", None, [2])
     assert full is not None
-    assert full.correct.tolist() == [1.0, 1.0]
-    assert _from_reference(reference(), "fixed_exit", 0.2) is None
+    assert full.correct[:, 0].tolist() == [1.0, 1.0]
+    assert exit_mixture(reference(), "fixed_exit", 0.2, [0, 1, 2]) is None
 
 
-def outcome(method: str, correct: np.ndarray) -> Outcome:
-    same = np.ones(len(correct))
-    return Outcome(method, 0.5, "", correct, same, same, same, 1, None)
+def test_vtw_chooses_layers_with_less_divergence_than_all_before_them() -> None:
+    assert kl_layers([3.0, 4.0, 2.0, 2.0, 2.5, 1.0, 0.0]) == [0, 2, 5, 6]
 
 
-def test_a_lead_counts_only_if_its_interval_leaves_zero_out() -> None:
+# ------------------------------------------------------------------------ who is ahead
+
+
+def outcome(method: str, correct: np.ndarray, cost: float = 0.5) -> Outcome:
+    same = np.full(len(correct), cost)
+    return Outcome(method, 0.5, "", correct.reshape(len(correct), -1), same, same, same)
+
+
+def settings_of_comparison(tolerance: float = 0.02) -> Any:
+    experiment = {"budgets": [None, 0.5], "tolerance": tolerance}
+    return OmegaConf.create({"experiment": experiment, "bootstrap": 300, "seed": 0})
+
+
+def test_a_lead_counts_only_beyond_the_band() -> None:
     rng = np.random.default_rng(0)
     base = (rng.random(400) < 0.6).astype(float)
     close = base.copy()
     close[:2] = 1 - close[:2]
     worse = base * (rng.random(400) < 0.7)
-    cfg = OmegaConf.create({"experiment": {"budgets": [0.5]}, "bootstrap": 300, "seed": 0})
-    images = list(range(400))
-    found = [outcome("fastv", base), outcome("tome", close), outcome("random", worse)]
-    (verdict,) = _verdicts(found, "accuracy", np.ones(400, dtype=bool), images, cfg)
+    images = [index // 2 for index in range(400)]
+    found = [outcome("fastv", base), outcome("tome", close), outcome("random", np.stack([worse, worse], 1))]
+    found.append(outcome("vtw", np.ones(400), cost=0.45))  # best, but at another cost
+    needs = np.arange(400) < 200
+    verdicts = compare(
+        found, {"accuracy": np.ones(400, dtype=bool), "accuracy_needs_image": needs}, images, settings_of_comparison()
+    )
+    assert [each["on"] for each in verdicts] == ["accuracy", "accuracy_needs_image"]
+    verdict = verdicts[0]
     assert verdict["ahead"] in ("fastv", "tome")
     assert verdict["not_told_apart"] == [{"fastv": "tome", "tome": "fastv"}[verdict["ahead"]]]
-    assert "not told apart from it" in _sentence(verdict)
+    assert verdict["not_matched"] == {"vtw": pytest.approx(0.45)}
+    assert verdict["comparisons"] == 2 * 3
+    assert verdict["lead"]["random"][1] > 0
+    text = sentence(verdict, 0.02)
+    assert "**not told apart** from" in text
+    assert "Behind it: random." in text
+    assert "not met: VTW (0.45)" in text
+    assert "spent by" not in text
+    (alone,) = compare(found[::2], {"accuracy": np.ones(400, dtype=bool)}, images, settings_of_comparison())
+    assert "is ahead** of all others, of random by" in sentence(alone, 0.02)
+    assert "spent by FastV (0.60)" in sentence({**alone, "costs": {"fastv": 0.6, "random": 0.5}}, 0.02)
+
+
+def test_the_band_covers_all_differences_together() -> None:
+    """Of methods that are equally good, in 60 worlds, few are told apart; with intervals of their own, many are."""
+    false, alone = 0, 0
+    for world in range(60):
+        rng = np.random.default_rng(world)
+        easy = rng.random((120, 1)) < 0.5
+        right = [(easy ^ (rng.random((120, 1)) < 0.15)).astype(float) for _ in range(8)]
+        images = [index // 3 for index in range(120)]
+        (found,) = standings([Contest("abcdefgh", right)], images, 200, world)
+        false += bool((np.abs(found.lead) > found.margin).any())
+        drawn = np.stack([seeded_bootstrap(each, images, 200, world) for each in right], 1)
+        error = (drawn[:, :, None] - drawn[:, None]).std(0)
+        alone += bool((np.abs(found.lead) > 1.96 * error + 1e-9).any())
+    assert false <= 8  # 5% of 60 are 3
+    assert alone >= 20
+
+
+def test_seeds_are_drawn_again_too() -> None:
+    rng = np.random.default_rng(0)
+    seeds = (rng.random((200, 4)) < [[0.2, 0.4, 0.6, 0.8]]).astype(float)
+    images = list(range(200))
+    fixed = seeded_bootstrap(seeds.mean(1, keepdims=True), images, 500, 0)
+    both = seeded_bootstrap(seeds, images, 500, 0)
+    assert both.mean() == pytest.approx(fixed.mean(), abs=0.02)
+    assert both.std() > 2 * fixed.std()
+
+
+def test_methods_that_answer_alike_do_not_break_the_band() -> None:
+    right = np.tile([[1.0], [0.0]], (50, 1))
+    almost = right.copy()
+    almost[0] = 0
+    contests = [Contest(["a", "b", "c"], [right, right, almost])]
+    (found,) = standings(contests, list(range(100)), 200, 0)
+    assert pairs_of(contests) == 3
+    assert found.best == 0
+    assert found.tied == [1, 2]
+    assert standings([], list(range(100)), 200, 0) == []
+
+
+def rows_of_a_comparison() -> list[dict[str, Any]]:
+    row = {"cost": 0.5, "cost_needs_image": 0.5, "seeds": 1, "worst_seed": None, "best_seed": None}
+    for name in ("accuracy", "accuracy_needs_image"):
+        row |= {name: 0.6, f"{name}_low": 0.5, f"{name}_high": 0.7}
+    seeds = {"seeds": 10, "worst_seed": 0.5, "best_seed": 0.625}
+    return [
+        row | {"method": "none", "budget": None, "cost": 1.0},
+        row | {"method": "fastv", "budget": 0.5},
+        row | {"method": "vtw", "budget": 0.5, "cost": 0.45},
+        row | {"method": "random", "budget": 0.5, "accuracy": 0.4} | seeds,
+        row | {"method": "dynamic_exit", "budget": None, "cost": 0.7},
+    ]
+
+
+def test_the_figure_tells_apart_without_colour() -> None:
+    leading = {(panel, 0.5): {"fastv": True, "random": False} for panel in ("accuracy", "accuracy_needs_image")}
+    drawing = methods_at_cost(rows_of_a_comparison(), leading, LABELS, "made up")
+    names = [text.get_text() for text in drawing.axes[0].get_yticklabels()]
+    assert names == ["FastV, 0.50", "VTW, 0.45", "random, 0.50", "dynamic exit, 0.70"]
+    points = [line for line in drawing.axes[0].lines if line.get_marker() in ("o", "x") and len(line.get_xdata()) == 1]
+    looks = [(line.get_marker(), line.get_markerfacecolor() == "white") for line in points]
+    assert looks == [("o", False), ("x", False), ("o", True), ("x", False)]
+
+
+def test_readme_shows_who_is_ahead(tmp_path: Path) -> None:
+    verdict = {
+        "on": "accuracy",
+        "budget": 0.5,
+        "ahead": "fastv",
+        "accuracy": 0.6,
+        "not_told_apart": [],
+        "lead": {"random": [0.2, 0.1, 0.3]},
+        "comparisons": 1,
+        "costs": {"fastv": 0.5, "random": 0.5},
+        "not_matched": {"vtw": 0.45},
+    }
+    counts = {"num_samples": 20, "num_images": 9, "needs_image": 8, "tolerance": 0.02}
+    summary = {"model": "m", "data": "d", **counts, "rows": rows_of_a_comparison(), "verdicts": [verdict]}
+    (tmp_path / "README.md").write_text(f"before\n{comparison.START}\nold\n{comparison.END}\nafter\n")
+    comparison.write(comparison.record(summary), tmp_path / "record.json", tmp_path / "README.md")
+    text = (tmp_path / "README.md").read_text()
+    assert "| FastV | **60.0 [50.0, 70.0]** | 60.0 [50.0, 70.0] |" in text
+    assert "| VTW | 60.0 [50.0, 70.0] (at 0.45) |" in text
+    assert "| dynamic exit | – | – |" in text
+    assert "FastV (60.0%) is ahead** of all others, of random by 20.0 points [10.0, 30.0]" in text
+    assert "mean of 10 draws, which are up to 12.5 points apart" in text
+    assert text.startswith(f"before\n{comparison.START}\nAccuracy")
+    assert text.endswith(f"{comparison.END}\nafter\n")
+    kept = json.loads((tmp_path / "record.json").read_text())
+    assert text == replace_between(text, comparison.START, comparison.END, comparison.section(kept))
+
+
+def test_the_comparison_in_readme_is_of_the_weights_that_ship(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    repair = "out of date: make comparison"
+    kept, text = json.loads(comparison.RECORD.read_text()), comparison.README.read_text()
+    assert comparison.START in text
+    assert text == replace_between(text, comparison.START, comparison.END, comparison.section(kept)), repair
+    for part, digest in shipped_files().items():
+        assert kept[part] == digest, repair
+    cfg = compose("tables")
+    assert kept["num_samples"] == cfg.data.limit
+    assert {row["method"] for row in kept["rows"]} <= set(cfg.experiment.methods)
+    assert {row["budget"] for row in kept["rows"]} == {None, *cfg.experiment.budgets}
+    assert any(verdict["on"] == "accuracy_needs_image" for verdict in kept["verdicts"])
+    if (file := comparison.run_folder() / "summary.json").is_file():
+        assert gallery.look_the_same(comparison.record(json.loads(file.read_text())), kept), repair
 
 
 @pytest.mark.parametrize("name", ["matched", *(f"table{number}" for number in range(1, 7))])
