@@ -176,7 +176,7 @@ class Measurement:
                 f"{error} (questions {samples[0].id} to {samples[-1].id}, in this order; half precision may overflow: "
                 "try model.dtype=float32 or bfloat16)"
             ) from error
-        sweep.agree[:, -1] = True  # exit L is the full model, even where two tokens tie up to rounding
+        sweep = sweep.up_to_ties()
         answers = unpadded(answer_ids)
         text = self.mllm.decode(answers)
         exits = self._exits(samples, batch, sweep, text)

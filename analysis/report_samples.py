@@ -140,7 +140,7 @@ def depth_of(mllm: MLLM, sample: Sample) -> int | None:
         sweep = exit_sweep(mllm, batch, greedy_answer_ids(mllm, batch, MAX_NEW_TOKENS), entropy=False)
     except UnsupportedError:
         return None
-    sweep.agree[:, -1] = True  # exit L is the full model, even where two tokens tie up to rounding
+    sweep = sweep.up_to_ties()
     return int(exit_depth(paper_labels(sweep.agree, sweep.nll))[0])
 
 

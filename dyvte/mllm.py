@@ -233,7 +233,11 @@ class MLLM:
 
     @torch.no_grad()
     def generate_ids(self, batch: Batch, **kwargs: Any) -> list[list[int]]:
-        """Like `generate`, but always the generated ids, end token included where one was generated."""
+        """Like `generate`, but always the generated ids, end token included where one was generated.
+
+        A generated image token (random weights do that) ends an answer as the end token does: no image belongs to it,
+        so nothing that follows it could be teacher-forced.
+        """
         if batch.layout.answer.any():
             raise ValueError("generate() needs a batch encoded without answers")
         settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 64}
@@ -249,7 +253,7 @@ class MLLM:
             }
         generated = self.model.generate(**inputs, **settings)
         sequences = getattr(generated, "sequences", generated)[:, inputs["input_ids"].shape[1] :]
-        return [_cut_after_end(row.tolist(), end_ids) for row in sequences]
+        return [_cut_after_end(row.tolist(), [*end_ids, *self.visual_token_ids]) for row in sequences]
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """Generated ids as text, without special tokens."""

@@ -51,12 +51,7 @@ def random_model(seed: int = 0, scale: float | None = 1.5, num_layers: int = NUM
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 nn.init.normal_(parameter, std=scale / parameter.shape[-1] ** 0.5)
-    processor = build_processor(sizes.patch_size)
-    tokens = processor.tokenizer
-    markers = set(tokens.all_special_ids) | {model.config.image_token_id}
-    # an answer must not hold an image or padding: no such token is ever the likeliest
-    model.lm_head.weight.data[sorted(markers - {tokens.eos_token_id})] = 0.0
-    return wrap(model, processor)
+    return wrap(model, build_processor(sizes.patch_size))
 
 
 class Samples(Dataset):
@@ -212,10 +207,23 @@ def test_a_naive_script_finds_the_same_numbers(model: str, tmp_path: Path):
 # ---------------------------------------------------------------- findings
 
 
+def decided(mllm: MLLM, dataset: Dataset, max_new_tokens: int = 4, least: float = 1e-4) -> Samples:
+    """The questions whose answers no rounding can change: no logit is within `least` of the likeliest token's."""
+    samples = list(dataset)
+    batch = mllm.encode([sample.image for sample in samples], [sample.question for sample in samples])
+    output = mllm.model.generate(
+        **batch, max_new_tokens=max_new_tokens, output_logits=True, return_dict_in_generate=True
+    )
+    first, second = torch.stack(output.logits).topk(2).values.unbind(-1)
+    return Samples([samples[row] for row in (first - second > least).all(0).nonzero().flatten().tolist()])
+
+
 @pytest.mark.parametrize("layer", range(1, NUM_LAYERS))
 def test_the_planted_layer_is_found(layer: int, tmp_path: Path):
-    with planted(random_model(seed=10 + layer), layer) as mllm:
-        summary = execute(mllm, ShapesDataset(limit=24), tmp_path / "run")
+    with planted(random_model(seed=layer), layer) as mllm:
+        data = decided(mllm, ShapesDataset(limit=24))
+        assert len(data) >= 20
+        summary = execute(mllm, data, tmp_path / "run")
     stops = summary["findings"]["contribution_stops"]
     assert (stops["verdict"], stops["exit_layer"], stops["details"]["evidence"]) == ("found", layer, "exact")
     assert summary["k_star"]["0.0001"] == layer
@@ -225,6 +233,20 @@ def test_the_planted_layer_is_found(layer: int, tmp_path: Path):
     disturbed = summary["findings"]["early_exit_disturbs_text_entropy"]
     if layer < NUM_LAYERS - 1:
         assert disturbed["estimates"]["late_change"][2] < 1e-4 < disturbed["estimates"]["early_change"][1]
+
+
+def test_tokens_that_tie_are_both_the_full_models_choice(tmp_path: Path):
+    mllm = random_model()
+    half = len(mllm.lm_head.weight) // 2
+    mllm.lm_head.weight.data[half : 2 * half] = mllm.lm_head.weight.data[:half]  # every token has a twin
+    # generation prefers the one, as rounding might, and the sweep, which takes the first, the other
+    mllm.model.generation_config.sequence_bias = [[[token], 1e-2] for token in range(half, 2 * half)]
+    with planted(mllm, 2):
+        summary = execute(mllm, ShapesDataset(limit=24), tmp_path / "run")
+    assert summary["agreement"][2:] == [1.0] * (NUM_LAYERS - 1)
+    assert summary["agreement"][0] < 0.5
+    tokens = pd.read_parquet(tmp_path / "run" / "tokens.parquet")
+    assert tokens.loc[tokens["exit_layer"] >= 2, "agree"].all()
 
 
 @pytest.mark.parametrize("layer", [0, NUM_LAYERS])
@@ -376,6 +398,27 @@ def test_rows_that_leave_together_answer_as_they_do_alone():
     for sample, layer, answer in zip(samples, layers, together, strict=True):
         with FixedExit(layer)(mllm):
             assert mllm.generate_ids(mllm.encode([sample.image], [sample.question]), max_new_tokens=4) == [answer]
+
+
+def test_a_generated_image_token_is_a_text_token_under_every_exit():
+    mllm, samples = random_model(), list(ShapesDataset(limit=6))
+    batch = mllm.encode([sample.image for sample in samples], [sample.question for sample in samples])
+    length, image = batch["input_ids"].shape[1], mllm.image_token_id
+    word = mllm.generate_ids(batch, max_new_tokens=1)[0][0]
+    for weight in (mllm.lm_head.weight, mllm.model.get_input_embeddings().weight):
+        weight.data[image] = weight.data[word]  # to the decoder both are one token
+    for layer in range(NUM_LAYERS + 1):
+        with FixedExit(layer)(mllm):
+            settings = {"max_new_tokens": 4, "do_sample": False}
+            of_word, of_image = (
+                mllm.model.generate(**batch, **settings, sequence_bias=[[[token], 1e-2]])[:, length:]
+                for token in (word, image)
+            )
+            answers = mllm.generate_ids(batch, max_new_tokens=4, sequence_bias=[[[image], 1e-2]])
+        assert torch.equal(of_image.masked_fill(of_image == image, word), of_word)
+        ended = [row[: row.index(image) + 1] for row in of_image.tolist() if image in row]
+        assert [answer for answer in answers if image in answer] == ended
+    assert any(len(answer) < 4 for answer in ended)  # of the full model
 
 
 def test_the_other_image_shows_another_scene():

@@ -119,7 +119,7 @@ def label_batch(
     parts = [part for part in settings.status if part != QUESTION]
     sweep = exit_sweep(
         mllm, batch, answer_ids, shared_image=_image_numbers(samples), status_parts=parts or TEXT_STATUS, entropy=False
-    )
+    ).up_to_ties()
     answers = mllm.decode(_ids(answer_ids))
     text_tokens, visual_tokens = batch.layout.text.sum(1), batch.layout.visual.sum(1)
     lengths = list(zip(text_tokens.tolist(), visual_tokens.tolist(), strict=True))

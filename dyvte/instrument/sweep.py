@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ from dyvte.instrument.hooks import (
 )
 from dyvte.instrument.states import TEXT_STATUS, status_weights, token_status
 from dyvte.layout import TokenLayout
-from dyvte.mllm import IGNORE_INDEX, MLLM, Batch, _cut_after_end
+from dyvte.mllm import IGNORE_INDEX, MLLM, Batch
 
 if TYPE_CHECKING:
     from dyvte.instrument.attention import AttentionCall
@@ -67,7 +67,7 @@ class ExitSweep:
         token_agree: [B, L + 1, A] whether that is the answer's token; False at padding.
         token_nll: [B, L + 1, A] negative log-likelihood of the answer's token in nats; NaN at padding.
         agree: [B, L + 1] whether all answer tokens agree. If the answer is the full model's greedy one with its end
-            token, exit k generates the same answer if and only if this holds.
+            token, exit k generates the same answer if and only if this holds (but for ties, see `up_to_ties`).
         nll: [B, L + 1] mean of `token_nll`: the cross-entropy of the answer.
         text_status: [B, L, P * d] status after every layer of the full model: the input of a gate there.
         text_entropy: [B, L + 1, L] entropy in nats of the attention of the question (instruction after the last image)
@@ -95,6 +95,16 @@ class ExitSweep:
     def answer_valid(self) -> Tensor:
         """[B, A] False at padding of the answer."""
         return self.answer_ids != IGNORE_INDEX
+
+    def up_to_ties(self) -> ExitSweep:
+        """The same results with agreement up to ties, for answers that are the full model's own greedy ones.
+
+        Generation and the sweep round differently: where two tokens tie up to rounding, the full model may prefer the
+        other one here. Both are then its choice, and an exit that makes either of them agrees; so exit L always does.
+        """
+        own_choice = self.token_argmax == self.token_argmax[:, -1:]
+        token_agree = (self.token_agree | own_choice) & self.answer_valid[:, None]
+        return replace(self, token_agree=token_agree, agree=(token_agree | ~self.answer_valid[:, None]).all(-1))
 
     def to(self, device: torch.device | str) -> ExitSweep:
         """The same results on another device."""
@@ -150,18 +160,12 @@ def exit_sweep(
 
 
 def greedy_answer_ids(mllm: MLLM, batch: Batch, max_new_tokens: int = 64) -> Tensor:
-    """The full model's greedy answers [B, A], end token included where it came in time, -100 at padding.
-
-    A generated image token (random weights do that) ends an answer too: no image belongs to it, so nothing can be
-    teacher-forced after it.
-    """
+    """The full model's greedy answers [B, A] as `MLLM.generate_ids` gives them, -100 at padding."""
     rows = mllm.generate_ids(batch, max_new_tokens=max_new_tokens)
     answers = torch.full((len(rows), max(map(len, rows))), IGNORE_INDEX, dtype=torch.long)
     for index, row in enumerate(rows):
-        answer = _cut_after_end(row, mllm.visual_token_ids)
-        answers[index, : len(answer)] = torch.tensor(answer)
-    longest = int((answers != IGNORE_INDEX).sum(1).max())
-    return answers[:, :longest].to(mllm.device)
+        answers[index, : len(row)] = torch.tensor(row)
+    return answers.to(mllm.device)
 
 
 def _teacher_forced(mllm: MLLM, batch: Batch, answer_ids: Tensor | None) -> tuple[Batch, Tensor | None]:
