@@ -185,7 +185,9 @@ def expected_figures(share: Tensor, answers: pd.DataFrame, reference: LabelSet) 
         "agreement": expected(reference.agree),
     }
     for column, values in measured.items():
-        row[column], row[f"{column}_low"], row[f"{column}_high"] = cluster_interval(values, images)
+        share = column != "accuracy_loss"
+        found = _share_interval(values, images) if share else cluster_interval(values, images)
+        row[column], row[f"{column}_low"], row[f"{column}_high"] = found
     row["full_accuracy"] = float(correct[:, -1].mean())
     flops, agree = reference.flops[rows].double().mean(0), reference.agree[rows].double().mean(0)
     row["cost_of_fixed_exits"] = mixture_cost(flops / flops[-1], agree, row["agreement"])
@@ -274,6 +276,12 @@ def _flops(
 # -------------------------------------------------------------------------- figures
 
 
+def _share_interval(values: Tensor, images: Sequence[str]) -> tuple[float, float, float]:
+    """Mean of [n] values from 0 to 1 with its interval, which ends there too."""
+    mean, low, high = cluster_interval(values, images)
+    return mean, max(low, 0.0), min(high, 1.0)  # in this order NaN stays
+
+
 def figures(answers: pd.DataFrame, reference: LabelSet) -> dict[str, Any]:
     """What some questions' answers and costs come to, beside fixed exits and the oracle on the same questions.
 
@@ -285,9 +293,9 @@ def figures(answers: pd.DataFrame, reference: LabelSet) -> dict[str, Any]:
     images = answers["image_id"].tolist()
     agree, full_flops = reference.agree[rows], float(reference.flops[rows, -1].double().mean())
     cost = reference.flops[rows].double() / full_flops
-    agreement = cluster_interval(_tensor(answers["agree"]), images)
+    agreement = _share_interval(_tensor(answers["agree"]), images)
     loss = cluster_interval(_tensor(answers["full_correct"] - answers["correct"]), images)
-    accuracy = cluster_interval(_tensor(answers["correct"]), images)
+    accuracy = _share_interval(_tensor(answers["correct"]), images)
     exits = answers["exit_layer"].to_numpy()
     flops = float(answers["flops_decoder"].mean())
     own_cost = flops / full_flops

@@ -385,15 +385,19 @@ def test_every_command_runs_on_a_small_copy(name: str, tmp_path: Path, monkeypat
 # --------------------------------------------------------------- devices and weights
 
 
-def test_layers_offloaded_to_disk_give_the_same_numbers(tmp_path: Path) -> None:
-    model = BUILDERS["llava"](0, num_layers=3)
-    model.model.save_pretrained(tmp_path / "model")
-    plain = dyvte.load(tmp_path / "model", device="cpu")
+def with_layers_on_disk(tmp_path: Path) -> MLLM:
+    """The model in `tmp_path/model`, which has three layers, with two of them left on disk."""
     places = dict.fromkeys(("model.vision_tower", "model.multi_modal_projector", "lm_head"), "cpu")
     places |= {f"model.language_model.{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb", "layers.0")}
     places |= {f"model.language_model.layers.{layer}": "disk" for layer in (1, 2)}
     spread = dyvte.load(tmp_path / "model", device_map=places, offload_folder=str(tmp_path / "offload"))
     assert next(spread.layers[1].parameters()).is_meta
+    return spread
+
+
+def test_layers_offloaded_to_disk_give_the_same_numbers(tmp_path: Path) -> None:
+    BUILDERS["llava"](0, num_layers=3).model.save_pretrained(tmp_path / "model")
+    plain, spread = dyvte.load(tmp_path / "model", device="cpu"), with_layers_on_disk(tmp_path)
     batch = models_batch(plain)
     with torch.no_grad():
         assert torch.equal(plain.model(**batch).logits, spread.model(**batch).logits)
@@ -409,6 +413,18 @@ def test_layers_offloaded_to_disk_give_the_same_numbers(tmp_path: Path) -> None:
         plain.model(**batch)
         spread.model(**batch)
     torch.testing.assert_close(one.stats.mass, two.stats.mass, rtol=0, atol=0, equal_nan=True)
+
+
+def test_every_command_runs_with_layers_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    BUILDERS["llava"](0, num_layers=3).model.save_pretrained(tmp_path / "model")
+    mllm = with_layers_on_disk(tmp_path)
+
+    def draw(seed: int) -> dict[str, Tensor]:
+        return _one_image(mllm, torch.Generator().manual_seed(seed))
+
+    summaries = run_every_command(mllm, draw, ["model=llava7b", "model.device_map=auto"], tmp_path, monkeypatch)
+    assert all(summary["num_layers"] == 3 for summary in summaries.values())
+    assert summaries["train"]["seconds"] > summaries["train"]["training_seconds"]
 
 
 def models_batch(mllm: MLLM) -> dyvte.Batch:
