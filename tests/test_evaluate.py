@@ -26,10 +26,10 @@ from dyvte.config import HYDRA_VERSION, compose, config_folder
 from dyvte.data.metrics import exact_match
 from dyvte.data.shapes import ShapesDataset
 from dyvte.errors import ConfigError, ModelError, RunFolderError
-from dyvte.evaluate import evaluate
+from dyvte.evaluate import evaluate, evaluate_batch
 from dyvte.flops import exit_flops
 from dyvte.gates import Gates
-from dyvte.gates.labels import LabelSet
+from dyvte.gates.labels import LabelSet, LabelSettings, label_batch
 from dyvte.generate import generate
 from dyvte.instrument.sweep import exit_sweep, greedy_answer_ids
 from dyvte.mllm import MLLM, load
@@ -55,7 +55,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for parameter in model.parameters():
         if parameter.ndim >= 2:
             nn.init.normal_(parameter, std=1.5 / parameter.shape[-1] ** 0.5)
-    nn.init.zeros_(model.lm_head.weight[model.config.image_token_id].data)  # an answer must not hold an image
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
     build_processor(sizes.patch_size).save_pretrained(folder)
@@ -195,6 +194,18 @@ def test_labels_of_another_model_are_refused(trained: Path, tmp_path: Path) -> N
         train(train_config(trained, tmp_path))
 
 
+def test_answers_with_a_tie_are_the_full_models_under_exit_l(model_folder: Path) -> None:
+    mllm = load(model_folder, device="cpu")
+    half = len(mllm.lm_head.weight) // 2
+    mllm.lm_head.weight.data[half : 2 * half] = mllm.lm_head.weight.data[:half]  # every token has a twin
+    # generation prefers the one, as rounding might, and the sweep, which takes the first, the other
+    mllm.model.generation_config.sequence_bias = [[[token], 1e-2] for token in range(half, 2 * half)]
+    samples = list(ShapesDataset("test", 8))
+    exits = label_batch(mllm, samples, LabelSettings(TOKENS, status=("text_last",)), {})["exits"]
+    agreement = pd.DataFrame(exits).groupby("exit_layer")["agree"].mean()
+    assert agreement[LAYERS] == 1 > agreement[0]
+
+
 # ---------------------------------------------------------------------- training
 
 
@@ -297,6 +308,20 @@ def test_evaluation_agrees_with_a_plain_loop(mllm: MLLM, trained: Path, evaluate
     assert summary["exit_layers"] == np.bincount(exits, minlength=LAYERS + 1).tolist()
     per_kind = [(each["num_questions"], each["agreement"]) for each in summary["kinds"].values()]
     assert sum(number * value for number, value in per_kind) == pytest.approx(sum(agree))
+
+
+def test_an_answer_ends_at_a_generated_image_under_every_exit(model_folder: Path) -> None:
+    mllm, samples = load(model_folder, device="cpu"), list(ShapesDataset("test", 8))
+    batch = mllm.encode([sample.image for sample in samples], [sample.question for sample in samples])
+    word = mllm.generate_ids(batch, max_new_tokens=1)[0][0]
+    mllm.lm_head.weight.data[mllm.image_token_id] = 2 * mllm.lm_head.weight.data[word]
+    answer_ids = mllm.generate_ids(batch, max_new_tokens=TOKENS)
+    assert any(ids[-1] == mllm.image_token_id and len(ids) < TOKENS for ids in answer_ids)
+    exits = pd.DataFrame(label_batch(mllm, samples, LabelSettings(TOKENS, ("text_last",), answers=True), {})["exits"])
+    for layer in range(LAYERS + 1):
+        policy = None if layer == LAYERS else FixedExit(layer)
+        answers = evaluate_batch(mllm, policy, samples, TOKENS, {})["answers"]["answer"]
+        assert answers.tolist() == exits.loc[exits["exit_layer"] == layer, "answer"].tolist(), layer
 
 
 def test_the_unchanged_model_agrees_with_itself(evaluated: Path) -> None:
