@@ -365,7 +365,7 @@ class RunFolder:
     @property
     def seconds(self) -> float:
         """Work on the finished batches, over every session that the run took."""
-        return sum(record["seconds"] for record in self._shard_records())
+        return float(sum(record["seconds"] for record in self._shard_records()))
 
     def failures(self) -> list[dict[str, Any]]:
         """The samples that could not be used, in order."""
