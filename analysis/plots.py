@@ -60,6 +60,7 @@ MEASURES = {
     "enrichment": "enrichment\n(uniform attention = 1)",
 }
 ENRICHMENT_NO_SINK = "enrichment without the sink\n(uniform attention = 1)"
+BANDS = "bands: 95% bootstrap over images"
 STAGES = ("early fusion", "intra-modality\nmodelling", "multimodal\nreasoning")
 
 

@@ -14,11 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from analysis.plots import CYCLE, ENRICHMENT_NO_SINK, Series, draw_band, legend, ratio_axis, style
+from analysis.plots import BANDS, CYCLE, ENRICHMENT_NO_SINK, Series, draw_band, legend, ratio_axis, style
 from analysis.plots_paper import Summary
 from analysis.statistics import Band
-
-NOTE = "bands: 95% bootstrap over images"
 
 
 def attention_by_depth(summaries: Mapping[str, Summary]) -> Figure:
@@ -38,7 +36,7 @@ def attention_by_depth(summaries: Mapping[str, Summary]) -> Figure:
         axis.set_ylabel(ENRICHMENT_NO_SINK)
         _depth_axis(axis, "depth of the layer in the decoder")
         axis.set_title("Attention of the question on the image")
-        legend(figure, axis, NOTE, columns=2)
+        legend(figure, axis, BANDS, columns=2)
         return figure
 
 
@@ -63,7 +61,7 @@ def exits_by_depth(summaries: Mapping[str, Summary]) -> Figure:
             _depth_axis(axis, "share of the layers that see the image (k / L)")
             axis.set_title(title)
         axes[0].set_ylabel("share of questions")
-        legend(figure, axes[0], NOTE, columns=2)
+        legend(figure, axes[0], BANDS, columns=2)
         return figure
 
 

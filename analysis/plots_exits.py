@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from analysis.exit_statistics import KlExit
-from analysis.plots import CYCLE, draw_band, draw_line, kind_panels, layer_axis, legend, style
+from analysis.plots import BANDS, CYCLE, draw_band, draw_line, kind_panels, layer_axis, legend, style
 from analysis.statistics import Band
 
 EXIT_LAYER = "exit layer k (visual tokens leave before layer k)"
@@ -257,5 +257,5 @@ def tokens(summary: Mapping[str, Any], num_layers: int, title: str) -> Figure:
         axis.set_xlabel("index of the answer token (teacher-forced on the full model's answer)")
         axis.set_ylabel("exit layer from which\nthe token is predicted")
         axis.set_title(title)
-        legend(figure, axis, "bands: 95% bootstrap over images")
+        legend(figure, axis, BANDS)
         return figure

@@ -24,6 +24,7 @@ from matplotlib.ticker import PercentFormatter
 from analysis import plots, plots_exits
 from analysis.exit_statistics import KlExit
 from analysis.plots import (
+    BANDS,
     CYCLE,
     ENRICHMENT_NO_SINK,
     SERIES,
@@ -136,7 +137,7 @@ def attention_scores(summaries: Sequence[Summary]) -> Figure:
         for axis in axes[2]:
             axis.axhline(1.0, color="#888888", linewidth=0.8, zorder=0)
             ratio_axis(axis)
-        legend(figure, axes[0, 0], "bands: 95% bootstrap over images", 3 if len(summaries) > 1 else 1)
+        legend(figure, axes[0, 0], BANDS, 3 if len(summaries) > 1 else 1)
         return figure
 
 

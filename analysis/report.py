@@ -25,7 +25,7 @@ from analysis.report_findings import findings, policy_label, written
 from analysis.report_page import Missing, Page, Section, render, verdict_table
 from analysis.report_runs import STEPS, Run, disagreements, find_runs, first_command, other_commands
 from analysis.report_samples import look
-from analysis.report_tables import Cell, Table, banded, number, policies, tables, words
+from analysis.report_tables import BANDED, Cell, Table, banded, number, policies, tables, words
 from dyvte.config import command, compose
 from dyvte.data import build_dataset
 from dyvte.errors import ConfigError, DyvteError, RunFolderError
@@ -414,8 +414,7 @@ def _exits_of_models(found: Mapping[str, list[Run]], folder: RunFolder) -> Secti
         "image stops contributing",
         "from k",
     ]
-    note = "In brackets: 95% intervals, bootstrap over images."
-    shown = [Table("Models", columns, rows, note)] if rows else []
+    shown = [Table("Models", columns, rows, BANDED)] if rows else []
     title, text = SECTIONS["exits"]
     return Section("exits", title, text, drawn, shown, beside=_beside(found, "exits"))
 

@@ -144,11 +144,13 @@ def gates_of(cfg: DictConfig) -> Gates | None:
     """The gates that the methods of an experiment need; None where none does.
 
     Raises:
-        ConfigError: an unknown method.
+        ConfigError: no method, or an unknown one.
     """
     names = cfg.experiment.methods
     gates = load_gates(cfg.gates) if set(names) & set(NEEDS_GATES) else None
     known = [*FROM_REFERENCE, *methods(gates)]
+    if not names:
+        raise ConfigError(f"experiment {cfg.experiment.name} names no method; choose experiment.methods from {known}")
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(f"unknown method {unknown[0]!r} in experiment {cfg.experiment.name}; choose from {known}")
     return gates
