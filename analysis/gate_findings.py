@@ -239,9 +239,9 @@ def _hops(found: Mapping[str, Any]) -> str:
     verdicts = {title: hops_verdict(rows) for title, rows in everything.items()}
     of_paths = {title: hops_verdict(rows) for title, rows in paths.items()}
     text = (
-        "**Do more hops exit later?** Stated before any figure: yes. The rule: found if each further hop, from one to "
-        "two and from two to three, adds depth with a 95% interval above 0; the opposite if each takes depth away; "
-        "otherwise not found. Questions without a hop, arithmetic, only show what needs no image. "
+        "**Do more hops exit later?** The hypothesis, stated before any figure, says yes. It counts as found if each "
+        "further hop, from one to two and from two to three, adds depth with a 95% interval above 0, its opposite if "
+        "each takes depth away, and else neither. Arithmetic, without a hop, only shows what needs no image. "
         f"For the oracle (first exit from which on the answer is kept): **{verdicts[KEPT]}**; with lucky exits: "
         f"{verdicts[FIRST]}. For the gates: **{verdicts['gates']}**."
     )
