@@ -26,7 +26,7 @@ from dyvte.config import HYDRA_VERSION, compose, config_folder
 from dyvte.data.metrics import exact_match
 from dyvte.data.shapes import ShapesDataset
 from dyvte.errors import ConfigError, ModelError, RunFolderError
-from dyvte.evaluate import evaluate, evaluate_batch
+from dyvte.evaluate import _share_interval, evaluate, evaluate_batch
 from dyvte.flops import exit_flops
 from dyvte.gates import Gates
 from dyvte.gates.labels import LabelSet, LabelSettings, label_batch
@@ -329,6 +329,14 @@ def test_the_unchanged_model_agrees_with_itself(evaluated: Path) -> None:
     assert (summary["agreement"], summary["accuracy_loss"], summary["cost"]) == (1, 0, 1)
     assert summary["mean_exit_layer"] == LAYERS
     assert summary["prefill_ms"] > 0
+
+
+def test_intervals_of_shares_are_shares() -> None:
+    nearly_all = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    mean, low, high = _share_interval(nearly_all, ["a", "b", "c", "d"])
+    assert (mean, high) == (0.75, 1.0)
+    assert 0 < low < mean
+    assert np.isnan(_share_interval(nearly_all, ["a"] * 4)[1:]).all()  # one image says nothing about others
 
 
 def test_a_fixed_exit_is_a_point_of_the_fixed_exits(evaluated: Path) -> None:
