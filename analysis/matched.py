@@ -1,7 +1,7 @@
 """Settings at which every method costs the same.
 
 The budget is the mean decoder FLOPs of the prefill over the full model's, over some calibration prompts. Methods with a
-share of tokens to keep have it solved for; exits by gates have their threshold chosen; a fixed exit mixes two layers.
+share of tokens to keep have it solved for; exits by gates have their threshold chosen.
 """
 
 from __future__ import annotations
@@ -56,10 +56,13 @@ class Calibration:
     Attributes:
         mllm: the model.
         batches: prompts; those without an image cost the same under every setting.
+        asked: the prompts that will be asked, where they are known. Gates treat every prompt differently, so their
+            threshold is chosen for the mean cost over these (answers play no part in it).
     """
 
     mllm: MLLM
     batches: Sequence[Batch]
+    asked: Calibration | None = None
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -210,6 +213,7 @@ def _threshold(
     calibration: Calibration, budget: float, gates: Gates, shares: Sequence[float], thinning: Policy | None
 ) -> float | None:
     """The largest threshold within the budget: what the gates say does not depend on it, so one pass is enough."""
+    calibration = calibration.asked or calibration
     first = 1 if thinning is None else FASTV_LAYER + 1
     never = DynamicExit(gates, threshold=2.0, min_layer=first)
     policy = never if thinning is None else Compose([thinning, never])

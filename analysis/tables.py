@@ -89,8 +89,9 @@ def tables(cfg: DictConfig) -> dict[str, Any] | None:
     mine = range(distributed.rank(), len(jobs), distributed.world_size())
     todo = [index for index in mine if not folder.has_shard(index)]
     if todo:
-        calibration = load_calibration(mllm, cfg)
         batches = list(encoded(mllm, dataset, cfg.batch_size))
+        calibration = load_calibration(mllm, cfg)
+        calibration.asked = Calibration(mllm, [batch for _, batch in batches])
         progress = {"initial": len(mine) - len(todo), "total": len(mine), "disable": not distributed.is_main()}
         for index in tqdm(todo, desc=experiment.name, unit="run", **progress):
             started = time.perf_counter()

@@ -91,6 +91,11 @@ class Dyvte(lmms):
         """The transformers model."""
         return self.mllm.model
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs; lmms-eval's processes exchange their counts there."""
+        return self.mllm.device
+
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answer; requests with the same generation settings and number of images share a batch."""
         results: list[GenerationResult | None] = [None] * len(requests)

@@ -82,6 +82,16 @@ def test_every_method_meets_the_budget_as_counted_while_it_runs(name: str) -> No
         assert budget - tolerance <= counted <= budget + 0.04
 
 
+def test_the_threshold_of_gates_meets_the_budget_on_the_questions_that_are_asked() -> None:
+    mllm, gate = model(), gates()
+    others, asked = Calibration(mllm, [prompts(rows=2)]), Calibration(mllm, [prompts(seed=2, rows=12)])
+    thresholds = [
+        methods(gate)["dynamic_exit"](each, 0.7).threshold
+        for each in (others, asked, Calibration(mllm, others.batches, asked=asked))
+    ]
+    assert thresholds[0] != thresholds[1] == thresholds[2]
+
+
 def test_a_budget_below_the_text_alone_is_met_by_none() -> None:
     calibration = Calibration(model(), [prompts()])
     assert {name: make(calibration, 0.05) for name, make in methods(gates()).items()} == dict.fromkeys(methods(gates()))
