@@ -185,9 +185,8 @@ def expected_figures(share: Tensor, answers: pd.DataFrame, reference: LabelSet) 
         "agreement": expected(reference.agree),
     }
     for column, values in measured.items():
-        share = column != "accuracy_loss"
-        found = _share_interval(values, images) if share else cluster_interval(values, images)
-        row[column], row[f"{column}_low"], row[f"{column}_high"] = found
+        interval = cluster_interval if column == "accuracy_loss" else _share_interval
+        row[column], row[f"{column}_low"], row[f"{column}_high"] = interval(values, images)
     row["full_accuracy"] = float(correct[:, -1].mean())
     flops, agree = reference.flops[rows].double().mean(0), reference.agree[rows].double().mean(0)
     row["cost_of_fixed_exits"] = mixture_cost(flops / flops[-1], agree, row["agreement"])
