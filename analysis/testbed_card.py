@@ -158,16 +158,16 @@ wrong object. What the recipe does about it:
   (`initialise_decoder`).
 - The projector starts where each patch says the words for what lies under it, the labels of the tower's own stage
   (`initialise_projector`); then it trains on captions.
-- Tours and captions (`dyvte/testbed/tours.py`) teach stage 0 and alignment. Alignment and the projector go slowly, since
-  a fast projector forgets where a patch lies, without which no relation can be learnt.
+- Tours and captions (`dyvte/testbed/tours.py`) teach stage 0 and alignment. From alignment on the projector moves
+  slowly: a faster one forgets where a patch lies, without which no relation can be learnt.
 - Instruction has three phases (`phases` in `conf/testbed.yaml`). Each begins with much practice in few words, about
   caption scenes only (`dyvte/testbed/lookups.py`), and thins it out: finding an object by name or place; yes or no and
   how many, as questions without their filler words; steps from one object to another. Asked only in whole sentences,
   existence and relation stayed at chance for as long as anyone waited; with the brief questions both were above 0.85
   within a thousand steps.
 
-These starts make the testbed learnable in under an hour on two cores. They also shape its attention, one more reason
-not to read its curves as LLaVA's.
+These starts make the testbed learnable on two cores. They also shape its attention, one more reason not to read its
+curves as LLaVA's.
 
 {runs}
 
