@@ -22,6 +22,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
+from dyvte import distributed
 from dyvte.calibrate import build_policy
 from dyvte.config import compose
 from dyvte.errors import ConfigError
@@ -69,10 +70,9 @@ class Dyvte(lmms):
             **settings: of the policy: `layer=8`, `gates=...`, `keep=0.5`.
         """
         super().__init__()
-        state = PartialState()
-        self._rank, self._world_size = state.process_index, state.num_processes
+        self._rank, self._world_size = distributed.rank(), distributed.world_size()
         if device in (None, "cuda") or self._world_size > 1:
-            device = str(state.device)
+            device = str(PartialState().device)
         options = {"dtype": dtype, "attn_implementation": attn_implementation}
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         self.mllm: MLLM = load(pretrained, device=device, **given)
