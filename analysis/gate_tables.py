@@ -122,8 +122,8 @@ def train_variant(mllm: MLLM, variant: Variant, split: Split, cfg: DictConfig) -
             rows = getattr(split, name)
             wanted = torch.tensor([kind == variant.kind for kind in split.column("kind", rows)], dtype=torch.bool)
             parts[name] = rows[wanted]
-            if not len(parts[name]):
-                raise DataError(f"no {name} question of kind {variant.kind!r}: raise gate_training.data.limit")
+            if len(parts[name]) < 2:
+                raise DataError(f"too few {name} questions of kind {variant.kind!r}: raise gate_training.data.limit")
         split = replace(split, **parts)
     return fit_gates(mllm.num_layers, mllm.hidden_size, split, cfg, list(variant.status), mllm.device).gates
 

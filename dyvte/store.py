@@ -184,7 +184,12 @@ class RunFolder:
 
     @classmethod
     def open(
-        cls, path: str | Path, run_fingerprint: Mapping[str, Any], config: DictConfig, overwrite: bool = False
+        cls,
+        path: str | Path,
+        run_fingerprint: Mapping[str, Any],
+        config: DictConfig,
+        overwrite: bool = False,
+        remedy: str = "set output_dir=FOLDER to keep both, or overwrite=true to replace it",
     ) -> RunFolder:
         """Start a run in `path`, or continue the one that is there.
 
@@ -193,6 +198,7 @@ class RunFolder:
             run_fingerprint: from :func:`fingerprint`.
             config: the composed configuration, saved as `config.yaml`.
             overwrite: delete the results of an earlier run first.
+            remedy: what the error says to do where the folder holds another run.
 
         Raises:
             RunFolderError: the folder holds results of another model, other data or other settings, or files that no
@@ -201,10 +207,11 @@ class RunFolder:
         folder = cls(Path(path))
         with distributed.main_process_first():  # which prepares the folder for the others
             if distributed.is_main():
-                folder._prepare(plain(json.loads(json.dumps(run_fingerprint, default=str))), config, overwrite)
+                wanted = plain(json.loads(json.dumps(run_fingerprint, default=str)))
+                folder._prepare(wanted, config, overwrite, remedy)
         return folder
 
-    def _prepare(self, wanted: dict[str, Any], config: DictConfig, overwrite: bool) -> None:
+    def _prepare(self, wanted: dict[str, Any], config: DictConfig, overwrite: bool, remedy: str) -> None:
         file = self.path / "fingerprint.json"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -213,7 +220,7 @@ class RunFolder:
         if file.is_file() and overwrite:
             self._clear()
         elif file.is_file():
-            self._check(json.loads(file.read_text()), wanted)
+            self._check(json.loads(file.read_text()), wanted, remedy)
         elif strangers := [each.name for each in self.path.iterdir() if not each.name.startswith(".")]:
             raise RunFolderError(
                 f"{self.path} is not empty ({strangers[0]}) and not the folder of a run: give another output_dir="
@@ -225,16 +232,13 @@ class RunFolder:
         yaml = OmegaConf.to_yaml(config, resolve=True)
         write_atomic(self.path / "config.yaml", lambda out: out.write(yaml.encode()))
 
-    def _check(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    def _check(self, found: Mapping[str, Any], wanted: Mapping[str, Any], remedy: str) -> None:
         before, now = dict(_flat(found)), dict(_flat(wanted))
         changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if changed:
             listed = ", ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed[:3])
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            raise RunFolderError(
-                f"{self.path} holds another run ({listed}{more}): "
-                "set output_dir=FOLDER to keep both, or overwrite=true to replace it"
-            )
+            raise RunFolderError(f"{self.path} holds another run ({listed}{more}): {remedy}")
 
     def _clear(self) -> None:
         """Delete what runs write, and nothing else that somebody may have put here."""

@@ -192,6 +192,8 @@ def test_another_run_is_refused_and_says_why(tmp_path: Path) -> None:
     other = {**FINGERPRINT, "data": {"limit": 99}}
     with pytest.raises(RunFolderError, match=r"data\.limit was 14, is 99.*output_dir=.*overwrite=true"):
         store.RunFolder.open(tmp_path, other, CONFIG)
+    with pytest.raises(RunFolderError, match=r"data\.limit was 14, is 99\): delete it$"):
+        store.RunFolder.open(tmp_path, other, CONFIG, remedy="delete it")
     assert contents(tmp_path) == before
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "mine.csv").write_text("a,b")

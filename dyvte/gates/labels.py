@@ -95,7 +95,9 @@ def collect_labels(
     Raises:
         RunFolderError: the folder holds labels of another model, other data or other settings.
     """
-    folder = RunFolder.open(path, label_fingerprint(mllm, dataset, cfg, settings), cfg)
+    # labels are dear: no overwrite=true of what is made from them deletes them in passing
+    remedy = f"name another folder for the labels (labels.dir=FOLDER), or delete {path}"
+    folder = RunFolder.open(path, label_fingerprint(mllm, dataset, cfg, settings), cfg, remedy=remedy)
     batches = consecutive_batches(len(dataset), cfg.batch_size)
     counted: FlopsByLength = {}
     run(folder, dataset, batches, functools.partial(label_batch, mllm, settings=settings, counted=counted), description)
