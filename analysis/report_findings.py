@@ -13,6 +13,7 @@ from analysis.report_runs import Limits, Run, band_places, ends, pointer
 from analysis.tables import LABELS
 
 BAND = "95%, bootstrap over images"
+TOGETHER = "95% for all differences of the table together, paired bootstrap over images"
 CLUSTERED = "95%, clustered by image"
 ONE_SIDED = "two one-sided 95% limits, bootstrap over images"
 SIMULTANEOUS = "95%, simultaneous over all splits"
@@ -226,7 +227,10 @@ def _tables(run: Run) -> Iterator[Finding]:
             reasons=[text],
             effects=[
                 _triple(
-                    f"its lead over {policy_label(other)}", "points", pointer("verdicts", index, "lead", other), BAND
+                    f"its lead over {policy_label(other)}",
+                    "points",
+                    pointer("verdicts", index, "lead", other),
+                    TOGETHER,
                 )
                 for other in verdict["lead"]
             ],
