@@ -507,7 +507,7 @@ LABELS = {
     "divprune": "DivPrune",
     "uniform": "uniform",
     "random": "random",
-    "random_stratified": "random, stratified",
+    "random_stratified": "stratified random",
     "dynamic_exit": "dynamic exit",
     "fastv_dynamic_exit": "FastV + dynamic exit",
 }
