@@ -711,7 +711,6 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, An
     figures = draw(content)
     for name, figure in figures.items():
         folder.save_figure(name, figure)
-        plt.close(figure)
     return folder.write_summary(**content, figures=sorted(figures))
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
@@ -203,7 +202,6 @@ def _save(folder: RunFolder, name: str, figure: Figure, alt: str, caption: str) 
     """Keep a figure that this command has drawn beside the page, and put it into it."""
     with style():
         path = folder.save_figure(name, figure)
-    plt.close(figure)
     return Picture.of(path, alt, caption)
 
 

@@ -272,7 +272,6 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM, dataset: Datase
             figures[f"map_{file_name(sample.id)}"] = draw_map(record, image)
     for name, figure in figures.items():
         folder.save_figure(name, figure)
-        plt.close(figure)
     return folder.write_summary(
         model=cfg.model.name,
         data=cfg.data.name,

@@ -397,7 +397,13 @@ class RunFolder:
         return summary
 
     def save_figure(self, name: str, figure: Figure) -> Path:
-        """Write `figures/<name>.png` and `.pdf`; the same figure gives the same bytes. Returns the PNG."""
+        """Write `figures/<name>.png` and `.pdf`, and close the figure; the same one gives the same bytes.
+
+        Returns:
+            The PNG.
+        """
+        from matplotlib import pyplot as plt  # slow to import, and most users of run folders draw nothing
+
         folder = self.path / "figures"
         folder.mkdir(exist_ok=True)
         figure.draw_without_rendering()
@@ -406,4 +412,5 @@ class RunFolder:
             buffer = io.BytesIO()
             figure.savefig(buffer, format=suffix, metadata=metadata)
             write_atomic(folder / f"{name}.{suffix}", lambda out, buffer=buffer: out.write(buffer.getvalue()))  # type: ignore[misc]
+        plt.close(figure)  # pyplot keeps what it opened, and a multirun draws hundreds
         return folder / f"{name}.png"

@@ -18,6 +18,7 @@ from families import EOS, PAD, VISION_END, VISION_START, _merge_images, _num_vis
 from families import FAMILIES as BUILDERS
 from families import _tokenizer as word_tokenizer
 from forks import Fork
+from matplotlib import pyplot as plt
 from naive import masked_forward, with_generated
 from omegaconf import OmegaConf
 from PIL import Image
@@ -308,9 +309,8 @@ def run_every_command(
         return dyvte.wrap(mllm.model, StandInProcessor(mllm, draw))
 
     monkeypatch.setattr("dyvte.mllm.load", load)
-    monkeypatch.setattr(
-        "dyvte.store.RunFolder.save_figure", lambda self, name, figure: self.path / name
-    )  # takes longest
+    # drawing to files takes longest
+    monkeypatch.setattr("dyvte.store.RunFolder.save_figure", lambda self, name, figure: plt.close(figure) or self.path)
     monkeypatch.chdir(tmp_path)
     common = [*chosen, "device=cpu", "data.limit=12", "batch_size=12", "data=shapes", "data.per_scene=1"]
     quick = ["bootstrap=20", "permutations=19"]

@@ -263,7 +263,7 @@ def test_figures_are_reproducible(tmp_path: Path) -> None:
         figure, axis = plt.subplots()
         axis.plot([0, 1], [1, 0])
         png = folder.save_figure("line", figure)
-        plt.close(figure)
+        assert not plt.fignum_exists(figure.number)
         written.append((png.read_bytes(), png.with_suffix(".pdf").read_bytes()))
     assert written[0] == written[1]
     assert written[0][0].startswith(b"\x89PNG")
