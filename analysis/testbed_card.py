@@ -162,9 +162,9 @@ wrong object. What the recipe does about it:
   slowly: a faster one forgets where a patch lies, without which no relation can be learnt.
 - Instruction has three phases (`phases` in `conf/testbed.yaml`). Each begins with much practice in few words, about
   caption scenes only (`dyvte/testbed/lookups.py`), and thins it out: finding an object by name or place; yes or no and
-  how many, as questions without their filler words; steps from one object to another. Asked only in whole sentences,
-  existence and relation stayed at chance for as long as anyone waited; with the brief questions both were above 0.85
-  within a thousand steps.
+  how many, as questions without their filler words; steps from one object to another. In the first phase, which asks
+  in whole sentences only, existence and relation stay near chance; they rise in the second. That phase also asks them
+  more often, and no run took these changes one at a time.
 
 These starts make the testbed learnable on two cores. They also shape its attention, one more reason not to read its
 curves as LLaVA's.
