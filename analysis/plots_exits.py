@@ -187,8 +187,8 @@ ExitLayers = tuple[npt.NDArray[np.int64], Band]
 
 
 def exit_depth(groups: Mapping[str, ExitLayers], title: str, footnote: str) -> Figure:
-    """Distribution of the exit depth in every group of questions; see :func:`exit_map`."""
-    return exit_map(groups, "exit depth: first exit layer from which the answer stays the same", title, footnote)
+    """Distribution of the exit depth, by the paper's label, in every group of questions; see :func:`exit_map`."""
+    return exit_map(groups, "exit depth: first exit layer from which answer and cross-entropy stay", title, footnote)
 
 
 def exit_map(groups: Mapping[str, ExitLayers], xlabel: str, title: str, footnote: str) -> Figure:

@@ -259,7 +259,8 @@ DESCRIPTIONS: dict[tuple[str, str], tuple[Callable[[Summary], str], str]] = {
     ),
     ("exits", "exit_depth"): (
         _exit_depth,
-        "First exit layer from which each question keeps its answer; diamonds: means with 95% intervals.",
+        "First exit layer from which each question keeps its answer and that answer's cross-entropy (at most 1.03 "
+        "times the full model's); diamonds: means with 95% intervals.",
     ),
     ("exits", "tokens"): (_tokens, "How long each token of an answer needs the image."),
     ("train", "gates"): (

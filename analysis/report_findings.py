@@ -153,7 +153,9 @@ def _exits(run: Run) -> Iterator[Finding]:
             _band("right answers of the full model", "share", f"{bands}/accuracy", last),
             _band("right answers if the decoder sees no image", "share", f"{bands}/accuracy", 0),
             _band("answers that stay the same without the image", "share", f"{bands}/agreement", 0),
-            _band("mean exit depth (first layer from which the answer stays)", "layer", "/overall/exit_depth"),
+            _band(
+                "mean exit depth (first layer from which answer and cross-entropy stay)", "layer", "/overall/exit_depth"
+            ),
         ],
     )
     thresholds = run.value("/k_star_details") or []

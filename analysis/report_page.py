@@ -218,7 +218,8 @@ def sample_table(samples: Samples) -> Table:
             "looks most in layer",
         ],
         rows,
-        "Exit layer: where the gates took the image out. Exit depth: the first exit layer from which the answer stays. "
+        "Exit layer: where the gates took the image out. Exit depth: the first exit layer from which "
+        "answer and cross-entropy stay. "
         "Last column: layer with most attention on the image, and how much of it.",
     )
 

@@ -134,7 +134,7 @@ def png_of(image: npt.NDArray[Any]) -> str:
 
 
 def depth_of(mllm: MLLM, sample: Sample) -> int | None:
-    """First exit layer from which the answer stays; None for models whose exits cannot be computed in one pass."""
+    """First exit layer from which answer and cross-entropy stay; None where one pass cannot compute all exits."""
     batch = mllm.encode([sample.image], [sample.question])
     try:
         sweep = exit_sweep(mllm, batch, greedy_answer_ids(mllm, batch, MAX_NEW_TOKENS), entropy=False)

@@ -148,7 +148,7 @@ def _exits(run: Run) -> Iterator[Table]:
             ]
             for kind, found in (run.value("/kinds") or {}).items()
         ],
-        f"Exit depth: first layer from which the answer stays. {BANDED}",
+        f"Exit depth: first layer from which answer and cross-entropy stay. {BANDED}",
     )
     yield Table(
         "KL criterion",

@@ -179,7 +179,8 @@ curves as LLaVA's.
 
 ![Enrichment without sink after each training stage](testbed/attention_enrichment.png)
 
-Mean exit depth (decoder layers that must see the image) by kind, with 95% intervals:
+Mean exit depth by kind with 95% intervals: decoder layers that must see the image for the answer to stay the same (the
+answer alone; `analysis.exits` also asks for its cross-entropy to stay, which takes more layers):
 
 {depths}
 """

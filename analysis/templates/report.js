@@ -126,7 +126,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     at("reference").textContent = record.reference ?? "none";
     const kept = record.exit_layer === last ? `${last} (the image stays to the end)` : `${record.exit_layer} of ${last}`;
     at("exit").textContent = record.exit_layer === null ? "no gates" : `${kept}; answer with it: ${record.exit_answer}`;
-    at("depth").textContent = record.exit_depth === null ? "not known" : `${record.exit_depth} (first exit layer from which the answer stays)`;
+    at("depth").textContent = record.exit_depth === null ? "not known" : `${record.exit_depth} (first exit layer from which answer and cross-entropy stay)`;
     draw();
   }
 
