@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
@@ -180,13 +181,18 @@ def attention_figure(runs: dict[str, dict[str, Any]], measure: str) -> Figure:
             len(columns),
             figsize=(7.2, 1.75 * len(runs) + 0.9),
             sharex=True,
-            sharey=measure == "mass",
+            sharey=True,
             squeeze=False,
         )
+        if measure != "mass":  # a ratio, and the text's is many times the image's
+            axes[0, 0].set_yscale("log", base=2)
+            axes[0, 0].yaxis.set_major_formatter(ScalarFormatter())
         for row, (name, run) in enumerate(runs.items()):
             for column, (stage, title) in enumerate(columns.items()):
                 axis = axes[row, column]
                 curves = run["attention"].get(stage)
+                if measure != "mass":
+                    axis.axhline(1, color="0.6", linewidth=0.8)
                 if curves is None:
                     axis.text(
                         0.5, 0.5, "stage left out", ha="center", va="center", transform=axis.transAxes, color="0.4"
@@ -200,9 +206,10 @@ def attention_figure(runs: dict[str, dict[str, Any]], measure: str) -> Figure:
                 if row == len(runs) - 1:
                     axis.set_xlabel("decoder layer")
                 if column == 0:
-                    axis.set_ylabel(f"{name}\n{plots.MEASURES[measure.removesuffix('_no_sink')]}")
+                    axis.set_ylabel(name)
         handles, labels = axes[0, -1].get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncols=3)
+        figure.supylabel(plots.MEASURES[measure.removesuffix("_no_sink")], fontsize="medium")
         figure.tight_layout(rect=(0, 0.35 / figure.get_figheight(), 1, 1))
     return figure
 
