@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dyvte.testbed.questions import IMAGE_KINDS, KINDS
+from dyvte.testbed.questions import IMAGE_KINDS, KINDS, PATH_KINDS
 from dyvte.testbed.train import STAGES
 
 CONDITIONS = {"with the image": "image", "blank image": "blank", "another scene's image": "other"}
@@ -66,6 +66,56 @@ def depth_markdown(runs: dict[str, dict[str, Any]]) -> str:
             depths = [run["exits"]["exit_depth"][k] for k in IMAGE_KINDS]
             rows.append([name, *(f"{d['mean']:.1f} [{d['low']:.1f}, {d['high']:.1f}]" for d in depths)])
     return markdown_table(["run", *IMAGE_KINDS], rows)
+
+
+KEPT_ANSWERS, DEEP = 0.9, 0.75
+
+
+def _falls_and_rises(run: dict[str, Any]) -> tuple[bool, str]:
+    """Whether the image's enrichment has a low layer between two higher ones, told apart by their intervals."""
+    cross = run["attention"]["instruct"]["enrichment_no_sink"]["cross"]
+    mean, low, high = cross["mean"], cross["low"], cross["high"]
+    least = min(range(len(mean)), key=mean.__getitem__)
+    before, after = ([low[i] for i in part] for part in (range(least), range(least + 1, len(mean))))
+    holds = bool(before and after) and max(before) > high[least] and max(after) > high[least]
+    return holds, f"{mean[0]:.2f}, lowest {mean[least]:.2f} in layer {least}, {mean[-1]:.2f} in the last"
+
+
+def _stops_contributing(run: dict[str, Any]) -> tuple[bool, str]:
+    """Whether answers stay without the image in the last quarter of the layers, by the lower limits of agreement."""
+    low = run["exits"]["agreement"]["low"]
+    layers = len(low) - 1
+    first = next(k for k in range(layers + 1) if min(low[k:]) >= KEPT_ANSWERS)
+    return first <= DEEP * layers, f"from k = {first} of {layers}"
+
+
+def _deeper_with_hops(run: dict[str, Any]) -> tuple[bool, str]:
+    """Whether questions of two and of three hops exit later than those of one on the same template, by intervals."""
+    depth = run["exits"]["exit_depth"]
+    kinds = [k for k in PATH_KINDS if k != "attribute"]
+    holds = all(depth[k]["low"] > depth["attribute"]["high"] for k in kinds)
+    return holds, ", ".join(f"{k} {depth[k]['mean']:.1f}" for k in ("attribute", *kinds))
+
+
+STATEMENTS = {
+    "after instruction the image's enrichment falls over the layers and rises again": _falls_and_rises,
+    f"visual tokens stop contributing: at least {KEPT_ANSWERS:.0%} of the answers stay under every exit in the last "
+    "quarter of the layers": _stops_contributing,
+    "questions of more hops than one exit later, template and answers alike": _deeper_with_hops,
+}
+
+
+def statements_markdown(runs: dict[str, dict[str, Any]]) -> str:
+    """What this page says of the trained model, against every training run that saw images."""
+    trained = {name: run for name, run in runs.items() if "exits" in run}
+    rows = []
+    for statement, holds_in in STATEMENTS.items():
+        cells = []
+        for run in trained.values():
+            holds, figures = holds_in(run)
+            cells.append(f"{'yes' if holds else '**no**'} ({figures})")
+        rows.append([statement, *cells])
+    return markdown_table(["statement", *trained], rows)
 
 
 def bar_sentence(bar: dict[str, Any]) -> str:
@@ -160,11 +210,12 @@ wrong object. What the recipe does about it:
   (`initialise_projector`); then it trains on captions.
 - Tours and captions (`dyvte/testbed/tours.py`) teach stage 0 and alignment. From alignment on the projector moves
   slowly: a faster one forgets where a patch lies, without which no relation can be learnt.
-- Instruction has three phases (`phases` in `conf/testbed.yaml`). Each begins with much practice in few words, about
+- Instruction has four phases (`phases` in `conf/testbed.yaml`). Each begins with much practice in few words, about
   caption scenes only (`dyvte/testbed/lookups.py`), and thins it out: finding an object by name or place; yes or no and
-  how many, as questions without their filler words; steps from one object to another. In the first phase, which asks
-  in whole sentences only, existence and relation stay near chance; they rise in the second. That phase also asks them
-  more often, and no run took these changes one at a time.
+  how many, as questions without their filler words; steps from one object to another; all of it again at a slowly
+  falling rate, most of all what was still wrong. In the first phase, which asks in whole sentences only, existence and
+  relation stay near chance; they rise in the second. That phase also asks them more often, and no run took these
+  changes one at a time.
 
 These starts make the testbed learnable on two cores. They also shape its attention, one more reason not to read its
 curves as LLaVA's.
@@ -183,6 +234,13 @@ Mean exit depth by kind with 95% intervals: decoder layers that must see the ima
 answer alone; `analysis.exits` also asks for its cross-entropy to stay, which takes more layers):
 
 {depths}
+
+## What holds in every run
+
+Statements about this testbed, each against 95% intervals within a run, and the runs in which they hold. What holds in
+one run alone is a finding on that run's weights.
+
+{statements}
 """
 
 
@@ -199,6 +257,7 @@ def documents(result: dict[str, Any], runs: dict[str, dict[str, Any]], parameter
         "probes": probe_markdown(result["probes"]),
         "runs": runs_markdown(runs),
         "depths": depth_markdown(runs),
+        "statements": statements_markdown(runs),
         "seconds": result["seconds"],
     }
     return CARD.format(**values), PAGE.format(**values)

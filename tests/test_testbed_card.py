@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from analysis.testbed import linear_probe
-from analysis.testbed_card import accuracy_markdown, bar_sentence, documents
+from analysis.testbed_card import accuracy_markdown, bar_sentence, documents, statements_markdown
 from analysis.testbed_runs import accuracy_table, read_log
 from dyvte.testbed.questions import IMAGE_KINDS, KINDS, ShapesQuestions
 
@@ -66,3 +66,35 @@ def test_the_card_says_whether_the_bar_is_met(accuracy: float, expected: str) ->
         assert "{" not in text.replace("{color", "")
     assert f"{accuracy:.3f}" in card
     assert np.all([kind in page for kind in KINDS])
+
+
+def _run(cross: list[float], agreement: list[float], depths: list[float]) -> dict:
+    def band(values: list[float]) -> dict:
+        mean, wide = np.array(values), 0.05
+        return {"mean": mean.tolist(), "low": (mean - wide).tolist(), "high": (mean + wide).tolist()}
+
+    kinds = ("attribute", "same_attribute", "neighbor", "two_hop")
+    of_kind = {k: {name: v[0] for name, v in band([d]).items()} for k, d in zip(kinds, depths, strict=True)}
+    attention = {"instruct": {"enrichment_no_sink": {"cross": band(cross)}}}
+    return {"attention": attention, "exits": {"agreement": band(agreement), "exit_depth": of_kind}}
+
+
+def test_a_statement_holds_in_a_run_only_where_its_intervals_say_so() -> None:
+    curve, agreement, depths = [0.6, 0.3, 0.4, 0.8, 0.9], [0.4, 0.7, 0.96, 0.98, 1.0], [1.0, 2.0, 2.5, 3.0]
+    runs = {
+        "yes": _run(curve, agreement, depths),
+        "no rise": _run([0.6, 0.5, 0.4, 0.3, 0.34], agreement, depths),
+        "late": _run(curve, [0.4, 0.7, 0.96, 0.94, 1.0], depths),
+        "one deeper kind": _run(curve, agreement, [1.0, 1.05, 2.5, 3.0]),
+        "blind": {},
+    }
+    header, _, *rows = (line.strip("| ").split(" | ") for line in statements_markdown(runs).splitlines())
+    assert header == ["statement", "yes", "no rise", "late", "one deeper kind"]
+    assert [[cell.split(" (")[0] for cell in row[1:]] for row in rows] == [
+        ["yes", "**no**", "yes", "yes"],
+        ["yes", "yes", "**no**", "yes"],
+        ["yes", "yes", "yes", "**no**"],
+    ]
+    assert "0.60, lowest 0.30 in layer 1, 0.90 in the last" in rows[0][1]
+    assert "from k = 2 of 4" in rows[1][1]
+    assert "from k = 4 of 4" in rows[1][3]
