@@ -108,7 +108,7 @@ STATEMENTS = {
 def statements_markdown(runs: dict[str, dict[str, Any]]) -> str:
     """What this page says of the trained model, against every training run that saw images."""
     trained = {name: run for name, run in runs.items() if "exits" in run}
-    rows = []
+    rows = [["right answers to image questions", *(interval(run["accuracy"]["image"]) for run in trained.values())]]
     for statement, holds_in in STATEMENTS.items():
         cells = []
         for run in trained.values():
@@ -238,7 +238,8 @@ answer alone; `analysis.exits` also asks for its cross-entropy to stay, which ta
 ## What holds in every run
 
 Statements about this testbed, each against 95% intervals within a run, and the runs in which they hold. What holds in
-one run alone is a finding on that run's weights.
+one run alone is a finding on that run's weights, and a run that answers little better than without its image tells
+nothing about what a trained model needs the image for.
 
 {statements}
 """

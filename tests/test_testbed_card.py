@@ -76,7 +76,12 @@ def _run(cross: list[float], agreement: list[float], depths: list[float]) -> dic
     kinds = ("attribute", "same_attribute", "neighbor", "two_hop")
     of_kind = {k: {name: v[0] for name, v in band([d]).items()} for k, d in zip(kinds, depths, strict=True)}
     attention = {"instruct": {"enrichment_no_sink": {"cross": band(cross)}}}
-    return {"attention": attention, "exits": {"agreement": band(agreement), "exit_depth": of_kind}}
+    accuracy = {"image": {"accuracy": 0.9, "low": 0.85, "high": 0.95}}
+    return {
+        "accuracy": accuracy,
+        "attention": attention,
+        "exits": {"agreement": band(agreement), "exit_depth": of_kind},
+    }
 
 
 def test_a_statement_holds_in_a_run_only_where_its_intervals_say_so() -> None:
@@ -88,7 +93,8 @@ def test_a_statement_holds_in_a_run_only_where_its_intervals_say_so() -> None:
         "one deeper kind": _run(curve, agreement, [1.0, 1.05, 2.5, 3.0]),
         "blind": {},
     }
-    header, _, *rows = (line.strip("| ").split(" | ") for line in statements_markdown(runs).splitlines())
+    header, _, right, *rows = (line.strip("| ").split(" | ") for line in statements_markdown(runs).splitlines())
+    assert right[1:] == ["0.900 [0.850, 0.950]"] * 4
     assert header == ["statement", "yes", "no rise", "late", "one deeper kind"]
     assert [[cell.split(" (")[0] for cell in row[1:]] for row in rows] == [
         ["yes", "**no**", "yes", "yes"],
