@@ -17,7 +17,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
 from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
@@ -184,9 +183,6 @@ def attention_figure(runs: dict[str, dict[str, Any]], measure: str) -> Figure:
             sharey=True,
             squeeze=False,
         )
-        if measure != "mass":  # a ratio, and the text's is many times the image's
-            axes[0, 0].set_yscale("log", base=2)
-            axes[0, 0].yaxis.set_major_formatter(ScalarFormatter())
         for row, (name, run) in enumerate(runs.items()):
             for column, (stage, title) in enumerate(columns.items()):
                 axis = axes[row, column]
@@ -207,6 +203,8 @@ def attention_figure(runs: dict[str, dict[str, Any]], measure: str) -> Figure:
                     axis.set_xlabel("decoder layer")
                 if column == 0:
                     axis.set_ylabel(name)
+        if measure != "mass":  # the text's enrichment is many times the image's
+            plots.ratio_axis(axes[0, 0])
         handles, labels = axes[0, -1].get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncols=3)
         figure.supylabel(plots.MEASURES[measure.removesuffix("_no_sink")], fontsize="medium")
