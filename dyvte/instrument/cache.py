@@ -21,34 +21,28 @@ from transformers.cache_utils import (
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.hooks import Selection, pack_mask
 
+ROOM = 32
+"""New tokens of every row that the store of a `KeptLayer` makes room for at a time."""
 
-@dataclass
-class _Prefix:
-    """Keys and values of the prompt for a group of rows: [b, heads, n, head size] of the positions in `selection`."""
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows of a prefill that keep about as many positions: keys and values [b, heads, n, head size] of `selection`."""
 
     selection: Selection
     keys: Tensor
     values: Tensor
     key_bias: Tensor | None
 
-    def select_rows(self, order: Tensor, local: Tensor) -> _Prefix:
-        """The same prompt for the new rows `order`, copied from the rows `local` of this group."""
-        old = self.selection
-        valid = None if old.valid is None else old.valid[local]
-        return _Prefix(
-            Selection(order, old.index[local], valid),
-            self.keys[local],
-            self.values[local],
-            None if self.key_bias is None else self.key_bias[local],
-        )
-
 
 class KeptLayer(DynamicLayer):
     """Cache layer of a decoder layer that left positions out during prefill.
 
     It stores keys and values of the kept positions only, and reports the length that the layer would have with all of
-    them: transformers sizes the attention masks of all layers by the first cache layer of each kind. Rows are stored
-    in groups of about equal length, so that rows without visual tokens take no room for those of their neighbours.
+    them: transformers sizes the attention masks of all layers by the first cache layer of each kind. Entries, a key and
+    a value of all heads each, stand one behind the other in a store, and a table says which of them a row attends to:
+    rows without visual tokens take no room for those of their neighbours, beams share their prompt, and one gather
+    makes the rectangle that attention reads.
 
     Attributes:
         length: number of positions that the layer stands for.
@@ -66,10 +60,17 @@ class KeptLayer(DynamicLayer):
     def _clear(self) -> None:
         self.length = 0
         self.is_initialized = False
-        self._prefixes: list[_Prefix] = []
+        self._groups: list[_Group] = []  # of the prefill under way
+        self._made_of: list[tuple[Selection, Tensor | None]] = []  # held, so that their ids stay taken
+        self._store: list[Tensor] = []  # keys and values [room, heads, head size]
+        self._num_entries = 0
+        self._entry = torch.empty(0, 0, dtype=torch.long)  # [B, n] where the keys of each row are; any at padding
+        # Of the prompt's part of the table:
+        self._position, self._valid = self._entry, torch.empty(0, 0, dtype=torch.bool)
+        self._bias: Tensor | None = None
+        self._padded = False
         self._prompt_length = 0
-        self._tail_start = 0  # position of the first entry of the tail
-        self._tail: tuple[Tensor, Tensor] | None = None
+        self._tail_start = 0  # position of the first new token in the table
         self._writing: tuple[Selection, Tensor | None] | None = None
         self._reading = False
 
@@ -85,8 +86,30 @@ class KeptLayer(DynamicLayer):
             self._writing = None
 
     def finish_prefill(self, length: int) -> None:
-        """Tell how many positions the prompt had."""
+        """Put what was stored of the groups of rows into one store. The prompt had `length` positions."""
         self.length = self._prompt_length = self._tail_start = length
+        groups, self._groups = self._groups, []
+        shapes = [group.selection.index.shape for group in groups]
+        rows, width = sum(b for b, _ in shapes), max(n for _, n in shapes)
+        self._made_of = [(group.selection, group.key_bias) for group in groups]
+        self._padded = len(groups) > 1 or groups[0].selection.valid is not None
+        self._position = torch.zeros(rows, width, dtype=torch.long, device=self.device)
+        self._valid = torch.zeros(rows, width, dtype=torch.bool, device=self.device)
+        self._entry = torch.zeros_like(self._position)
+        biased = any(group.key_bias is not None for group in groups)
+        self._bias = torch.zeros(rows, width, device=self.device) if biased else None
+        total = sum(b * n for b, n in shapes)
+        like = groups[0].keys, groups[0].values
+        self._store = [each.new_empty(total, each.shape[1], each.shape[3]) for each in like]
+        self._num_entries = 0
+        for group, (b, n) in zip(groups, shapes, strict=True):
+            chosen, entries = group.selection.rows, torch.arange(b * n, device=self.device) + self._num_entries
+            self._position[chosen, :n] = group.selection.index
+            self._valid[chosen, :n] = True if group.selection.valid is None else group.selection.valid
+            self._entry[chosen, :n] = entries.view(b, n)
+            if self._bias is not None and group.key_bias is not None:
+                self._bias[chosen, :n] = group.key_bias.to(self._bias.dtype)
+            self._write(group.keys, group.values)
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
@@ -105,22 +128,29 @@ class KeptLayer(DynamicLayer):
             num_queries: number of new tokens.
             dtype: floating-point type of an additive mask, needed when keys carry a bias.
         """
-        padded = len(self._prefixes) > 1 or self._prefixes[0].selection.valid is not None
-        biased = any(prefix.key_bias is not None for prefix in self._prefixes)
-        if mask is None and not padded and not biased:
+        if mask is None and not self._padded and self._bias is None:
             return None
         position, valid, bias = self.key_positions(num_queries)
         offset = self.get_mask_sizes(num_queries)[1]
         if self.is_sliding and mask is not None:
             valid = valid & (position >= offset)
-        needed = valid if padded or self.is_sliding else None
+        needed = valid if self._padded or self.is_sliding else None
         return pack_mask(mask, None, (position - offset).clamp(min=0), needed, bias, dtype)
 
     @property
     def mask_key(self) -> tuple[Any, ...]:
         """Equal for layers of one cache whose `mask` is the same."""
-        stored = [(id(prefix.selection), id(prefix.key_bias)) for prefix in self._prefixes]
+        stored = [(id(selection), id(key_bias)) for selection, key_bias in self._made_of]
         return (*stored, self._tail_start, self.length, self.sliding_window)
+
+    def key_positions(self, num_queries: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Position [B, n], validity [B, n] and bias [B, n] of the keys that the next `update` will return."""
+        new = torch.arange(self._tail_start, self.length + num_queries, device=self.device)
+        new = new.expand(len(self._entry), -1)
+        position = torch.cat([self._position, new], dim=1)
+        valid = torch.cat([self._valid, torch.ones_like(new, dtype=torch.bool)], dim=1)
+        bias = None if self._bias is None else torch.cat([self._bias, self._bias.new_zeros(new.shape)], dim=1)
+        return position, valid, bias
 
     # ------------------------------------------------- what transformers expects of a layer
 
@@ -129,40 +159,37 @@ class KeptLayer(DynamicLayer):
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         if self._writing is not None:
             selection, key_bias = self._writing
-            self._prefixes.append(_Prefix(selection, key_states, value_states, key_bias))
+            self._groups.append(_Group(selection, key_states, value_states, key_bias))
             return key_states, value_states
         if not self._reading:
             raise RuntimeError(
                 "this KV cache was filled under a dyvte policy that left visual tokens out; go on generating inside "
                 "the same `with policy(mllm):` block"
             )
-        if self._tail is None:
-            self._tail = (key_states, value_states)
-        else:
-            self._tail = (
-                torch.cat([self._tail[0], key_states], dim=-2),
-                torch.cat([self._tail[1], value_states], dim=-2),
-            )
-        self.length += key_states.shape[-2]
-        dense = self._dense(0), self._dense(1)
+        rows, _, new, _ = key_states.shape
+        self._make_room(rows * new)
+        entries = torch.arange(rows * new, device=self.device) + self._num_entries
+        self._entry = torch.cat([self._entry, entries.view(rows, new)], dim=1)
+        self._write(key_states, value_states)
+        self.length += new
+        keys, values = self._gathered()
         self._forget_outside_window()
-        return dense
+        return keys, values
 
     @property
     def keys(self) -> Tensor | None:
-        """[B, heads, n, head size] keys of the kept positions, zeros where a row kept fewer than another."""
-        return self._dense(0) if self._prefixes else None
+        """[B, heads, n, head size] keys of the kept positions; where a row kept fewer than another, any key."""
+        return self._gathered()[0] if self._store else None
 
     @property
     def values(self) -> Tensor | None:
         """[B, heads, n, head size] values of the kept positions."""
-        return self._dense(1) if self._prefixes else None
+        return self._gathered()[1] if self._store else None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the stored keys and values."""
-        stored = [tensor for prefix in self._prefixes for tensor in (prefix.keys, prefix.values)]
-        return sum(tensor.nbytes for tensor in [*stored, *(self._tail or ())])
+        return sum(stored[: self._num_entries].nbytes for stored in self._store)
 
     def get_seq_length(self) -> int:
         """Number of positions that the layer stands for."""
@@ -189,21 +216,16 @@ class KeptLayer(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        rows = torch.arange(self._num_rows(), device=self.device)
+        rows = torch.arange(len(self._entry), device=self.device)
         self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep, repeat or reorder rows."""
         indices = indices.to(self.device)
-        prefixes = []
-        for prefix in self._prefixes:
-            match = indices[:, None] == prefix.selection.rows[None, :]  # [new rows, rows of the group]
-            order = match.any(1).nonzero().flatten()
-            if len(order):
-                prefixes.append(prefix.select_rows(order, match[order].int().argmax(1)))
-        self._prefixes = prefixes
-        if self._tail is not None:
-            self._tail = (self._tail[0][indices], self._tail[1][indices])
+        self._entry, self._position, self._valid = (
+            each[indices] for each in (self._entry, self._position, self._valid)
+        )
+        self._bias = None if self._bias is None else self._bias[indices]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: only assisted decoding takes tokens back."""
@@ -217,59 +239,46 @@ class KeptLayer(DynamicLayer):
 
     # -------------------------------------------------------------------------- private
 
-    def _num_rows(self) -> int:
-        return sum(len(prefix.selection.rows) for prefix in self._prefixes)
+    def _gathered(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, heads, n, head size] of all rows: the prompt's, then those of the new tokens."""
+        flat = self._entry.flatten()
+        keys, values = (
+            stored.index_select(0, flat).unflatten(0, self._entry.shape).transpose(1, 2) for stored in self._store
+        )
+        return keys, values
 
-    def _width(self) -> int:
-        return max((prefix.selection.index.shape[1] for prefix in self._prefixes), default=0)
+    def _write(self, *states: Tensor) -> None:
+        """Store keys and values [b, heads, n, head size] behind what there is, row by row."""
+        for stored, each in zip(self._store, states, strict=True):
+            b, heads, n, size = each.shape
+            stored[self._num_entries : self._num_entries + b * n].view(b, n, heads, size).copy_(each.transpose(1, 2))
+        self._num_entries += b * n
 
-    def _dense(self, part: int) -> Tensor:
-        """Keys (0) or values (1) of all rows, prompts padded to the longest, then the new tokens."""
-        stored = [(prefix.keys, prefix.values)[part] for prefix in self._prefixes]
-        if len(stored) == 1:  # one group holds its rows in order
-            return stored[0] if self._tail is None else torch.cat([stored[0], self._tail[part]], dim=-2)
-        _, heads, _, size = stored[0].shape
-        tail_length = 0 if self._tail is None else self._tail[part].shape[-2]
-        dense = stored[0].new_zeros(self._num_rows(), heads, self._width() + tail_length, size)
-        for prefix, tensor in zip(self._prefixes, stored, strict=True):
-            dense[prefix.selection.rows, :, : tensor.shape[-2]] = tensor
-        if self._tail is not None:
-            dense[:, :, self._width() :] = self._tail[part]
-        return dense
-
-    def key_positions(self, num_queries: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Position [B, n], validity [B, n] and bias [B, n] of the keys that the next `update` will return."""
-        rows, width = self._num_rows(), self._width()
-        position = torch.zeros(rows, width, dtype=torch.long, device=self.device)
-        valid = torch.zeros(rows, width, dtype=torch.bool, device=self.device)
-        biased = any(prefix.key_bias is not None for prefix in self._prefixes)
-        bias = torch.zeros(rows, width, device=self.device) if biased else None
-        for prefix in self._prefixes:
-            chosen, count = prefix.selection.rows, prefix.selection.index.shape[1]
-            position[chosen, :count] = prefix.selection.index
-            valid[chosen, :count] = True if prefix.selection.valid is None else prefix.selection.valid
-            if bias is not None and prefix.key_bias is not None:
-                bias[chosen, :count] = prefix.key_bias.to(bias.dtype)
-        new = torch.arange(self._tail_start, self.length + num_queries, device=self.device).expand(rows, -1)
-        if bias is not None:
-            bias = torch.cat([bias, bias.new_zeros(new.shape)], dim=1)
-        position = torch.cat([position, new], dim=1)
-        valid = torch.cat([valid, torch.ones_like(new, dtype=torch.bool)], dim=1)
-        return position, valid, bias
+    def _make_room(self, number: int) -> None:
+        """Let the store hold so many more entries; those that no row attends to any longer leave it."""
+        if self._num_entries + number <= len(self._store[0]):
+            return
+        live, self._entry = self._entry.unique(return_inverse=True)
+        self._num_entries = len(live)
+        room = self._num_entries + max(number, ROOM * len(self._entry))
+        for part, stored in enumerate(self._store):
+            self._store[part] = stored.new_empty(room, *stored.shape[1:])
+            torch.index_select(stored, 0, live, out=self._store[part][: self._num_entries])
 
     def _forget_outside_window(self) -> None:
-        if self.sliding_window is None or self._tail is None:
+        if self.sliding_window is None:
             return
         first_needed = self.length - self.sliding_window + 1
+        width = self._position.shape[1]
         if first_needed > self._tail_start:
             gone = first_needed - self._tail_start
-            self._tail = (self._tail[0][:, :, gone:], self._tail[1][:, :, gone:])
+            self._entry = torch.cat([self._entry[:, :width], self._entry[:, width + gone :]], dim=1)
             self._tail_start = first_needed
-        if first_needed >= self._prompt_length:
-            for prefix in self._prefixes:
-                empty = Selection(prefix.selection.rows, prefix.selection.index[:, :0], None)
-                prefix.selection, prefix.key_bias = empty, None
-                prefix.keys, prefix.values = prefix.keys[:, :, :0], prefix.values[:, :, :0]
+        if first_needed >= self._prompt_length and width:
+            self._entry = self._entry[:, width:]
+            self._position, self._valid = self._position[:, :0], self._valid[:, :0]
+            self._bias = None if self._bias is None else self._bias[:, :0]
+            self._padded = False
 
 
 def kept_layer(cache: Cache, index: int) -> KeptLayer:
