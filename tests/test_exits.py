@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig
+from scipy.special import entr
 from torch import Tensor, nn
 
 from analysis import exit_statistics, exits
@@ -130,15 +131,15 @@ class Naive:
     def entropies(self, attentions: Any, visual: Tensor) -> np.ndarray:
         last_visual = int(visual.nonzero().max())
         result = []
+        hidden = visual.tolist()
         for attention in attentions:
-            values = []
+            values, heads = [], attention[0].double().numpy()
             for first_key in (0, 1):  # with and without the sink, which is the first position
-                for head in attention[0].double():
-                    for query in range(last_visual + 1, len(visual)):
-                        keys = [key for key in range(first_key, query + 1) if not visual[key]]
-                        p = head[query, keys] / head[query, keys].sum()
-                        entropy = float(torch.special.entr(p).sum())
-                        values.append((first_key, entropy, entropy / np.log(len(keys))))
+                for query in range(last_visual + 1, len(visual)):
+                    keys = [key for key in range(first_key, query + 1) if not hidden[key]]
+                    weights = heads[:, query, keys]
+                    entropy = float(entr(weights / weights.sum(1, keepdims=True)).sum(1).mean())
+                    values.append((first_key, entropy, entropy / np.log(len(keys))))
             table = np.array(values)
             with_sink, without = table[table[:, 0] == 0, 1:].mean(0), table[table[:, 0] == 1, 1:].mean(0)
             result.append([with_sink[0], with_sink[1], without[0], without[1]])
