@@ -1,68 +1,44 @@
-"""What a visual-token exit saves in wall-clock time: `python -m analysis.bench_dynamic_exit`.
+"""What a visual-token exit saves in wall-clock time.
 
-A random model of LLaVA-1.5's proportions (576 visual and 64 text tokens), so times depend on shapes alone. Measured:
-the prefill under an exit at half the depth against what separately timed layers predict, the time that gates take, and
-a batch of 8 with mixed exits against the same questions one by one.
+    python -m analysis.bench_dynamic_exit     # writes docs/benchmarks/dynamic_exit.md (about 3 minutes)
+
+A random model of LLaVA-1.5's proportions sees 35 system, 576 visual and 29 question tokens. Measured: the prefill under
+an exit at half the depth against what separately timed layers predict, the time that gates take, a batch of 8 with
+mixed exits against the same questions one by one, and its decoding against the full model's. All of them take turns in
+every round; ratios are taken within one.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from unittest import mock
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from analysis.benchmark import (
+    VISUAL_TOKENS,
+    add_output,
+    machine,
+    random_llava,
+    random_prompts,
+    spread,
+    write_page,
+)
+from analysis.markdown import markdown_table
 from dyvte.flops import prefill_flops
 from dyvte.gates import Gates
-from dyvte.mllm import MLLM, Batch, wrap
+from dyvte.mllm import MLLM, Batch
 from dyvte.policies.base import Policy
 from dyvte.policies.dynamic_exit import DynamicExit, exit_probabilities
 from dyvte.policies.fixed_exit import FixedExit
 
-SYSTEM, VISUAL, QUESTION = 35, 576, 29
-IMAGE_TOKEN = 99
+SYSTEM_TOKENS, QUESTION_TOKENS = 35, 29
 ROWS = 8
-
-
-def build(layers: int, width: int, heads: int, device: torch.device, dtype: torch.dtype) -> MLLM:
-    """A random LLaVA with a small tower: 336 pixels in patches of 14 make 576 visual tokens."""
-    text = LlamaConfig(
-        vocab_size=1000,
-        hidden_size=width,
-        intermediate_size=width * 43 // 16,  # Vicuna's 11008 for 4096
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=1024,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=336, patch_size=14
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN)
-        model = LlavaForConditionalGeneration(config)
-    return wrap(model.to(dtype))
-
-
-def make_batch(mllm: MLLM, rows: int, image: bool = True) -> Batch:
-    """Random prompts; the first row is the same for any number of rows."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 90, (rows, SYSTEM + VISUAL + QUESTION), generator=generator)
-    if not image:
-        text = torch.cat([ids[:, :SYSTEM], ids[:, SYSTEM + VISUAL :]], dim=1)
-        return mllm.batch(input_ids=text, attention_mask=torch.ones_like(text))
-    ids[:, SYSTEM : SYSTEM + VISUAL] = IMAGE_TOKEN
-    pixels = torch.randn(rows, 3, 336, 336, generator=generator)
-    return mllm.batch(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels)
+STEPS = 8
 
 
 @dataclass
@@ -70,7 +46,6 @@ class Bench:
     """Times prefills; the device is synchronised around each."""
 
     mllm: MLLM
-    repeats: int
 
     def synchronize(self) -> None:
         """Wait until the device has done what was asked of it."""
@@ -85,27 +60,36 @@ class Bench:
         self.synchronize()
         return time.perf_counter() - start
 
-    def medians(self, runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-        """Median seconds of each run. They take turns, so a slow spell of the machine hits all of them."""
-        for run in runs.values():
-            run()  # warm up
-        rounds = [{name: self.seconds(run) for name, run in runs.items()} for _ in range(self.repeats)]
-        return {name: statistics.median(each[name] for each in rounds) for name in runs}
-
     @torch.no_grad()
     def prefill(self, batch: Batch, policy: Policy | None = None) -> None:
         """Prefill as `generate` does it."""
         with nullcontext() if policy is None else policy(self.mllm):
             self.mllm.model(**batch, use_cache=True, logits_to_keep=1)
 
+    def prefill_seconds(self, batch: Batch, policy: Policy | None = None) -> float:
+        """Of one prefill."""
+        return self.seconds(lambda: self.prefill(batch, policy))
+
+    @torch.no_grad()
+    def decode_seconds(self, batch: Batch, policy: Policy | None = None) -> float:
+        """Of one decoding step, the mean over `STEPS` after a prefill."""
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        with nullcontext() if policy is None else policy(self.mllm):
+            cache = self.mllm.model(**batch, use_cache=True, logits_to_keep=1).past_key_values
+
+            def decode() -> None:
+                nonlocal mask
+                for _ in range(STEPS):
+                    mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+                    self.mllm.model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)
+
+            return self.seconds(decode) / STEPS
+
     def layer_seconds(self, batch: Batch) -> float:
-        """Median seconds that all decoder layers together take in a plain prefill."""
-        totals = []
-        for _ in range(self.repeats + 1):
-            with self._timed_layers() as total:
-                self.prefill(batch)
-            totals.append(total[0])
-        return statistics.median(totals[1:])
+        """That all decoder layers together take in a plain prefill."""
+        with self._timed_layers() as total:
+            self.prefill(batch)
+        return total[0]
 
     @contextmanager
     def _timed_layers(self) -> Iterator[list[float]]:
@@ -129,7 +113,7 @@ class Bench:
                 handle.remove()
 
     def gate_seconds(self, batch: Batch, policy: DynamicExit) -> float:
-        """Median seconds that the gates of one prefill take."""
+        """That the gates of one prefill take."""
         spent = 0.0
         decide = DynamicExit.before_layer
 
@@ -137,13 +121,9 @@ class Bench:
             nonlocal spent
             spent += self.seconds(lambda: decide(*arguments))  # type: ignore[arg-type]
 
-        totals = []
         with mock.patch.object(DynamicExit, "before_layer", timed):
-            for _ in range(self.repeats + 1):
-                spent = 0.0
-                self.prefill(batch, policy)
-                totals.append(spent)
-        return statistics.median(totals[1:])
+            self.prefill(batch, policy)
+        return spent
 
 
 @torch.no_grad()
@@ -164,75 +144,108 @@ def rows_alone(batch: Batch, mllm: MLLM) -> list[Batch]:
     return [mllm.batch(**{name: value[row : row + 1] for name, value in batch.items()}) for row in range(ROWS)]
 
 
-def benchmark(mllm: MLLM, repeats: int) -> list[tuple[str, str, str]]:
-    """Rows of the report: what, measured, required."""
-    bench, layers = Bench(mllm, repeats), mllm.num_layers
-    one, half = make_batch(mllm, 1), FixedExit(layers // 2)
-    times = bench.medians({"full": lambda: bench.prefill(one), "half": lambda: bench.prefill(one, half)})
-    saved = times["full"] - times["half"]
-    of_layer = (bench.layer_seconds(one) - bench.layer_seconds(make_batch(mllm, 1, image=False))) / layers
-    predicted = (layers - half.layer) * of_layer
-    full_flops = prefill_flops(mllm, one).total
-    with half(mllm):
-        flops_saved = 1 - prefill_flops(mllm, one).total / full_flops
-    never = DynamicExit(Gates(layers, mllm.hidden_size), threshold=2.0)
-    gates = bench.gate_seconds(one, never)
+def measure(mllm: MLLM, repeats: int) -> list[dict[str, float]]:
+    """Seconds of everything that is timed, round by round; one more round before them warms up."""
+    bench, layers = Bench(mllm), mllm.num_layers
+    one = random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
+    text = random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS, images=0)
+    eight = random_prompts(mllm, ROWS, SYSTEM_TOKENS, QUESTION_TOKENS)
+    half, never = FixedExit(layers // 2), DynamicExit(Gates(layers, mllm.hidden_size), threshold=2.0)
+    mixed, alone = mixed_exits(mllm, eight), rows_alone(eight, mllm)
+    timed: dict[str, Callable[[], float]] = {
+        "full": lambda: bench.prefill_seconds(one),
+        "half": lambda: bench.prefill_seconds(one, half),
+        "layers": lambda: bench.layer_seconds(one),
+        "text layers": lambda: bench.layer_seconds(text),
+        "gates": lambda: bench.gate_seconds(one, never),
+        "batch": lambda: bench.prefill_seconds(eight, mixed),
+        "one by one": lambda: sum(bench.prefill_seconds(each, mixed) for each in alone),
+        "decoding": lambda: bench.decode_seconds(eight),
+        "decoding mixed": lambda: bench.decode_seconds(eight, mixed),
+    }
+    return [{name: run() for name, run in timed.items()} for _ in range(repeats + 1)][1:]
 
-    eight = make_batch(mllm, ROWS)
-    policy = mixed_exits(mllm, eight)
-    alone = rows_alone(eight, mllm)
-    batched = bench.medians(
-        {
-            "batch": lambda: bench.prefill(eight, policy),
-            "one by one": lambda: [bench.prefill(each, policy) for each in alone],
-        }
-    )
-    with torch.no_grad(), policy(mllm) as run:
+
+@torch.no_grad()
+def exits_of_batch(mllm: MLLM) -> list[int]:
+    """Exit layers of the batch with mixed exits, in order."""
+    eight = random_prompts(mllm, ROWS, SYSTEM_TOKENS, QUESTION_TOKENS)
+    with mixed_exits(mllm, eight)(mllm) as run:
         mllm.model(**eight, logits_to_keep=1)
-    exits = sorted(run.exit_layers.tolist())
-    time_saved = saved / times["full"]
+    return sorted(run.exit_layers.tolist())
+
+
+def flops_saved(mllm: MLLM) -> float:
+    """Share of the prefill's FLOPs, vision tower included, that an exit at half the depth saves."""
+    one = random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
+    full = prefill_flops(mllm, one).total
+    with FixedExit(mllm.num_layers // 2)(mllm):
+        return 1 - prefill_flops(mllm, one).total / full
+
+
+def table(layers: int, rounds: list[dict[str, float]], flops: float, exits: list[int]) -> list[tuple[str, str, str]]:
+    """Rows of the page: what, measured, required."""
+    leave = layers // 2
+
+    def ms(name: str, questions: int = 1) -> str:
+        return f"{spread((1e3 * each[name] / questions for each in rounds), 1)} ms"
+
+    def ratio(value: Callable[[dict[str, float]], float], digits: int = 3) -> str:
+        return spread(map(value, rounds), digits)
+
+    def saved(each: dict[str, float]) -> float:
+        return each["full"] - each["half"]
+
+    def predicted(each: dict[str, float]) -> float:
+        return (layers - leave) / layers * (each["layers"] - each["text layers"])
+
     return [
-        ("prefill of one question", f"{1e3 * times['full']:.1f} ms", ""),
-        (f"the same, exit after {half.layer} of {layers} layers", f"{1e3 * times['half']:.1f} ms", ""),
-        ("saved, of what timed layers predict", f"{saved / predicted:.3f}", "at least 0.9"),
-        ("share of the time saved", f"{time_saved:.3f}", ""),
-        ("share of the FLOPs saved", f"{flops_saved:.3f}", ""),
-        ("time saved over FLOPs saved", f"{time_saved / flops_saved:.3f}", "reported"),
-        (f"{layers - 1} gates, of the prefill", f"{gates / times['full']:.4f}", "below 0.02"),
-        (f"batch of {ROWS}, exits {exits}, a question", f"{1e3 * batched['batch'] / ROWS:.1f} ms", ""),
-        ("the same one by one, a question", f"{1e3 * batched['one by one'] / ROWS:.1f} ms", "not below the batch"),
+        ("prefill of one question", ms("full"), ""),
+        (f"the same, exit after {leave} of {layers} layers", ms("half"), ""),
+        ("saved, of what timed layers predict", ratio(lambda each: saved(each) / predicted(each)), "at least 0.9"),
+        ("share of the time saved", ratio(lambda each: saved(each) / each["full"]), ""),
+        ("share of the FLOPs saved", f"{flops:.3f}", ""),
+        ("time saved over FLOPs saved", ratio(lambda each: saved(each) / each["full"] / flops), "reported"),
+        (f"{layers - 1} gates, of the prefill", ratio(lambda each: each["gates"] / each["full"], 4), "below 0.02"),
+        (f"batch of {ROWS}, exits {exits}, a question", ms("batch", ROWS), ""),
+        ("the same one by one, a question", ms("one by one", ROWS), ""),
+        ("batch over one by one", ratio(lambda each: each["batch"] / each["one by one"]), "at most 1"),
+        (f"decoding step of {ROWS} rows, full model", ms("decoding"), ""),
+        ("the same with these exits", ms("decoding mixed"), ""),
+        (
+            "decoding with these exits, of full",
+            ratio(lambda each: each["decoding mixed"] / each["decoding"]),
+            "reported",
+        ),
     ]
 
 
 def main() -> None:
-    """Run the benchmark and write its table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure, print and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--head-size", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/dynamic_exit.md"))
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    rows = benchmark(build(args.layers, args.width, args.heads, device, dtype), args.repeats)
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    parser.add_argument("--repeats", type=int, default=9, help="rounds")
+    add_output(parser, "dynamic_exit")
+    options = parser.parse_args()
+    dtype = torch.float32 if options.device == "cpu" else torch.float16
+    mllm = random_llava(options.layers, options.hidden, options.head_size, device=options.device, dtype=dtype)
+    rows = table(options.layers, measure(mllm, options.repeats), flops_saved(mllm), exits_of_batch(mllm))
     lines = [
         "# What a visual-token exit saves in time",
         "",
-        f"`python -m analysis.bench_dynamic_exit --layers {args.layers} --width {args.width} --heads {args.heads}`: "
-        f"random model, {VISUAL} visual and {SYSTEM + QUESTION} text tokens, {str(dtype).removeprefix('torch.')}, "
-        f"{machine}, {platform.machine()}, torch {torch.__version__}; medians of {args.repeats}.",
+        "Written by `python -m analysis.bench_dynamic_exit`.",
         "",
-        "| | measured | required |",
-        "|---|---|---|",
-        *(f"| {what} | {value} | {required} |" for what, value, required in rows),
+        f"{machine(options.device)}, {str(dtype).removeprefix('torch.')}, random weights: {options.layers} layers, "
+        f"hidden {options.hidden}, heads of {options.head_size}; {SYSTEM_TOKENS} system + {VISUAL_TOKENS} visual + "
+        f"{QUESTION_TOKENS} question tokens. Median of {options.repeats} rounds [quartiles]; everything is timed in "
+        "every round, and ratios are taken within a round.",
         "",
+        *markdown_table(["", "measured", "required"], rows),
     ]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text("\n".join(lines))
-    print("\n".join(lines))
+    write_page(options.output, lines)
 
 
 if __name__ == "__main__":

@@ -9,53 +9,29 @@ Attention statistics of 64 samples are collected in batches, then a recipe is fi
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from analysis.bench_sweep import (
-    FIRST_TEXT,
-    IMAGE_TOKEN,
-    INSTRUCTION_TOKENS,
-    PATCHES_PER_SIDE,
-    SYSTEM_TOKENS,
-    build,
-)
-from dyvte.mllm import MLLM, Batch
+from analysis.bench_sweep import INSTRUCTION_TOKENS, SYSTEM_TOKENS, build
+from analysis.benchmark import VISUAL_TOKENS, add_output, machine, random_prompts, write_page
+from analysis.markdown import markdown_table
+from dyvte.mllm import Batch
 from dyvte.policies.fitprune import Recipe, Statistics, fit_recipe
-from dyvte.store import write_atomic
 
-REPORT = Path("docs/benchmarks/fitprune.md")
 LIMIT_SECONDS = 300
 """FitPrune's own claim for its search."""
-
-
-def make_batch(mllm: MLLM, rows: int, generator: torch.Generator) -> Batch:
-    """Random prompts, each with an image of its own."""
-    side = 2 * PATCHES_PER_SIDE
-
-    def text(length: int) -> torch.Tensor:
-        return torch.randint(FIRST_TEXT, mllm.text_config.vocab_size, (rows, length), generator=generator)
-
-    image = torch.full((rows, PATCHES_PER_SIDE**2), IMAGE_TOKEN)
-    return mllm.batch(
-        input_ids=torch.cat([text(SYSTEM_TOKENS), image, text(INSTRUCTION_TOKENS)], dim=1),
-        pixel_values=torch.randn(rows, 3, side, side, generator=generator),
-    )
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a plain forward, of the statistics by batch, and of fitting every budget; the recipes."""
     mllm = build(options)
     generator = torch.Generator().manual_seed(1)
-    warm_up = make_batch(mllm, 1, generator)
+    warm_up = random_prompts(mllm, 1, SYSTEM_TOKENS, INSTRUCTION_TOKENS, generator=generator)
     plain = []
     with torch.no_grad():
         for _ in range(3):
@@ -66,7 +42,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     def batches() -> Iterator[Batch]:
         for start in range(0, options.samples, options.batch_size):
-            batch = make_batch(mllm, min(options.batch_size, options.samples - start), generator)
+            rows = min(options.batch_size, options.samples - start)
+            batch = random_prompts(mllm, rows, SYSTEM_TOKENS, INSTRUCTION_TOKENS, generator=generator)
             started = time.perf_counter()
             yield batch
             seconds.append(time.perf_counter() - started)  # what the statistics took with it
@@ -81,41 +58,46 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {"plain": statistics.median(plain[1:]), "batches": seconds, "fits": fits}
 
 
-def report(options: argparse.Namespace, found: dict[str, Any]) -> str:
-    """The measurements as Markdown."""
+def report(options: argparse.Namespace, found: dict[str, Any]) -> list[str]:
+    """The lines of the page."""
     collecting, fits = sum(found["batches"]), found["fits"]
     slowest = max(each for each, _ in fits.values())
     total = collecting + slowest
     verdict = "under" if total < LIMIT_SECONDS else "**over**"
-    lines = [
+    steps = [
+        ["attention statistics, all samples", f"{collecting:.1f}"],
+        ["... a sample, median over batches", f"{statistics.median(found['batches']) / options.batch_size:.2f}"],
+        ["for scale: a plain forward of one sample, median", f"{found['plain']:.2f}"],
+    ]
+    columns = ["budget (decoder FLOPs)", "fitting, s", "alpha", "cost of the recipe"]
+    recipes = [
+        [
+            f"{budget:g}",
+            f"{seconds:.2f}",
+            f"{recipe.alpha:.3f}",
+            f"{recipe.cost:.3f}",
+            f"{100 * recipe.keep[-1]:.0f}%",
+        ]
+        for budget, (seconds, recipe) in fits.items()
+    ]
+    return [
         "# Cost of fitting a FitPrune recipe",
         "",
         "Written by `python -m analysis.bench_fitprune`.",
         "",
-        f"{platform.processor() or platform.machine()}, {options.device}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}, {options.dtype}, random weights: "
-        f"{options.layers} layers, hidden {options.hidden}, heads of {options.head_size}; {SYSTEM_TOKENS} system + "
-        f"{PATCHES_PER_SIDE**2} visual + {INSTRUCTION_TOKENS} instruction tokens; {options.samples} samples in batches "
-        f"of {options.batch_size}.",
+        f"{machine(options.device)}, {options.dtype}, random weights: {options.layers} layers, hidden "
+        f"{options.hidden}, heads of {options.head_size}; {SYSTEM_TOKENS} system + {VISUAL_TOKENS} visual + "
+        f"{INSTRUCTION_TOKENS} instruction tokens; {options.samples} samples in batches of {options.batch_size}.",
         "",
         f"Statistics and one recipe take {total:.0f} s, {verdict} the {LIMIT_SECONDS / 60:.0f} minutes that FitPrune's "
         "authors give for their search.",
         "",
-        "| step | seconds |",
-        "|---|---|",
-        f"| attention statistics, all samples | {collecting:.1f} |",
-        f"| ... a sample, median over batches | {statistics.median(found['batches']) / options.batch_size:.2f} |",
-        f"| for scale: a plain forward of one sample, median | {found['plain']:.2f} |",
+        *markdown_table(["step", "seconds"], steps),
         "",
-        "| budget (decoder FLOPs) | fitting, s | alpha | cost of the recipe | visual tokens seen by the last layer |",
-        "|---|---|---|---|---|",
+        *markdown_table([*columns, "visual tokens seen by the last layer"], recipes),
+        "",
+        "Random weights: the recipes say nothing about a trained model, the times do.",
     ]
-    for budget, (seconds, recipe) in fits.items():
-        lines.append(
-            f"| {budget:g} | {seconds:.2f} | {recipe.alpha:.3f} | {recipe.cost:.3f} | {100 * recipe.keep[-1]:.0f}% |"
-        )
-    lines += ["", "Random weights: the recipes say nothing about a trained model, the times do."]
-    return "\n".join([*lines, ""])
 
 
 def main() -> None:
@@ -130,12 +112,9 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32064)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--output", type=Path, default=REPORT)
+    add_output(parser, "fitprune")
     options = parser.parse_args()
-    text = report(options, measure(options))
-    print(text)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(options.output, lambda out: out.write(text.encode()))
+    write_page(options.output, report(options, measure(options)))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -22,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil
 
 from analysis import models
-from dyvte.store import write_atomic
+from analysis.benchmark import add_output, machine, write_page
+from analysis.markdown import markdown_table
 from dyvte.testbed.tokenizer import build_processor
 
-REPORT = Path("docs/benchmarks/full_width.md")
 SEED = 0
 
 
@@ -143,37 +141,36 @@ def run_command(module: str, samples: int, words: list[str], folder: Path) -> Ru
     return Run(module, samples, seconds, work, peak)
 
 
-def report(name: str, layers: int, facts: dict[str, Any], runs: list[Run], threads: int) -> str:
-    """The measurements as Markdown."""
+def report(name: str, layers: int, facts: dict[str, Any], runs: list[Run]) -> list[str]:
+    """The lines of the page."""
     weights = 4 * facts["parameters"]
-    columns = "| command | questions | whole process, s | work on the questions, s | peak resident memory, GiB | "
-    lines = [
+    columns = ["command", "questions", "whole process, s", "work on the questions, s", "peak resident memory, GiB"]
+    rows = [
+        [
+            f"`{run.command}`",
+            run.samples,
+            f"{run.seconds:.0f}",
+            f"{run.work_seconds:.0f}",
+            f"{run.peak_bytes / 2**30:.1f}",
+            f"{(run.peak_bytes - weights) / 2**30:.1f}",
+        ]
+        for run in runs
+    ]
+    return [
         "# Full width, reduced depth",
         "",
         "Written by `python -m analysis.bench_full_width`.",
         "",
-        f"{platform.processor() or platform.machine()}, cpu, {threads} threads, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, float32. The architecture of `{name}` with {layers} decoder layers "
-        f"and random weights: hidden {facts['hidden']:,}, {facts['heads']} heads, a vision tower of "
-        f"{facts['vision_layers']} layers and width {facts['vision_width']:,}, {facts['visual_tokens']} visual tokens; "
-        f"{facts['parameters'] / 1e9:.2f} billion parameters, {weights / 2**30:.1f} GiB. Batches of 2, answers of at "
-        "most 4 tokens.",
+        f"{machine()}, float32. The architecture of `{name}` with {layers} decoder layers and random weights: hidden "
+        f"{facts['hidden']:,}, {facts['heads']} heads, a vision tower of {facts['vision_layers']} layers and width "
+        f"{facts['vision_width']:,}, {facts['visual_tokens']} visual tokens; {facts['parameters'] / 1e9:.2f} billion "
+        f"parameters, {weights / 2**30:.1f} GiB. Batches of 2, answers of at most 4 tokens.",
         "",
-        columns + "above the weights, GiB |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
-    for run in runs:
-        above = (run.peak_bytes - weights) / 2**30
-        lines.append(
-            f"| `{run.command}` | {run.samples} | {run.seconds:.0f} | {run.work_seconds:.0f} | "
-            f"{run.peak_bytes / 2**30:.1f} | {above:.1f} |"
-        )
-    lines += [
+        *markdown_table([*columns, "above the weights, GiB"], rows),
         "",
         "`dyvte.train` labels its questions under every exit and trains the gates. The whole process includes starting "
         "Python and reading the weights, and for `dyvte.evaluate` the labels of every exit that it compares with.",
     ]
-    return "\n".join([*lines, ""])
 
 
 def main() -> None:
@@ -185,7 +182,7 @@ def main() -> None:
     parser.add_argument("--train-samples", type=int, default=8)
     parser.add_argument("--folder", type=Path, help="for the model and the runs; by default one that is deleted")
     parser.add_argument("--small", action="store_true", help="a narrow model, to try this program")
-    parser.add_argument("--output", type=Path, default=REPORT)
+    add_output(parser, "full_width")
     options = parser.parse_args()
     known = models.architecture(options.model)
     settings = models.small_settings(known) if options.small else known.config
@@ -194,10 +191,7 @@ def main() -> None:
         facts = write_model(settings, options.layers, folder / "model")
         todo = commands(folder / "model", folder, options.samples, options.train_samples)
         runs = [run_command(*each, folder=folder) for each in todo]
-    text = report(options.model, options.layers, facts, runs, torch.get_num_threads())
-    print(text)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(options.output, lambda out: out.write(text.encode()))
+    write_page(options.output, report(options.model, options.layers, facts, runs))
 
 
 if __name__ == "__main__":

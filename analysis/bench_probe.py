@@ -12,71 +12,29 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import platform
-import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from dyvte import AttentionProbe, wrap
-from dyvte.mllm import MLLM, Batch
+from analysis.benchmark import (
+    VISUAL_TOKENS,
+    add_output,
+    extra_mib,
+    machine,
+    measured_apart,
+    quartiles,
+    random_llava,
+    random_prompts,
+    spread,
+    write_page,
+)
+from analysis.markdown import markdown_table
+from dyvte import AttentionProbe
 
 SYSTEM_TOKENS, QUESTION_TOKENS = 35, 29
-PATCHES_PER_SIDE = 24  # 576 visual tokens an image, as in LLaVA-1.5
-IMAGE_TOKEN, FIRST_TEXT, VOCABULARY = 1, 2, 512
 HEAD_SIZE = 128
-INTERMEDIATE_RATIO = 11008 / 4096  # of the LLaMA decoder in LLaVA-1.5
-REPORT = Path("docs/benchmarks/probe.md")
 MEMORY_MODES = ("plain", "probe", "output_attentions")
-
-
-def build(hidden: int, num_layers: int, attn_implementation: str) -> MLLM:
-    """A random LLaVA with a vision tower too small to matter."""
-    config = transformers.LlavaConfig(
-        text_config=transformers.LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=hidden,
-            intermediate_size=int(hidden * INTERMEDIATE_RATIO),
-            num_hidden_layers=num_layers,
-            num_attention_heads=hidden // HEAD_SIZE,
-            num_key_value_heads=hidden // HEAD_SIZE,
-        ),
-        vision_config=transformers.CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            patch_size=2,
-            image_size=2 * PATCHES_PER_SIDE,
-        ),
-        image_token_index=IMAGE_TOKEN,
-    )
-    torch.manual_seed(0)
-    return wrap(
-        transformers.AutoModelForImageTextToText.from_config(
-            config, attn_implementation=attn_implementation, dtype=torch.float32
-        )
-    )
-
-
-def make_batch(mllm: MLLM, num_images: int) -> Batch:
-    """One prompt: 35 system tokens, the images, 29 question tokens."""
-    generator = torch.Generator().manual_seed(0)
-
-    def text(length: int) -> torch.Tensor:
-        return torch.randint(FIRST_TEXT, VOCABULARY, (1, length), generator=generator)
-
-    image = torch.full((1, num_images * PATCHES_PER_SIDE**2), IMAGE_TOKEN)
-    size = 2 * PATCHES_PER_SIDE
-    return mllm.batch(
-        input_ids=torch.cat([text(SYSTEM_TOKENS), image, text(QUESTION_TOKENS)], dim=1),
-        pixel_values=torch.randn(num_images, 3, size, size, generator=generator),
-    )
 
 
 @torch.no_grad()
@@ -85,8 +43,8 @@ def measure_time(hidden: int, num_layers: int, repeats: int) -> dict[str, Any]:
 
     Beside elapsed time, the ratio of processor time, which a busy machine disturbs less.
     """
-    mllm = build(hidden, num_layers, "sdpa")
-    batch = make_batch(mllm, num_images=1)
+    mllm = random_llava(num_layers, hidden, HEAD_SIZE)
+    batch = random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
 
     def forward(probed: bool) -> tuple[float, float]:
         with AttentionProbe(mllm) if probed else contextlib.nullcontext():
@@ -106,75 +64,53 @@ def measure_time(hidden: int, num_layers: int, repeats: int) -> dict[str, Any]:
         "layers": num_layers,
         "tokens": batch["input_ids"].shape[1],
         "repeats": repeats,
-        "plain": statistics.quantiles(plain[0] for plain, _ in pairs),
-        "probed": statistics.quantiles(probed[0] for _, probed in pairs),
-        "ratio": statistics.quantiles(probed[0] / plain[0] for plain, probed in pairs),
-        "processor_ratio": statistics.quantiles(probed[1] / plain[1] for plain, probed in pairs),
+        "plain": [plain[0] for plain, _ in pairs],
+        "probed": [probed[0] for _, probed in pairs],
+        "ratio": [probed[0] / plain[0] for plain, probed in pairs],
+        "processor_ratio": [probed[1] / plain[1] for plain, probed in pairs],
     }
 
 
 @torch.no_grad()
 def measure_memory(mode: str, hidden: int, num_layers: int) -> dict[str, Any]:
     """MiB that the process needs at most during one forward, above what it held before."""
-    mllm = build(hidden, num_layers, "eager" if mode == "output_attentions" else "sdpa")
-    batch = make_batch(mllm, num_images=5)
-    warm_up = make_batch(mllm, num_images=1)
-    mllm.model(**warm_up, use_cache=False)
+    attention = "eager" if mode == "output_attentions" else "sdpa"
+    mllm = random_llava(num_layers, hidden, HEAD_SIZE, attn_implementation=attention)
+    batch = random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS, images=5)
+    mllm.model(**random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS), use_cache=False)  # warm up
     with AttentionProbe(mllm) if mode == "probe" else contextlib.nullcontext():
-        Path("/proc/self/clear_refs").write_text("5")  # restarts the kernel's record of the peak
-        before = _resident_mib("VmRSS")
-        output = mllm.model(**batch, use_cache=False, output_attentions=mode == "output_attentions")
-        peak = _resident_mib("VmHWM")
-    del output
-    return {"mode": mode, "hidden": hidden, "layers": num_layers, "extra_mib": peak - before}
+        extra = extra_mib(lambda: mllm.model(**batch, use_cache=False, output_attentions=mode == "output_attentions"))
+    return {"mode": mode, "hidden": hidden, "layers": num_layers, "extra_mib": extra}
 
 
-def _resident_mib(name: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"/proc/self/status has no {name}; memory is measured on Linux only")
-
-
-def _in_fresh_process(*arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "analysis.bench_probe", *arguments]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def report(times: list[dict[str, Any]], memory: dict[str, dict[str, Any]]) -> str:
-    """The measurements as Markdown."""
-
-    def spread(quartiles: list[float], digits: int) -> str:
-        low, middle, high = (f"{value:.{digits}f}" for value in quartiles)
-        return f"{middle} ({low} to {high})"
-
+def report(times: list[dict[str, Any]], memory: dict[str, dict[str, Any]]) -> list[str]:
+    """The lines of the page."""
     lines = [
         "# Cost of AttentionProbe",
         "",
         "Written by `python -m analysis.bench_probe`.",
         "",
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, float32, random weights in LLaVA-1.5's proportions (head size "
-        f"{HEAD_SIZE}).",
+        f"{machine()}, float32, random weights in LLaVA-1.5's proportions (head size {HEAD_SIZE}).",
         "",
         "## Time",
         "",
-        "One forward, median (quartiles); plain sdpa and probed forwards alternate in one process, ratios are taken "
+        "One forward, median [quartiles]; plain sdpa and probed forwards alternate in one process, ratios are taken "
         "pair by pair. Processor time is less disturbed by other work on the machine.",
         "",
-        "| hidden | layers | tokens | pairs | plain sdpa, ms | probed, ms | ratio | ratio of processor time |",
-        "|---|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {row['hidden']} | {row['layers']} | {row['tokens']} | {row['repeats']} | {spread(row['plain'], 0)} | "
-        f"{spread(row['probed'], 0)} | {spread(row['ratio'], 3)} | "
-        f"{spread(row['processor_ratio'], 3)} |"
+    columns = ["hidden", "layers", "tokens", "pairs", "plain sdpa, ms", "probed, ms", "ratio", "of processor time"]
+    rows = [
+        [
+            *(row[name] for name in ("hidden", "layers", "tokens", "repeats")),
+            *(spread(row[name], 0) for name in ("plain", "probed")),
+            *(spread(row[name], 3) for name in ("ratio", "processor_ratio")),
+        ]
         for row in times
     ]
+    lines += markdown_table(columns, rows)
     plain, probe, maps = (memory[mode]["extra_mib"] for mode in MEMORY_MODES)
     shape = memory["plain"]
-    heads, tokens = shape["hidden"] // HEAD_SIZE, 5 * PATCHES_PER_SIDE**2 + SYSTEM_TOKENS + QUESTION_TOKENS
+    heads, tokens = shape["hidden"] // HEAD_SIZE, 5 * VISUAL_TOKENS + SYSTEM_TOKENS + QUESTION_TOKENS
     lines += [
         "",
         "## Memory",
@@ -184,21 +120,20 @@ def report(times: list[dict[str, Any]], memory: dict[str, dict[str, Any]]) -> st
         f"{shape['layers'] * heads * tokens**2 * 4 / 2**20:,.0f} MiB; they grow with the number of layers, what the "
         "probe needs hardly does. Differences of a few MiB either way are the allocator's.",
         "",
-        "| forward | peak, MiB | above plain, MiB | share |",
-        "|---|---|---|---|",
-        f"| plain sdpa | {plain:,.0f} | | |",
-        f"| with AttentionProbe | {probe:,.0f} | {probe - plain:,.0f} | {(probe - plain) / (maps - plain):.1%} |",
-        f"| `output_attentions=True` (eager) | {maps:,.0f} | {maps - plain:,.0f} | 100% |",
-        "",
     ]
-    return "\n".join(lines)
+    above = [
+        ["plain sdpa", f"{plain:,.0f}", "", ""],
+        ["with AttentionProbe", f"{probe:,.0f}", f"{probe - plain:,.0f}", f"{(probe - plain) / (maps - plain):.1%}"],
+        ["`output_attentions=True` (eager)", f"{maps:,.0f}", f"{maps - plain:,.0f}", "100%"],
+    ]
+    return [*lines, *markdown_table(["forward", "peak, MiB", "above plain, MiB", "share"], above)]
 
 
 def main() -> None:
     """Measure, print and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9, help="pairs of forwards for each width")
-    parser.add_argument("--output", type=Path, default=REPORT)
+    add_output(parser, "probe")
     parser.add_argument("--memory-of", choices=MEMORY_MODES, help=argparse.SUPPRESS)  # what a child process measures
     options = parser.parse_args()
     if options.memory_of:
@@ -207,16 +142,9 @@ def main() -> None:
     times = []
     for hidden, num_layers in ((1024, 6), (2048, 3)):
         times.append(measure_time(hidden, num_layers, options.repeats))
-        print(times[-1], flush=True)
-    memory = {}
-    for mode in MEMORY_MODES:
-        memory[mode] = _in_fresh_process("--memory-of", mode)
-        print(memory[mode], flush=True)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.output.with_suffix(".partial")
-    partial.write_text(report(times, memory))
-    partial.replace(options.output)
-    print(f"wrote {options.output}")
+        print(f"hidden {hidden}: ratio {quartiles(times[-1]['ratio'])[1]:.3f}", flush=True)
+    memory = {mode: measured_apart("analysis.bench_probe", ["--memory-of", mode]) for mode in MEMORY_MODES}
+    write_page(options.output, report(times, memory))
 
 
 if __name__ == "__main__":

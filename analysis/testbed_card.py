@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from analysis.markdown import markdown_table
+from analysis.testbed_probes import NEIGHBOR, OWN
 from dyvte.testbed.questions import IMAGE_KINDS, KINDS, PATH_KINDS
 from dyvte.testbed.train import STAGES
 
@@ -17,10 +19,9 @@ def interval(entry: dict[str, float]) -> str:
     return f"{entry['accuracy']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
 
 
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+def joined_table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table as one text."""
+    return "\n".join(markdown_table(head, rows))
 
 
 def accuracy_markdown(result: dict[str, Any], blind: dict[str, Any] | None) -> str:
@@ -31,13 +32,13 @@ def accuracy_markdown(result: dict[str, Any], blind: dict[str, Any] | None) -> s
         control = interval(blind["accuracy"][kind]) if blind else "not recorded"
         name = "**all image kinds**" if kind == "image" else kind
         rows.append([name, KINDS.get(kind, ""), *cells, control, f"{result['majority'][kind]:.3f}"])
-    return markdown_table(["kind", "hops", *CONDITIONS, "trained on questions alone", "majority"], rows)
+    return joined_table(["kind", "hops", *CONDITIONS, "trained on questions alone", "majority"], rows)
 
 
 def probe_markdown(probes: dict[str, dict[str, float]]) -> str:
     """One row a probe."""
     rows = [[n, interval(p), f"{p['majority']:.3f}", p["num"]] for n, p in probes.items()]
-    return markdown_table(["one visual token tells", "linear probe", "majority", "objects"], rows)
+    return joined_table(["one visual token tells", "linear probe", "majority", "objects"], rows)
 
 
 def runs_markdown(runs: dict[str, dict[str, Any]]) -> str:
@@ -55,7 +56,9 @@ def runs_markdown(runs: dict[str, dict[str, Any]]) -> str:
     steps = f"steps ({' / '.join(STAGES)})"
     head = ["run", "seed", steps, "minutes", "image accuracy", "agreement at k = 0, L/4, L/2, 3L/4"]
     notes = [f"Note on {name}: {run['note']}" for name, run in runs.items() if run.get("note")]
-    return "\n\n".join([markdown_table(head, rows), *notes])
+    machines = list(dict.fromkeys(run["machine"] for run in runs.values()))
+    where = [f"Trained and recorded on {'; '.join(machines)}."] if machines else []
+    return "\n\n".join([joined_table(head, rows), *where, *notes])
 
 
 def depth_markdown(runs: dict[str, dict[str, Any]]) -> str:
@@ -65,10 +68,38 @@ def depth_markdown(runs: dict[str, dict[str, Any]]) -> str:
         if "exits" in run:
             depths = [run["exits"]["exit_depth"][k] for k in IMAGE_KINDS]
             rows.append([name, *(f"{d['mean']:.1f} [{d['low']:.1f}, {d['high']:.1f}]" for d in depths)])
-    return markdown_table(["run", *IMAGE_KINDS], rows)
+    return joined_table(["run", *IMAGE_KINDS], rows)
+
+
+def verdicts_markdown(runs: dict[str, dict[str, Any]]) -> str:
+    """The verdict on three stages after each training stage, one row a run."""
+    rows = []
+    for name, run in runs.items():
+        if run.get("attention"):
+            found = {stage: run["attention"][stage]["stages"] for stage in AFTER if stage in run["attention"]}
+            rows.append([name, *(_verdict_cell(found[stage]) if stage in found else "-" for stage in AFTER)])
+    return joined_table(["run", *(f"after {name}" for name in AFTER.values())], rows)
+
+
+AFTER = {"language": "stage 0 (language)", "align": "stage 2 (alignment)", "instruct": "stage 3 (instruction)"}
+"""Training stages after which attention is looked at."""
+
+
+def _verdict_cell(stages: dict[str, Any]) -> str:
+    """The verdict, with the middle stage's layers, fall and rise, and the rarity of the signature."""
+    word = str(stages["verdict"]).replace("_", " ")
+    if stages["change_points"] is None or stages["fall"] is None:
+        return word
+    first, last = stages["change_points"]
+    fall, rise = (
+        f"{stages[name][0]:+.2f} [{stages[name][1]:+.2f}, {stages[name][2]:+.2f}]" for name in ("fall", "rise")
+    )
+    p_value = max(stages["p_values"].values())
+    return f"{word}: middle stage layers {first} to {last - 1}, fall {fall}, rise {rise}, p = {p_value:.3f}"
 
 
 KEPT_ANSWERS, DEEP = 0.9, 0.75
+KNOWN, NEAR_MAJORITY = 0.9, 0.1
 
 
 def _falls_and_rises(run: dict[str, Any]) -> tuple[bool, str]:
@@ -97,7 +128,21 @@ def _deeper_with_hops(run: dict[str, Any]) -> tuple[bool, str]:
     return holds, ", ".join(f"{k} {depth[k]['mean']:.1f}" for k in ("attribute", *kinds))
 
 
+def _tokens_know_their_object(run: dict[str, Any]) -> tuple[bool, str]:
+    """Whether a linear probe reads an object's attributes off its visual token, and its neighbour's hardly."""
+    own, neighbor = (
+        [probe for name, probe in run["probes"].items() if name.startswith(whose)] for whose in (OWN, NEIGHBOR)
+    )
+    holds = all(probe["low"] >= KNOWN for probe in own)
+    holds = holds and all(probe["high"] <= probe["majority"] + NEAR_MAJORITY for probe in neighbor)
+    shares = [" ".join(f"{probe['accuracy']:.2f}" for probe in probes) for probes in (own, neighbor)]
+    majority = " ".join(f"{probe['majority']:.2f}" for probe in neighbor)
+    return holds, f"own {shares[0]}; neighbour's {shares[1]}, majority {majority}"
+
+
 STATEMENTS = {
+    f"one visual token tells its object's attributes to a linear probe (at least {KNOWN:.0%} each), and its "
+    f"neighbour's with at most {100 * NEAR_MAJORITY:.0f} points more than the majority rate": _tokens_know_their_object,
     "after instruction the image's enrichment falls over the layers and rises again": _falls_and_rises,
     f"visual tokens stop contributing: at least {KEPT_ANSWERS:.0%} of the answers stay under every exit in the last "
     "quarter of the layers": _stops_contributing,
@@ -115,7 +160,7 @@ def statements_markdown(runs: dict[str, dict[str, Any]]) -> str:
             holds, figures = holds_in(run)
             cells.append(f"{'yes' if holds else '**no**'} ({figures})")
         rows.append([statement, *cells])
-    return markdown_table(["statement", *trained], rows)
+    return joined_table(["statement", *trained], rows)
 
 
 def bar_sentence(bar: dict[str, Any]) -> str:
@@ -180,7 +225,9 @@ question to the chance rate.
 {accuracy}
 
 The last two columns are what can be had without an image: a model of the same architecture trained on the questions
-alone, and the most frequent answer (told which attribute is asked).
+alone, and the most frequent answer (told which attribute is asked). No training image was empty: the blank one makes
+the model say `{blank_answer}` to {blank_share:.0%} of the image questions, yes-or-no questions and colours among them,
+which is why that column can lie below guessing.
 
 Matched questions (same image, start, asked attribute and length; only the steps differ):
 
@@ -230,6 +277,13 @@ curves as LLaVA's.
 
 ![Enrichment without sink after each training stage](testbed/attention_enrichment.png)
 
+The verdict on three stages ([what it asks for](stage_verdict.md)) after each training stage, on the questions behind
+the curves. Fall and rise are in log enrichment (0.69 = a factor of two) at the change points that fit best, with 95%
+bands that hold for all change points together; p: how often a random order of the layers, or of the steps between
+them, shows the signature as clearly, which for so few layers is often.
+
+{verdicts}
+
 Mean exit depth by kind with 95% intervals: decoder layers that must see the image for the answer to stay the same (the
 answer alone; `analysis.exits` also asks for its cross-entropy to stay, which takes more layers):
 
@@ -237,9 +291,8 @@ answer alone; `analysis.exits` also asks for its cross-entropy to stay, which ta
 
 ## What holds in every run
 
-Statements about this testbed, each against 95% intervals within a run, and the runs in which they hold. What holds in
-one run alone is a finding on that run's weights, and a run that answers little better than without its image tells
-nothing about what a trained model needs the image for.
+Statements about this testbed, each against 95% intervals within a run, and the runs in which they hold. What does not
+hold in all of them is a finding on the weights of the others.
 
 {statements}
 """
@@ -254,11 +307,14 @@ def documents(result: dict[str, Any], runs: dict[str, dict[str, Any]], parameter
         "num_arithmetic": result["accuracy"]["image"]["arithmetic"]["num"],
         "bar": bar_sentence(result["bar"]),
         "accuracy": accuracy_markdown(result, runs.get("blind")),
-        "matched": markdown_table(["kind", "hops", "accuracy"], matched),
+        "matched": joined_table(["kind", "hops", "accuracy"], matched),
         "probes": probe_markdown(result["probes"]),
         "runs": runs_markdown(runs),
         "depths": depth_markdown(runs),
         "statements": statements_markdown(runs),
+        "verdicts": verdicts_markdown(runs),
+        "blank_answer": result["said_to_blank"]["answer"],
+        "blank_share": result["said_to_blank"]["share"],
         "seconds": result["seconds"],
     }
     return CARD.format(**values), PAGE.format(**values)

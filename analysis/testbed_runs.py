@@ -1,14 +1,14 @@
 """Record what a training run of the testbed shows: ``python -m analysis.testbed_runs run=outputs/testbed/main``.
 
 Checkpoints are too large to keep, so their evidence is written to ``docs/testbed/runs/<name>.json``: the training log,
-accuracy per kind on held-out questions, attention curves after each training stage, and agreement under every exit.
+accuracy per kind on held-out questions, attention curves and the verdict on three stages after each training stage,
+agreement under every exit, and linear probes of the decoder's input.
 ``python -m analysis.testbed`` draws the documentation from these files.
 """
 
 from __future__ import annotations
 
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from tqdm import tqdm
 
-from analysis.statistics import mean_band
+from analysis.benchmark import machine
+from analysis.statistics import mean_band, stage_verdict
+from analysis.testbed_probes import probe_report
 from dyvte.config import command
 from dyvte.criteria import exit_depth
 from dyvte.errors import ConfigError
@@ -72,21 +74,28 @@ def accuracy_table(records: list[ShapesRecord], answers: list[str], seed: int = 
     return table
 
 
-def attention_curves(mllm: MLLM, records: list[ShapesRecord], batch_size: int, seed: int) -> dict[str, Any]:
-    """The paper's three curves, [L] each with bootstrap bands, as attention mass and as enrichment without sink."""
+def attention_values(mllm: MLLM, records: list[ShapesRecord], batch_size: int) -> dict[tuple[str, str], np.ndarray]:
+    """The paper's three curves of every question, [n, L], as attention mass and as enrichment without sink."""
     values: dict[tuple[str, str], list[np.ndarray]] = {(m, c): [] for m in MEASURES for c in CURVES}
-    for start in range(0, len(records), batch_size):
+    for start in tqdm(range(0, len(records), batch_size), desc="attention", mininterval=1.0):
         part = records[start : start + batch_size]
         batch = mllm.encode([r.image() for r in part], [r.question for r in part])
         with torch.no_grad(), AttentionProbe(mllm) as probe:
             mllm.model(**batch)
         for measure, curve in values:
             values[measure, curve].append(probe.stats.curve(curve, measure).mean(-1).numpy())
-    clusters = [r.image_id for r in records]
-    curves: dict[str, Any] = {m: {} for m in MEASURES}
-    for (measure, curve), parts in values.items():
-        curves[measure][curve] = mean_band(np.concatenate(parts), clusters, seed=seed).to_dict()
-    return curves
+    return {name: np.concatenate(parts) for name, parts in values.items()}
+
+
+def attention_record(mllm: MLLM, records: list[ShapesRecord], batch_size: int, seed: int) -> dict[str, Any]:
+    """Mean curves, [L] each with bootstrap bands, by measure; and what the verdict on three stages says of them."""
+    values, clusters = attention_values(mllm, records, batch_size), [r.image_id for r in records]
+    record: dict[str, Any] = {measure: {} for measure in MEASURES}
+    for (measure, curve), of_questions in values.items():
+        record[measure][curve] = mean_band(of_questions, clusters, seed=seed).to_dict()
+    cross, visual, text = (values["enrichment_no_sink", curve] for curve in CURVES)
+    record["stages"] = stage_verdict(cross, visual, text, clusters, seed=seed).to_dict()
+    return record
 
 
 def exit_agreement(mllm: MLLM, records: list[ShapesRecord], batch_size: int, seed: int) -> dict[str, Any]:
@@ -142,7 +151,7 @@ def main(cfg: DictConfig) -> None:
         "config": OmegaConf.to_container(trained),
         "logs": logs,
         "seconds": {s: lines[-1]["seconds"] for s, lines in logs.items()},
-        "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": machine(),
         "attention": {},
         "note": cfg.note,
     }
@@ -156,11 +165,12 @@ def main(cfg: DictConfig) -> None:
             raise ConfigError(f"run={run}: stage {stage} is not finished (no {stage}.pt); resume the training first")
         mllm = stage_model(run, trained, stage, vision)
         if not blind:
-            record["attention"][stage] = attention_curves(mllm, probed, cfg.batch_size, cfg.seed)
+            record["attention"][stage] = attention_record(mllm, probed, cfg.batch_size, cfg.seed)
     images = None if blind else [r.image() for r in records]
     record["accuracy"] = accuracy_table(records, answer(mllm, records, images, cfg.batch_size, "answers"), cfg.seed)
     if not blind:
         record["exits"] = exit_agreement(mllm, probed, cfg.batch_size, cfg.seed)
+        record["probes"] = probe_report(mllm, cfg.probe_scenes, cfg.batch_size, cfg.seed)
     target = Path(cfg.output_dir) / f"{trained.name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, record)

@@ -2,15 +2,114 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 import dyvte
-from analysis import bench_fitprune, bench_full_width, models
+from analysis import bench_dynamic_exit, bench_fitprune, bench_full_width, bench_probe, bench_sweep, models
+from analysis.benchmark import VISUAL_TOKENS, extra_mib, random_llava, random_prompts, spread, write_page
 from dyvte.data.shapes import ShapesDataset
+
+
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_prompts_have_the_tokens_that_were_asked_for(images: int) -> None:
+    mllm = random_llava(layers=2, hidden=32, head_size=16)
+    batch = random_prompts(mllm, 3, 5, 7, images=images)
+    assert batch["input_ids"].shape == (3, 5 + images * VISUAL_TOKENS + 7)
+    assert batch.layout.visual.sum(1).tolist() == 3 * [images * VISUAL_TOKENS]
+    with torch.no_grad():
+        logits = mllm.model(**batch).logits[:, -1]
+    assert not torch.equal(logits[0], logits[1])
+    again = random_prompts(mllm, 3, 5, 7, images=images)
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+
+
+def test_prompts_about_one_image_differ_in_the_question_alone() -> None:
+    mllm = random_llava(layers=2, hidden=32, head_size=16)
+    batch = random_prompts(mllm, 3, 5, 7, same_image=True)
+    ids, pixels = batch["input_ids"], batch["pixel_values"]
+    assert torch.equal(ids[0, :-7], ids[2, :-7])
+    assert not torch.equal(ids[0, -7:], ids[2, -7:])
+    assert len(pixels) == 3
+    assert torch.equal(pixels[0], pixels[2])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's record of the peak is Linux's")
+def test_memory_of_what_is_held_and_given_back() -> None:
+    mib = 96  # far above what an allocator rounds to or has left over
+
+    def work() -> None:
+        torch.ones(mib * 2**18)
+
+    assert mib - 1 <= extra_mib(work) < mib + 32
+    assert extra_mib(lambda: None) < 8
+
+
+def test_spread() -> None:
+    assert spread([4.0, 1.0, 2.0, 3.0, 5.0], 1) == "3.0 [2.0, 4.0]"
+    assert spread([2.0], 0) == "2 [2, 2]"
+
+
+def test_a_page_is_written_whole(tmp_path: Path) -> None:
+    write_page(tmp_path / "new" / "page.md", ["# Title", "", "text"])
+    assert (tmp_path / "new" / "page.md").read_text() == "# Title\n\ntext\n"
+    assert [each.name for each in (tmp_path / "new").iterdir()] == ["page.md"]
+
+
+def test_the_probe() -> None:
+    times = [bench_probe.measure_time(hidden=128, num_layers=2, repeats=2)]
+    assert all(len(times[0][name]) == 2 for name in ("plain", "probed", "ratio", "processor_ratio"))
+    memory = {
+        mode: {"mode": mode, "hidden": 256, "layers": 2, "extra_mib": mib}
+        for mode, mib in (("plain", 100.0), ("probe", 110.0), ("output_attentions", 300.0))
+    }
+    text = "\n".join(bench_probe.report(times, memory))
+    assert "| 128 | 2 | 640 | 2 |" in text
+    assert "| with AttentionProbe | 110 | 10 | 5.0% |" in text
+    assert "2,944 tokens" in text
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's record of the peak is Linux's")
+def test_maps_take_memory_that_the_probe_does_not() -> None:
+    probe, maps = (
+        bench_probe.measure_memory(mode, hidden=128, num_layers=2) for mode in ("probe", "output_attentions")
+    )
+    assert maps["extra_mib"] > 2 * probe["extra_mib"]
+
+
+def test_the_sweep() -> None:
+    options: Any = SimpleNamespace(
+        layers=5, hidden=32, head_size=16, vocabulary=64, device="cpu", dtype="float32", repeats=2
+    )
+    times = bench_sweep.measure_time(options)
+    assert times["difference"] < 1e-5
+    assert [len(each["a"]) for each in times["rounds"]] == [6, 6]
+    text = "\n".join(bench_sweep.report(options, times, {"plain": 100.0, "sweep": 50.0, "sweep_shared": 200.0}))
+    assert "32 system + 576 visual + 32 instruction tokens" in text
+    assert "| (b) sweep | 50 | 0.50 |" in text
+
+
+def test_an_exit_in_time() -> None:
+    mllm = random_llava(layers=8, hidden=32, head_size=16)
+    rounds = bench_dynamic_exit.measure(mllm, repeats=2)
+    assert len(rounds) == 2
+    assert all(seconds > 0 for each in rounds for seconds in each.values())
+    exits = bench_dynamic_exit.exits_of_batch(mllm)
+    assert len(exits) == bench_dynamic_exit.ROWS
+    assert len(set(exits)) > 2
+    known = {"full": 2.0, "half": 1.5, "layers": 1.4, "text layers": 0.4, "gates": 0.02, "batch": 8.0}
+    known |= {"one by one": 10.0, "decoding": 0.5, "decoding mixed": 0.4}
+    table = {what: measured for what, measured, _ in bench_dynamic_exit.table(8, [known], 0.5, exits)}
+    assert table["saved, of what timed layers predict"] == "1.000 [1.000, 1.000]"
+    assert table["time saved over FLOPs saved"] == "0.500 [0.500, 0.500]"
+    assert table["batch over one by one"] == "0.800 [0.800, 0.800]"
+    assert table["decoding with these exits, of full"] == "0.800 [0.800, 0.800]"
+    assert 0.3 < bench_dynamic_exit.flops_saved(mllm) < 0.5
 
 
 def test_fitting_a_recipe() -> None:
@@ -23,7 +122,7 @@ def test_fitting_a_recipe() -> None:
     _, recipe = found["fits"][0.7]
     assert recipe.num_samples == 3
     assert recipe.cost <= 0.7
-    text = bench_fitprune.report(options, found)
+    text = "\n".join(bench_fitprune.report(options, found))
     assert "32 system + 576 visual + 32 instruction tokens; 3 samples in batches of 2" in text
     assert "under the 5 minutes" in text
 
@@ -40,5 +139,5 @@ def test_a_model_of_full_width_is_one_that_commands_take(tmp_path: Path) -> None
     with torch.no_grad():
         assert len(mllm.generate(batch, max_new_tokens=2)) == 1
     runs = [bench_full_width.Run("analysis.stages", 4, 12.0, 5.0, 3 * 2**30)]
-    text = bench_full_width.report("llava7b", 2, facts, runs, 1)
+    text = "\n".join(bench_full_width.report("llava7b", 2, facts, runs))
     assert "| `analysis.stages` | 4 | 12 | 5 | 3.0 |" in text

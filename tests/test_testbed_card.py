@@ -9,9 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.testbed import linear_probe
-from analysis.testbed_card import accuracy_markdown, bar_sentence, documents, statements_markdown
+from analysis.statistics import stage_verdict
+from analysis.testbed_card import (
+    accuracy_markdown,
+    bar_sentence,
+    documents,
+    statements_markdown,
+    verdicts_markdown,
+)
+from analysis.testbed_probes import linear_probe, probe_report
 from analysis.testbed_runs import accuracy_table, read_log
+from dyvte.mllm import load
 from dyvte.testbed.questions import IMAGE_KINDS, KINDS, ShapesQuestions
 
 
@@ -50,6 +58,7 @@ def _result(accuracy: float) -> dict:
         "matched": table,
         "probes": {"its own color": {**entry, "majority": 0.2}},
         "majority": dict.fromkeys([*KINDS, "image"], 0.4),
+        "said_to_blank": {"answer": "0", "share": 0.55},
         "seconds": 12.0,
         "bar": {"met": accuracy >= 0.9, "kinds_below": {} if accuracy >= 0.8 else {"count": accuracy}},
     }
@@ -64,11 +73,12 @@ def test_the_card_says_whether_the_bar_is_met(accuracy: float, expected: str) ->
         assert expected in text
         assert accuracy_markdown(result, None) in text
         assert "{" not in text.replace("{color", "")
+    assert "say `0` to 55% of the image questions" in page.replace("\n", " ")
     assert f"{accuracy:.3f}" in card
     assert np.all([kind in page for kind in KINDS])
 
 
-def _run(cross: list[float], agreement: list[float], depths: list[float]) -> dict:
+def _run(cross: list[float], agreement: list[float], depths: list[float], neighbor: float = 0.3) -> dict:
     def band(values: list[float]) -> dict:
         mean, wide = np.array(values), 0.05
         return {"mean": mean.tolist(), "low": (mean - wide).tolist(), "high": (mean + wide).tolist()}
@@ -77,8 +87,13 @@ def _run(cross: list[float], agreement: list[float], depths: list[float]) -> dic
     of_kind = {k: {name: v[0] for name, v in band([d]).items()} for k, d in zip(kinds, depths, strict=True)}
     attention = {"instruct": {"enrichment_no_sink": {"cross": band(cross)}}}
     accuracy = {"image": {"accuracy": 0.9, "low": 0.85, "high": 0.95}}
+    probes = {
+        f"{name} color": {"accuracy": value, "low": value - 0.02, "high": value + 0.02, "majority": 0.25}
+        for name, value in (("its own", 0.97), ("its only neighbour's", neighbor))
+    }
     return {
         "accuracy": accuracy,
+        "probes": probes,
         "attention": attention,
         "exits": {"agreement": band(agreement), "exit_depth": of_kind},
     }
@@ -91,16 +106,45 @@ def test_a_statement_holds_in_a_run_only_where_its_intervals_say_so() -> None:
         "no rise": _run([0.6, 0.5, 0.4, 0.3, 0.34], agreement, depths),
         "late": _run(curve, [0.4, 0.7, 0.96, 0.94, 1.0], depths),
         "one deeper kind": _run(curve, agreement, [1.0, 1.05, 2.5, 3.0]),
+        "tokens that know": _run(curve, agreement, depths, neighbor=0.4),
         "blind": {},
     }
     header, _, right, *rows = (line.strip("| ").split(" | ") for line in statements_markdown(runs).splitlines())
-    assert right[1:] == ["0.900 [0.850, 0.950]"] * 4
-    assert header == ["statement", "yes", "no rise", "late", "one deeper kind"]
+    assert right[1:] == ["0.900 [0.850, 0.950]"] * 5
+    assert header == ["statement", "yes", "no rise", "late", "one deeper kind", "tokens that know"]
     assert [[cell.split(" (")[0] for cell in row[1:]] for row in rows] == [
-        ["yes", "**no**", "yes", "yes"],
-        ["yes", "yes", "**no**", "yes"],
-        ["yes", "yes", "yes", "**no**"],
+        ["yes", "yes", "yes", "yes", "**no**"],
+        ["yes", "**no**", "yes", "yes", "yes"],
+        ["yes", "yes", "**no**", "yes", "yes"],
+        ["yes", "yes", "yes", "**no**", "yes"],
     ]
-    assert "0.60, lowest 0.30 in layer 1, 0.90 in the last" in rows[0][1]
-    assert "from k = 2 of 4" in rows[1][1]
-    assert "from k = 4 of 4" in rows[1][3]
+    assert "own 0.97; neighbour's 0.30, majority 0.25" in rows[0][1]
+    assert "0.60, lowest 0.30 in layer 1, 0.90 in the last" in rows[1][1]
+    assert "from k = 2 of 4" in rows[2][1]
+    assert "from k = 4 of 4" in rows[2][3]
+
+
+def test_verdicts_of_the_training_stages_say_what_they_rest_on() -> None:
+    rng = np.random.default_rng(0)
+    level = np.repeat([1.0, 0.2, 1.0], 5)
+    cross = level * rng.lognormal(0, 0.1, (60, 15))
+    found = stage_verdict(
+        cross, 2.0 - level + np.zeros_like(cross), np.full_like(cross, 1.5), np.arange(60), n_perm=199
+    )
+    few = stage_verdict(cross[:, :3], cross[:, :3], cross[:, :3], np.arange(60))
+    runs = {
+        "main": {"attention": {"language": {"stages": few.to_dict()}, "instruct": {"stages": found.to_dict()}}},
+        "blind": {"attention": {}},
+    }
+    head, _, *rows = verdicts_markdown(runs).splitlines()
+    assert head.count("|") == 5
+    (row,) = (line.strip("| ").split(" | ") for line in rows)
+    assert row[:3] == ["main", "undetermined", "-"]
+    assert row[3].startswith(f"{found.verdict.replace('_', ' ')}: middle stage layers 5 to 9, fall +1.6")
+
+
+def test_probes_read_attributes_off_the_shipped_model() -> None:
+    report = probe_report(load("llava_shapes", device="cpu"), num_scenes=120, batch_size=24, seed=0)
+    assert report["its own color"]["low"] > 0.9
+    assert report["its only neighbour's color"]["high"] < 0.6
+    assert report["its own color"]["num"] > report["its only neighbour's color"]["num"] > 10

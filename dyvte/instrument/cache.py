@@ -60,7 +60,7 @@ class KeptLayer(DynamicLayer):
     def _clear(self) -> None:
         self.length = 0
         self.is_initialized = False
-        self._groups: list[_Group] = []  # of the prefill under way
+        self._groups: list[_Group] = []  # of the prefill; its tensors stay as they are until the first new token
         self._made_of: list[tuple[Selection, Tensor | None]] = []  # held, so that their ids stay taken
         self._store: list[Tensor] = []  # keys and values [room, heads, head size]
         self._num_entries = 0
@@ -86,9 +86,9 @@ class KeptLayer(DynamicLayer):
             self._writing = None
 
     def finish_prefill(self, length: int) -> None:
-        """Put what was stored of the groups of rows into one store. The prompt had `length` positions."""
+        """Make the table of what was stored of the groups of rows. The prompt had `length` positions."""
         self.length = self._prompt_length = self._tail_start = length
-        groups, self._groups = self._groups, []
+        groups = self._groups
         shapes = [group.selection.index.shape for group in groups]
         rows, width = sum(b for b, _ in shapes), max(n for _, n in shapes)
         self._made_of = [(group.selection, group.key_bias) for group in groups]
@@ -98,9 +98,6 @@ class KeptLayer(DynamicLayer):
         self._entry = torch.zeros_like(self._position)
         biased = any(group.key_bias is not None for group in groups)
         self._bias = torch.zeros(rows, width, device=self.device) if biased else None
-        total = sum(b * n for b, n in shapes)
-        like = groups[0].keys, groups[0].values
-        self._store = [each.new_empty(total, each.shape[1], each.shape[3]) for each in like]
         self._num_entries = 0
         for group, (b, n) in zip(groups, shapes, strict=True):
             chosen, entries = group.selection.rows, torch.arange(b * n, device=self.device) + self._num_entries
@@ -109,7 +106,7 @@ class KeptLayer(DynamicLayer):
             self._entry[chosen, :n] = entries.view(b, n)
             if self._bias is not None and group.key_bias is not None:
                 self._bias[chosen, :n] = group.key_bias.to(self._bias.dtype)
-            self._write(group.keys, group.values)
+            self._num_entries += b * n
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
@@ -179,16 +176,18 @@ class KeptLayer(DynamicLayer):
     @property
     def keys(self) -> Tensor | None:
         """[B, heads, n, head size] keys of the kept positions; where a row kept fewer than another, any key."""
-        return self._gathered()[0] if self._store else None
+        return self._gathered()[0] if self._num_entries else None
 
     @property
     def values(self) -> Tensor | None:
         """[B, heads, n, head size] values of the kept positions."""
-        return self._gathered()[1] if self._store else None
+        return self._gathered()[1] if self._num_entries else None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the stored keys and values."""
+        if self._groups:
+            return sum(each.nbytes for group in self._groups for each in (group.keys, group.values))
         return sum(stored[: self._num_entries].nbytes for stored in self._store)
 
     def get_seq_length(self) -> int:
@@ -241,11 +240,22 @@ class KeptLayer(DynamicLayer):
 
     def _gathered(self) -> tuple[Tensor, Tensor]:
         """Keys and values [B, heads, n, head size] of all rows: the prompt's, then those of the new tokens."""
+        if self._groups:
+            self._settle(room=0)
         flat = self._entry.flatten()
         keys, values = (
             stored.index_select(0, flat).unflatten(0, self._entry.shape).transpose(1, 2) for stored in self._store
         )
         return keys, values
+
+    def _settle(self, room: int) -> None:
+        """Put what the prefill stored into one store, with room for so many more entries."""
+        groups, self._groups = self._groups, []
+        number, self._num_entries = self._num_entries, 0
+        like = groups[0].keys, groups[0].values
+        self._store = [each.new_empty(number + room, each.shape[1], each.shape[3]) for each in like]
+        for group in groups:
+            self._write(group.keys, group.values)
 
     def _write(self, *states: Tensor) -> None:
         """Store keys and values [b, heads, n, head size] behind what there is, row by row."""
@@ -256,13 +266,15 @@ class KeptLayer(DynamicLayer):
 
     def _make_room(self, number: int) -> None:
         """Let the store hold so many more entries; those that no row attends to any longer leave it."""
+        more = max(number, ROOM * len(self._entry))
+        if self._groups:
+            self._settle(more)
         if self._num_entries + number <= len(self._store[0]):
             return
         live, self._entry = self._entry.unique(return_inverse=True)
         self._num_entries = len(live)
-        room = self._num_entries + max(number, ROOM * len(self._entry))
         for part, stored in enumerate(self._store):
-            self._store[part] = stored.new_empty(room, *stored.shape[1:])
+            self._store[part] = stored.new_empty(self._num_entries + more, *stored.shape[1:])
             torch.index_select(stored, 0, live, out=self._store[part][: self._num_entries])
 
     def _forget_outside_window(self) -> None:
