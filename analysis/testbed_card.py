@@ -86,7 +86,7 @@ AFTER = {"language": "stage 0 (language)", "align": "stage 2 (alignment)", "inst
 
 
 def _verdict_cell(stages: dict[str, Any]) -> str:
-    """The verdict, with the middle stage's layers, fall and rise, and the rarity of the signature."""
+    """The verdict, with the middle stage's layers, fall and rise, the rarity of the signature, and what fails."""
     word = str(stages["verdict"]).replace("_", " ")
     if stages["change_points"] is None or stages["fall"] is None:
         return word
@@ -95,7 +95,9 @@ def _verdict_cell(stages: dict[str, Any]) -> str:
         f"{stages[name][0]:+.2f} [{stages[name][1]:+.2f}, {stages[name][2]:+.2f}]" for name in ("fall", "rise")
     )
     p_value = max(stages["p_values"].values())
-    return f"{word}: middle stage layers {first} to {last - 1}, fall {fall}, rise {rise}, p = {p_value:.3f}"
+    failed = [check for check, passed in stages["checks"].items() if not passed]
+    missing = f"; fails {', '.join(failed)}" if failed else ""
+    return f"{word}: middle stage layers {first} to {last - 1}, fall {fall}, rise {rise}, p = {p_value:.3f}{missing}"
 
 
 KEPT_ANSWERS, DEEP = 0.9, 0.75

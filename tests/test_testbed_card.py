@@ -141,6 +141,8 @@ def test_verdicts_of_the_training_stages_say_what_they_rest_on() -> None:
     (row,) = (line.strip("| ").split(" | ") for line in rows)
     assert row[:3] == ["main", "undetermined", "-"]
     assert row[3].startswith(f"{found.verdict.replace('_', ' ')}: middle stage layers 5 to 9, fall +1.6")
+    failed = [check for check, passed in found.checks.items() if not passed]
+    assert row[3].partition("; fails ")[2] == ", ".join(failed)
 
 
 def test_probes_read_attributes_off_the_shipped_model() -> None:
