@@ -144,14 +144,19 @@ def rows_alone(batch: Batch, mllm: MLLM) -> list[Batch]:
     return [mllm.batch(**{name: value[row : row + 1] for name, value in batch.items()}) for row in range(ROWS)]
 
 
-def measure(mllm: MLLM, repeats: int) -> list[dict[str, float]]:
+def batch_of_rows(mllm: MLLM) -> Batch:
+    """The batch whose rows leave at different layers."""
+    return random_prompts(mllm, ROWS, SYSTEM_TOKENS, QUESTION_TOKENS)
+
+
+def measure(mllm: MLLM, mixed: DynamicExit, repeats: int) -> list[dict[str, float]]:
     """Seconds of everything that is timed, round by round; one more round before them warms up."""
     bench, layers = Bench(mllm), mllm.num_layers
     one = random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
     text = random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS, images=0)
-    eight = random_prompts(mllm, ROWS, SYSTEM_TOKENS, QUESTION_TOKENS)
+    eight = batch_of_rows(mllm)
     half, never = FixedExit(layers // 2), DynamicExit(Gates(layers, mllm.hidden_size), threshold=2.0)
-    mixed, alone = mixed_exits(mllm, eight), rows_alone(eight, mllm)
+    alone = rows_alone(eight, mllm)
     timed: dict[str, Callable[[], float]] = {
         "full": lambda: bench.prefill_seconds(one),
         "half": lambda: bench.prefill_seconds(one, half),
@@ -167,11 +172,10 @@ def measure(mllm: MLLM, repeats: int) -> list[dict[str, float]]:
 
 
 @torch.no_grad()
-def exits_of_batch(mllm: MLLM) -> list[int]:
-    """Exit layers of the batch with mixed exits, in order."""
-    eight = random_prompts(mllm, ROWS, SYSTEM_TOKENS, QUESTION_TOKENS)
-    with mixed_exits(mllm, eight)(mllm) as run:
-        mllm.model(**eight, logits_to_keep=1)
+def exits_of_batch(mllm: MLLM, mixed: DynamicExit) -> list[int]:
+    """Exit layers of the rows, in order."""
+    with mixed(mllm) as run:
+        mllm.model(**batch_of_rows(mllm), logits_to_keep=1)
     return sorted(run.exit_layers.tolist())
 
 
@@ -232,7 +236,9 @@ def main() -> None:
     options = parser.parse_args()
     dtype = torch.float32 if options.device == "cpu" else torch.float16
     mllm = random_llava(options.layers, options.hidden, options.head_size, device=options.device, dtype=dtype)
-    rows = table(options.layers, measure(mllm, options.repeats), flops_saved(mllm), exits_of_batch(mllm))
+    mixed = mixed_exits(mllm, batch_of_rows(mllm))
+    rounds = measure(mllm, mixed, options.repeats)
+    rows = table(options.layers, rounds, flops_saved(mllm), exits_of_batch(mllm, mixed))
     lines = [
         "# What a visual-token exit saves in time",
         "",

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 
+from dyvte.measure import PeakMemory
 from dyvte.mllm import MLLM, Batch, wrap
 from dyvte.store import write_atomic
 
@@ -117,10 +118,9 @@ def extra_mib(run: Callable[[], object], device: str = "cpu") -> float:
         RuntimeError: on a CPU, where the system is not Linux.
     """
     if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        with PeakMemory(torch.device(device)) as memory:
+            run()
+        return memory.bytes / 2**20
     if not sys.platform.startswith("linux"):
         raise RuntimeError("the resident memory of a process is measured on Linux only")
     Path("/proc/self/clear_refs").write_text("5")  # restarts the kernel's record of the peak

@@ -271,6 +271,10 @@ curves as LLaVA's.
 
 {runs}
 
+The smaller runs take the tower of main: `python -m dyvte.testbed.train name=seed1 seed=4 init_from=outputs/testbed/main
+'stages=[language,align,instruct]' 'instruct.phases=[find,judge,follow]' +phases.follow.settings.steps=2400`, seed2 with
+`seed=8`, and no_language with `seed=4` and without `language` among the stages.
+
 ![Validation accuracy while instructing](testbed/training.png)
 
 ## How the recipe shapes attention
