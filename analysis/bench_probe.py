@@ -118,7 +118,8 @@ def report(times: list[dict[str, Any]], memory: dict[str, dict[str, Any]]) -> li
         f"Peak resident memory during one forward of {tokens:,} tokens above that before it; hidden {shape['hidden']}, "
         f"{shape['layers']} layers, {heads} heads. The maps alone are layers x heads x tokens^2 x 4 bytes = "
         f"{shape['layers'] * heads * tokens**2 * 4 / 2**20:,.0f} MiB; they grow with the number of layers, what the "
-        "probe needs hardly does. Differences of a few MiB either way are the allocator's.",
+        "probe needs hardly does. One process each: the same forward took up to 100 MiB more in some processes than in "
+        "others, which is the allocator's, so a difference of that size between the first two says nothing.",
         "",
     ]
     above = [
