@@ -7,7 +7,7 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install stages test lint format types pytest docs notebooks figures comparison testbed-eval test-lmms-eval clean
+.PHONY: help install stages test lint format types pytest notebooks figures comparison testbed-eval test-lmms-eval clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,21 +49,18 @@ test-lmms-eval: ## Run lmms-eval itself on the shipped model under a policy
 		|| $(LMMS)/bin/python -m pip uninstall --yes --quiet torchvision
 	$(LMMS)/bin/python tests/lmms_eval/run.py
 
-docs: $(STAMP) ## The API reference, docs/api.md, from the docstrings
-	$(BIN)/python -m analysis.api_reference
-
 notebooks: $(STAMP) ## Run the notebooks again and keep their outputs
-	$(BIN)/python -m analysis.notebooks
+	$(BIN)/python -m docs.tooling.notebooks
 
 figures: $(STAMP) ## Draw every picture of README.md and docs/ again
-	$(BIN)/python -m analysis.gallery
+	$(BIN)/python -m docs.tooling.gallery
 
 # One thread a process: the testbed is too small for more.
 comparison: $(STAMP) ## All methods at the same FLOPs on the shipped model, into README.md (WORKERS=2 processes)
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(WORKERS) -m analysis.comparison
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(WORKERS) -m docs.tooling.comparison
 
 testbed-eval: $(STAMP) ## Accuracy and controls of the shipped model, and its model card
-	$(BIN)/python -m analysis.testbed
+	$(BIN)/python -m docs.tooling.testbed
 
 clean: ## Remove .venv and caches; results under outputs/ stay
 	rm -rf $(VENV) $(LMMS) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

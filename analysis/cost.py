@@ -16,20 +16,30 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from analysis.markdown import heading, markdown_table, published, write_table_page
-from analysis.tables import LABELS, UNPUBLISHED_BUDGET, describe, encoded, gates_of, load_calibration, policy_at
-from dyvte.config import command, load_model
+from dyvte.batch import Batch
+from dyvte.cost.flops import prefill_flops
+from dyvte.cost.measure import PeakMemory, kv_cache_bytes
 from dyvte.data.base import build_dataset
 from dyvte.errors import DataError
 from dyvte.evaluate import policy_digest
-from dyvte.flops import prefill_flops
 from dyvte.gates.module import Gates
-from dyvte.measure import PeakMemory, kv_cache_bytes
-from dyvte.mllm import MLLM, Batch
+from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy
-from dyvte.policies.dynamic_exit import DynamicExit
-from dyvte.policies.fixed_exit import FixedExit
-from dyvte.store import RunFolder, fingerprint
+from dyvte.policies.exits.dynamic_exit import DynamicExit
+from dyvte.policies.exits.fixed_exit import FixedExit
+from dyvte.runs.config import command, load_model
+from dyvte.runs.store import RunFolder, fingerprint
+
+from .measuring.methods import (
+    LABELS,
+    UNPUBLISHED_BUDGET,
+    describe,
+    encoded,
+    gates_of,
+    load_calibration,
+    policy_at,
+)
+from .statistics.markdown import heading, markdown_table, published, write_table_page
 
 
 @command("cost")
@@ -191,7 +201,7 @@ class Stopwatch:
 def constant(mllm: MLLM, batch: Batch, policy: Policy | None) -> dict[str, float]:
     """What does not vary between repeats, of one question: FLOPs of the prefill, bytes in the KV cache.
 
-    And the peak memory of the batch's prefill, above what was held before it (see `dyvte.measure.PeakMemory`).
+    And the peak memory of the batch's prefill, above what was held before it (see `dyvte.cost.measure.PeakMemory`).
     """
     rows = len(batch["input_ids"])
     with _active(mllm, policy):

@@ -16,20 +16,21 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 from torch.nn.functional import one_hot
 
-from analysis.markdown import markdown_table
-from analysis.notebooks import shipped_files
-from dyvte import distributed
 from dyvte.calibrate import build_policy
-from dyvte.config import command
-from dyvte.criteria import exit_depth, lucky_exit_depth
 from dyvte.errors import ConfigError, RunFolderError
 from dyvte.evaluate import control_table, evaluate, expected_figures, figures, reference_rows
 from dyvte.gates.controls import exits_by_hops
 from dyvte.gates.labels import LabelSet
 from dyvte.gates.module import SHIPPED_GATES, load_gates
-from dyvte.policies.dynamic_exit import DynamicExit
-from dyvte.store import RunFolder, plain, write_atomic, write_json
+from dyvte.instrument.sweep.criteria import exit_depth, lucky_exit_depth
+from dyvte.policies.exits.dynamic_exit import DynamicExit
+from dyvte.runs import distributed
+from dyvte.runs.config import command
+from dyvte.runs.store import RunFolder, plain, write_atomic, write_json
 from dyvte.testbed.questions import IMAGE_KINDS, PATH_KINDS
+
+from .measuring.shipped import shipped_files
+from .statistics.markdown import markdown_table
 
 START, END = "<!-- gates -->", "<!-- /gates -->"
 

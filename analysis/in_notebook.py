@@ -14,9 +14,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.markdown import markdown_table
 from dyvte.data import Dataset
-from dyvte.store import write_atomic
+from dyvte.runs.store import write_atomic
+
+from .statistics.markdown import markdown_table
 
 DPI = 100
 """Enough for a page, little enough for a repository, and the resolution that legends were laid out for."""

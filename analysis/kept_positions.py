@@ -1,8 +1,8 @@
 """``python -m analysis.kept_positions``: which places of the image each method keeps.
 
-Methods get settings of the same cost (`analysis.matched`) and run on the same questions. A map says in which share of
-the questions, and of the layers that a method has thinned, a place is still seen. Places are numbered in the order of
-the visual tokens; their mean number, 0 for the first and 1 for the last, is 0.5 for a method that has no preference.
+Methods get settings of the same cost (`analysis.measuring.matched`) and run on the same questions. A map says in which
+share of the questions, and of the layers that a method has thinned, a place is still seen. Places are numbered in the
+order of the visual tokens; their mean number, 0 for the first and 1 for the last, is 0.5 for a method that has no preference.
 Ranking by attention is known to favour late places, whose tokens are nearest to the question.
 """
 
@@ -22,18 +22,20 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis import plots
-from analysis.matched import methods
-from analysis.statistics import mean_band
-from analysis.tables import LABELS, SeenPositions, describe, encoded, load_calibration
-from dyvte import distributed
-from dyvte.config import command, load_model
+from dyvte.batch import Batch
 from dyvte.data.base import Sample, build_dataset
 from dyvte.errors import ConfigError, DataError
 from dyvte.instrument.views import View, view
-from dyvte.mllm import MLLM, Batch
+from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy
-from dyvte.store import RunFolder, fingerprint
+from dyvte.runs import distributed
+from dyvte.runs.config import command, load_model
+from dyvte.runs.store import RunFolder, fingerprint
+
+from .measuring.matched import methods
+from .measuring.methods import LABELS, SeenPositions, describe, encoded, load_calibration
+from .plots import attention as plots
+from .statistics.bands import mean_band
 
 
 @command("kept_positions")

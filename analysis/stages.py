@@ -19,17 +19,21 @@ import torch
 from matplotlib import pyplot as plt
 from omegaconf import DictConfig
 
-from analysis import plots, statistics
-from analysis.statistics import Band, StageVerdict
-from dyvte import distributed, runner, store
-from dyvte.config import command, load_model
+from dyvte.batch import Batch
 from dyvte.data import Dataset, Sample, build_dataset
 from dyvte.errors import ConfigError, ModelError
 from dyvte.instrument.attention import CURVES, MEASURES, AttentionProbe
 from dyvte.instrument.role_attention import ENTROPIES
 from dyvte.instrument.views import view
 from dyvte.layout import ANSWER, VISUAL
-from dyvte.mllm import MLLM, Batch
+from dyvte.mllm import MLLM
+from dyvte.runs import distributed, runner, store
+from dyvte.runs.config import command, load_model
+
+from .plots import attention as plots
+from .statistics import stages as statistics
+from .statistics.bands import Band, mean_band
+from .statistics.stages import StageVerdict
 
 ENDPOINT = "enrichment_no_sink"
 """What the verdict looks at, fixed before any data were seen."""
@@ -160,7 +164,7 @@ def bands(table: pd.DataFrame, columns: Mapping[str, str], n_boot: int, seed: in
     """Mean curve with a pointwise 95% band for each column, keyed by `columns`' keys; columns without data left out."""
     images = table.loc[table["layer"] == 0, "image_id"].to_numpy()
     curves = np.stack([by_layer(table, column) for column in columns.values()], axis=1)  # [n, columns, L]
-    band = statistics.mean_band(curves, images, LEVEL, n_boot, seed)
+    band = mean_band(curves, images, LEVEL, n_boot, seed)
     return {
         name: Band(band.mean[index], band.low[index], band.high[index])
         for index, name in enumerate(columns)

@@ -8,13 +8,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from dyvte.version import __version__
 
 _PUBLIC = {
-    "load": "dyvte.mllm",
-    "wrap": "dyvte.mllm",
+    "load": "dyvte.loading",
+    "wrap": "dyvte.loading",
     "MLLM": "dyvte.mllm",
-    "Batch": "dyvte.mllm",
+    "Batch": "dyvte.batch",
     "ModelError": "dyvte.errors",
     "ROLES": "dyvte.layout",
     "TokenLayout": "dyvte.layout",
@@ -22,18 +22,18 @@ _PUBLIC = {
     "AttentionStats": "dyvte.instrument.attention",
     "exit_sweep": "dyvte.instrument.sweep",
     "Policy": "dyvte.policies.base",
-    "FixedExit": "dyvte.policies.fixed_exit",
-    "DynamicExit": "dyvte.policies.dynamic_exit",
-    "VTW": "dyvte.policies.vtw",
-    "FastV": "dyvte.policies.fastv",
-    "PyramidDrop": "dyvte.policies.pyramid_drop",
-    "ToMe": "dyvte.policies.tome",
-    "FitPrune": "dyvte.policies.fitprune",
-    "DivPrune": "dyvte.policies.divprune",
-    "RandomDrop": "dyvte.policies.drop",
-    "UniformDrop": "dyvte.policies.drop",
-    "AveragePool": "dyvte.policies.pooling",
-    "DownsampleImage": "dyvte.policies.pooling",
+    "FixedExit": "dyvte.policies.exits.fixed_exit",
+    "DynamicExit": "dyvte.policies.exits.dynamic_exit",
+    "VTW": "dyvte.policies.exits.vtw",
+    "FastV": "dyvte.policies.pruning.fastv",
+    "PyramidDrop": "dyvte.policies.pruning.pyramid_drop",
+    "ToMe": "dyvte.policies.merging.tome",
+    "FitPrune": "dyvte.policies.pruning.fitprune",
+    "DivPrune": "dyvte.policies.pruning.divprune",
+    "RandomDrop": "dyvte.policies.pruning.drop",
+    "UniformDrop": "dyvte.policies.pruning.drop",
+    "AveragePool": "dyvte.policies.merging.pooling",
+    "DownsampleImage": "dyvte.policies.merging.pooling",
     "SkipAttention": "dyvte.policies.skip_attention",
     "Compose": "dyvte.policies.compose",
     "Gates": "dyvte.gates",
@@ -42,12 +42,12 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
+    from dyvte.batch import Batch as Batch
     from dyvte.layout import ROLES as ROLES
     from dyvte.layout import TokenLayout as TokenLayout
+    from dyvte.loading import load as load
+    from dyvte.loading import wrap as wrap
     from dyvte.mllm import MLLM as MLLM
-    from dyvte.mllm import Batch as Batch
-    from dyvte.mllm import load as load
-    from dyvte.mllm import wrap as wrap
 
 
 def __getattr__(name: str) -> Any:

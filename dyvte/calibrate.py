@@ -4,7 +4,7 @@ A file of `conf/policy/` that can do this has a setting that is null and a block
 
     layer: null
     calibrate:
-      _target_: dyvte.policies.vtw.VTW.calibrate     # called with the model, batches and the keys below
+      _target_: dyvte.policies.exits.vtw.VTW.calibrate     # called with the model, batches and the keys below
       eta: 0.003
 
 What was found is kept as `calibration.json` in the run folder, with what it was made of, and reused as long as that is
@@ -23,12 +23,13 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from dyvte import distributed
+from dyvte.batch import Batch
 from dyvte.data.base import Dataset, Sample, build_dataset
 from dyvte.errors import ConfigError, DataError
-from dyvte.mllm import MLLM, Batch
+from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy
-from dyvte.store import model_fingerprint, plain, write_json
+from dyvte.runs import distributed
+from dyvte.runs.store import model_fingerprint, plain, write_json
 
 FILE = "calibration.json"
 

@@ -1,7 +1,7 @@
 """Errors that a user can act on.
 
 Every message is one line that says what was wrong, where, and what would be right. The commands print a
-`DyvteError` as that line and exit with status 1 (see `dyvte.config.command`); anything else is a bug and keeps
+`DyvteError` as that line and exit with status 1 (see `dyvte.runs.config.command`); anything else is a bug and keeps
 its stack trace.
 """
 

@@ -17,23 +17,24 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from dyvte import distributed
+from dyvte.batch import Batch
 from dyvte.calibrate import build_policy, calibrated_policy, calibration_of, open_settings
-from dyvte.config import command, load_model
+from dyvte.cost.flops import FlopCount, prefill_flops
+from dyvte.cost.measure import measure_generation, peak_memory_bytes
 from dyvte.data.base import Dataset, Sample, build_dataset
 from dyvte.data.metrics import exact_match
-from dyvte.figures import accuracy_against_flops
-from dyvte.flops import FlopCount, prefill_flops
 from dyvte.gates.controls import control_exits, exits_by_hops
 from dyvte.gates.labels import LabelSet, LabelSettings, collect_labels, label_fingerprint
 from dyvte.gates.metrics import at_exit, cluster_interval, mixture_cost
 from dyvte.gates.module import QUESTION
-from dyvte.measure import measure_generation, peak_memory_bytes
-from dyvte.mllm import MLLM, Batch
+from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy
-from dyvte.policies.dynamic_exit import DynamicExit
-from dyvte.runner import consecutive_batches, run
-from dyvte.store import RunFolder, fingerprint, write_atomic
+from dyvte.policies.exits.dynamic_exit import DynamicExit
+from dyvte.runs import distributed
+from dyvte.runs.config import command, load_model
+from dyvte.runs.figures import accuracy_against_flops
+from dyvte.runs.runner import consecutive_batches, run
+from dyvte.runs.store import RunFolder, fingerprint, write_atomic
 
 
 @command("evaluate")

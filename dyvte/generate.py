@@ -11,13 +11,13 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from dyvte.calibrate import calibrated_policy
-from dyvte.config import command, load_model
+from dyvte.cost.flops import prefill_flops
 from dyvte.data.base import build_dataset
 from dyvte.errors import ConfigError
-from dyvte.figures import exit_of_one_question
-from dyvte.flops import prefill_flops
-from dyvte.policies.dynamic_exit import DynamicExit, exit_probabilities
-from dyvte.store import RunFolder, write_json
+from dyvte.policies.exits.dynamic_exit import DynamicExit, exit_probabilities
+from dyvte.runs.config import command, load_model
+from dyvte.runs.figures import exit_of_one_question
+from dyvte.runs.store import RunFolder, write_json
 
 
 @command("generate")

@@ -18,8 +18,6 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dyvte import distributed
-from dyvte.config import command, load_model
 from dyvte.data.base import build_dataset
 from dyvte.errors import ConfigError, DataError
 from dyvte.gates.controls import QUESTION_GATES
@@ -36,7 +34,9 @@ from dyvte.gates.metrics import (
 )
 from dyvte.gates.module import QUESTION, Gates
 from dyvte.gates.training import GateData, Recipe, average_gates, evaluate_loss, exit_probabilities, train_gates
-from dyvte.store import RunFolder
+from dyvte.runs import distributed
+from dyvte.runs.config import command, load_model
+from dyvte.runs.store import RunFolder
 
 
 @command("train")

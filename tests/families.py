@@ -26,7 +26,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dyvte.mllm import MLLM, Batch, wrap
+from dyvte.batch import Batch
+from dyvte.loading import wrap
+from dyvte.mllm import MLLM
 
 PAD, BOS, EOS = 0, 1, 2
 FIRST_TEXT, LAST_TEXT = 3, 99

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyvte.batch import Batch
 from dyvte.layout import TokenLayout
-from dyvte.mllm import MLLM, Batch
+from dyvte.mllm import MLLM
 
 
 @torch.no_grad()

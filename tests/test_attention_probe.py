@@ -16,11 +16,13 @@ from transformers import AutoModelForImageTextToText, Gemma2Config, LlavaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dyvte import AttentionProbe, FixedExit
+from dyvte.batch import Batch
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.attention import MEASURES
 from dyvte.instrument.role_attention import ENTROPIES, Geometry, Groups, allowed_pairs, role_sums, score_rows
 from dyvte.layout import TokenLayout
-from dyvte.mllm import MLLM, Batch, wrap
+from dyvte.loading import wrap
+from dyvte.mllm import MLLM
 
 EXACT_MASS, EXACT_ENTROPY = 1e-5, 1e-4
 

@@ -11,8 +11,13 @@ import pytest
 import torch
 
 import dyvte
-from analysis import bench_dynamic_exit, bench_fitprune, bench_full_width, bench_probe, bench_sweep, models
-from analysis.benchmark import VISUAL_TOKENS, extra_mib, random_llava, random_prompts, spread, write_page
+from benchmarks import architectures
+from benchmarks import dynamic_exit as bench_dynamic_exit
+from benchmarks import fitprune as bench_fitprune
+from benchmarks import full_width as bench_full_width
+from benchmarks import probe as bench_probe
+from benchmarks import sweep as bench_sweep
+from benchmarks.common import VISUAL_TOKENS, extra_mib, random_llava, random_prompts, spread, write_page
 from dyvte.data.shapes import ShapesDataset
 
 
@@ -129,7 +134,7 @@ def test_fitting_a_recipe() -> None:
 
 
 def test_a_model_of_full_width_is_one_that_commands_take(tmp_path: Path) -> None:
-    settings = models.small_settings(models.architecture("llava7b"))
+    settings = architectures.small_settings(architectures.architecture("llava7b"))
     facts = bench_full_width.write_model(settings, 2, tmp_path)
     mllm = dyvte.load(tmp_path, device="cpu")
     assert mllm.num_layers == 2

@@ -16,9 +16,9 @@ import yaml
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from dyvte.config import HYDRA_VERSION, command, compose, config_folder, load_model, missing_settings
 from dyvte.errors import ConfigError, DyvteError
-from dyvte.mllm import load
+from dyvte.loading import load
+from dyvte.runs.config import HYDRA_VERSION, command, compose, config_folder, load_model, missing_settings
 
 CONF = config_folder()
 COMMANDS = sorted(path.stem for path in CONF.glob("[!_]*.yaml") if path.stem != "base")
@@ -128,7 +128,7 @@ def test_a_model_without_a_path_is_refused():
 # ---------------------------------------------------------------- commands
 SCRIPT = """
 import sys
-from dyvte.config import command
+from dyvte.runs.config import command
 from dyvte.errors import ModelError
 
 @command("stages")

@@ -19,9 +19,11 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dyvte
+from dyvte.conversion.checkpoint import VICUNA_SYSTEM, convert
 from dyvte.conversion.downsample import join_neighbours
+from dyvte.conversion.tokenizer import read_tokenizer
 from dyvte.conversion.weights import Entry, WeightFile, write_shards
-from dyvte.convert import VICUNA_SYSTEM, convert, name_positional, read_tokenizer
+from dyvte.convert import name_positional
 from dyvte.errors import ConfigError, ModelError
 from dyvte.instrument.views import view
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dyvte.criteria import (
+from dyvte.instrument.states import STATUS_PARTS, status_weights, text_status, token_status
+from dyvte.instrument.sweep.criteria import (
     exit_depth,
     kl_exit_layer,
     kl_stays_below,
@@ -18,7 +19,6 @@ from dyvte.criteria import (
     release_labels,
     sequence_nll,
 )
-from dyvte.instrument.states import STATUS_PARTS, status_weights, text_status, token_status
 from dyvte.layout import TokenLayout
 
 label_rows = st.lists(st.booleans(), min_size=1, max_size=8)

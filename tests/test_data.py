@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dyvte.config import compose
 from dyvte.data import BrokenSample, Dataset, build_dataset
 from dyvte.data.base import unique_ids
 from dyvte.data.huggingface import HuggingFaceDataset
 from dyvte.data.llava_json import LlavaJsonDataset
 from dyvte.data.shapes import ShapesDataset
 from dyvte.errors import ConfigError, DataError
+from dyvte.runs.config import compose
 
 
 def png(colour: tuple[int, int, int] = (255, 0, 0)) -> bytes:

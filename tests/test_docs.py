@@ -19,8 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 import dyvte
-from analysis import api_reference
-from dyvte.config import HYDRA_VERSION, config_folder, missing_settings
+from dyvte.runs.config import HYDRA_VERSION, config_folder, missing_settings
 
 ROOT = Path(__file__).parents[1]
 TOP = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
@@ -43,39 +42,12 @@ def prose(page: Path) -> str:
     return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
-# ------------------------------------------------------------------------------ API
-
-
-def test_the_api_reference_is_what_its_command_writes():
-    assert api_reference.PAGE.read_text() == api_reference.reference(), "write it again with `make docs`"
-
-
-def test_the_api_reference_holds_every_public_name():
-    headings = re.findall(r"^#+ dyvte\.(\w+)$", api_reference.PAGE.read_text(), re.MULTILINE)
-    assert set(dyvte.__all__) - {"__version__"} <= set(headings)
-
-
-def test_signatures_read_the_same_on_every_machine():
-    def example(path: Path = ROOT, how: object = len, *, count: int = 3, **rest: str) -> list[int]:
-        return []
-
-    signature = api_reference._signature(example)
-    assert signature == "(path: Path = ..., how: object = len, *, count: int = 3, **rest: str) -> list[int]"
-    page = api_reference.PAGE.read_text()
-    assert " at 0x" not in page
-    assert str(ROOT) not in page
-
-
-def test_docstrings_become_markdown():
-    docstring = (
-        "Do.\n\nArgs:\n    x: first,\n        a <tag>.\n    y, z: others.\n\nReturns:\n    :meth:`open` it.\n\nEnd."
-    )
-    lines = "\n".join(api_reference._markdown(docstring))
-    assert "**Args**\n\n- `x`: first,\n  a \\<tag>.\n- `y`, `z`: others." in lines
-    assert "**Returns**\n\n`open` it.\n\nEnd." in lines
-
-
 # ---------------------------------------------------------------------------- links
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def targets(page: Path) -> list[str]:
@@ -88,7 +60,7 @@ def anchors(page: Path) -> set[str]:
     found: dict[str, int] = {}
     names = set(re.findall(r"<a (?:id|name)=\"([^\"]+)\"", page.read_text()))
     for heading in re.findall(r"^#{1,6} (.+?)\s*$", prose(page), re.MULTILINE):
-        anchor = api_reference.slug(re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading))
+        anchor = slug(re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading))
         names.add(f"{anchor}-{found[anchor]}" if anchor in found else anchor)
         found[anchor] = found.get(anchor, 0) + 1
     return names
@@ -255,7 +227,7 @@ def test_commands_in_running_text_compose(page: Path, shown_configs: Path):
         "python -m dyvte.evaluate policy=fixed_exit",  # needs its layer
         "python -m dyvte.evaluate policy=none,dynamic_exit",  # needs --multirun
         "python -m dyvte.evaluate --config-dir nowhere policy=mine",
-        "python -m analysis.bench_sweep --no-such-option 3",
+        "python -m benchmarks.sweep --no-such-option 3",
         "torchrun --nproc_per_node 2 -m dyvte.train recipe=no_such_recipe",
     ],
 )
@@ -273,7 +245,7 @@ def is_command(path: Path) -> bool:
 
 def test_every_command_is_documented():
     documented = {module_and_words(line)[0] for _, line in [*block_commands(), *inline_commands()]}
-    alone = {"dyvte.export_visual_tokens"}  # copied into another environment and run there as a file
+    alone = {"dyvte.conversion.export_visual_tokens"}  # copied into another environment and run there as a file
     for folder in ("dyvte", "analysis"):
         for path in (ROOT / folder).rglob("*.py"):
             module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -300,7 +272,7 @@ def test_make_targets_and_extras_exist(page: Path):
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_python_examples_parse_and_use_names_that_exist(page: Path):
     for language, block in blocks(page):
-        if language != "python" or page == api_reference.PAGE:
+        if language != "python":
             continue
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dyvte":

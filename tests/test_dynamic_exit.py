@@ -11,15 +11,16 @@ import torch
 from families import FAMILIES, random_batch
 from torch import Tensor
 
+from dyvte.batch import Batch
+from dyvte.cost.flops import prefill_flops
 from dyvte.errors import ModelError, UnsupportedError
-from dyvte.flops import prefill_flops
 from dyvte.gates import Gates
 from dyvte.gates.metrics import first_exit
 from dyvte.instrument.cache import KeptLayer
 from dyvte.instrument.sweep import exit_sweep
-from dyvte.mllm import MLLM, Batch
-from dyvte.policies.dynamic_exit import DynamicExit, exit_probabilities
-from dyvte.policies.fixed_exit import FixedExit
+from dyvte.mllm import MLLM
+from dyvte.policies.exits.dynamic_exit import DynamicExit, exit_probabilities
+from dyvte.policies.exits.fixed_exit import FixedExit
 
 LAYERS = 5
 

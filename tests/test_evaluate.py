@@ -22,22 +22,23 @@ from torch import nn
 
 import dyvte.gates.labels
 from dyvte.calibrate import build_policy
-from dyvte.config import HYDRA_VERSION, compose, config_folder
+from dyvte.cost.exit_flops import exit_flops
 from dyvte.data.metrics import exact_match
 from dyvte.data.shapes import ShapesDataset
 from dyvte.errors import ConfigError, ModelError, RunFolderError
 from dyvte.evaluate import _share_interval, evaluate, evaluate_batch
-from dyvte.flops import exit_flops
 from dyvte.gates import Gates
 from dyvte.gates.labels import LabelSet, LabelSettings, label_batch
 from dyvte.generate import generate
 from dyvte.instrument.sweep import exit_sweep, greedy_answer_ids
-from dyvte.mllm import MLLM, load
-from dyvte.policies.dynamic_exit import DynamicExit
-from dyvte.policies.fitprune import FitPrune, Recipe
-from dyvte.policies.fixed_exit import FixedExit
-from dyvte.policies.vtw import VTW
-from dyvte.store import RunFolder
+from dyvte.loading import load
+from dyvte.mllm import MLLM
+from dyvte.policies.exits.dynamic_exit import DynamicExit
+from dyvte.policies.exits.fixed_exit import FixedExit
+from dyvte.policies.exits.vtw import VTW
+from dyvte.policies.pruning.fitprune import FitPrune, Recipe
+from dyvte.runs.config import HYDRA_VERSION, compose, config_folder
+from dyvte.runs.store import RunFolder
 from dyvte.testbed.model import TestbedSizes, build_model
 from dyvte.testbed.tokenizer import build_processor
 from dyvte.train import train

@@ -18,16 +18,21 @@ from omegaconf import DictConfig
 from scipy.special import entr
 from torch import Tensor, nn
 
-from analysis import exit_statistics, exits
-from dyvte.config import compose
-from dyvte.criteria import kl_exit_layer
+from analysis import exits
+from analysis.measuring.exit_data import OtherImages, questions_and_captions
+from analysis.measuring.exits import Measurement, RowExit, logit_change
+from analysis.statistics import exits as exit_statistics
+from analysis.statistics.exit_summary import after_exit
+from dyvte.cost.flops import plan_decoder_flops
 from dyvte.data import Dataset, Sample
 from dyvte.data.metrics import exact_match
 from dyvte.data.shapes import ShapesDataset
 from dyvte.errors import ConfigError, ModelError, UnsupportedError
-from dyvte.flops import plan_decoder_flops
-from dyvte.mllm import MLLM, SHIPPED_MODELS, load, wrap
-from dyvte.policies.fixed_exit import FixedExit
+from dyvte.instrument.sweep.criteria import kl_exit_layer
+from dyvte.loading import SHIPPED_MODELS, load, wrap
+from dyvte.mllm import MLLM
+from dyvte.policies.exits.fixed_exit import FixedExit
+from dyvte.runs.config import compose
 from dyvte.testbed.model import TestbedSizes, build_model
 from dyvte.testbed.planted import planted
 from dyvte.testbed.tokenizer import build_processor
@@ -199,7 +204,7 @@ def test_a_naive_script_finds_the_same_numbers(model: str, tmp_path: Path):
         assert layer == next(k for k in range(num_layers + 1) if expected["kl"][k] <= float(eta)), eta
     for index, name in enumerate(exits.ENTROPIES):
         matrix = np.array(found["entropy"][name]["matrix"]["mean"], dtype=float)
-        seen = exits.after_exit(num_layers)
+        seen = after_exit(num_layers)
         assert np.isnan(matrix[~seen]).all()
         order = {"text_entropy": 0, "text_entropy_normalised": 1, "text_entropy_no_sink": 2}.get(name, 3)
         np.testing.assert_allclose(matrix[seen], expected["entropy"][..., order][seen], atol=2e-5, err_msg=str(index))
@@ -393,7 +398,7 @@ def test_rows_that_leave_together_answer_as_they_do_alone():
     samples = list(data)
     layers = [0, 3, 2, 0, 1, NUM_LAYERS]
     batch = mllm.encode([sample.image for sample in samples], [sample.question for sample in samples])
-    with exits.RowExit(torch.tensor(layers))(mllm) as run:
+    with RowExit(torch.tensor(layers))(mllm) as run:
         together = mllm.generate_ids(batch, max_new_tokens=4)
     assert run.exit_layers.tolist() == layers
     for sample, layer, answer in zip(samples, layers, together, strict=True):
@@ -425,7 +430,7 @@ def test_a_generated_image_token_is_a_text_token_under_every_exit():
 def test_the_other_image_shows_another_scene():
     samples = list(ShapesDataset(limit=12))
     data = Samples([replace(samples[0], id="text", image=None, image_id="none"), *samples])
-    other = exits.OtherImages(data)
+    other = OtherImages(data)
     scene = {sample.image.tobytes(): sample.image_id for sample in samples}
     for batch in (data.samples, samples[:2], samples[:1], samples[-1:]):  # the short ones show a single scene
         for sample, image in zip(batch, other.of(batch), strict=True):
@@ -433,19 +438,19 @@ def test_the_other_image_shows_another_scene():
             assert image is None or scene[image.tobytes()] != sample.image_id
     one_scene = Samples(samples[:2])
     assert one_scene[0].image_id == one_scene[1].image_id
-    assert exits.OtherImages(one_scene).of(one_scene.samples) == [None, None]
+    assert OtherImages(one_scene).of(one_scene.samples) == [None, None]
 
 
 def test_the_change_of_the_logits_is_relative_and_ignores_ruled_out_tokens():
     full = torch.tensor([1.0, -1.0, 1.0, -1.0, -torch.inf])
     changed = full + torch.tensor([0.5, -0.5, 0.5, -0.5, 0.0])
     logits = torch.stack([changed, full])[None] * 3 + 7
-    assert exits.logit_change(logits).tolist() == [[pytest.approx(0.5), 0.0]]
+    assert logit_change(logits).tolist() == [[pytest.approx(0.5), 0.0]]
 
 
 def test_captions_text_and_missing_references_are_kept_apart(tmp_path: Path):
     cfg = config(tmp_path / "run", "captions=4", "data.limit=16")
-    data = exits.questions_and_captions(cfg)
+    data = questions_and_captions(cfg)
     samples = list(data)
     samples[3] = replace(samples[3], image=None)
     samples[5] = replace(samples[5], answer=None)
@@ -478,16 +483,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     mllm, data = random_model(), ShapesDataset(limit=24)
     execute(mllm, data, tmp_path / "whole")
-    calls, measure = [], exits.Measurement.__call__
+    calls, measure = [], Measurement.__call__
 
-    def interrupted(self: exits.Measurement, samples: list[Sample]) -> Any:
+    def interrupted(self: Measurement, samples: list[Sample]) -> Any:
         if len(calls) == 2:
             raise KeyboardInterrupt
         calls.append(samples)
         return measure(self, samples)
 
     with monkeypatch.context() as patch:
-        patch.setattr(exits.Measurement, "__call__", interrupted)
+        patch.setattr(Measurement, "__call__", interrupted)
         with pytest.raises(KeyboardInterrupt):
             execute(mllm, data, tmp_path / "parts")
     execute(mllm, data, tmp_path / "parts")
@@ -525,7 +530,7 @@ def test_nan_logits_stop_the_run_and_lose_nothing(tmp_path: Path):
 def test_settings_out_of_range_are_refused_before_anything_is_written(tmp_path: Path, override: str, message: str):
     cfg = config(tmp_path / "run", override)
     with pytest.raises(ConfigError, match=message):
-        exits.run(cfg, random_model(), exits.questions_and_captions(cfg))
+        exits.run(cfg, random_model(), questions_and_captions(cfg))
     assert not (tmp_path / "run").exists()
 
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dyvte
-from dyvte import export_visual_tokens
-from dyvte.config import compose
-from dyvte.convert import read_tokenizer
+from dyvte.conversion import export_visual_tokens
+from dyvte.conversion.exported import ExportedDataset
+from dyvte.conversion.tokenizer import read_tokenizer
 from dyvte.errors import DataError, ModelError
-from dyvte.exported import ExportedDataset
+from dyvte.runs.config import compose
 
 QUESTIONS = [
     {
@@ -269,7 +269,7 @@ def test_continues_after_an_interruption(setting: SimpleNamespace, tmp_path: Pat
 
 def test_the_same_start_gives_the_same_weights(setting: SimpleNamespace) -> None:
     """The stand-in for the vision side must not keep a run from being continued."""
-    from dyvte.store import model_fingerprint
+    from dyvte.runs.store import model_fingerprint
 
     assert model_fingerprint(exported(setting)) == model_fingerprint(exported(setting))
 

@@ -20,9 +20,10 @@ from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dyvte import FixedExit
+from dyvte.batch import Batch
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.cache import KeptLayer
-from dyvte.mllm import MLLM, Batch
+from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy, Prefill
 
 EXACT = 1e-4

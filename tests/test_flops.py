@@ -8,9 +8,11 @@ from families import FAMILIES, random_batch
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlavaConfig
 from transformers.models.clip import CLIPVisionConfig
 
-from dyvte.flops import FlopCounter, exit_flops, overhead, plan_decoder_flops, prefill_flops
-from dyvte.mllm import MLLM, wrap
-from dyvte.policies.fixed_exit import FixedExit
+from dyvte.cost.exit_flops import exit_flops
+from dyvte.cost.flops import FlopCounter, overhead, plan_decoder_flops, prefill_flops
+from dyvte.loading import wrap
+from dyvte.mllm import MLLM
+from dyvte.policies.exits.fixed_exit import FixedExit
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from analysis import gallery
-from analysis.notebooks import shipped_files
-from dyvte import store
-from dyvte.config import compose
+from analysis.measuring.shipped import shipped_files
+from docs.tooling import gallery
 from dyvte.errors import ConfigError
-from dyvte.mllm import load
+from dyvte.loading import load
+from dyvte.runs import store
+from dyvte.runs.config import compose
 
 ROOT = Path(__file__).parents[1]
 CFG = compose("gallery")

@@ -11,9 +11,9 @@ import pytest
 
 from analysis import gate_findings
 from analysis.gate_findings import END, FIRST, KEPT, ON_IMAGES, START, criteria, hops_verdict, section
-from analysis.notebooks import shipped_files
-from dyvte.config import compose
+from analysis.measuring.shipped import shipped_files
 from dyvte.errors import ConfigError
+from dyvte.runs.config import compose
 from dyvte.testbed.questions import IMAGE_KINDS
 
 ROOT = Path(__file__).parents[1]

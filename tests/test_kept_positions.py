@@ -11,8 +11,8 @@ from families import FAMILIES, random_batch
 
 import dyvte
 from analysis.kept_positions import kept_by_layer, kept_positions, mean_place, preference, share_kept
-from dyvte.config import compose
 from dyvte.errors import ConfigError
+from dyvte.runs.config import compose
 from dyvte.testbed.model import TestbedSizes, build_model
 from dyvte.testbed.tokenizer import build_processor
 

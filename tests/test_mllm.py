@@ -29,9 +29,10 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM
 
 import dyvte
-from dyvte.config import compose, load_model
 from dyvte.errors import ModelError
-from dyvte.mllm import MLLM, SHIPPED_MODELS, _explain
+from dyvte.loading import SHIPPED_MODELS, _explain
+from dyvte.mllm import MLLM
+from dyvte.runs.config import compose, load_model
 
 RED = Image.new("RGB", (9, 7), (255, 0, 0))
 GREEN = Image.new("RGB", (8, 8), (0, 255, 0))

@@ -23,13 +23,15 @@ from naive import masked_forward, with_generated
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
+from transformers import AutoModelForImageTextToText
 
 import dyvte
-from analysis import models
-from dyvte.config import compose, config_folder, load_model
+from benchmarks import architectures
+from docs.tooling import models, refusals
 from dyvte.convert import convert
 from dyvte.errors import ModelError, UnsupportedError
 from dyvte.mllm import MLLM
+from dyvte.runs.config import compose, config_folder, load_model
 
 CONFIGS = sorted(
     file.stem
@@ -42,13 +44,13 @@ CONFIGS = sorted(
 
 
 def test_every_configuration_has_its_published_hyper_parameters() -> None:
-    assert models.names() == CONFIGS
+    assert architectures.names() == CONFIGS
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configuration_says_what_it_is(name: str) -> None:
     text = (config_folder() / "model" / f"{name}.yaml").read_text()
-    known = models.architecture(name)
+    known = architectures.architecture(name)
     settings = OmegaConf.to_container(compose("base", [f"model={name}"]).model, resolve=False)
     assert f"{known.num_layers} decoder layers" in text
     assert f"{known.visual_tokens} visual tokens" in text
@@ -62,20 +64,20 @@ def test_configuration_says_what_it_is(name: str) -> None:
 
 @cache
 def full_size(name: str) -> MLLM:
-    return models.full_size(models.architecture(name))
+    return architectures.full_size(architectures.architecture(name))
 
 
 @pytest.mark.parametrize("name", ["llava7b", "qwen3vl8b", "gemma3_4b", "internvl_chat7b"])
 def test_full_size_on_the_meta_device(name: str) -> None:
-    mllm, known = full_size(name), models.architecture(name)
+    mllm, known = full_size(name), architectures.architecture(name)
     assert mllm.num_layers == known.num_layers
     assert mllm.hidden_size == known.config["text_config"]["hidden_size"]
     assert all(parameter.is_meta for parameter in mllm.model.parameters())
 
 
-@pytest.mark.parametrize("name", [name for name in models.names() if models.architecture(name).tflops])
+@pytest.mark.parametrize("name", [name for name in architectures.names() if architectures.architecture(name).tflops])
 def test_flops_are_the_published_ones(name: str) -> None:
-    mllm, known = full_size(name), models.architecture(name)
+    mllm, known = full_size(name), architectures.architecture(name)
     vision = models.vision_tflops(mllm, known)
     assert vision is not None
     low, high = known.tflops
@@ -85,13 +87,16 @@ def test_flops_are_the_published_ones(name: str) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_layers_and_visual_tokens(name: str) -> None:
     """Visual tokens come from the model's own code, on narrow layers and with the real geometry of images."""
-    known = models.architecture(name)
-    config = models.build_config(known.config)
+    known = architectures.architecture(name)
+    config = architectures.build_config(known.config)
     assert config.get_text_config().num_hidden_layers == known.num_layers
-    assert models.count_visual_tokens(models.small_copy(known), models.image_inputs(known)) == known.visual_tokens
+    assert (
+        architectures.count_visual_tokens(architectures.small_copy(known), architectures.image_inputs(known))
+        == known.visual_tokens
+    )
 
 
-def with_small_image(known: models.Architecture) -> models.Architecture:
+def with_small_image(known: architectures.Architecture) -> architectures.Architecture:
     """The same model for a small image: fewer patches and tiles' pixels, the same way from patches to visual tokens."""
     config, inputs = copy.deepcopy(known.config), copy.deepcopy(known.inputs)
     vision = config["vision_config"]
@@ -124,15 +129,18 @@ def with_small_image(known: models.Architecture) -> models.Architecture:
         }
     small = dataclasses.replace(known, config=config, inputs=inputs)
     return dataclasses.replace(
-        small, visual_tokens=models.count_visual_tokens(models.small_copy(small), models.image_inputs(small))
+        small,
+        visual_tokens=architectures.count_visual_tokens(
+            architectures.small_copy(small), architectures.image_inputs(small)
+        ),
     )
 
 
 @cache
-def small(name: str) -> tuple[MLLM, models.Architecture]:
+def small(name: str) -> tuple[MLLM, architectures.Architecture]:
     """A narrow and shallow copy of a configured model, for small images."""
-    known = with_small_image(models.architecture(name))
-    return models.small_copy(known), known
+    known = with_small_image(architectures.architecture(name))
+    return architectures.small_copy(known), known
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -146,7 +154,7 @@ def test_instruments_agree_with_plain_computations(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["qwen25vl7b", "glm41v_9b", "smolvlm2", "mistral_small31", "internvl_chat7b"])
 def test_instruments_agree_on_images_of_the_real_size(name: str) -> None:
-    found = models.compare(models.architecture(name))
+    found = models.compare(architectures.architecture(name))
     assert found["probe"] < 1e-5
     assert found["sweep"] < 1e-4
     assert found["exit_all"] == found["exit_none"] == 0
@@ -160,8 +168,8 @@ def test_instruments_agree_on_images_of_the_real_size(name: str) -> None:
 @pytest.mark.parametrize("exit_layer", [0, 2])
 def test_generation_under_exit_equals_masked_recomputation(name: str, exit_layer: int) -> None:
     mllm, known = small(name)
-    batch = models.prompt(mllm, known, known.visual_tokens)
-    visual = list(range(models.SMALL_VOCABULARY - 12, models.SMALL_VOCABULARY))
+    batch = architectures.prompt(mllm, known, known.visual_tokens)
+    visual = list(range(architectures.SMALL_VOCABULARY - 12, architectures.SMALL_VOCABULARY))
     with dyvte.FixedExit(exit_layer)(mllm):
         output = mllm.model.generate(
             **batch,
@@ -193,7 +201,7 @@ def test_vila_downsampled_tokens_through_every_instrument(tmp_path: Path) -> Non
 # ------------------------------------------------------------------- peculiar decoders
 
 
-PECULIAR = {name: settings for name, _, settings in models.peculiar()}
+PECULIAR = {name: settings for name, _, settings in refusals.peculiar()}
 
 
 @pytest.mark.parametrize(
@@ -206,9 +214,9 @@ PECULIAR = {name: settings for name, _, settings in models.peculiar()}
     ],
 )
 def test_what_cannot_be_driven_is_refused_with_its_reason(name: str, reason: str) -> None:
-    assert reason in models.verdict(PECULIAR[name])
+    assert reason in refusals.verdict(PECULIAR[name])
     with torch.device("meta"):
-        model = models.AutoModelForImageTextToText.from_config(models.build_config(PECULIAR[name]))
+        model = AutoModelForImageTextToText.from_config(architectures.build_config(PECULIAR[name]))
     with pytest.raises((ModelError, UnsupportedError), match=reason), dyvte.FixedExit(1)(dyvte.wrap(model)):
         pass
 
@@ -218,7 +226,7 @@ def test_prefix_lm_branches_all_text() -> None:
     """In PaliGemma the text before the image sees it, so the sweep may not share that text between exits."""
     settings = PECULIAR["paligemma"]
     torch.manual_seed(0)
-    model = models.AutoModelForImageTextToText.from_config(models.build_config(settings), dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_config(architectures.build_config(settings), dtype=torch.float32)
     for parameter in model.parameters():
         if parameter.ndim >= 2:
             torch.nn.init.normal_(parameter, std=1.5 / parameter.shape[-1] ** 0.5)
@@ -308,9 +316,11 @@ def run_every_command(
         assert settings["trust_remote_code"] is False
         return dyvte.wrap(mllm.model, StandInProcessor(mllm, draw))
 
-    monkeypatch.setattr("dyvte.mllm.load", load)
+    monkeypatch.setattr("dyvte.loading.load", load)
     # drawing to files takes longest
-    monkeypatch.setattr("dyvte.store.RunFolder.save_figure", lambda self, name, figure: plt.close(figure) or self.path)
+    monkeypatch.setattr(
+        "dyvte.runs.store.RunFolder.save_figure", lambda self, name, figure: plt.close(figure) or self.path
+    )
     monkeypatch.chdir(tmp_path)
     common = [*chosen, "device=cpu", "data.limit=12", "batch_size=12", "data=shapes", "data.per_scene=1"]
     quick = ["bootstrap=20", "permutations=19"]
@@ -366,7 +376,7 @@ def test_every_command_runs_on_a_small_copy(name: str, tmp_path: Path, monkeypat
     mllm, known = small(name)
 
     def draw(seed: int) -> dict[str, Tensor]:
-        inputs = models.image_inputs(known, seed)
+        inputs = architectures.image_inputs(known, seed)
         if known.config["model_type"] == "smolvlm":  # [rows, images, ...]: the images are put into rows later
             inputs["pixel_values"] = inputs["pixel_values"][0]
         return inputs
@@ -440,7 +450,7 @@ def test_settings_reach_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.update(settings, path=path)
         return BUILDERS["llava"](num_layers=1)
 
-    monkeypatch.setattr("dyvte.mllm.load", load)
+    monkeypatch.setattr("dyvte.loading.load", load)
     changes = ["model.quantization_config={load_in_4bit: true}", "model.device_map=auto", "model.revision=abc123"]
     load_model(compose("stages", ["model=llava7b", *changes]))
     assert seen["path"] == "llava-hf/llava-1.5-7b-hf"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from analysis.notebooks import FOLDER, chosen, execute, stamp, without_progress
+from docs.tooling.notebooks import FOLDER, chosen, execute, stamp, without_progress
 from dyvte.errors import ConfigError
 
 FILES = sorted(FOLDER.glob("*.ipynb"))

@@ -18,7 +18,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from dyvte.config import compose, config_folder
+from dyvte.runs.config import compose, config_folder
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -58,7 +58,8 @@ def version(installed: Path) -> str:
 def test_commands_of_an_installed_package_find_their_configurations(installed: Path, tmp_path: Path):
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     code = (
-        "from dyvte.config import config_folder, compose; print(config_folder()); print(compose('stages').output_dir)"
+        "from dyvte.runs.config import config_folder, compose; "
+        "print(config_folder()); print(compose('stages').output_dir)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines() == [str(installed / "dyvte/_conf"), "outputs/stages/llava_shapes/shapes"], (

@@ -9,7 +9,8 @@ import torch
 from families import FAMILIES, random_batch
 
 from dyvte import AttentionProbe, FixedExit, exit_sweep
-from dyvte.mllm import MLLM, Batch
+from dyvte.batch import Batch
+from dyvte.mllm import MLLM
 from dyvte.testbed.planted import planted
 
 NUM_LAYERS, PLANTED = 4, 2

@@ -18,14 +18,15 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import dyvte
-from dyvte.criteria import kl_to_full
+from dyvte.batch import Batch
+from dyvte.cost.measure import kv_cache_bytes
 from dyvte.errors import ConfigError, DataError, UnsupportedError
 from dyvte.gates.module import Gates
 from dyvte.instrument.attention import AttentionProbe
-from dyvte.measure import kv_cache_bytes
-from dyvte.mllm import MLLM, Batch
+from dyvte.instrument.sweep.criteria import kl_to_full
+from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy, Prefill
-from dyvte.policies.fitprune import Recipe, Statistics, fit_recipe
+from dyvte.policies.pruning.fitprune import Recipe, Statistics, fit_recipe
 from dyvte.policies.skip_attention import attention_redundancy, greedy_skip_list
 
 EXACT = 1e-4

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dyvte.policies.fitprune import deletable
-from dyvte.policies.pooling import average_blocks, block_of
+from dyvte.policies.merging.pooling import average_blocks, block_of
+from dyvte.policies.merging.tome import bipartite_soft_matching, merge
+from dyvte.policies.pruning.fitprune import deletable
 from dyvte.policies.token_scores import (
     attention_rows,
     drop_lowest,
@@ -22,7 +23,6 @@ from dyvte.policies.token_scores import (
     stratified_subset,
     tokens_in_image,
 )
-from dyvte.policies.tome import bipartite_soft_matching, merge
 
 seeds = st.integers(0, 999)
 

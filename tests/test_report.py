@@ -17,19 +17,19 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from analysis import report as report_module
-from analysis.plots import relative_maps
-from analysis.report import report
-from analysis.report_findings import interval_text, written
-from analysis.report_runs import STEPS, Run, command_of, find_runs, lookup, overrides_of, pointer
-from analysis.report_samples import Samples, gates_for, look
-from analysis.report_tables import tables
+from analysis.plots.attention import relative_maps
+from analysis.report import build as report_module
+from analysis.report.build import report
+from analysis.report.findings import interval_text, written
+from analysis.report.runs import STEPS, Run, command_of, find_runs, lookup, overrides_of, pointer
+from analysis.report.samples import Samples, gates_for, look
+from analysis.report.tables import tables
 from analysis.stages import attention_map
-from dyvte.config import compose
 from dyvte.data import build_dataset
 from dyvte.errors import ConfigError, ModelError, RunFolderError
-from dyvte.mllm import load
-from dyvte.policies.dynamic_exit import DynamicExit
+from dyvte.loading import load
+from dyvte.policies.exits.dynamic_exit import DynamicExit
+from dyvte.runs.config import compose
 
 LAYERS = 6
 KINDS = ("attribute", "two_hop")

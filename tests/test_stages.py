@@ -18,12 +18,15 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from analysis import plots, stages, statistics
-from dyvte.config import compose, load_model
+from analysis import stages
+from analysis.plots import attention as plots
+from analysis.statistics import stages as statistics
+from analysis.statistics.bands import Band
 from dyvte.data import build_dataset
 from dyvte.errors import ConfigError, DataError, ModelError, RunFolderError
 from dyvte.instrument.attention import CURVES, MEASURES, AttentionProbe
 from dyvte.instrument.views import view
+from dyvte.runs.config import compose, load_model
 from dyvte.testbed.model import TestbedSizes, build_model
 from dyvte.testbed.planted import planted
 from dyvte.testbed.tokenizer import build_processor
@@ -386,9 +389,9 @@ def test_series_differ_without_colour() -> None:
 def test_figures_of_any_depth(layers: int) -> None:
     rng = np.random.default_rng(0)
 
-    def band(level: float) -> statistics.Band:
+    def band(level: float) -> Band:
         mean = level * np.exp(0.1 * rng.normal(size=layers))
-        return statistics.Band(mean, 0.9 * mean, 1.1 * mean)
+        return Band(mean, 0.9 * mean, 1.1 * mean)
 
     curves = {"cross": band(0.5), "visual": band(1.0), "text": band(3.0)}
     found = {"verdict": "three_stage", "boundaries": [layers // 3, layers // 2], "boundaries_ci": [[0, 1], [1, 2]]}

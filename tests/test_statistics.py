@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from analysis import statistics
-from analysis.statistics import StageVerdict
+from analysis.statistics import stages as statistics
+from analysis.statistics.bands import cluster_bootstrap, mean_band, simultaneous_band
+from analysis.statistics.stages import StageVerdict
 
 DEPTHS = (12, 24, 32)
 Curve = Callable[[int, np.random.Generator], np.ndarray]
@@ -207,7 +208,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(4, 12\), \(4, 11\)"):
         statistics.stage_verdict(np.ones((4, 12)), np.ones((4, 11)), np.ones((4, 12)), range(4))
     with pytest.raises(ValueError, match="3 samples but 2"):
-        statistics.cluster_bootstrap(np.ones((3, 2)), [0, 1])
+        cluster_bootstrap(np.ones((3, 2)), [0, 1])
 
 
 def test_bootstrap_respects_clusters() -> None:
@@ -215,11 +216,11 @@ def test_bootstrap_respects_clusters() -> None:
     rng = np.random.default_rng(3)
     values = rng.normal(size=50)
     copied = np.repeat(values, 8)
-    alone = statistics.mean_band(values, np.arange(50))
-    together = statistics.mean_band(copied, np.repeat(np.arange(50), 8))
+    alone = mean_band(values, np.arange(50))
+    together = mean_band(copied, np.repeat(np.arange(50), 8))
     assert together.low == pytest.approx(alone.low)
     assert together.high == pytest.approx(alone.high)
-    naive = statistics.mean_band(copied, np.arange(400))
+    naive = mean_band(copied, np.arange(400))
     assert naive.high - naive.low < 0.5 * (together.high - together.low)
 
 
@@ -229,7 +230,7 @@ def test_bootstrap_band_covers() -> None:
     for _ in range(200):
         image_effect = rng.normal(size=60)
         values = np.repeat(image_effect, 3) + rng.normal(size=180)
-        band = statistics.mean_band(values, np.repeat(np.arange(60), 3), n_boot=200, seed=int(rng.integers(2**31)))
+        band = mean_band(values, np.repeat(np.arange(60), 3), n_boot=200, seed=int(rng.integers(2**31)))
         hits += bool(band.low <= 0 <= band.high)
     assert binomtest(hits, 200, 0.93, alternative="less").pvalue > 0.01
 
@@ -239,8 +240,8 @@ def test_simultaneous_band_covers_every_entry_at_once() -> None:
     hits = 0
     for seed in range(150):
         values = rng.normal(size=(80, 20))
-        replicates = statistics.cluster_bootstrap(values, np.arange(80), 200, seed)
-        band = statistics.simultaneous_band(values.mean(0), replicates)
+        replicates = cluster_bootstrap(values, np.arange(80), 200, seed)
+        band = simultaneous_band(values.mean(0), replicates)
         hits += bool(((band.low <= 0) & (band.high >= 0)).all())
     assert binomtest(hits, 150, 0.92, alternative="less").pvalue > 0.01
 
@@ -250,11 +251,11 @@ def test_bootstrap_is_paired_and_ignores_missing_values(num_samples: int, width:
     rng = np.random.default_rng(seed)
     values = rng.normal(size=(num_samples, width))
     clusters = rng.integers(0, 5, num_samples)
-    replicates = statistics.cluster_bootstrap(values, clusters, 20, seed)
+    replicates = cluster_bootstrap(values, clusters, 20, seed)
     assert replicates.shape == (20, width)
-    np.testing.assert_allclose(statistics.cluster_bootstrap(values + 1, clusters, 20, seed), replicates + 1)
+    np.testing.assert_allclose(cluster_bootstrap(values + 1, clusters, 20, seed), replicates + 1)
     padded = np.concatenate([values, np.full((num_samples, 1), np.nan)], axis=1)
-    again = statistics.cluster_bootstrap(padded, clusters, 20, seed)
+    again = cluster_bootstrap(padded, clusters, 20, seed)
     np.testing.assert_allclose(again[:, :width], replicates)
     assert np.isnan(again[:, width]).all()
 

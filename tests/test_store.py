@@ -18,9 +18,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from dyvte import runner, store
 from dyvte.data.base import Dataset, Sample
 from dyvte.errors import BrokenSample, ConfigError, DataError, RunFolderError
+from dyvte.runs import runner, store
 from tests.families import FAMILIES
 
 CONFIG = OmegaConf.create(

@@ -20,11 +20,13 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dyvte import FixedExit, exit_sweep
+from dyvte.batch import Batch
 from dyvte.errors import ModelError, UnsupportedError
 from dyvte.instrument.states import STATUS_PARTS, status_weights, text_status, token_status
 from dyvte.instrument.sweep import ENTROPIES, ExitSweep, greedy_answer_ids
 from dyvte.layout import TokenLayout
-from dyvte.mllm import MLLM, Batch, wrap
+from dyvte.loading import wrap
+from dyvte.mllm import MLLM
 
 EXACT = 1e-4
 LAYERS = 4

@@ -16,30 +16,23 @@ from families import FAMILIES, random_batch
 from omegaconf import OmegaConf
 
 import dyvte
-from analysis import comparison, gallery
 from analysis.cost import Stopwatch, constant, measure, summarize
-from analysis.markdown import replace_between
-from analysis.matched import Calibration, deciding_cost, kl_layers, largest_within, methods
-from analysis.notebooks import shipped_files
-from analysis.pairwise import Contest, pairs_of, seeded_bootstrap, standings
-from analysis.plots_methods import methods_at_cost
-from analysis.tables import (
-    LABELS,
-    Outcome,
-    SeenPositions,
-    compare,
-    describe,
-    exit_mixture,
-    plan,
-    sentence,
-    tables,
-)
-from dyvte.config import compose
+from analysis.measuring.matched import Calibration, deciding_cost, kl_layers, largest_within, methods
+from analysis.measuring.methods import LABELS, SeenPositions, describe, plan
+from analysis.measuring.shipped import shipped_files
+from analysis.plots.methods import methods_at_cost
+from analysis.statistics.markdown import replace_between
+from analysis.statistics.methods import Outcome, compare, exit_mixture, sentence
+from analysis.statistics.pairwise import Contest, pairs_of, seeded_bootstrap, standings
+from analysis.tables import tables
+from docs.tooling import comparison, gallery
+from dyvte.batch import Batch
+from dyvte.cost.flops import plan_decoder_flops, prefill_flops
+from dyvte.cost.measure import PeakMemory
 from dyvte.data.shapes import ShapesDataset
-from dyvte.flops import plan_decoder_flops, prefill_flops
 from dyvte.gates.module import Gates
-from dyvte.measure import PeakMemory
-from dyvte.mllm import MLLM, Batch
+from dyvte.mllm import MLLM
+from dyvte.runs.config import compose
 from dyvte.testbed.model import TestbedSizes, build_model
 from dyvte.testbed.tokenizer import build_processor
 

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.statistics import stage_verdict
-from analysis.testbed_card import (
+from analysis.statistics.stages import stage_verdict
+from docs.tooling.testbed_card import (
     accuracy_markdown,
     bar_sentence,
     documents,
     statements_markdown,
     verdicts_markdown,
 )
-from analysis.testbed_probes import linear_probe, probe_report
-from analysis.testbed_runs import accuracy_table, read_log
-from dyvte.mllm import load
+from docs.tooling.testbed_probes import linear_probe, probe_report
+from docs.tooling.testbed_runs import accuracy_table, read_log
+from dyvte.loading import load
 from dyvte.testbed.questions import IMAGE_KINDS, KINDS, ShapesQuestions
 
 

@@ -11,23 +11,22 @@ import torch
 from omegaconf import DictConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from dyvte.config import compose
 from dyvte.errors import ConfigError
+from dyvte.runs.config import compose
 from dyvte.testbed import train as trainer
 from dyvte.testbed.model import TestbedSizes, build_model
 from dyvte.testbed.packing import IGNORE, Branch, pack
-from dyvte.testbed.train import (
-    Batches,
-    export,
+from dyvte.testbed.train import export, train
+from dyvte.testbed.training.batches import Batches, phases
+from dyvte.testbed.training.forward import (
+    _matmul_attention,
     fast_training,
     hidden_states,
-    learning_rate,
     packed_accuracy,
     packed_loss,
-    phases,
-    train,
     visual_features,
 )
+from dyvte.testbed.training.loop import learning_rate
 
 TINY = [
     "sizes.layers=2", "sizes.width=32", "sizes.heads=2", "sizes.mlp_width=48", "sizes.vision_layers=1",
@@ -89,7 +88,7 @@ def test_fast_attention_is_attention_and_is_taken_away_again() -> None:
             states = hidden_states(model, model.model.language_model, batch, visual_features(model, images))
         losses.append(packed_loss(model, states, batch).item())
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    assert trainer.ALL_ATTENTION_FUNCTIONS["sdpa"] is not trainer._matmul_attention
+    assert trainer.ALL_ATTENTION_FUNCTIONS["sdpa"] is not _matmul_attention
 
 
 def test_packed_accuracy_counts_whole_answers() -> None:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from dyvte.criteria import exit_depth, lucky_exit_depth
 from dyvte.gates.metrics import cluster_interval, first_exit
 from dyvte.gates.module import QUESTION, SHIPPED_GATES, load_gates
 from dyvte.gates.training import exit_probabilities
+from dyvte.instrument.sweep.criteria import exit_depth, lucky_exit_depth
 
 if TYPE_CHECKING:
     from dyvte.gates.labels import LabelSet
-    from dyvte.policies.dynamic_exit import DynamicExit
+    from dyvte.policies.exits.dynamic_exit import DynamicExit
 
 QUESTION_GATES = "question_only"
 """Folder, inside that of the gates, of the control gates that saw the question only."""

@@ -26,22 +26,24 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from dyvte.criteria import paper_labels
+from dyvte.batch import IGNORE_INDEX, Batch
+from dyvte.cost.exit_flops import exit_flops
+from dyvte.cost.flops import FlopCount
 from dyvte.data.base import Dataset, Sample
 from dyvte.data.metrics import exact_match
 from dyvte.errors import ConfigError, DataError
-from dyvte.flops import FlopCount, exit_flops
 from dyvte.gates.module import QUESTION
 from dyvte.instrument.states import STATUS_PARTS, TEXT_STATUS, status_weights, token_status
 from dyvte.instrument.sweep import exit_sweep, greedy_answer_ids
-from dyvte.mllm import IGNORE_INDEX, MLLM, Batch
-from dyvte.policies.fixed_exit import FixedExit
-from dyvte.runner import consecutive_batches, run
-from dyvte.store import RunFolder, fingerprint
+from dyvte.instrument.sweep.criteria import paper_labels
+from dyvte.mllm import MLLM
+from dyvte.policies.exits.fixed_exit import FixedExit
+from dyvte.runs.runner import consecutive_batches, run
+from dyvte.runs.store import RunFolder, fingerprint
 
 LABEL_RULES = ("stable", "agree", "paper", "release")
 """stable: the answer is the full model's under this exit and every later one. agree: under this exit. paper and
-release: `dyvte.criteria.paper_labels` and `release_labels`."""
+release: `dyvte.instrument.sweep.criteria.paper_labels` and `release_labels`."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class LabelSettings:
 
 
 def label_fingerprint(mllm: MLLM, dataset: Dataset, cfg: DictConfig, settings: LabelSettings) -> dict[str, Any]:
-    """What a label set depends on, see `dyvte.store.fingerprint`."""
+    """What a label set depends on, see `dyvte.runs.store.fingerprint`."""
     own = OmegaConf.merge(cfg, {"command": "labels"})
     assert isinstance(own, DictConfig)
     return fingerprint(mllm, dataset, own, **{**asdict(settings), "status": list(settings.status)})

@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from dyvte.errors import ModelError
 from dyvte.instrument.states import STATUS_PARTS, TEXT_STATUS
-from dyvte.store import write_atomic, write_json
+from dyvte.runs.store import write_atomic, write_json
 
 if TYPE_CHECKING:
     from dyvte.mllm import MLLM

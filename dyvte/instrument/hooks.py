@@ -289,3 +289,32 @@ def drive_layers(mllm: MLLM, run: Callable[[LayerCall], Any]) -> Iterator[None]:
         for index, layer in enumerate(mllm.layers):
             stack.enter_context(override_method(layer, "forward", driven(index, layer)))
         yield
+
+
+_UNDRIVABLE_LAYERS = ("linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding")
+
+
+def check_model(mllm: MLLM) -> None:
+    """Refuse a model whose decoder layers cannot run on some positions only.
+
+    Raises:
+        UnsupportedError: with the kind of layer by name.
+    """
+    config = mllm.text_config
+    for index, kind in enumerate(getattr(config, "layer_types", None) or []):
+        if kind in _UNDRIVABLE_LAYERS:
+            raise UnsupportedError(
+                f"decoder layer {index} is of kind {kind!r}: it carries a running state over all positions, so visual "
+                "tokens cannot leave it"
+            )
+    if getattr(config, "num_kv_shared_layers", None):
+        raise UnsupportedError("decoder layers that share the keys of earlier layers cannot leave positions out")
+    if getattr(config, "cross_attention_layers", None):
+        raise UnsupportedError("the decoder reads images through cross-attention; no visual token is in its sequence")
+    implementation = config._attn_implementation or ""
+    if "flex" in implementation:
+        raise UnsupportedError("flex attention uses block masks, which cannot be packed; load the model with 'sdpa'")
+    if "flash" in implementation and getattr(config, "sliding_window", None):
+        raise UnsupportedError(
+            "flash attention counts a sliding window over what is left instead of original positions; load with 'sdpa'"
+        )

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dyvte.mllm import MLLM, Batch
+from dyvte.batch import Batch
+from dyvte.mllm import MLLM
 
 
 @dataclass(frozen=True)

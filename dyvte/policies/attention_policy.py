@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dyvte.flops import overhead
-from dyvte.instrument.attention import AttentionCall, watch_attention
+from dyvte.cost.flops import overhead
+from dyvte.instrument.attention_calls import AttentionCall, watch_attention
 from dyvte.instrument.hooks import Selection
 from dyvte.instrument.role_attention import allowed_pairs
 from dyvte.layout import TokenLayout

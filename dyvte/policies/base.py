@@ -27,12 +27,13 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from dyvte.cost.flops import overhead
 from dyvte.errors import UnsupportedError
-from dyvte.flops import overhead
 from dyvte.instrument.cache import KeptLayer, check_cache, kept_layer, restore_layers
 from dyvte.instrument.hooks import (
     LayerCall,
     Selection,
+    check_model,
     drive_layers,
     is_driven,
     output_states,
@@ -363,35 +364,6 @@ class _Engine:
 
     def _cache_index(self, layer: int) -> int:
         return getattr(self.mllm.attentions[layer], "layer_idx", layer)
-
-
-_UNDRIVABLE_LAYERS = ("linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding")
-
-
-def check_model(mllm: MLLM) -> None:
-    """Refuse a model whose decoder layers cannot run on some positions only.
-
-    Raises:
-        UnsupportedError: with the kind of layer by name.
-    """
-    config = mllm.text_config
-    for index, kind in enumerate(getattr(config, "layer_types", None) or []):
-        if kind in _UNDRIVABLE_LAYERS:
-            raise UnsupportedError(
-                f"decoder layer {index} is of kind {kind!r}: it carries a running state over all positions, so visual "
-                "tokens cannot leave it"
-            )
-    if getattr(config, "num_kv_shared_layers", None):
-        raise UnsupportedError("decoder layers that share the keys of earlier layers cannot leave positions out")
-    if getattr(config, "cross_attention_layers", None):
-        raise UnsupportedError("the decoder reads images through cross-attention; no visual token is in its sequence")
-    implementation = config._attn_implementation or ""
-    if "flex" in implementation:
-        raise UnsupportedError("flex attention uses block masks, which cannot be packed; load the model with 'sdpa'")
-    if "flash" in implementation and getattr(config, "sliding_window", None):
-        raise UnsupportedError(
-            "flash attention counts a sliding window over what is left instead of original positions; load with 'sdpa'"
-        )
 
 
 def _check_generation(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

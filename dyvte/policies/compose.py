@@ -11,15 +11,15 @@ from dyvte.errors import UnsupportedError
 from dyvte.layout import TokenLayout
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy, PolicyRun, Prefill
-from dyvte.policies.divprune import DivPrune
-from dyvte.policies.drop import UniformDrop
-from dyvte.policies.dynamic_exit import DynamicExit
-from dyvte.policies.fastv import FastV
-from dyvte.policies.fitprune import FitPrune
-from dyvte.policies.fixed_exit import FixedExit
-from dyvte.policies.pooling import AveragePool
-from dyvte.policies.pyramid_drop import PyramidDrop
-from dyvte.policies.tome import ToMe
+from dyvte.policies.exits.dynamic_exit import DynamicExit
+from dyvte.policies.exits.fixed_exit import FixedExit
+from dyvte.policies.merging.pooling import AveragePool
+from dyvte.policies.merging.tome import ToMe
+from dyvte.policies.pruning.divprune import DivPrune
+from dyvte.policies.pruning.drop import UniformDrop
+from dyvte.policies.pruning.fastv import FastV
+from dyvte.policies.pruning.fitprune import FitPrune
+from dyvte.policies.pruning.pyramid_drop import PyramidDrop
 
 EXITS = (FixedExit, DynamicExit)
 THINNING = (FastV, PyramidDrop, DivPrune, ToMe, FitPrune, UniformDrop, AveragePool)

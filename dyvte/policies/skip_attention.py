@@ -17,11 +17,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dyvte.criteria import kl_to_full
+from dyvte.batch import Batch
 from dyvte.errors import DataError, UnsupportedError
 from dyvte.instrument.hooks import LayerCall, drive_layers, is_driven, output_states, override_method, with_states
+from dyvte.instrument.sweep.criteria import kl_to_full
 from dyvte.layout import TokenLayout
-from dyvte.mllm import MLLM, Batch
+from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy, PolicyRun, Prefill
 
 

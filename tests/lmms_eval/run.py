@@ -18,8 +18,8 @@ import pandas as pd
 
 from dyvte.data.metrics import exact_match
 from dyvte.data.shapes import ShapesDataset
-from dyvte.mllm import load
-from dyvte.policies.fixed_exit import FixedExit
+from dyvte.loading import load
+from dyvte.policies.exits.fixed_exit import FixedExit
 
 HERE = Path(__file__).parent
 QUESTIONS, LAYER = 24, 6

@@ -1,0 +1,1 @@
+"""What commands share that runs a model."""

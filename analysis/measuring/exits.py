@@ -1,0 +1,270 @@
+"""Everything about every exit of some samples, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from dyvte.batch import IGNORE_INDEX, Batch
+from dyvte.cost.exit_flops import exit_flops
+from dyvte.cost.flops import FlopCount
+from dyvte.data import Dataset, Sample
+from dyvte.data.metrics import exact_match
+from dyvte.errors import ConfigError, ModelError
+from dyvte.instrument.hooks import check_model
+from dyvte.instrument.sweep import ENTROPIES, ExitSweep, exit_sweep, greedy_answer_ids
+from dyvte.instrument.sweep.criteria import exit_depth, kl_to_full, lucky_exit_depth, paper_labels
+from dyvte.mllm import MLLM
+from dyvte.policies.base import Policy, Prefill
+
+from ..statistics.exit_summary import CAPTIONS, QUESTIONS, after_exit
+from .exit_data import OtherImages, part_of
+
+# ------------------------------------------------------------------------ measuring
+
+
+@dataclass
+class RowExit(Policy):
+    """`FixedExit` with an exit layer for every row of the batch.
+
+    Attributes:
+        layers: [B] exit layer of each row.
+    """
+
+    layers: Tensor
+
+    def before_layer(self, layer: int, prefill: Prefill) -> None:
+        """Drop the visual positions of the rows whose exit this is."""
+        prefill.drop(prefill.layout.visual & (self.layers == layer)[:, None])
+
+
+@dataclass
+class Measurement:
+    """Turns the samples of a batch into the tables of the run."""
+
+    mllm: MLLM
+    dataset: Dataset
+    max_new_tokens: int
+    accuracy: bool
+    batch_size: int
+    branch_tokens: int | None
+    _flops: dict[tuple[int, int], list[FlopCount]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.other_images = OtherImages(self.dataset)
+
+    @torch.no_grad()
+    def __call__(self, samples: list[Sample]) -> dict[str, pd.DataFrame]:
+        """The tables `samples`, `exits`, `tokens` and `entropy` of one batch."""
+        images, questions = [sample.image for sample in samples], [sample.question for sample in samples]
+        batch = self.mllm.encode(images, questions)
+        answer_ids = greedy_answer_ids(self.mllm, batch, self.max_new_tokens)
+        try:
+            sweep = exit_sweep(
+                self.mllm,
+                batch,
+                answer_ids,
+                shared_image=self._shared_images(samples),
+                branch_tokens=self.branch_tokens,
+            ).to("cpu")
+        except ModelError as error:
+            raise ModelError(
+                f"{error} (questions {samples[0].id} to {samples[-1].id}, in this order; half precision may overflow: "
+                "try model.dtype=float32 or bfloat16)"
+            ) from error
+        sweep = sweep.up_to_ties()
+        answers = unpadded(answer_ids)
+        text = self.mllm.decode(answers)
+        exits = self._exits(samples, batch, sweep, text)
+        return {
+            "samples": self._samples(samples, batch, sweep, answers, text),
+            "exits": exits,
+            "tokens": token_table(samples, sweep),
+            "entropy": entropy_table(samples, sweep),
+        }
+
+    @staticmethod
+    def _shared_images(samples: Sequence[Sample]) -> list[int] | None:
+        """Numbers of the images; None where no two questions share one."""
+        number = {image_id: index for index, image_id in enumerate(sample.image_id for sample in samples)}
+        return [number[sample.image_id] for sample in samples] if len(number) < len(samples) else None
+
+    def _samples(
+        self, samples: list[Sample], batch: Batch, sweep: ExitSweep, answers: list[list[int]], text: list[str]
+    ) -> pd.DataFrame:
+        labels = paper_labels(sweep.agree, sweep.nll)
+        elsewhere = self._answers_with_another_image(samples)
+        layout = batch.layout
+        return pd.DataFrame(
+            {
+                "id": [sample.id for sample in samples],
+                "part": [part_of(sample) for sample in samples],
+                "image_id": [sample.image_id for sample in samples],
+                "kind": [sample.kind for sample in samples],
+                "question": [sample.question for sample in samples],
+                "reference": [sample.answer for sample in samples],
+                "answer": text,
+                "answer_tokens": [len(ids) for ids in answers],
+                "visual_tokens": layout.visual.sum(1).tolist(),
+                "text_tokens": layout.text.sum(1).tolist(),
+                # another scene's image changes the answer; null where there is no image, or no other
+                "needs_image": pd.array(
+                    [None if other is None else other != ids for other, ids in zip(elsewhere, answers, strict=True)],
+                    dtype="boolean",
+                ),
+                "exit_depth": exit_depth(labels).tolist(),
+                "lucky_exit_depth": lucky_exit_depth(labels).tolist(),
+            }
+        )
+
+    def _answers_with_another_image(self, samples: list[Sample]) -> list[list[int] | None]:
+        """Answer ids for each sample with another scene's image in place of its own."""
+        images = self.other_images.of(samples)
+        asked = [row for row, image in enumerate(images) if image is not None and part_of(samples[row]) == QUESTIONS]
+        answers: list[list[int] | None] = [None] * len(samples)
+        if asked:
+            batch = self.mllm.encode([images[row] for row in asked], [samples[row].question for row in asked])
+            for row, ids in zip(asked, unpadded(greedy_answer_ids(self.mllm, batch, self.max_new_tokens)), strict=True):
+                answers[row] = ids
+        return answers
+
+    def _exits(self, samples: list[Sample], batch: Batch, sweep: ExitSweep, text: list[str]) -> pd.DataFrame:
+        """One row per sample and exit layer, exit layers ascending."""
+        answers = self._exit_answers(samples, sweep, text)
+        correct: list[bool | None] = []
+        for sample, of_sample in zip(samples, answers, strict=True):
+            known = [answer for answer in of_sample if answer is not None]
+            if not self.accuracy or sample.answer is None or len(known) < len(of_sample):
+                # Those that agree with the full model would alone flatter the early exits.
+                correct += [None] * len(of_sample)
+            else:
+                correct += [exact_match(answer, sample.answer) for answer in known]
+        flops = [count for row in range(len(samples)) for count in self._exit_flops(samples[row], batch, row)]
+        return pd.DataFrame(
+            {
+                "id": np.repeat([sample.id for sample in samples], self.mllm.num_layers + 1),
+                "exit_layer": np.tile(np.arange(self.mllm.num_layers + 1), len(samples)),
+                "answer": [answer for of_sample in answers for answer in of_sample],
+                "correct": pd.array(correct, dtype="boolean"),
+                "agree": sweep.agree.flatten().numpy(),
+                "label": paper_labels(sweep.agree, sweep.nll).flatten().numpy(),
+                "nll": sweep.nll.flatten().numpy(),
+                "kl": kl_to_full(sweep.logits, "exit_to_full").flatten().numpy(),
+                "kl_reverse": kl_to_full(sweep.logits, "full_to_exit").flatten().numpy(),
+                "logit_change": logit_change(sweep.logits).flatten().numpy(),
+                "flops_total": [count.total for count in flops],
+                "flops_decoder": [count.decoder for count in flops],
+            }
+        )
+
+    def _exit_answers(self, samples: list[Sample], sweep: ExitSweep, text: list[str]) -> list[list[str | None]]:
+        """Answer of every sample under every exit. Only those that differ from the full model's are decoded."""
+        answers: list[list[str | None]] = [
+            [text[row] if agrees else None for agrees in sweep.agree[row].tolist()] for row in range(len(samples))
+        ]
+        if not self.accuracy:
+            return answers
+        missing = [
+            (exit_layer, row)
+            for row, sample in enumerate(samples)
+            if sample.answer is not None and part_of(sample) != CAPTIONS
+            for exit_layer, answer in enumerate(answers[row])
+            if answer is None
+        ]
+        missing.sort()  # neighbours leave at neighbouring layers: fewer layers run in two groups
+        for start in range(0, len(missing), self.batch_size):
+            pairs = missing[start : start + self.batch_size]
+            asked = [samples[row] for _, row in pairs]
+            batch = self.mllm.encode([sample.image for sample in asked], [sample.question for sample in asked])
+            layers = torch.tensor([exit_layer for exit_layer, _ in pairs], device=batch["input_ids"].device)
+            with RowExit(layers)(self.mllm):
+                decoded = self.mllm.decode(unpadded(greedy_answer_ids(self.mllm, batch, self.max_new_tokens)))
+            for (exit_layer, row), answer in zip(pairs, decoded, strict=True):
+                answers[row][exit_layer] = answer
+        return answers
+
+    def _exit_flops(self, sample: Sample, batch: Batch, row: int) -> list[FlopCount]:
+        """FLOPs of the prefill under every exit; counted once for every prompt shape."""
+        shape = int(batch.layout.visual[row].sum()), int(batch.layout.text[row].sum())
+        if shape not in self._flops:
+            alone = self.mllm.encode([sample.image], [sample.question])
+            self._flops[shape] = exit_flops(self.mllm, alone)
+        return self._flops[shape]
+
+
+def unpadded(answer_ids: Tensor) -> list[list[int]]:
+    """Answer ids [B, A] without their padding."""
+    return [[token for token in row if token != IGNORE_INDEX] for row in answer_ids.tolist()]
+
+
+def logit_change(logits: Tensor) -> Tensor:
+    """Root mean square change of the logits under every exit, relative to the full model's spread.
+
+    Args:
+        logits: [B, L + 1, vocab]; tokens that the model rules out (-inf) are left out.
+
+    Returns:
+        [B, L + 1]; 0 at L.
+    """
+    possible = torch.isfinite(logits).all(1, keepdim=True)
+    logits = torch.where(possible, logits, 0.0).double()
+    number = possible.sum(-1)
+    full = logits[:, -1:]
+    mean = full.sum(-1, keepdim=True) / number[..., None]
+    spread = torch.where(possible, full - mean, 0.0).square().sum(-1).div(number).sqrt()
+    change = (logits - full).square().sum(-1).div(number).sqrt()
+    return (change / spread.clamp_min(torch.finfo(torch.float32).tiny)).float()
+
+
+def token_table(samples: Sequence[Sample], sweep: ExitSweep) -> pd.DataFrame:
+    """One row per sample, exit layer and answer token (0 is the first; the end token is the last)."""
+    valid = sweep.answer_valid[:, None].expand_as(sweep.token_agree)
+    row, exit_layer, token = valid.nonzero(as_tuple=True)
+    return pd.DataFrame(
+        {
+            "id": np.array([sample.id for sample in samples])[row.numpy()],
+            "exit_layer": exit_layer.numpy(),
+            "token": token.numpy(),
+            "agree": sweep.token_agree[valid].numpy(),
+            "nll": sweep.token_nll[valid].numpy(),
+        }
+    )
+
+
+def entropy_table(samples: Sequence[Sample], sweep: ExitSweep) -> pd.DataFrame:
+    """One row per sample, exit layer k and layer l >= k (all layers for k = L, the full model)."""
+    num_layers = sweep.text_entropy.shape[2]
+    exits, layers = np.nonzero(after_exit(num_layers))
+    return pd.DataFrame(
+        {
+            "id": np.repeat([sample.id for sample in samples], len(exits)),
+            "exit_layer": np.tile(exits, len(samples)),
+            "layer": np.tile(layers, len(samples)),
+            **{name: getattr(sweep, name)[:, exits, layers].flatten().numpy() for name in ENTROPIES},
+        }
+    )
+
+
+# --------------------------------------------------------------------------- command
+
+
+def measurement(mllm: MLLM, dataset: Dataset, cfg: DictConfig) -> Measurement:
+    """The measurement that a configuration asks for.
+
+    Raises:
+        ConfigError: a setting is out of range.
+    """
+    if cfg.max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {cfg.max_new_tokens}: answers would be empty; give a positive number")
+    if not 0 <= cfg.kl_start <= mllm.num_layers:
+        raise ConfigError(f"kl_start is {cfg.kl_start}; this model has exit layers 0..{mllm.num_layers}")
+    if not cfg.etas or min(cfg.etas) < 0:
+        raise ConfigError(f"etas is {cfg.etas}; give one or more thresholds in nats, for instance etas=[0.003]")
+    check_model(mllm)
+    return Measurement(mllm, dataset, cfg.max_new_tokens, cfg.accuracy, cfg.batch_size, cfg.branch_tokens)

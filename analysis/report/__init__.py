@@ -1,0 +1,1 @@
+"""Run folders to one HTML file: `python -m analysis.report`."""

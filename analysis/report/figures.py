@@ -1,0 +1,277 @@
+"""The figures of a report: those that runs left in their folders, and what they show in words.
+
+The words (`alt`) are for readers who do not see the picture: what kind of plot it is, and its course in numbers.
+"""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..stages import file_name
+from .findings import policy_label, written
+from .runs import Run
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image in the page.
+
+    Attributes:
+        source: the image as a `data:` address.
+        alt: what it shows, in words.
+        caption: how to read it.
+        width, height: in pixels.
+    """
+
+    source: str
+    alt: str
+    caption: str
+    width: int
+    height: int
+
+    @property
+    def wide(self) -> bool:
+        """Whether it needs the page's width to be read: a figure of several panels side by side."""
+        return self.width > 1200 or self.width > 1.7 * self.height
+
+    @classmethod
+    def of(cls, file: Path, alt: str, caption: str) -> Picture:
+        """From a PNG file."""
+        data = file.read_bytes()
+        width, height = png_size(data)
+        return cls(data_address(data), alt, caption, width, height)
+
+
+def data_address(png: bytes) -> str:
+    """A PNG file as an address that holds it."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def png_size(data: bytes) -> tuple[int, int]:
+    """Width and height of a PNG file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if data[:8] != PNG:
+        raise ValueError("not a PNG file")
+    width, height = struct.unpack(">II", data[16:24])
+    return width, height
+
+
+def pictures(run: Run, leave_out: Sequence[str] = ()) -> list[Picture]:
+    """The figures in the folder of a run, those that `DESCRIPTIONS` knows first and in its order.
+
+    Args:
+        run: a run.
+        leave_out: names of figures.
+    """
+    files = {file.stem: file for file in run.figures() if file.stem not in leave_out}
+    known = [name for step, name in DESCRIPTIONS if step == run.step and name in files]
+    found = []
+    for name in [*known, *(name for name in files if name not in known)]:
+        alt, caption = describe(run, name)
+        found.append(Picture.of(files[name], alt, caption))
+    return found
+
+
+def describe(run: Run, name: str) -> tuple[str, str]:
+    """Alternative text and caption of a figure."""
+    if name.startswith("map_"):
+        record = next((each for each in run.value("/maps") or [] if name == f"map_{file_name(each['id'])}"), None)
+        return _map(record), "The same as a still picture, every layer at once."
+    description, caption = DESCRIPTIONS.get((run.step, name), (_unknown, ""))
+    return description(run.summary), caption
+
+
+# ------------------------------------------------------------------------ words
+
+
+def course(name: str, values: Sequence[Any], unit: str = "plain", where: str = "layer") -> str:
+    """How a curve runs, in a sentence: its ends and its extremes."""
+    known = [(index, value) for index, value in enumerate(values) if value is not None]
+    if not known:
+        return f"{name}: no values"
+    (first, start), (last, end) = known[0], known[-1]
+    low, high = min(known, key=lambda each: each[1]), max(known, key=lambda each: each[1])
+    text = f"{name}: {written(start, unit)} in {where} {first}, {written(end, unit)} in {where} {last}"
+    extremes = [
+        f"{word} {written(value, unit)} in {where} {index}"
+        for word, (index, value) in (("lowest", low), ("highest", high))
+        if index not in (first, last)
+    ]
+    return text + "".join(f", {each}" for each in extremes)
+
+
+Summary = Mapping[str, Any]
+CURVE_NAMES = {"cross": "question to image", "visual": "image to image", "text": "question to text"}
+
+
+def _stages(summary: Summary) -> str:
+    curves = [course(CURVE_NAMES[name], values) for name, values in summary["curves"].items()]
+    stages = summary["stages"]
+    found = f"The stages begin at layers {stages['boundaries']}." if stages["boundaries"] else ""
+    return (
+        f"Line plot over {summary['num_layers']} layers of attention relative to evenly spread attention, without the "
+        f"sink. {'; '.join(curves)}. Verdict: {stages['verdict'].replace('_', ' ')}. {found}"
+    ).strip()
+
+
+def _measures(summary: Summary) -> str:
+    mass = summary["bands"]["mass"]["cross"]["mean"]
+    return (
+        f"Six line plots over {summary['num_layers']} layers: attention mass, mean score per allowed pair and "
+        f"enrichment, with and without the attention sink. {course('Mass from question to image', mass, 'share')}."
+    )
+
+
+def _kinds_of_stages(summary: Summary) -> str:
+    lines = [
+        course(kind.replace("_", " "), each["bands"][summary["endpoint"]]["cross"]["mean"])
+        for kind, each in summary["kinds"].items()
+    ]
+    return f"One line plot for each question kind. Attention from question to image: {'; '.join(lines)}."
+
+
+def _exits(summary: Summary) -> str:
+    curves = [
+        course(label, summary[name], "share", "exit layer")
+        for name, label in (("agreement", "Same answer as the full model"), ("accuracy", "right answer"))
+    ]
+    share = summary["flops_decoder"][0] / summary["flops_decoder"][-1]
+    return (
+        f"Line plot over the exit layers 0 to {summary['num_layers']}. {'; '.join(curves)}. FLOPs rise in a straight "
+        f"line from {share:.0%} of the full model's to all of it."
+    )
+
+
+def _kinds_of_exits(summary: Summary) -> str:
+    lines = [
+        course(kind.replace("_", " "), each["agreement"], "share", "exit layer")
+        for kind, each in summary["kinds"].items()
+    ]
+    return f"One line plot for each question kind. Same answer as the full model: {'; '.join(lines)}."
+
+
+def _kl(summary: Summary) -> str:
+    found = [
+        f"η = {each['eta']:g}: " + ("no exit" if each["layer"] is None else f"K* = {each['layer']}")
+        for each in summary["k_star_details"]
+    ]
+    divergence = course("KL divergence from the full model in nats", summary["kl"], "nats", "exit layer")
+    return f"Line plot on a logarithmic scale. {divergence}. {', '.join(found)}."
+
+
+def _entropy(summary: Summary) -> str:
+    full = summary["entropy"]["text_entropy"]["matrix"]["mean"][-1]
+    return (
+        "Left, a line plot of the entropy of text self-attention over layers under some exits; right, a map of its "
+        f"change under every exit. {course('Full model, in nats', full)}."
+    )
+
+
+def _exit_depth(summary: Summary) -> str:
+    groups = {**summary["kinds"], "all": summary["overall"]}
+    means = [f"{kind.replace('_', ' ')} {each['exit_depth']['mean']:.1f}" for kind, each in groups.items()]
+    return f"Map of the share of questions at each exit depth, one row a question kind. Means: {', '.join(means)}."
+
+
+def _tokens(summary: Summary) -> str:
+    lines = [
+        course(part, values["mean"], "layer", "token")
+        for part, values in summary["tokens"].items()
+        if "token" in values
+    ]
+    return f"Line plot of the exit layer from which each answer token is predicted. {'; '.join(lines)}."
+
+
+def _gates(summary: Summary) -> str:
+    return (
+        "Line plot over exit layers, for the gate that decides on each: how often the label and the gate say exit, and "
+        f"its precision and recall. Together the gates keep {written(summary['agreement'], 'share')} of the held-out "
+        f"answers at {written(summary['cost'], 'share')} of the decoder's FLOPs."
+    )
+
+
+def _exit_layers(summary: Summary) -> str:
+    means = [f"{kind.replace('_', ' ')} {each['mean_exit_layer']:.1f}" for kind, each in summary["kinds"].items()]
+    return (
+        f"Map of the share of questions at each exit layer under {policy_label(summary['policy'])}, one row a question "
+        f"kind. Mean exit layers: {', '.join(means)}; all {summary['mean_exit_layer']:.1f}."
+    )
+
+
+def _cost(summary: Summary) -> str:
+    rows = [
+        f"{policy_label(row['method'])} {written(row['accuracy'], 'share')} at {row['cost']:.2f}"
+        for row in summary["rows"]
+        if "accuracy" in row
+    ]
+    return f"Accuracy against decoder FLOPs (full model = 1), one line a method: {', '.join(rows)}."
+
+
+def _map(record: Summary | None) -> str:
+    if record is None:
+        return "Attention maps over an image, one a layer."
+    return (
+        f"Attention maps over an image, one a layer, for the question “{record['question']}”, answered "
+        f"“{record['answer']}”. {course('Share of attention on the image', record['mass'], 'share')}."
+    )
+
+
+def _unknown(summary: Summary) -> str:
+    return f"A figure of this run of {summary['model']} on {summary['data']}; the tables hold its numbers."
+
+
+BY_KIND = "The same for each kind of question."
+DESCRIPTIONS: dict[tuple[str, str], tuple[Callable[[Summary], str], str]] = {
+    ("stages", "stages"): (
+        _stages,
+        "How much the question looks at the image, and each at itself, layer by layer, relative to attention spread "
+        "evenly (1). Bands: 95%, bootstrap over images.",
+    ),
+    ("stages", "measures"): (
+        _measures,
+        "Three ways to count the same attention, with and without the first token of the sequence, where much of it "
+        "goes for no reason of content.",
+    ),
+    ("stages", "kinds"): (_kinds_of_stages, BY_KIND),
+    ("exits", "exits"): (
+        _exits,
+        "What becomes of the answers if the image leaves before layer k, and what the prefill then costs.",
+    ),
+    ("exits", "kinds"): (_kinds_of_exits, BY_KIND),
+    ("exits", "kl"): (
+        _kl,
+        "How far the prediction of the next token moves from the full model's; dashed: thresholds η and the first exit "
+        "K* that meets them.",
+    ),
+    ("exits", "entropy"): (
+        _entropy,
+        "How the attention among the text changes after an exit, against the full model.",
+    ),
+    ("exits", "exit_depth"): (
+        _exit_depth,
+        "First exit layer from which each question keeps its answer and that answer's cross-entropy (at most 1.03 "
+        "times the full model's); diamonds: means with 95% intervals.",
+    ),
+    ("exits", "tokens"): (_tokens, "How long each token of an answer needs the image."),
+    ("train", "gates"): (
+        _gates,
+        "What the gate after each layer has learnt, measured on images that it was not trained on.",
+    ),
+    ("evaluate", "exit_layers"): (_exit_layers, "Where the questions of each kind left under this policy."),
+    ("tables", "accuracy_against_cost"): (
+        _cost,
+        "Every method at the same cost, on all questions and on those that need the image. Bars: 95%, bootstrap over "
+        "images.",
+    ),
+}
+"""(step, figure) -> its words, and its caption."""

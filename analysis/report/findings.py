@@ -1,0 +1,293 @@
+"""What the runs of a model found: verdicts, and effect sizes with their intervals.
+
+Every number is a place in a run's `summary.json`; nothing is computed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..measuring.methods import LABELS
+from .runs import Limits, Run, band_places, ends, pointer
+
+BAND = "95%, bootstrap over images"
+TOGETHER = "95% for all differences of the table together, paired bootstrap over images"
+CLUSTERED = "95%, clustered by image"
+ONE_SIDED = "two one-sided 95% limits, bootstrap over images"
+SIMULTANEOUS = "95%, simultaneous over all splits"
+QUARTILES = "quartiles of the repeats"
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A number with its interval.
+
+    Attributes:
+        label: what it is.
+        unit: how it is written: `share`, `points`, `layer`, `log`, `ratio`, `nats` or `plain`.
+        estimate: where it stands in the run's summary, a JSON pointer.
+        limits: where its limits stand, None where there are none.
+        interval: what kind of interval it is.
+    """
+
+    label: str
+    unit: str
+    estimate: str
+    limits: Limits | None = None
+    interval: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one run says about one question.
+
+    Attributes:
+        run: where it is from.
+        title: the question, or what was measured.
+        verdict: JSON pointer of the verdict, None where there is nothing to decide.
+        reasons: why the verdict is what it is.
+        effects: the numbers behind it.
+    """
+
+    run: Run
+    title: str
+    verdict: str | None = None
+    reasons: Sequence[str] = ()
+    effects: list[Effect] = field(default_factory=list)
+
+
+def findings(runs: Sequence[Run]) -> list[Finding]:
+    """Of all runs, in their order."""
+    of_step: dict[str, Callable[[Run], Iterator[Finding]]] = {
+        "stages": _stages,
+        "exits": _exits,
+        "train": _train,
+        "evaluate": _evaluate,
+        "tables": _tables,
+        "cost": _tables,  # experiments that measure time are asked for with either command
+    }
+    return [_with_known(finding) for run in runs for finding in of_step[run.step](run)]
+
+
+def _with_known(finding: Finding) -> Finding:
+    """Without the effects that this run could not estimate."""
+    known = [effect for effect in finding.effects if finding.run.value(effect.estimate) is not None]
+    return Finding(finding.run, finding.title, finding.verdict, finding.reasons, known)
+
+
+def _triple(label: str, unit: str, place: str, interval: str) -> Effect:
+    """An effect that is stored as `[estimate, lower, upper]`."""
+    return Effect(label, unit, f"{place}/0", (f"{place}/1", f"{place}/2"), interval)
+
+
+def _band(label: str, unit: str, place: str, index: int | None = None) -> Effect:
+    """An effect that is stored as `{mean, low, high}`, of numbers or lists."""
+    return Effect(label, unit, *band_places(place, index), BAND)
+
+
+def _stages(run: Run) -> Iterator[Finding]:
+    effects = [
+        _triple(label, unit, f"/stages/{key}", SIMULTANEOUS)
+        for label, unit, key in (
+            ("fall of attention on the image into the middle stage (0.69 = halved)", "log", "fall"),
+            ("its rise out of the middle stage (0.69 = doubled)", "log", "rise"),
+            ("within-modality share, middle stage minus the stage before", "points", "share_in"),
+            ("within-modality share, middle stage minus the stage after", "points", "share_out"),
+        )
+    ]
+    for index, name in enumerate(("second", "third")):
+        place, limits = f"/stages/boundaries/{index}", ends(f"/stages/boundaries_ci/{index}")
+        effects.append(Effect(f"first layer of the {name} stage", "layer", place, limits, "95%, bootstrap"))
+    yield Finding(
+        run,
+        "Attention falls into three stages: early fusion, intra-modality modelling, multimodal reasoning",
+        "/stages/verdict",
+        run.value("/stages/reasons") or (),
+        effects,
+    )
+    endpoint = run.value("/endpoint")
+    curve = run.value(pointer("bands", endpoint, "cross", "mean")) or []
+    known = [layer for layer, value in enumerate(curve) if value is not None]
+    if known:
+        place = pointer("bands", endpoint, "cross")
+        least, most = min(known, key=curve.__getitem__), max(known, key=curve.__getitem__)
+        yield Finding(
+            run,
+            "Attention of the question on the image, relative to evenly spread attention, without the sink",
+            effects=[
+                _band(f"where it is lowest, layer {least}", "plain", place, least),
+                _band(f"where it is highest, layer {most}", "plain", place, most),
+            ],
+        )
+
+
+ESTIMATES = {
+    "gain": ("accuracy gained by showing the image", "points", ONE_SIDED),
+    "accuracy_settles": ("exit layer from which accuracy stays (estimate)", "layer", BAND),
+    "answers_settle": ("exit layer from which answers stay (estimate)", "layer", BAND),
+    "early_change": ("change of the text entropy by early exits", "share", ONE_SIDED),
+    "late_change": ("change of the text entropy by late exits", "share", ONE_SIDED),
+}
+
+
+def _exits(run: Run) -> Iterator[Finding]:
+    for name, finding in (run.value("/findings") or {}).items():
+        place = pointer("findings", name)
+        effects = [Effect("exit layer of the finding", "layer", f"{place}/exit_layer")]
+        for key, value in finding["estimates"].items():
+            label, unit, interval = ESTIMATES.get(key, (key.replace("_", " "), "plain", ""))
+            if isinstance(value, list):
+                effects.append(_triple(label, unit, f"{place}/estimates/{key}", interval))
+            elif not isinstance(value, dict) and key != "exit_layer":
+                effects.append(Effect(label, unit, f"{place}/estimates/{key}"))
+        statement = finding["statement"]
+        yield Finding(run, statement[0].upper() + statement[1:], f"{place}/verdict", finding["reasons"], effects)
+    last = run.summary["num_layers"]
+    bands = "/overall/bands"
+    yield Finding(
+        run,
+        "Answers with and without the image",
+        effects=[
+            _band("right answers of the full model", "share", f"{bands}/accuracy", last),
+            _band("right answers if the decoder sees no image", "share", f"{bands}/accuracy", 0),
+            _band("answers that stay the same without the image", "share", f"{bands}/agreement", 0),
+            _band(
+                "mean exit depth (first layer from which answer and cross-entropy stay)", "layer", "/overall/exit_depth"
+            ),
+        ],
+    )
+    thresholds = run.value("/k_star_details") or []
+    yield Finding(
+        run,
+        "KL criterion: first exit layer whose divergence from the full model is at most η",
+        effects=[
+            Effect(
+                f"K* at η = {each['eta']:g} nats",
+                "layer",
+                f"/k_star_details/{index}/layer",
+                ends(f"/k_star_details/{index}/interval"),
+                BAND,
+            )
+            for index, each in enumerate(thresholds)
+        ],
+    )
+
+
+COSTS = (
+    Effect("mean exit layer", "layer", "/mean_exit_layer"),
+    Effect("decoder FLOPs of the prefill (full model = 1)", "ratio", "/cost"),
+    Effect("the same of fixed exits with the same agreement", "ratio", "/cost_of_fixed_exits"),
+)
+"""What gates cost, trained or in use."""
+
+
+def _train(run: Run) -> Iterator[Finding]:
+    yield Finding(
+        run,
+        f"Gates trained by recipe {run.value('/recipe')}, on {run.value('/validation_questions')} held-out questions",
+        effects=[
+            Effect("same answer as the full model", "share", "/agreement"),
+            Effect("changed answers, upper 95% limit", "share", "/disagreement_upper_limit"),
+            *COSTS,
+            Effect("the same if every exit were chosen with hindsight", "ratio", "/cost_of_oracle"),
+        ],
+    )
+
+
+def _evaluate(run: Run) -> Iterator[Finding]:
+    if run.value("/policy") == "none":
+        return  # the full model: the table of policies has its accuracy
+
+    def with_interval(label: str, unit: str, key: str) -> Effect:
+        return Effect(label, unit, f"/{key}", ends(f"/{key}_ci"), CLUSTERED)
+
+    yield Finding(
+        run,
+        f"Policy {policy_label(str(run.value('/policy')))}",
+        effects=[
+            with_interval("right answers", "share", "accuracy"),
+            with_interval("accuracy lost against the full model", "points", "accuracy_loss"),
+            with_interval("same answer as the full model", "share", "agreement"),
+            *COSTS,
+        ],
+    )
+
+
+def _tables(run: Run) -> Iterator[Finding]:
+    for index, verdict in enumerate(run.value("/verdicts") or []):
+        where = "all questions" if verdict["on"] == "accuracy" else "questions that need the image"
+        tied = verdict["not_told_apart"]
+        if tied:
+            text = f"no clear winner; not told apart from {', '.join(map(policy_label, tied))}"
+        else:
+            text = "ahead of all others"
+        yield Finding(
+            run,
+            f"Most accurate at {verdict['budget']:g} of the FLOPs, {where}: {policy_label(verdict['ahead'])}",
+            reasons=[text],
+            effects=[
+                _triple(
+                    f"its lead over {policy_label(other)}",
+                    "points",
+                    pointer("verdicts", index, "lead", other),
+                    TOGETHER,
+                )
+                for other in verdict["lead"]
+            ],
+        )
+    rows = [
+        (index, row)
+        for index, row in enumerate(run.value("/rows") or [])
+        if "prefill_ratio" in row and row["method"] != "none"
+    ]
+    if rows:
+        yield Finding(
+            run,
+            f"Time of the prefill (full model = 1), on {run.value('/device')} with {run.value('/threads')} threads",
+            effects=[
+                Effect(
+                    f"{policy_label(row['method'])}, batch {row['batch_size']}",
+                    "ratio",
+                    pointer("rows", index, "prefill_ratio"),
+                    (pointer("rows", index, "prefill_ratio_q25"), pointer("rows", index, "prefill_ratio_q75")),
+                    QUARTILES,
+                )
+                for index, row in rows
+            ],
+        )
+
+
+def policy_label(policy: str) -> str:
+    """Name of a policy as the tables write it."""
+    return LABELS.get(policy, policy.replace("_", " "))
+
+
+# ------------------------------------------------------------------------ writing numbers
+
+
+def written(value: Any, unit: str) -> str:
+    """A number as the page shows it; a dash where there is none."""
+    if value is None or value == "":
+        return "–"
+    if isinstance(value, str):
+        return value
+    text = {
+        "share": lambda: f"{100 * value:.1f}%",
+        "points": lambda: f"{100 * value:+.1f} points",
+        "layer": lambda: f"{value:g}" if float(value).is_integer() else f"{value:.1f}",
+        "log": lambda: f"{value:+.2f}",
+        "ratio": lambda: f"{value:.3f}",
+        "count": lambda: f"{value:,.0f}",
+        "nats": lambda: f"{value:.2g}",
+        "plain": lambda: f"{value:.3g}",
+    }[unit]()
+    return text.replace("-", "−") if text[0] == "-" else text
+
+
+def interval_text(low: Any, high: Any, unit: str) -> str:
+    """Limits in brackets; a limit that is not reached is a dash."""
+    short = "share" if unit == "points" else unit
+    low, high = (written(each, short).removesuffix("%") for each in (low, high))
+    return f"[{low}, {high}]"

@@ -1,0 +1,170 @@
+"""Samples for the layer slider: where the model looks in every layer, what it answers, and when the image leaves."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.colors import to_hex
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+from dyvte.data import Sample, build_dataset
+from dyvte.errors import ConfigError, UnsupportedError
+from dyvte.gates.module import SHIPPED_GATES, load_gates
+from dyvte.instrument.sweep import exit_sweep, greedy_answer_ids
+from dyvte.instrument.sweep.criteria import exit_depth, paper_labels
+from dyvte.mllm import MLLM
+from dyvte.policies.exits.dynamic_exit import DynamicExit, exit_probabilities
+from dyvte.runs.config import load_model
+from dyvte.runs.store import model_fingerprint
+
+from ..plots.attention import darkest, relative_maps
+from ..stages import attention_map, choose
+from .figures import data_address
+from .runs import Run
+
+MAX_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the slider shows.
+
+    Attributes:
+        records: one a sample, plain data for the page.
+        gates: where the gates are from; None without gates.
+        notes: what a reader must know of them.
+    """
+
+    records: list[dict[str, Any]]
+    gates: str | None
+    notes: list[str]
+
+
+def palette(steps: int = 32) -> list[str]:
+    """Colours from no attention to much, those of the figures."""
+    return [to_hex(each) for each in sns.color_palette("rocket_r", steps)]
+
+
+def look(cfg: DictConfig, runs: Sequence[Run]) -> Samples:
+    """Load the model and look at some samples of the data that the stages run was made on (without it, of `cfg.data`).
+
+    Raises:
+        ConfigError: `samples.query` or `samples.ids` are not possible.
+        DyvteError: model, data or gates cannot be loaded.
+    """
+    if cfg.samples.query not in ("last", "instruction"):
+        raise ConfigError(f"samples.query is {cfg.samples.query!r}; choose last or instruction")
+    by_step = {run.step: run for run in runs}
+    stages = by_step.get("stages")
+    saved = None if stages is None else stages.config.get("data")
+    dataset = build_dataset(cfg.data if saved is None else OmegaConf.create(saved))
+    mllm = load_model(cfg)
+    notes = []
+    weights = model_fingerprint(mllm)["weights"]
+    others = [run.name for run in runs if run.weights not in (None, weights)]
+    if others:
+        notes.append(
+            f"The maps show the model as it is now (weights {weights}); it has changed since these runs: "
+            f"{', '.join(others)}. Run them again."
+        )
+    source, policy = gates_for(cfg, by_step.get("train")), None
+    if source is not None:
+        policy = DynamicExit(load_gates(source))
+        policy.check(mllm)
+    records = []
+    for sample in choose(dataset, cfg.samples.count, cfg.samples.ids):
+        record = look_at(mllm, sample, cfg.samples.query, policy)
+        if record is not None:
+            records.append(record)
+    if "exits" in by_step and not others:
+        add_answers(records, by_step["exits"])
+    if not records:
+        notes.append("No map to show: no sample has an image whose visual tokens have a known place in it.")
+    return Samples(records, source, notes)
+
+
+def gates_for(cfg: DictConfig, train: Run | None) -> str | None:
+    """The gates that `samples.gates` names."""
+    chosen = cfg.samples.gates
+    if chosen != "auto":
+        return None if chosen is None else str(chosen)
+    if train is not None and (train.path / "gates").is_dir():
+        return str(train.path / "gates")
+    return cfg.model.name if cfg.model.name in SHIPPED_GATES else None
+
+
+@torch.no_grad()
+def look_at(mllm: MLLM, sample: Sample, query: str, policy: DynamicExit | None) -> dict[str, Any] | None:
+    """One sample as plain data; None where visual tokens have no place in the image."""
+    found = attention_map(mllm, sample, query)
+    if found is None:
+        return None
+    record, image = found
+    relative = relative_maps(record["maps"])
+    content = {key: record[key] for key in ("id", "kind", "question", "reference", "answer", "query")}
+    content |= {
+        "image": png_of(image),
+        "rows": relative.shape[1],
+        "columns": relative.shape[2],
+        "mass": [round(float(each), 5) for each in record["mass"]],
+        "maps": [[round(float(each), 2) for each in layer.flat] for layer in relative],
+        "top": darkest(relative),
+        "exit_depth": depth_of(mllm, sample),
+        "exit_layer": None,
+        "exit_answer": None,
+        "gates": {},
+        "answers": {},
+    }
+    return content | ({} if policy is None else under_gates(mllm, sample, policy))
+
+
+def png_of(image: npt.NDArray[Any]) -> str:
+    """An image `[height, width, 3]` from 0 to 1 as a `data:` address."""
+    buffer = io.BytesIO()
+    Image.fromarray((255 * np.clip(image, 0, 1)).round().astype(np.uint8)).save(buffer, format="png", optimize=True)
+    return data_address(buffer.getvalue())
+
+
+def depth_of(mllm: MLLM, sample: Sample) -> int | None:
+    """First exit layer from which answer and cross-entropy stay; None where one pass cannot compute all exits."""
+    batch = mllm.encode([sample.image], [sample.question])
+    try:
+        sweep = exit_sweep(mllm, batch, greedy_answer_ids(mllm, batch, MAX_NEW_TOKENS), entropy=False)
+    except UnsupportedError:
+        return None
+    sweep = sweep.up_to_ties()
+    return int(exit_depth(paper_labels(sweep.agree, sweep.nll))[0])
+
+
+def under_gates(mllm: MLLM, sample: Sample, policy: DynamicExit) -> dict[str, Any]:
+    """Where the gates take the image out, what they said until then, and the answer."""
+    batch = mllm.encode([sample.image], [sample.question])
+    with policy(mllm) as run:
+        (answer,) = mllm.generate(batch, max_new_tokens=MAX_NEW_TOKENS)
+        exit_layer = int(run.exit_layers[0])
+        asked = {k: float(each[0]) for k, each in exit_probabilities(run).items() if k <= exit_layer}
+    return {
+        "exit_layer": exit_layer,
+        "exit_answer": answer,
+        "gates": {str(k): [round(each, 4), round(policy.thresholds[k - 1], 4)] for k, each in asked.items()},
+    }
+
+
+def add_answers(records: Sequence[dict[str, Any]], run: Run) -> None:
+    """Add what the exits run recorded as the answer of each sample under every exit."""
+    file = run.path / "exits.parquet"
+    if not file.is_file():
+        return
+    table = pd.read_parquet(file, columns=["id", "exit_layer", "answer"])
+    for record in records:
+        rows = table[table["id"] == record["id"]].dropna()
+        record["answers"] = {str(k): answer for k, answer in zip(rows["exit_layer"], rows["answer"], strict=True)}

@@ -1,0 +1,273 @@
+"""The tables of a report: each cell says which number of which `summary.json` it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .findings import interval_text, policy_label, written
+from .runs import Limits, Run, band_places, ends, pointer
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table.
+
+    Attributes:
+        text: what it shows.
+        order: what its column is sorted by; None sorts last.
+        run, key: the run, and the place in its summary, that `order` is from; empty for words.
+    """
+
+    text: str
+    order: float | str | None = None
+    run: str = ""
+    key: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        title: what its rows are.
+        columns: headings.
+        rows: as many cells each.
+        note: how to read it.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    note: str = ""
+
+
+def number(run: Run, unit: str, place: str, limits: Limits | None = None) -> Cell:
+    """A number of a summary, with its limits in brackets."""
+    value = run.value(place)
+    text = written(value, unit)
+    if limits is not None and value is not None:
+        low, high = (run.value(each) for each in limits)
+        text += " " + interval_text(low, high, unit)
+    return Cell(text, value, run.name, place)
+
+
+def banded(run: Run, unit: str, place: str, index: int | None = None) -> Cell:
+    """A number that is stored as `{mean, low, high}`, of numbers or lists."""
+    return number(run, unit, *band_places(place, index))
+
+
+def words(text: Any) -> Cell:
+    """A cell that is no number of a summary."""
+    return Cell(str(text), text if isinstance(text, (int, float)) else str(text))
+
+
+def _spaced(name: Any) -> str:
+    return str(name).replace("_", " ")
+
+
+def tables(run: Run) -> list[Table]:
+    """The tables of a run; without those that the run has no numbers for."""
+    of_step: dict[str, Callable[[Run], Iterator[Table]]] = {
+        "stages": _stages,
+        "exits": _exits,
+        "train": _train,
+        "evaluate": _evaluate,
+        "tables": _methods,
+        "cost": _methods,
+    }
+    return [table for table in of_step[run.step](run) if table.rows]
+
+
+BANDED = "In brackets: 95% intervals, bootstrap over images."
+
+
+def _stages(run: Run) -> Iterator[Table]:
+    endpoint = run.value("/endpoint")
+    columns = {
+        "question to image": ("plain", pointer("bands", endpoint, "cross")),
+        "image to image": ("plain", pointer("bands", endpoint, "visual")),
+        "question to text": ("plain", pointer("bands", endpoint, "text")),
+        "mass question to image": ("share", "/bands/mass/cross"),
+        "text entropy, nats": ("plain", "/entropy/text_entropy"),
+    }
+    yield Table(
+        "Layers",
+        ["layer", *columns],
+        [
+            [words(layer), *(banded(run, unit, place, layer) for unit, place in columns.values())]
+            for layer in range(run.summary["num_layers"])
+        ],
+        f"The first three: attention over evenly spread attention, without the sink. {BANDED}",
+    )
+    yield Table(
+        "Kinds of questions",
+        ["kind", "questions", "images", "stages"],
+        [
+            [
+                words(_spaced(kind)),
+                number(run, "count", pointer("kinds", kind, "num_samples")),
+                number(run, "count", pointer("kinds", kind, "num_images")),
+                words(_spaced(found["stages"]["verdict"])),
+            ]
+            for kind, found in (run.value("/kinds") or {}).items()
+        ],
+    )
+
+
+def _exits(run: Run) -> Iterator[Table]:
+    last = run.summary["num_layers"]
+    yield Table(
+        "Exit layers",
+        ["exit layer k", "right answers", "same answer as full model", "KL, nats", "decoder FLOPs", "total FLOPs"],
+        [
+            [
+                words(k),
+                banded(run, "share", "/overall/bands/accuracy", k),
+                banded(run, "share", "/overall/bands/agreement", k),
+                banded(run, "nats", "/overall/bands/kl", k),
+                number(run, "count", pointer("flops_decoder", k)),
+                number(run, "count", pointer("flops_total", k)),
+            ]
+            for k in range(last + 1)
+        ],
+        f"The image leaves before layer k; k = {last} is the unchanged model. {BANDED}",
+    )
+    yield Table(
+        "Kinds of questions",
+        ["kind", "questions", "right, full model", "right, no image", "exit depth", "image stops contributing"],
+        [
+            [
+                words(_spaced(kind)),
+                number(run, "count", pointer("kinds", kind, "num_samples")),
+                banded(run, "share", pointer("kinds", kind, "bands", "accuracy"), last),
+                banded(run, "share", pointer("kinds", kind, "bands", "accuracy"), 0),
+                banded(run, "layer", pointer("kinds", kind, "exit_depth")),
+                words(_spaced(found["stops"]["verdict"])),
+            ]
+            for kind, found in (run.value("/kinds") or {}).items()
+        ],
+        f"Exit depth: first layer from which answer and cross-entropy stay. {BANDED}",
+    )
+    yield Table(
+        "KL criterion",
+        ["η, nats", "K*", "stays below from"],
+        [
+            [
+                number(run, "nats", f"{place}/eta"),
+                number(run, "layer", f"{place}/layer", ends(f"{place}/interval")),
+                number(run, "layer", f"{place}/stays"),
+            ]
+            for place in (f"/k_star_details/{index}" for index in range(len(run.value("/k_star_details") or [])))
+        ],
+        f"K*: first exit layer with a divergence of at most η; a dash: none. {BANDED}",
+    )
+
+
+def _train(run: Run) -> Iterator[Table]:
+    kinds = run.value("/fixed_exit_by_kind") or {}
+    yield Table(
+        "One fixed exit a kind that reaches the gates' agreement on the held-out questions",
+        ["kind", "exit layer"],
+        [[words(_spaced(kind)), number(run, "layer", pointer("fixed_exit_by_kind", kind))] for kind in kinds],
+    )
+
+
+POLICY_COLUMNS: dict[str, tuple[str, str, bool]] = {
+    "questions": ("count", "num_questions", False),
+    "right answers": ("share", "accuracy", True),
+    "accuracy lost": ("points", "accuracy_loss", True),
+    "same answer as full model": ("share", "agreement", True),
+    "mean exit layer": ("layer", "mean_exit_layer", False),
+    "decoder FLOPs (full = 1)": ("ratio", "cost", False),
+    "fixed exits with this agreement": ("ratio", "cost_of_fixed_exits", False),
+}
+
+
+def _policy_cells(run: Run, place: str) -> list[Cell]:
+    return [
+        number(run, unit, f"{place}/{key}", ends(f"{place}/{key}_ci") if interval else None)
+        for unit, key, interval in POLICY_COLUMNS.values()
+    ]
+
+
+CLUSTERED = "In brackets: 95% intervals, clustered by image."
+
+
+def policies(runs: Sequence[Run]) -> Table:
+    """All evaluated policies, one row each."""
+    return Table(
+        "Policies",
+        ["policy", *POLICY_COLUMNS, "prefill, ms"],
+        [
+            [
+                words(policy_label(str(run.value("/policy")))),
+                *_policy_cells(run, ""),
+                number(run, "plain", "/prefill_ms"),
+            ]
+            for run in runs
+        ],
+        "Fixed exits with this agreement: what the cheapest mixture of them costs that changes no more answers. "
+        + CLUSTERED,
+    )
+
+
+def _evaluate(run: Run) -> Iterator[Table]:
+    if run.value("/policy") == "none":
+        return  # by kind, exits has it
+    yield Table(
+        f"{policy_label(str(run.value('/policy')))}, by kind of question",
+        ["kind", *POLICY_COLUMNS],
+        [[words(_spaced(kind)), *_policy_cells(run, pointer("kinds", kind))] for kind in run.value("/kinds") or {}],
+        CLUSTERED,
+    )
+
+
+Columns = dict[str, tuple[str, str, tuple[str, str] | None]]
+QUARTILES, LIMITS = ("_q25", "_q75"), ("_low", "_high")
+MEASURED: Columns = {
+    "batch": ("count", "batch_size", None),
+    "prefill, ms": ("plain", "prefill_ms", QUARTILES),
+    "prefill (full = 1)": ("ratio", "prefill_ratio", QUARTILES),
+    "decoding step, ms": ("plain", "decode_ms", QUARTILES),
+    "decoding (full = 1)": ("ratio", "decode_ratio", QUARTILES),
+    "tokens/s": ("count", "tokens_per_second", None),
+    "decoder FLOPs": ("count", "flops_decoder", None),
+    "KV cache, bytes": ("count", "kv_cache_bytes", None),
+    "peak memory, bytes": ("count", "peak_memory_bytes", None),
+}
+ANSWERED: Columns = {
+    "budget": ("ratio", "budget", None),
+    "decoder FLOPs (full = 1)": ("ratio", "cost", None),
+    "right answers": ("share", "accuracy", LIMITS),
+    "right, image needed": ("share", "accuracy_needs_image", LIMITS),
+    "same answer as full model": ("share", "agreement", None),
+    "mean exit layer": ("layer", "mean_exit_layer", None),
+}
+
+
+def _methods(run: Run) -> Iterator[Table]:
+    """The rows of `analysis.tables` or `analysis.cost`: words first, then the numbers that there are, then settings."""
+    rows: Sequence[Mapping[str, Any]] = run.value("/rows") or []
+    if not rows:
+        return
+    measured = "prefill_ms" in rows[0]
+    columns = {
+        name: column
+        for name, column in (MEASURED if measured else ANSWERED).items()
+        if any(row.get(column[1]) is not None for row in rows)
+    }
+    names = [key for key, value in rows[0].items() if isinstance(value, str) and key != "setting"]
+    settings = ["setting"] if any(row.get("setting") for row in rows) else []
+    table = []
+    for index, row in enumerate(rows):
+        cells = [words(policy_label(str(row[name])) if name == "method" else row[name]) for name in names]
+        for unit, key, tails in columns.values():
+            place = pointer("rows", index, key)
+            cells.append(number(run, unit, place, None if tails is None else (place + tails[0], place + tails[1])))
+        table.append([*cells, *(words(row.get("setting") or "") for _ in settings)])
+    note = (
+        "Medians of the repeats, in brackets their quartiles; ratios are taken within a repeat." if measured else BANDED
+    )
+    yield Table(_spaced(run.value("/experiment") or "cost"), [*map(_spaced, names), *columns, *settings], table, note)

@@ -1,0 +1,135 @@
+"""Means with intervals from a bootstrap over images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+Clusters = Sequence[Any] | npt.NDArray[Any]
+"""The image of each sample, length n."""
+MIN_CLUSTERS = 10
+"""Below this number of images a bootstrap over images means nothing."""
+WEIGHTS_AT_ONCE = 1 << 23
+"""Bootstrap weights held in memory together (64 MB)."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Bootstrap clustered by image
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Band:
+    """A mean with an interval around it; all three arrays have one shape."""
+
+    mean: Array
+    low: Array
+    high: Array
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Band:
+        """What :meth:`to_dict` gave, read from a `summary.json`: null is NaN."""
+        return cls(*(np.array(values[name], dtype=np.float64) for name in ("mean", "low", "high")))
+
+    def to_dict(self) -> dict[str, Any]:
+        """`mean`, `low` and `high` as lists, or as numbers where the band has no axes."""
+        return {"mean": self.mean.tolist(), "low": self.low.tolist(), "high": self.high.tolist()}
+
+
+def count_images(clusters: Clusters) -> int:
+    """How many images the samples are about."""
+    return len(np.unique(np.asarray(clusters).astype(str)))
+
+
+def cluster_mean(values: npt.ArrayLike) -> Array:
+    """Mean over samples of `values [n, ...]`, ignoring NaN; NaN where every sample is NaN."""
+    values = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(values)
+    count = finite.sum(0)
+    total = np.where(finite, values, 0.0).sum(0)
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+
+
+def cluster_bootstrap(values: npt.ArrayLike, clusters: Clusters, n_boot: int = 1000, seed: int = 0) -> Array:
+    """Bootstrap replicates of the mean over samples, drawing whole clusters with replacement.
+
+    The same `seed`, `clusters` and `n_boot` draw the same clusters, so replicates of two quantities measured on
+    the same samples are paired and may be subtracted.
+
+    Args:
+        values: `[n, ...]`, one row a sample; NaN entries are left out of the mean they belong to.
+        clusters: length n, the cluster (image) of each sample.
+        n_boot: number of replicates B.
+        seed: seed of the generator.
+
+    Returns:
+        `[B, ...]`; NaN where a replicate holds no finite value.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) == 0:
+        raise ValueError("cluster_bootstrap: no samples")
+    if len(clusters) != len(values):
+        raise ValueError(f"cluster_bootstrap: {len(values)} samples but {len(clusters)} cluster labels")
+    _, index = np.unique(np.asarray(clusters).astype(str), return_inverse=True)
+    n_clusters = int(index.max()) + 1
+    flat = values.reshape(len(values), -1)
+    finite = np.isfinite(flat)
+    sums = np.zeros((n_clusters, flat.shape[1]))
+    counts = np.zeros_like(sums)
+    np.add.at(sums, index, np.where(finite, flat, 0.0))
+    np.add.at(counts, index, finite)
+    rng = np.random.default_rng(seed)
+    even = np.full(n_clusters, 1.0 / n_clusters)
+    means = np.full((n_boot, flat.shape[1]), np.nan)
+    at_once = max(1, WEIGHTS_AT_ONCE // n_clusters)
+    for start in range(0, n_boot, at_once):
+        rows = means[start : start + at_once]
+        weights = rng.multinomial(n_clusters, even, size=len(rows)).astype(np.float64)
+        count = weights @ counts
+        np.divide(weights @ sums, count, out=rows, where=count > 0)
+    return means.reshape(n_boot, *values.shape[1:])
+
+
+def percentile_band(mean: npt.ArrayLike, replicates: Array, level: float = 0.95) -> Band:
+    """Pointwise percentile interval of `replicates [B, ...]` around `mean [...]`."""
+    tail = 100 * (1 - level) / 2
+    mean = np.asarray(mean, dtype=np.float64)
+    low, high = np.full(mean.shape, np.nan), np.full(mean.shape, np.nan)
+    known = np.isfinite(replicates).any(0)
+    if known.any():
+        low[known], high[known] = np.nanpercentile(replicates[:, known], [tail, 100 - tail], axis=0)
+    return Band(mean, low, high)
+
+
+def mean_band(
+    values: npt.ArrayLike,
+    clusters: Clusters,
+    level: float = 0.95,
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> Band:
+    """Mean over samples of `values [n, ...]` with a pointwise bootstrap band clustered by image."""
+    return percentile_band(cluster_mean(values), cluster_bootstrap(values, clusters, n_boot, seed), level)
+
+
+def simultaneous_band(estimate: npt.ArrayLike, replicates: Array, level: float = 0.95) -> Band:
+    """Band that covers *all* entries at once with probability `level` (sup-t band).
+
+    The half width is `c * se`, `se` the bootstrap standard error of each entry and `c` the `level` quantile over
+    replicates of the largest standardised deviation. An entry may therefore be picked after looking at the data.
+
+    Args:
+        estimate: `[...]`.
+        replicates: `[B, ...]`.
+    """
+    estimate = np.asarray(estimate, dtype=np.float64)
+    error = replicates.std(0, ddof=1)
+    deviation = np.abs(replicates - estimate)
+    standardised = np.divide(deviation, error, out=np.zeros_like(deviation), where=error > 1e-12)
+    critical = float(np.quantile(standardised.reshape(len(replicates), -1).max(1), level))
+    return Band(estimate, estimate - critical * error, estimate + critical * error)

@@ -1,0 +1,403 @@
+"""Statistics of visual-token exits: where exits stop to matter, and which of the paper's findings hold.
+
+Pure functions of numpy arrays. Exit layers k = 0..L are the last axis of every table `[n, L + 1]`; row L is the full
+model. Intervals resample images (see `analysis.statistics.stages`). `docs/exits.md` explains the findings on one page.
+
+Two facts shape the rules for a finding:
+
+* Agreement with the full model rises towards k = L for *any* model, trained or not, because a late exit changes few
+  layers. So a finding about contribution needs answers that are right because of the image, or an exit that changes
+  the logits by no more than rounding.
+* The layer is chosen by looking at the data. It is found by stepping down from L and stopping at the first exit that
+  fails its test, which keeps the error rate of one test without a correction for the number of layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.stats import norm
+
+from dyvte.instrument.sweep.criteria import kl_exit_layer, kl_stays_below
+
+from .bands import MIN_CLUSTERS, Array, Clusters, cluster_bootstrap, cluster_mean, count_images
+
+ROUNDING = 1e-4
+"""Relative change of the logits that float32 rounding can explain, with a hundredfold margin."""
+MIN_SAVED = 0.1
+"""Share of the decoder's layers that must come after an exit, for "some layer before the end" to be more than words."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Where a curve over exits settles
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def settled_layer(curves: npt.ArrayLike, limit: float) -> npt.NDArray[np.int64]:
+    """First k with `curves[..., j] <= limit` for all j >= k, L + 1 if L itself exceeds it: `[..., L + 1] -> [...]`."""
+    fine = np.flip(np.asarray(curves) <= limit, -1)
+    return np.asarray(fine.shape[-1] - fine.cumprod(-1).sum(-1))
+
+
+def one_sided_limits(
+    values: npt.ArrayLike, clusters: Clusters, level: float = 0.95, n_boot: int = 1000, seed: int = 0
+) -> tuple[Array, Array]:
+    """Lower and upper confidence limit of the mean over samples of `values [n, ...]`, each on its own at `level`.
+
+    Percentiles of the bootstrap over images. Rates near 0 or 1 leave a bootstrap without spread, so no limit comes
+    closer to the mean than Wilson's interval comes to a rate of 0 with as many draws as there are images.
+    """
+    replicates = cluster_bootstrap(values, clusters, n_boot, seed)
+    mean = cluster_mean(values)
+    z2 = float(norm.ppf(level)) ** 2
+    least = z2 / (count_images(clusters) + z2)
+    low, high = np.nanpercentile(replicates, [100 * (1 - level), 100 * level], axis=0)
+    return np.minimum(low, mean - least), np.maximum(high, mean + least)
+
+
+@dataclass(frozen=True)
+class Settling:
+    """From which exit layer on a loss stays within a limit.
+
+    Attributes:
+        estimate: by the means; `interval` holds its bootstrap limits.
+        confirmed: the smallest k such that the upper limits of all exits j >= k (j < L) are within the limit; L if
+            there is none.
+        mean, upper: `[L + 1]`, the loss at each exit and its one-sided upper limit.
+    """
+
+    estimate: int
+    interval: list[int]
+    confirmed: int
+    mean: list[float]
+    upper: list[float]
+
+
+def settling(
+    loss: npt.ArrayLike, clusters: Clusters, limit: float, level: float = 0.95, n_boot: int = 1000, seed: int = 0
+) -> Settling:
+    """Where the mean of `loss [n, L + 1]` (0 at L) falls within `limit` for good."""
+    loss = np.asarray(loss, dtype=np.float64)
+    mean = cluster_mean(loss)
+    replicates = cluster_bootstrap(loss, clusters, n_boot, seed)
+    tail = 100 * (1 - level) / 2
+    interval = np.percentile(settled_layer(replicates, limit), [tail, 100 - tail], method="nearest")
+    _, upper = one_sided_limits(loss, clusters, level, n_boot, seed)
+    upper[-1] = 0.0  # the full model is what the others are compared with
+    return Settling(
+        estimate=int(settled_layer(mean, limit)),
+        interval=[int(each) for each in interval],
+        confirmed=int(settled_layer(upper, limit)),
+        mean=mean.tolist(),
+        upper=upper.tolist(),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# KL criterion
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KlExit:
+    """K* of one threshold (VTW, arXiv 2405.05803) with its bootstrap interval; None where no exit fulfils it.
+
+    Attributes:
+        eta: threshold in nats.
+        layer: K* = min {k >= start : D[k] <= eta}.
+        interval: bootstrap limits of K*.
+        stays: first k from which D stays at or below eta.
+    """
+
+    eta: float
+    layer: int | None
+    interval: list[int | None]
+    stays: int | None
+
+
+def kl_exits(
+    divergence: npt.ArrayLike,
+    clusters: Clusters,
+    etas: Sequence[float],
+    start: int = 0,
+    level: float = 0.95,
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> list[KlExit]:
+    """K* for every threshold from the divergence of each sample, `[n, L + 1]` in nats."""
+    mean = torch.from_numpy(cluster_mean(divergence))
+    replicates = torch.from_numpy(cluster_bootstrap(divergence, clusters, n_boot, seed))
+    none, tail = len(mean), 100 * (1 - level) / 2  # "no exit" counts as later than all exits
+    results = []
+    for eta in etas:
+        found = [kl_exit_layer(row, eta, start) for row in replicates]
+        layers = np.array([none if layer is None else layer for layer in found])
+        limits = np.percentile(layers, [tail, 100 - tail], method="nearest")
+        results.append(
+            KlExit(
+                eta=float(eta),
+                layer=kl_exit_layer(mean, eta, start),
+                interval=[None if limit == none else int(limit) for limit in limits],
+                stays=kl_stays_below(mean, eta, start),
+            )
+        )
+    return results
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Findings
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Whether one statement holds for this model on these data.
+
+    Attributes:
+        statement: what is claimed.
+        verdict: `found`, `not_found` (the data speak against it) or `undetermined` (they cannot tell).
+        reasons: why it was not found, or on what evidence it was.
+        exit_layer: the layer that the statement speaks of, where it was found.
+        estimates: name -> number or `[mean, lower limit, upper limit]`.
+        details: everything else that the decision used.
+    """
+
+    statement: str
+    verdict: str
+    reasons: list[str]
+    exit_layer: int | None = None
+    estimates: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The finding as plain data."""
+        return asdict(self)
+
+
+def unchanged_from(logit_change: npt.ArrayLike) -> int:
+    """First k from which no exit changes any sample's logits by more than rounding: `[n, L + 1] -> 0..L`.
+
+    Args:
+        logit_change: root mean square of the change of a sample's next-token logits under each exit, relative to their
+            standard deviation over the vocabulary, computed in float32.
+    """
+    return int(settled_layer(np.asarray(logit_change, dtype=np.float64).max(0), ROUNDING))
+
+
+def contribution_stops(
+    correct: npt.ArrayLike,
+    agree: npt.ArrayLike,
+    logit_change: npt.ArrayLike,
+    clusters: Clusters,
+    *,
+    max_loss: float = 0.05,
+    min_gain: float = 0.05,
+    level: float = 0.95,
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> Finding:
+    """Finding 1: visual tokens contribute to the answers, and stop to from some layer on (arXiv 2411.19628, Fig. 3).
+
+    Found, with exit layer k, on either of two kinds of evidence.
+
+    * `exact`: exits from k on change no logit beyond rounding, exit k - 1 does. No sampling is involved.
+    * `accuracy`: (a) the full model is right more often than exit 0, by more than `min_gain` at the lower limit;
+      (b) for every exit from k on, the upper limit of its loss of accuracy is at most `max_loss`; (c) at least a tenth
+      of the layers come after k.
+
+    Args:
+        correct: `[n, L + 1]`, 1 where the answer under exit k is right; NaN where there is no reference answer.
+        agree: `[n, L + 1]`, 1 where it is the full model's answer.
+        logit_change: see :func:`unchanged_from`. Rounding in half precision is larger, so there it is no evidence.
+        clusters: length n, the image of each sample.
+        max_loss, min_gain: shares of the questions.
+    """
+    correct, agree = np.asarray(correct, dtype=np.float64), np.asarray(agree, dtype=np.float64)
+    num_layers = agree.shape[1] - 1
+    statement = "visual tokens contribute to the answers, and no longer do from some layer on"
+    num_images = count_images(clusters)
+    details: dict[str, Any] = {
+        "max_loss": max_loss,
+        "min_gain": min_gain,
+        "level": level,
+        "num_samples": len(agree),
+        "num_images": num_images,
+    }
+    estimates: dict[str, Any] = {}
+    exact = details["unchanged_from"] = unchanged_from(logit_change)
+    if exact == 0:
+        why = "no exit changes the logits, not even showing the decoder no image: visual tokens do not contribute"
+        return Finding(statement, "not_found", [why], None, estimates, details)
+    before = float(np.asarray(logit_change, dtype=np.float64)[:, exact - 1].mean())
+    if exact < num_layers and before > 10 * ROUNDING:
+        why = f"exits from layer {exact} on leave the logits as they are, up to rounding"
+        return Finding(
+            statement,
+            "found",
+            [why],
+            exact,
+            {"exit_layer": exact},
+            {**details, "evidence": "exact", "contributes": True},
+        )
+    if num_images < MIN_CLUSTERS:
+        why = f"{num_images} images; fewer than {MIN_CLUSTERS} give no interval"
+        return Finding(statement, "undetermined", [why], None, estimates, details)
+
+    answers = settling(1 - agree, clusters, max_loss, level, n_boot, seed)
+    details["changed_answers"] = asdict(answers)
+    estimates["answers_settle"] = [answers.estimate, *answers.interval]
+    usable = np.isfinite(correct).all(1)
+    if not usable.any():
+        why = "the data hold no reference answers, and agreement alone rises towards the last layer for any model"
+        return Finding(statement, "undetermined", [why], None, estimates, details)
+    labels = np.asarray(clusters)[usable]
+    loss = correct[usable, -1:] - correct[usable]
+    low, high = one_sided_limits(loss, labels, level, n_boot, seed)
+    accuracy = settling(loss, labels, max_loss, level, n_boot, seed)
+    details["loss"] = asdict(accuracy)
+    estimates["gain"] = [accuracy.mean[0], float(low[0]), float(high[0])]
+    estimates["accuracy_settles"] = [accuracy.estimate, *accuracy.interval]
+
+    latest = num_layers - math.ceil(MIN_SAVED * num_layers)
+    reasons = []
+    details["contributes"] = bool(low[0] > min_gain)
+    if not details["contributes"]:
+        reasons.append(f"the answers are not clearly better with the image (gain {accuracy.mean[0]:+.3f})")
+    if accuracy.confirmed > latest:
+        reasons.append(f"no exit up to layer {latest} keeps its loss of accuracy clearly below {max_loss:g}")
+    if not reasons:
+        reasons = [f"upper limit of the loss of accuracy at most {max_loss:g} from layer {accuracy.confirmed} on"]
+        return Finding(statement, "found", reasons, accuracy.confirmed, estimates, {**details, "evidence": "accuracy"})
+    against = high[0] < min_gain or low[latest] > max_loss
+    return Finding(statement, "not_found" if against else "undetermined", reasons, None, estimates, details)
+
+
+def entropy_change(entropy: npt.ArrayLike) -> Array:
+    """How much each exit changes the text self-attention entropy of the layers after it.
+
+    Args:
+        entropy: E[k, l] of each sample, `[n, L + 1, L]`; row L is the full model.
+
+    Returns:
+        `[n, L - 1]` for exits k = 0..L-2: sum over layers l > k of |E[k, l] - E[L, l]|, relative to the sum of E[L, l].
+        Layer l = k itself is left out, since its text queries and keys are those of the full model. NaN where the full
+        model's entropy is 0.
+    """
+    entropy = np.asarray(entropy, dtype=np.float64)
+    full = entropy[:, -1]
+    columns = []
+    for k in range(entropy.shape[2] - 1):
+        change = np.abs(entropy[:, k, k + 1 :] - full[:, k + 1 :]).sum(1)
+        total = full[:, k + 1 :].sum(1)
+        columns.append(np.divide(change, total, out=np.full(len(total), np.nan), where=total > 1e-9))
+    return np.stack(columns, axis=1) if columns else np.zeros((len(entropy), 0))
+
+
+def early_exit_disturbs(
+    entropy: npt.ArrayLike,
+    exit_layer: int | None,
+    clusters: Clusters,
+    *,
+    max_change: float = 0.05,
+    level: float = 0.95,
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> Finding:
+    """Finding 2: early exit disturbs the text self-attention entropy, late exit does not (arXiv 2411.19628, Fig. 4).
+
+    Early are the exits before the layer of finding 1, late those from it on; tested only if finding 1 holds. Found if
+    the mean relative change (:func:`entropy_change`) is above `max_change` for early exits at the lower limit, and at
+    most `max_change` for late exits at the upper limit.
+
+    Args:
+        entropy: `[n, L + 1, L]`.
+        exit_layer: of finding 1, None if it was not found.
+    """
+    statement = "early exit disturbs the text self-attention entropy, late exit does not"
+    details = {"max_change": max_change, "level": level, "boundary": exit_layer}
+    if exit_layer is None:
+        why = "not tested: there is no layer from which visual tokens stop contributing, hence no early and late"
+        return Finding(statement, "undetermined", [why], None, {}, details)
+    change = entropy_change(entropy)
+    if not 0 < exit_layer < change.shape[1]:
+        why = f"there are no exits on both sides of layer {exit_layer} with a layer after them"
+        return Finding(statement, "undetermined", [why], None, {}, details)
+    both = np.stack([cluster_mean(change[:, :exit_layer].T), cluster_mean(change[:, exit_layer:].T)], axis=1)
+    mean, replicates = cluster_mean(both), cluster_bootstrap(both, clusters, n_boot, seed)
+    low, high = np.nanpercentile(replicates, [100 * (1 - level), 100 * level], axis=0)
+    estimates = {
+        name: [float(mean[i]), float(low[i]), float(high[i])] for i, name in enumerate(("early_change", "late_change"))
+    }
+    reasons = []
+    if low[0] <= max_change:
+        reasons.append(f"early exits change the entropy by {mean[0]:.1%}, not clearly more than {max_change:.0%}")
+    if high[1] > max_change:
+        reasons.append(f"late exits change the entropy by {mean[1]:.1%}, not clearly less than {max_change:.0%}")
+    if not reasons:
+        reasons = [f"exits before layer {exit_layer} change the entropy by {mean[0]:.1%}, later ones by {mean[1]:.1%}"]
+        return Finding(statement, "found", reasons, exit_layer, estimates, details)
+    against = high[0] < max_change or low[1] > max_change
+    return Finding(statement, "not_found" if against else "undetermined", reasons, None, estimates, details)
+
+
+def depth_depends_on_kind(
+    depth: npt.ArrayLike,
+    kinds: Sequence[Any] | npt.NDArray[Any],
+    clusters: Clusters,
+    contributes: bool,
+    *,
+    level: float = 0.95,
+    n_perm: int = 1999,
+    seed: int = 0,
+) -> Finding:
+    """Finding 3: how long a question needs the visual tokens depends on its kind.
+
+    Tested only if visual tokens contribute to the answers (condition (a) of finding 1, or its exact evidence): under
+    random weights the depth differs between kinds as well, because their prompts do.
+
+    A permutation test of the variance of the mean exit depth between kinds. Kinds change places among the questions
+    about one image, which keeps images of different difficulty out of it; images with one question form one group.
+
+    Args:
+        depth: `[n]`, exit depth of each sample in layers.
+        kinds: `[n]`.
+        clusters: `[n]`, the image of each sample.
+        contributes: from `details` of finding 1.
+    """
+    statement = "the exit depth depends on the kind of question"
+    depth = np.asarray(depth, dtype=np.float64)
+    names, kind = np.unique(np.asarray(kinds).astype(str), return_inverse=True)
+    details = {"level": level, "permutations": n_perm}
+    means = {str(name): float(depth[kind == i].mean()) for i, name in enumerate(names)}
+    if not contributes:
+        why = "not tested: it is not shown that visual tokens contribute to the answers"
+        return Finding(statement, "undetermined", [why], None, {}, details)
+    if len(names) < 2:
+        return Finding(statement, "undetermined", ["the questions are of one kind"], None, {}, details)
+    _, image, size = np.unique(np.asarray(clusters).astype(str), return_inverse=True, return_counts=True)
+    stratum = np.where(size[image] > 1, image, -1)
+    rng = np.random.default_rng(seed)
+    order = np.argsort(stratum, kind="stable")
+    member = np.eye(len(names))[kind[order]]  # rows by stratum
+    count = member.sum(0)
+    sorted_depth, sorted_stratum = depth[order] - depth.mean(), stratum[order]
+
+    def between(values: Array) -> float:
+        return float(((member.T @ values) ** 2 / count).sum())
+
+    observed = between(sorted_depth)
+    exceeding = 0
+    for _ in range(n_perm):
+        shuffled = np.lexsort((rng.random(len(depth)), sorted_stratum))
+        exceeding += between(sorted_depth[shuffled]) >= observed - 1e-9
+    p_value = (1 + exceeding) / (n_perm + 1)
+    found = p_value <= 1 - level
+    reasons = [f"permutation test: p = {p_value:.4f}"]
+    estimates = {"p_value": p_value, "mean_depth": means}
+    return Finding(statement, "found" if found else "undetermined", reasons, None, estimates, details)

@@ -1,0 +1,52 @@
+"""Tables in Markdown, the `table.md` of a run folder, and pages that are written in part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from omegaconf import DictConfig
+
+from dyvte.runs.store import RunFolder, write_atomic
+
+
+def markdown_table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """The lines of a table."""
+    body = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
+    return [body[0], "|" + "---|" * len(head), *body[1:]]
+
+
+def heading(cfg: DictConfig, note: str) -> list[str]:
+    """Title of an experiment, and what its numbers are of."""
+    return [f"### {cfg.experiment.title}", "", f"{cfg.model.name} on {cfg.data.name}: {note}.", ""]
+
+
+def percent_with_limits(row: Mapping[str, Any], name: str) -> str:
+    """A share in percent with the limits `<name>_low` and `<name>_high` beside it."""
+    return f"{100 * row[name]:.1f} [{100 * row[f'{name}_low']:.1f}, {100 * row[f'{name}_high']:.1f}]"
+
+
+def published(experiment: DictConfig) -> list[str]:
+    """The numbers that an experiment quotes from the paper; nothing where it quotes none."""
+    if not experiment.published:
+        return []
+    rows = [(each.method, each.task, each.quantity, each.value) for each in experiment.published]
+    table = markdown_table(["method", "task", "quantity", "value"], rows)
+    return ["", "Published, on other models and data:", "", *table, "", f"Source: {experiment.source}."]
+
+
+def replace_between(text: str, start: str, end: str, content: str) -> str:
+    """`text` with the lines between its two comments replaced; unchanged where it lacks them."""
+    if start not in text or end not in text:
+        return text
+    before, _, rest = text.partition(start)
+    return f"{before}{start}\n{content}\n{end}{rest.partition(end)[2]}"
+
+
+def write_table_page(folder: RunFolder, lines: Sequence[str]) -> None:
+    """Write `table.md` and print it."""
+    text = "\n".join(lines) + "\n"
+    file = folder.path / "table.md"
+    write_atomic(file, lambda out: out.write(text.encode()))
+    print(text)
+    print(f"table: {file}")

@@ -1,0 +1,310 @@
+"""What the methods came to, compared question by question, and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from omegaconf import DictConfig
+
+from dyvte.gates.labels import LabelSet
+from dyvte.runs.store import RunFolder
+
+from ..measuring.matched import kl_layers
+from ..measuring.methods import FROM_REFERENCE, LABELS, UNPUBLISHED_BUDGET, plan
+from .bands import percentile_band
+from .markdown import heading, markdown_table, percent_with_limits, published
+from .pairwise import Contest, Values, pairs_of, seeded_bootstrap, standings
+
+# ------------------------------------------------------------------------------ report
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method came to on n questions.
+
+    Attributes:
+        method: its name.
+        budget: the cost that it was set to, None for its published setting.
+        setting: in a few words.
+        correct: [n, seeds] whether each question is answered right.
+        agree: [n] whether the answer is the full model's, the mean over seeds.
+        cost: [n] decoder FLOPs of the prefill over the full model's mean.
+        exit_layer: [n] layers that saw the image.
+        deciding: cost of choosing tokens or layers, on the same scale, which `cost` leaves out.
+    """
+
+    method: str
+    budget: float | None
+    setting: str
+    correct: Values
+    agree: Values
+    cost: Values
+    exit_layer: Values
+    deciding: float = 0.0
+
+
+def outcomes(folder: RunFolder, reference: LabelSet, experiment: DictConfig) -> list[Outcome]:
+    """Every method at every budget, the full model first; those that cannot meet a budget are left out."""
+    names = experiment.methods
+    layers = {"fixed_exit": list(range(reference.num_layers + 1))}
+    if "vtw" in names:
+        layers["vtw"] = kl_layers(folder.read_table("divergence")["kl"].tolist())
+    found = [exit_mixture(reference, "none", None, [reference.num_layers])] if "none" in names else []
+    ran = any(job.method not in FROM_REFERENCE for job in plan(experiment))
+    answers, settings = (folder.read_table(name) for name in ("answers", "settings")) if ran else (None, None)
+    for budget in experiment.budgets:
+        for method in names:
+            if method in layers and not (method == "fixed_exit" and budget is None):
+                found.append(exit_mixture(reference, method, budget, layers[method]))
+            elif method not in FROM_REFERENCE:
+                assert answers is not None
+                assert settings is not None
+                found.append(_from_runs(reference, method, budget, answers, settings))
+    return [each for each in found if each is not None]
+
+
+def _from_runs(
+    reference: LabelSet, method: str, budget: float | None, answers: pd.DataFrame, settings: pd.DataFrame
+) -> Outcome | None:
+    """The runs of a method, one a seed."""
+
+    def of_method(table: pd.DataFrame) -> pd.DataFrame:
+        at_budget = table["budget"].isna() if budget is None else table["budget"] == budget
+        return table[at_budget & (table["method"] == method)]
+
+    rows, setting = of_method(answers), of_method(settings)
+    if rows.empty:
+        return None
+    position = pd.Series(np.arange(len(reference)), index=reference.samples["id"])
+    full_answer = reference.samples["answer"].to_numpy()
+    by_seed: dict[str, list[Values]] = {"correct": [], "agree": [], "flops_decoder": [], "exit_layer": []}
+    for _, one in rows.groupby("seed"):
+        ordered = one.iloc[np.argsort(position.loc[one["id"]].to_numpy())]
+        for name, columns in by_seed.items():
+            values = ordered["answer"] == full_answer if name == "agree" else ordered[name]
+            columns.append(values.to_numpy(dtype=float))
+    stacked = {name: np.stack(columns, axis=1) for name, columns in by_seed.items()}
+    return Outcome(
+        method,
+        budget,
+        str(setting["setting"].iloc[0]),
+        correct=stacked["correct"],
+        agree=stacked["agree"].mean(1),
+        cost=stacked["flops_decoder"].mean(1) / float(reference.flops[:, -1].double().mean()),
+        exit_layer=stacked["exit_layer"].mean(1),
+        deciding=float(setting["deciding"].iloc[0]),
+    )
+
+
+def exit_mixture(reference: LabelSet, method: str, budget: float | None, layers: Sequence[int]) -> Outcome | None:
+    """Exits after fixed layers, mixed over the questions so that they cost the budget on average.
+
+    Args:
+        reference: answers of every exit.
+        method: its name.
+        budget: None: `UNPUBLISHED_BUDGET`, or the only layer that there is.
+        layers: the exits to choose from, ascending; the two whose costs enclose the budget are mixed.
+
+    Returns:
+        None if the first of them costs more than the budget.
+    """
+    costs = reference.cost.numpy()
+    mean = costs.mean(0)[list(layers)]
+    wanted = (UNPUBLISHED_BUDGET if len(layers) > 1 else mean[-1]) if budget is None else budget
+    if wanted < mean[0]:
+        return None
+    last = len(layers) - 1
+    above = min(int(np.searchsorted(mean, wanted - 1e-9)), last)
+    below = max(above - 1, 0)
+    share = 1.0 if above == below else min(float((wanted - mean[below]) / (mean[above] - mean[below])), 1.0)
+
+    def mixed(table: Values) -> Values:
+        return (1 - share) * table[:, layers[below]] + share * table[:, layers[above]]
+
+    which = f"{layers[above]}" if share == 1 else f"{layers[below]} or {layers[above]} ({share:.0%})"
+    correct, agree = reference.correct.double().numpy(), reference.agree.double().numpy()
+    return Outcome(
+        method,
+        budget,
+        "" if method == "none" else f"layer={which}",
+        correct=mixed(correct)[:, None],
+        agree=mixed(agree),
+        cost=mixed(costs),
+        exit_layer=mixed(np.broadcast_to(np.arange(costs.shape[1], dtype=float), costs.shape)),
+    )
+
+
+def _row(
+    each: Outcome, subsets: Mapping[str, npt.NDArray[np.bool_]], images: list[Any], cfg: DictConfig
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"method": each.method, "budget": each.budget, "cost": float(each.cost.mean())}
+    for name, chosen in subsets.items():
+        right = each.correct[chosen]
+        if np.isfinite(right).any():
+            kept = [image for image, wanted in zip(images, chosen, strict=True) if wanted]
+            band = percentile_band(np.nanmean(right), seeded_bootstrap(right, kept, cfg.bootstrap, cfg.seed))
+            row |= {name: float(band.mean), f"{name}_low": float(band.low), f"{name}_high": float(band.high)}
+        else:
+            row |= dict.fromkeys((name, f"{name}_low", f"{name}_high"), float("nan"))
+    needed = each.cost[subsets["accuracy_needs_image"]]
+    by_seed = np.nanmean(each.correct, axis=0) if np.isfinite(each.correct).any() else np.array([np.nan])
+    several = len(by_seed) > 1
+    return row | {
+        "cost_needs_image": float(needed.mean()) if len(needed) else float("nan"),
+        "deciding": each.deciding,
+        "agreement": float(each.agree.mean()),
+        "mean_exit_layer": float(each.exit_layer.mean()),
+        "setting": each.setting,
+        "seeds": len(by_seed),
+        "worst_seed": float(by_seed.min()) if several else float("nan"),
+        "best_seed": float(by_seed.max()) if several else float("nan"),
+    }
+
+
+def compare(
+    found: Sequence[Outcome], subsets: Mapping[str, npt.NDArray[np.bool_]], images: list[Any], cfg: DictConfig
+) -> list[dict[str, Any]]:
+    """At each budget the most accurate method, its lead over the others, and those it cannot be told apart from.
+
+    Methods whose cost is not within `experiment.tolerance` of the budget do not take part. The intervals of all leads,
+    on all subsets and at all budgets, hold together (`analysis.statistics.pairwise`).
+    """
+    contests, about = [], []
+    for name, chosen in subsets.items():
+        for budget in [each for each in cfg.experiment.budgets if each is not None]:
+            rivals = [each for each in found if each.budget == budget and each.method != "none"]
+            off = {each.method: float(each.cost.mean()) for each in rivals}
+            off = {method: cost for method, cost in off.items() if abs(cost - budget) > cfg.experiment.tolerance}
+            matched = [each for each in rivals if each.method not in off]
+            right = [np.where(chosen[:, None], each.correct, np.nan) for each in matched]
+            if len(matched) > 1 and np.isfinite(right[0]).any():
+                contests.append(Contest([each.method for each in matched], right))
+                costs = {each.method: float(each.cost[chosen].mean()) for each in matched}
+                about.append({"on": name, "budget": budget, "costs": costs, "not_matched": off})
+    verdicts = []
+    for head, standing in zip(about, standings(contests, images, cfg.bootstrap, cfg.seed), strict=True):
+        best, names = standing.best, standing.methods
+        leads = {
+            names[i]: [float(lead), float(lead - margin), float(lead + margin)]
+            for i, (lead, margin) in enumerate(zip(standing.lead[best], standing.margin[best], strict=True))
+            if i != best
+        }
+        verdicts.append(
+            {
+                **head,
+                "ahead": names[best],
+                "accuracy": float(standing.accuracy[best]),
+                "not_told_apart": [names[i] for i in standing.tied],
+                "lead": leads,
+                "comparisons": pairs_of(contests),
+            }
+        )
+    return verdicts
+
+
+def markdown(
+    cfg: DictConfig, table: pd.DataFrame, by_kind: pd.DataFrame, verdicts: Sequence[Mapping[str, Any]], note: str
+) -> list[str]:
+    """The lines of the page to put into a document."""
+    head = [
+        "budget",
+        "method",
+        "decoder FLOPs",
+        "image needed",
+        "+ deciding",
+        "accuracy",
+        "image needed",
+        "same answer",
+    ]
+    rows = [
+        [
+            _budget(row),
+            LABELS[row["method"]],
+            f"{row['cost']:.3f}",
+            f"{row['cost_needs_image']:.3f}",
+            f"{row['deciding']:.3f}",
+            percent_with_limits(row, "accuracy"),
+            percent_with_limits(row, "accuracy_needs_image"),
+            f"{100 * row['agreement']:.1f}",
+            row["setting"] + seeds(row),
+        ]
+        for row in table.to_dict("records")
+    ]
+    lines = [*heading(cfg, note), COLUMNS, "", *markdown_table([*head, "setting"], rows)]
+    if verdicts:
+        lines += [
+            "",
+            *[sentence(each, cfg.experiment.tolerance) for each in verdicts],
+            "",
+            what_it_means(verdicts, cfg.experiment.tolerance),
+        ]
+    if cfg.experiment.by_kind:
+        names = [name for name in by_kind.columns if name not in ("method", "budget")]
+        rows = [
+            [_budget(row), LABELS[row["method"]], *(f"{100 * row[name]:.1f}" for name in names)]
+            for row in by_kind.to_dict("records")
+        ]
+        lines += ["", *markdown_table(["budget", "method", *names], rows)]
+    return [*lines, *published(cfg.experiment)]
+
+
+def _budget(row: Mapping[str, Any]) -> str:
+    return "" if row["budget"] is None or np.isnan(row["budget"]) else f"{row['budget']:g}"
+
+
+def seeds(row: Mapping[str, Any]) -> str:
+    """What a method's seeds spread over; nothing for one that has none."""
+    if row["seeds"] == 1:
+        return ""
+    return f"; {row['seeds']} seeds, {100 * row['worst_seed']:.1f} to {100 * row['best_seed']:.1f}"
+
+
+COLUMNS = (
+    "Decoder FLOPs of the prefill are shares of the full model's, over all questions and over those that need the "
+    "image; deciding, which no budget counts, is what choosing tokens or layers takes on top. Accuracy and answers "
+    "that are the full model's are percentages."
+)
+
+
+def sentence(verdict: Mapping[str, Any], tolerance: float) -> str:
+    """Who is ahead at a cost, and who cannot be told apart."""
+    where = "all questions" if verdict["on"] == "accuracy" else "questions that need the image"
+    best, tied = verdict["ahead"], verdict["not_told_apart"]
+    behind = [method for method in verdict["lead"] if method not in tied]
+    percent = f"{LABELS[best]} ({100 * verdict['accuracy']:.1f}%)"
+    if not tied:
+        nearest = min(verdict["lead"], key=lambda method: verdict["lead"][method][0])
+        lead, low, high = (100 * each for each in verdict["lead"][nearest])
+        text = (
+            f"**{percent} is ahead** of all others, of {LABELS[nearest]} by {lead:.1f} points [{low:.1f}, {high:.1f}]."
+        )
+    else:
+        others = "all others" if not behind else ", ".join(LABELS[each] for each in tied)
+        text = f"{percent} is the most accurate, **not told apart** from {others}."
+        if behind:
+            text += f" Behind it: {', '.join(LABELS[each] for each in behind)}."
+    dearer = {method: cost for method, cost in verdict["costs"].items() if cost > verdict["budget"] + tolerance}
+    if dearer:
+        text += f" On these, more than the budget is spent by {_with_costs(dearer)}."
+    if verdict["not_matched"]:
+        text += f" Not compared, as the budget is not met: {_with_costs(verdict['not_matched'])}."
+    return f"- {verdict['budget']:g} of the FLOPs, {where}: {text}"
+
+
+def _with_costs(costs: Mapping[str, float]) -> str:
+    return ", ".join(f"{LABELS[method]} ({cost:.2f})" for method, cost in costs.items())
+
+
+def what_it_means(verdicts: Sequence[Mapping[str, Any]], tolerance: float) -> str:
+    """How the sentences were decided."""
+    return (
+        f"Compared are methods whose cost over all questions is within {tolerance:g} of the budget. Two are told apart "
+        f"if their difference exceeds a band that holds for all {verdicts[0]['comparisons']} differences of two "
+        "methods at one budget, on both sets of questions, together with 95% probability (paired bootstrap over "
+        "images, and over the seeds of methods that have some)."
+    )

@@ -1,0 +1,1 @@
+"""Timing of what the library promises: `python -m benchmarks.sweep`, ..."""

@@ -1,0 +1,174 @@
+"""The model families of `conf/model/`: their configs, full-size copies on the meta device, and small copies."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+import dyvte
+import dyvte.conversion.downsample  # makes a model known to transformers
+from dyvte.batch import Batch
+from dyvte.mllm import MLLM
+from dyvte.runs.config import config_folder
+
+SMALL_VOCABULARY = 256
+"""Rows of the embedding of a small copy; its special tokens get the last ids."""
+
+WORDS = 7
+"""Text tokens before the image of the small copies' prompts, and as many after it."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Published hyper-parameters of a model, from `conf/model/_architecture/`.
+
+    Attributes:
+        config: fields of its `config.json`.
+        inputs: what it gets for one image: the shape of `pixel_values`, the values of everything else.
+        num_layers: decoder layers.
+        visual_tokens: what these inputs become.
+        tflops: published TFLOPs of a prefill with `text_tokens`, from and to; None where none are published.
+    """
+
+    name: str
+    config: dict[str, Any]
+    inputs: dict[str, Any]
+    num_layers: int
+    visual_tokens: int
+    tflops: tuple[float, float] | None
+    text_tokens: int
+
+
+def names() -> list[str]:
+    """Models whose hyper-parameters are known."""
+    folder = config_folder() / "model" / "_architecture"
+    return sorted(file.stem for file in folder.glob("[!_]*.yaml"))
+
+
+def architecture(name: str) -> Architecture:
+    """The published hyper-parameters of a model in `conf/model/`."""
+    folder = config_folder() / "model" / "_architecture"
+    settings: dict[str, Any] = {}
+    for file in ("_base", name):
+        settings |= yaml.safe_load((folder / f"{file}.yaml").read_text())
+    del settings["defaults"]
+    return Architecture(name, **settings)
+
+
+# ------------------------------------------------------------------------- building
+
+
+def build_config(settings: dict[str, Any]) -> Any:
+    """A transformers config from the fields of its `config.json`."""
+    settings = copy.deepcopy(settings)
+    for key in ("text_config", "vision_config"):
+        if isinstance(settings.get(key), dict):
+            part = settings[key]
+            settings[key] = CONFIG_MAPPING[part["model_type"]](**_without(part, "model_type"))
+    model_type = settings["model_type"]
+    if model_type in ("qwen2_5_vl", "qwen3_vl", "glm4v"):  # these take their parts as dictionaries only
+        settings |= {key: settings[key].to_dict() for key in ("text_config", "vision_config")}
+    return CONFIG_MAPPING[model_type](**_without(settings, "model_type"))
+
+
+def _without(settings: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in names}
+
+
+def full_size(known: Architecture) -> MLLM:
+    """The model in full size on the meta device: it has shapes and no weights."""
+    with torch.device("meta"):
+        return dyvte.wrap(AutoModelForImageTextToText.from_config(build_config(known.config), dtype=torch.bfloat16))
+
+
+def small_settings(known: Architecture) -> dict[str, Any]:
+    """Its config with narrow and few layers; what an image becomes (patches, tiles, merging) stays as it is."""
+    settings = copy.deepcopy(known.config)
+    text, vision = settings["text_config"], settings["vision_config"]
+    grouped = text["num_key_value_heads"] < text["num_attention_heads"]
+    text |= {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 6 if text.get("sliding_window") else 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2 if grouped else 4,
+        "head_dim": 16,
+        "vocab_size": SMALL_VOCABULARY,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if "query_pre_attn_scalar" in text:
+        text["query_pre_attn_scalar"] = 16
+    rotary = text.get("rope_parameters", {})
+    if "mrope_section" in rotary:
+        half = int(16 * rotary.get("partial_rotary_factor", 1.0)) // 2
+        side = half * 3 // 8
+        rotary["mrope_section"] = [half - 2 * side, side, side]
+    for key, value in {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "depth": 4,
+        "num_attention_heads": 2,
+        "num_heads": 2,
+        "head_dim": 16,
+        "out_hidden_size": 64,
+        "deepstack_visual_indexes": [0, 2],
+        "fullatt_block_indexes": [1, 3],
+    }.items():
+        if key in vision:
+            vision[key] = value
+    tokens = sorted((key for key in settings if key.endswith(("token_id", "token_index"))), key=settings.__getitem__)
+    settings |= {key: SMALL_VOCABULARY - len(tokens) + number for number, key in enumerate(tokens)}
+    return settings
+
+
+def small_copy(known: Architecture, attn_implementation: str = "sdpa") -> MLLM:
+    """A narrow and shallow random copy in float32 on the CPU, whose attention is far from uniform."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(
+            build_config(small_settings(known)), dtype=torch.float32, attn_implementation=attn_implementation
+        )
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                torch.nn.init.normal_(parameter, std=1.5 / parameter.shape[-1] ** 0.5)
+    return dyvte.wrap(model)
+
+
+def image_inputs(known: Architecture, seed: int = 0) -> dict[str, Tensor]:
+    """Inputs of one random image."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(*value, generator=generator) if name == "pixel_values" else torch.tensor(value)
+        for name, value in known.inputs.items()
+    }
+
+
+@torch.no_grad()
+def count_visual_tokens(mllm: MLLM, inputs: dict[str, Tensor]) -> int:
+    """How many visual tokens the vision side makes of one image."""
+    features = mllm.model.get_image_features(**inputs).pooler_output
+    return sum(len(each) for each in features) if not isinstance(features, Tensor) else features.shape[:-1].numel()
+
+
+def prompt(mllm: MLLM, known: Architecture, num_visual: int) -> Batch:
+    """Random text, an image, random text, as a batch of one."""
+    text = torch.randint(3, 200, (2 * WORDS,), generator=torch.Generator().manual_seed(0)).tolist()
+    middle = [mllm.image_token_id] * num_visual
+    ids = torch.tensor([[*text[:WORDS], *middle, *text[WORDS:]]])
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **image_inputs(known)}
+    types = (ids == mllm.image_token_id).long()
+    model_type = mllm.model.config.model_type
+    if model_type == "gemma3":
+        inputs["token_type_ids"] = types
+    if "image_grid_thw" in inputs:
+        inputs["mm_token_type_ids"] = types.int()
+    return mllm.batch(**inputs)

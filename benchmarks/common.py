@@ -1,0 +1,193 @@
+"""What the benchmarks share: a random model of LLaVA-1.5's proportions, its prompts, memory, and the page they write.
+
+Random weights will do, as times and memory depend on shapes alone. The vision tower is too small to matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from dyvte.batch import Batch
+from dyvte.cost.measure import PeakMemory
+from dyvte.loading import wrap
+from dyvte.mllm import MLLM
+from dyvte.runs.store import write_atomic
+
+PATCHES_PER_SIDE = 24  # 576 visual tokens an image, as in LLaVA-1.5
+VISUAL_TOKENS = PATCHES_PER_SIDE**2
+PATCH_SIZE = 2
+IMAGE_TOKEN, FIRST_TEXT = 1, 2
+INTERMEDIATE_RATIO = 11008 / 4096  # of the LLaMA decoder in LLaVA-1.5
+
+
+def random_llava(
+    layers: int,
+    hidden: int,
+    head_size: int,
+    *,
+    vocabulary: int = 512,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa",
+) -> MLLM:
+    """A LLaVA of this depth and width with random weights."""
+    heads = hidden // head_size
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=int(hidden * INTERMEDIATE_RATIO),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+        ),
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            patch_size=PATCH_SIZE,
+            image_size=PATCH_SIZE * PATCHES_PER_SIDE,
+        ),
+        image_token_index=IMAGE_TOKEN,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(
+        config, attn_implementation=attn_implementation, dtype=dtype
+    )
+    return wrap(model.to(device))
+
+
+def random_prompts(
+    mllm: MLLM,
+    rows: int,
+    system: int,
+    question: int,
+    *,
+    images: int = 1,
+    same_image: bool = False,
+    generator: torch.Generator | None = None,
+) -> Batch:
+    """Prompts of `system` tokens, `images` images and `question` tokens; without a generator always the same ones.
+
+    Args:
+        mllm: from `random_llava`.
+        rows: number of prompts.
+        system, question: tokens before and behind the images.
+        images: of each prompt; 0 makes prompts of text alone.
+        same_image: all rows have the system tokens and the images of the first.
+        generator: draws them.
+    """
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    own = 1 if same_image else rows
+
+    def text(number: int, length: int) -> torch.Tensor:
+        return torch.randint(FIRST_TEXT, mllm.text_config.vocab_size, (number, length), generator=generator)
+
+    visual = torch.full((own, images * VISUAL_TOKENS), IMAGE_TOKEN)
+    prefix = torch.cat([text(own, system), visual], dim=1).expand(rows, -1)
+    ids = torch.cat([prefix, text(rows, question)], dim=1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if images:
+        side = PATCH_SIZE * PATCHES_PER_SIDE
+        pixels = torch.randn(own, images, 3, side, side, generator=generator).expand(rows, -1, -1, -1, -1)
+        inputs["pixel_values"] = pixels.flatten(0, 1)
+    return mllm.batch(**inputs)
+
+
+# ----------------------------------------------------------------------------- memory
+
+
+def extra_mib(run: Callable[[], object], device: str = "cpu") -> float:
+    """MiB needed at most while `run()` works, above what was held before it.
+
+    Allocated on a GPU, resident in the process on a CPU. What earlier work of the process has left to its allocator is
+    used again without being counted, so measure in a process of its own (`measured_apart`).
+
+    Raises:
+        RuntimeError: on a CPU, where the system is not Linux.
+    """
+    if device != "cpu":
+        with PeakMemory(torch.device(device)) as memory:
+            run()
+        return memory.bytes / 2**20
+    if not sys.platform.startswith("linux"):
+        raise RuntimeError("the resident memory of a process is measured on Linux only")
+    Path("/proc/self/clear_refs").write_text("5")  # restarts the kernel's record of the peak
+    resident = _status_mib("VmRSS")
+    run()
+    return _status_mib("VmHWM") - resident
+
+
+def _status_mib(name: str) -> float:
+    status = Path("/proc/self/status").read_text()
+    (kib,) = re.findall(rf"^{name}:\s*(\d+) kB$", status, re.MULTILINE)
+    return int(kib) / 1024
+
+
+def measured_apart(module: str, arguments: Sequence[str]) -> Any:
+    """What `python -m module arguments` prints as its last line, in JSON."""
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ------------------------------------------------------------------------------- page
+
+
+def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile; of one value, that value three times."""
+    known = list(values)
+    low, middle, high = statistics.quantiles(known, method="inclusive") if len(known) > 1 else known * 3
+    return low, middle, high
+
+
+def spread(values: Iterable[float], digits: int) -> str:
+    """The median, with the quartiles in brackets."""
+    low, middle, high = (f"{value:.{digits}f}" for value in quartiles(values))
+    return f"{middle} [{low}, {high}]"
+
+
+def machine(device: str | torch.device = "cpu") -> str:
+    """Processor, threads and versions that a measurement was made with."""
+    kind = torch.device(device)
+    if kind.type == "cuda":
+        where = torch.cuda.get_device_name(kind)
+    else:
+        threads = torch.get_num_threads()
+        where = f"{_processor()}, {threads} thread{'s' * (threads != 1)}"
+    return f"{where}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def _processor() -> str:
+    """The processor's name: Python gives its architecture alone on Linux."""
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
+    return named[1] if named else platform.processor() or platform.machine()
+
+
+def add_output(parser: argparse.ArgumentParser, name: str) -> None:
+    """The option that says where the page goes."""
+    page = Path("docs/benchmarks") / f"{name}.md"
+    parser.add_argument("--output", type=Path, default=page, help="page to write (default: %(default)s)")
+
+
+def write_page(path: Path, lines: Sequence[str]) -> None:
+    """Print a page, and write it whole or not at all."""
+    text = "\n".join(lines) + "\n"
+    print(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, lambda out: out.write(text.encode()))
+    print(f"wrote {path}")

@@ -1,0 +1,259 @@
+"""What a visual-token exit saves in wall-clock time.
+
+    python -m benchmarks.dynamic_exit     # writes docs/benchmarks/dynamic_exit.md (about 3 minutes)
+
+A random model of LLaVA-1.5's proportions sees 35 system, 576 visual and 29 question tokens. Measured: the prefill under
+an exit at half the depth against what separately timed layers predict, the time that gates take, a batch of 8 with
+mixed exits against the same questions one by one, and its decoding against the full model's. All of them take turns in
+every round; ratios are taken within one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+
+from analysis.statistics.markdown import markdown_table
+from benchmarks.common import (
+    VISUAL_TOKENS,
+    add_output,
+    machine,
+    random_llava,
+    random_prompts,
+    spread,
+    write_page,
+)
+from dyvte.batch import Batch
+from dyvte.cost.flops import prefill_flops
+from dyvte.gates import Gates
+from dyvte.mllm import MLLM
+from dyvte.policies.base import Policy
+from dyvte.policies.exits.dynamic_exit import DynamicExit, exit_probabilities
+from dyvte.policies.exits.fixed_exit import FixedExit
+
+SYSTEM_TOKENS, QUESTION_TOKENS = 35, 29
+ROWS = 8
+STEPS = 8
+
+
+@dataclass
+class Bench:
+    """Times prefills; the device is synchronised around each."""
+
+    mllm: MLLM
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what was asked of it."""
+        if self.mllm.device.type == "cuda":
+            torch.cuda.synchronize(self.mllm.device)
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """Of one run."""
+        self.synchronize()
+        start = time.perf_counter()
+        run()
+        self.synchronize()
+        return time.perf_counter() - start
+
+    @torch.no_grad()
+    def prefill(self, batch: Batch, policy: Policy | None = None) -> None:
+        """Prefill as `generate` does it."""
+        with nullcontext() if policy is None else policy(self.mllm):
+            self.mllm.model(**batch, use_cache=True, logits_to_keep=1)
+
+    def prefill_seconds(self, batch: Batch, policy: Policy | None = None) -> float:
+        """Of one prefill."""
+        return self.seconds(lambda: self.prefill(batch, policy))
+
+    @torch.no_grad()
+    def decode_seconds(self, batch: Batch, policy: Policy | None = None) -> float:
+        """Of one decoding step, the mean over `STEPS` after a prefill."""
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        with nullcontext() if policy is None else policy(self.mllm):
+            cache = self.mllm.model(**batch, use_cache=True, logits_to_keep=1).past_key_values
+
+            def decode() -> None:
+                nonlocal mask
+                for _ in range(STEPS):
+                    mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+                    self.mllm.model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)
+
+            return self.seconds(decode) / STEPS
+
+    def layer_seconds(self, batch: Batch) -> float:
+        """That all decoder layers together take in a plain prefill."""
+        with self._timed_layers() as total:
+            self.prefill(batch)
+        return total[0]
+
+    @contextmanager
+    def _timed_layers(self) -> Iterator[list[float]]:
+        total, started = [0.0], 0.0
+
+        def start(*_: object) -> None:
+            nonlocal started
+            self.synchronize()
+            started = time.perf_counter()
+
+        def stop(*_: object) -> None:
+            self.synchronize()
+            total[0] += time.perf_counter() - started
+
+        handles = [layer.register_forward_pre_hook(start) for layer in self.mllm.layers]
+        handles += [layer.register_forward_hook(stop) for layer in self.mllm.layers]
+        try:
+            yield total
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def gate_seconds(self, batch: Batch, policy: DynamicExit) -> float:
+        """That the gates of one prefill take."""
+        spent = 0.0
+        decide = DynamicExit.before_layer
+
+        def timed(*arguments: object) -> None:
+            nonlocal spent
+            spent += self.seconds(lambda: decide(*arguments))  # type: ignore[arg-type]
+
+        with mock.patch.object(DynamicExit, "before_layer", timed):
+            self.prefill(batch, policy)
+        return spent
+
+
+@torch.no_grad()
+def mixed_exits(mllm: MLLM, batch: Batch) -> DynamicExit:
+    """Random gates whose thresholds let about one row go at each of 8 layers spread over the depth."""
+    gates = Gates(mllm.num_layers, mllm.hidden_size)
+    with DynamicExit(gates, threshold=2.0)(mllm) as run:
+        mllm.model(**batch, logits_to_keep=1)
+    said = torch.stack(list(exit_probabilities(run).values())).float().cpu()  # [L - 1, rows]
+    top = said.sort(1, descending=True).values
+    every = max(1, mllm.num_layers // ROWS)
+    fires = torch.tensor([k % every == 0 for k in range(1, mllm.num_layers)])
+    return DynamicExit(gates, threshold=torch.where(fires, (top[:, 0] + top[:, 1]) / 2, 2.0).tolist())
+
+
+def rows_alone(batch: Batch, mllm: MLLM) -> list[Batch]:
+    """The rows of a batch without padding, one batch each."""
+    return [mllm.batch(**{name: value[row : row + 1] for name, value in batch.items()}) for row in range(ROWS)]
+
+
+def batch_of_rows(mllm: MLLM) -> Batch:
+    """The batch whose rows leave at different layers."""
+    return random_prompts(mllm, ROWS, SYSTEM_TOKENS, QUESTION_TOKENS)
+
+
+def measure(mllm: MLLM, mixed: DynamicExit, repeats: int) -> list[dict[str, float]]:
+    """Seconds of everything that is timed, round by round; one more round before them warms up."""
+    bench, layers = Bench(mllm), mllm.num_layers
+    one = random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
+    text = random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS, images=0)
+    eight = batch_of_rows(mllm)
+    half, never = FixedExit(layers // 2), DynamicExit(Gates(layers, mllm.hidden_size), threshold=2.0)
+    alone = rows_alone(eight, mllm)
+    timed: dict[str, Callable[[], float]] = {
+        "full": lambda: bench.prefill_seconds(one),
+        "half": lambda: bench.prefill_seconds(one, half),
+        "layers": lambda: bench.layer_seconds(one),
+        "text layers": lambda: bench.layer_seconds(text),
+        "gates": lambda: bench.gate_seconds(one, never),
+        "batch": lambda: bench.prefill_seconds(eight, mixed),
+        "one by one": lambda: sum(bench.prefill_seconds(each, mixed) for each in alone),
+        "decoding": lambda: bench.decode_seconds(eight),
+        "decoding mixed": lambda: bench.decode_seconds(eight, mixed),
+    }
+    return [{name: run() for name, run in timed.items()} for _ in range(repeats + 1)][1:]
+
+
+@torch.no_grad()
+def exits_of_batch(mllm: MLLM, mixed: DynamicExit) -> list[int]:
+    """Exit layers of the rows, in order."""
+    with mixed(mllm) as run:
+        mllm.model(**batch_of_rows(mllm), logits_to_keep=1)
+    return sorted(run.exit_layers.tolist())
+
+
+def flops_saved(mllm: MLLM) -> float:
+    """Share of the prefill's FLOPs, vision tower included, that an exit at half the depth saves."""
+    one = random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
+    full = prefill_flops(mllm, one).total
+    with FixedExit(mllm.num_layers // 2)(mllm):
+        return 1 - prefill_flops(mllm, one).total / full
+
+
+def table(layers: int, rounds: list[dict[str, float]], flops: float, exits: list[int]) -> list[tuple[str, str, str]]:
+    """Rows of the page: what, measured, required."""
+    leave = layers // 2
+
+    def ms(name: str, questions: int = 1) -> str:
+        return f"{spread((1e3 * each[name] / questions for each in rounds), 1)} ms"
+
+    def ratio(value: Callable[[dict[str, float]], float], digits: int = 3) -> str:
+        return spread(map(value, rounds), digits)
+
+    def saved(each: dict[str, float]) -> float:
+        return each["full"] - each["half"]
+
+    def predicted(each: dict[str, float]) -> float:
+        return (layers - leave) / layers * (each["layers"] - each["text layers"])
+
+    return [
+        ("prefill of one question", ms("full"), ""),
+        (f"the same, exit after {leave} of {layers} layers", ms("half"), ""),
+        ("saved, of what timed layers predict", ratio(lambda each: saved(each) / predicted(each)), "at least 0.9"),
+        ("share of the time saved", ratio(lambda each: saved(each) / each["full"]), ""),
+        ("share of the FLOPs saved", f"{flops:.3f}", ""),
+        ("time saved over FLOPs saved", ratio(lambda each: saved(each) / each["full"] / flops), "reported"),
+        (f"{layers - 1} gates, of the prefill", ratio(lambda each: each["gates"] / each["full"], 4), "below 0.02"),
+        (f"batch of {ROWS}, exits {exits}, a question", ms("batch", ROWS), ""),
+        ("the same one by one, a question", ms("one by one", ROWS), ""),
+        ("batch over one by one", ratio(lambda each: each["batch"] / each["one by one"]), "at most 1"),
+        (f"decoding step of {ROWS} rows, full model", ms("decoding"), ""),
+        ("the same with these exits", ms("decoding mixed"), ""),
+        (
+            "decoding with these exits, of full",
+            ratio(lambda each: each["decoding mixed"] / each["decoding"]),
+            "reported",
+        ),
+    ]
+
+
+def main() -> None:
+    """Measure, print and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--head-size", type=int, default=64)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds")
+    add_output(parser, "dynamic_exit")
+    options = parser.parse_args()
+    dtype = torch.float32 if options.device == "cpu" else torch.float16
+    mllm = random_llava(options.layers, options.hidden, options.head_size, device=options.device, dtype=dtype)
+    mixed = mixed_exits(mllm, batch_of_rows(mllm))
+    rounds = measure(mllm, mixed, options.repeats)
+    rows = table(options.layers, rounds, flops_saved(mllm), exits_of_batch(mllm, mixed))
+    lines = [
+        "# What a visual-token exit saves in time",
+        "",
+        "Written by `python -m benchmarks.dynamic_exit`.",
+        "",
+        f"{machine(options.device)}, {str(dtype).removeprefix('torch.')}, random weights: {options.layers} layers, "
+        f"hidden {options.hidden}, heads of {options.head_size}; {SYSTEM_TOKENS} system + {VISUAL_TOKENS} visual + "
+        f"{QUESTION_TOKENS} question tokens. Median of {options.repeats} rounds [quartiles]; everything is timed in "
+        "every round, and ratios are taken within a round.",
+        "",
+        *markdown_table(["", "measured", "required"], rows),
+    ]
+    write_page(options.output, lines)
+
+
+if __name__ == "__main__":
+    main()

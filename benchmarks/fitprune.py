@@ -1,0 +1,121 @@
+"""What fitting a FitPrune recipe costs in the proportions of a 7B model.
+
+    python -m benchmarks.fitprune        # writes docs/benchmarks/fitprune.md (a few minutes on two cores)
+
+A random decoder as deep as LLaVA-1.5-7B's and an eighth as wide sees 32 system, 576 visual and 32 instruction tokens.
+Attention statistics of 64 samples are collected in batches, then a recipe is fitted for every budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from analysis.statistics.markdown import markdown_table
+from benchmarks.common import VISUAL_TOKENS, add_output, machine, random_prompts, write_page
+from benchmarks.sweep import INSTRUCTION_TOKENS, SYSTEM_TOKENS, build
+from dyvte.batch import Batch
+from dyvte.policies.pruning.fitprune import Recipe, Statistics, fit_recipe
+
+LIMIT_SECONDS = 300
+"""FitPrune's own claim for its search."""
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of a plain forward, of the statistics by batch, and of fitting every budget; the recipes."""
+    mllm = build(options)
+    generator = torch.Generator().manual_seed(1)
+    warm_up = random_prompts(mllm, 1, SYSTEM_TOKENS, INSTRUCTION_TOKENS, generator=generator)
+    plain = []
+    with torch.no_grad():
+        for _ in range(3):
+            started = time.perf_counter()
+            mllm.model(**warm_up, use_cache=False, logits_to_keep=1)
+            plain.append(time.perf_counter() - started)
+    seconds: list[float] = []
+
+    def batches() -> Iterator[Batch]:
+        for start in range(0, options.samples, options.batch_size):
+            rows = min(options.batch_size, options.samples - start)
+            batch = random_prompts(mllm, rows, SYSTEM_TOKENS, INSTRUCTION_TOKENS, generator=generator)
+            started = time.perf_counter()
+            yield batch
+            seconds.append(time.perf_counter() - started)  # what the statistics took with it
+            print(f"batch {len(seconds)}: {seconds[-1]:.2f} s", file=sys.stderr, flush=True)
+
+    found = Statistics.collect(mllm, batches())
+    fits: dict[float, tuple[float, Recipe]] = {}
+    for budget in options.budgets:
+        started = time.perf_counter()
+        recipe = fit_recipe(mllm, found, budget)
+        fits[budget] = (time.perf_counter() - started, recipe)
+    return {"plain": statistics.median(plain[1:]), "batches": seconds, "fits": fits}
+
+
+def report(options: argparse.Namespace, found: dict[str, Any]) -> list[str]:
+    """The lines of the page."""
+    collecting, fits = sum(found["batches"]), found["fits"]
+    slowest = max(each for each, _ in fits.values())
+    total = collecting + slowest
+    verdict = "under" if total < LIMIT_SECONDS else "**over**"
+    steps = [
+        ["attention statistics, all samples", f"{collecting:.1f}"],
+        ["... a sample, median over batches", f"{statistics.median(found['batches']) / options.batch_size:.2f}"],
+        ["for scale: a plain forward of one sample, median", f"{found['plain']:.2f}"],
+    ]
+    columns = ["budget (decoder FLOPs)", "fitting, s", "alpha", "cost of the recipe"]
+    recipes = [
+        [
+            f"{budget:g}",
+            f"{seconds:.2f}",
+            f"{recipe.alpha:.3f}",
+            f"{recipe.cost:.3f}",
+            f"{100 * recipe.keep[-1]:.0f}%",
+        ]
+        for budget, (seconds, recipe) in fits.items()
+    ]
+    return [
+        "# Cost of fitting a FitPrune recipe",
+        "",
+        "Written by `python -m benchmarks.fitprune`.",
+        "",
+        f"{machine(options.device)}, {options.dtype}, random weights: {options.layers} layers, hidden "
+        f"{options.hidden}, heads of {options.head_size}; {SYSTEM_TOKENS} system + {VISUAL_TOKENS} visual + "
+        f"{INSTRUCTION_TOKENS} instruction tokens; {options.samples} samples in batches of {options.batch_size}.",
+        "",
+        f"Statistics and one recipe take {total:.0f} s, {verdict} the {LIMIT_SECONDS / 60:.0f} minutes that FitPrune's "
+        "authors give for their search.",
+        "",
+        *markdown_table(["step", "seconds"], steps),
+        "",
+        *markdown_table([*columns, "visual tokens seen by the last layer"], recipes),
+        "",
+        "Random weights: the recipes say nothing about a trained model, the times do.",
+    ]
+
+
+def main() -> None:
+    """Measure, print and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.6, 0.5])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--head-size", type=int, default=128)
+    parser.add_argument("--vocabulary", type=int, default=32064)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    add_output(parser, "fitprune")
+    options = parser.parse_args()
+    write_page(options.output, report(options, measure(options)))
+
+
+if __name__ == "__main__":
+    main()

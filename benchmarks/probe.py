@@ -1,0 +1,152 @@
+"""What the attention probe costs: the time of a probed forward, and its memory against `output_attentions=True`.
+
+    python -m benchmarks.probe            # measures everything, writes docs/benchmarks/probe.md (about 3 minutes)
+
+Time: random decoders of LLaVA-1.5's proportions at 576 visual and 64 text tokens; plain and probed forwards alternate
+in one process. Memory: the peak of the process during one forward at LLaVA-NeXT's 2,880 visual and 64 text tokens; each
+way of running has a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+from typing import Any
+
+import torch
+
+from analysis.statistics.markdown import markdown_table
+from benchmarks.common import (
+    VISUAL_TOKENS,
+    add_output,
+    extra_mib,
+    machine,
+    measured_apart,
+    quartiles,
+    random_llava,
+    random_prompts,
+    spread,
+    write_page,
+)
+from dyvte import AttentionProbe
+
+SYSTEM_TOKENS, QUESTION_TOKENS = 35, 29
+HEAD_SIZE = 128
+MEMORY_MODES = ("plain", "probe", "output_attentions")
+
+
+@torch.no_grad()
+def measure_time(hidden: int, num_layers: int, repeats: int) -> dict[str, Any]:
+    """Milliseconds of plain and probed forwards, alternating, with the ratios pair by pair.
+
+    Beside elapsed time, the ratio of processor time, which a busy machine disturbs less.
+    """
+    mllm = random_llava(num_layers, hidden, HEAD_SIZE)
+    batch = random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
+
+    def forward(probed: bool) -> tuple[float, float]:
+        with AttentionProbe(mllm) if probed else contextlib.nullcontext():
+            start = time.perf_counter(), time.process_time()
+            mllm.model(**batch, use_cache=False)
+            return 1e3 * (time.perf_counter() - start[0]), 1e3 * (time.process_time() - start[1])
+
+    for probed in (False, True):
+        forward(probed)
+    pairs = []
+    for index in range(repeats):
+        first = bool(index % 2)  # neither side always comes first
+        times = {first: forward(first), not first: forward(not first)}
+        pairs.append((times[False], times[True]))
+    return {
+        "hidden": hidden,
+        "layers": num_layers,
+        "tokens": batch["input_ids"].shape[1],
+        "repeats": repeats,
+        "plain": [plain[0] for plain, _ in pairs],
+        "probed": [probed[0] for _, probed in pairs],
+        "ratio": [probed[0] / plain[0] for plain, probed in pairs],
+        "processor_ratio": [probed[1] / plain[1] for plain, probed in pairs],
+    }
+
+
+@torch.no_grad()
+def measure_memory(mode: str, hidden: int, num_layers: int) -> dict[str, Any]:
+    """MiB that the process needs at most during one forward, above what it held before."""
+    attention = "eager" if mode == "output_attentions" else "sdpa"
+    mllm = random_llava(num_layers, hidden, HEAD_SIZE, attn_implementation=attention)
+    batch = random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS, images=5)
+    mllm.model(**random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS), use_cache=False)  # warm up
+    with AttentionProbe(mllm) if mode == "probe" else contextlib.nullcontext():
+        extra = extra_mib(lambda: mllm.model(**batch, use_cache=False, output_attentions=mode == "output_attentions"))
+    return {"mode": mode, "hidden": hidden, "layers": num_layers, "extra_mib": extra}
+
+
+def report(times: list[dict[str, Any]], memory: dict[str, dict[str, Any]]) -> list[str]:
+    """The lines of the page."""
+    lines = [
+        "# Cost of AttentionProbe",
+        "",
+        "Written by `python -m benchmarks.probe`.",
+        "",
+        f"{machine()}, float32, random weights in LLaVA-1.5's proportions (head size {HEAD_SIZE}).",
+        "",
+        "## Time",
+        "",
+        "One forward, median [quartiles]; plain sdpa and probed forwards alternate in one process, ratios are taken "
+        "pair by pair. Processor time is less disturbed by other work on the machine.",
+        "",
+    ]
+    columns = ["hidden", "layers", "tokens", "pairs", "plain sdpa, ms", "probed, ms", "ratio", "of processor time"]
+    rows = [
+        [
+            *(row[name] for name in ("hidden", "layers", "tokens", "repeats")),
+            *(spread(row[name], 0) for name in ("plain", "probed")),
+            *(spread(row[name], 3) for name in ("ratio", "processor_ratio")),
+        ]
+        for row in times
+    ]
+    lines += markdown_table(columns, rows)
+    plain, probe, maps = (memory[mode]["extra_mib"] for mode in MEMORY_MODES)
+    shape = memory["plain"]
+    heads, tokens = shape["hidden"] // HEAD_SIZE, 5 * VISUAL_TOKENS + SYSTEM_TOKENS + QUESTION_TOKENS
+    lines += [
+        "",
+        "## Memory",
+        "",
+        f"Peak resident memory during one forward of {tokens:,} tokens above that before it; hidden {shape['hidden']}, "
+        f"{shape['layers']} layers, {heads} heads. The maps alone are layers x heads x tokens^2 x 4 bytes = "
+        f"{shape['layers'] * heads * tokens**2 * 4 / 2**20:,.0f} MiB; they grow with the number of layers, what the "
+        "probe needs hardly does. One process each: the same forward took up to 100 MiB more in some processes than in "
+        "others, which is the allocator's, so a difference of that size between the first two says nothing.",
+        "",
+    ]
+    above = [
+        ["plain sdpa", f"{plain:,.0f}", "", ""],
+        ["with AttentionProbe", f"{probe:,.0f}", f"{probe - plain:,.0f}", f"{(probe - plain) / (maps - plain):.1%}"],
+        ["`output_attentions=True` (eager)", f"{maps:,.0f}", f"{maps - plain:,.0f}", "100%"],
+    ]
+    return [*lines, *markdown_table(["forward", "peak, MiB", "above plain, MiB", "share"], above)]
+
+
+def main() -> None:
+    """Measure, print and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=9, help="pairs of forwards for each width")
+    add_output(parser, "probe")
+    parser.add_argument("--memory-of", choices=MEMORY_MODES, help=argparse.SUPPRESS)  # what a child process measures
+    options = parser.parse_args()
+    if options.memory_of:
+        print(json.dumps(measure_memory(options.memory_of, hidden=1024, num_layers=8)))
+        return
+    times = []
+    for hidden, num_layers in ((1024, 6), (2048, 3)):
+        times.append(measure_time(hidden, num_layers, options.repeats))
+        print(f"hidden {hidden}: ratio {quartiles(times[-1]['ratio'])[1]:.3f}", flush=True)
+    memory = {mode: measured_apart("benchmarks.probe", ["--memory-of", mode]) for mode in MEMORY_MODES}
+    write_page(options.output, report(times, memory))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""`python -m docs.tooling.notebooks` (`make notebooks`): run the notebooks again and keep what they show.
+
+Each runs top to bottom in a fresh kernel and an empty folder. The outputs go back into `notebooks/*.ipynb` with a stamp
+of code and shipped weights, by which a test tells that a notebook shows what its code gives today.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from analysis.measuring.shipped import shipped_files
+from dyvte.errors import ConfigError
+from dyvte.runs.store import write_atomic
+
+FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+TIMEOUT = 600
+"""Seconds a cell."""
+QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+PROGRESS = re.compile(r"^.*\d+%\|.*\|.*$|^.*\d+(it|sample|epoch)s? \[.*\]$")
+"""A line of a progress bar, which is of no use to a reader."""
+
+
+def stamp(notebook: dict[str, Any]) -> dict[str, str]:
+    """What the outputs of a notebook were made of: its code, and the shipped model."""
+    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    return {"code": hashlib.sha256("\0".join(code).encode()).hexdigest()[:16], **shipped_files()}
+
+
+def execute(file: Path, workdir: Path) -> dict[str, Any]:
+    """Run a notebook in `workdir/notebooks`; its runs are kept under `workdir/outputs`.
+
+    Returns:
+        The notebook as JSON, with outputs and stamp, and without times and machine-dependent metadata.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell raised.
+    """
+    from nbconvert.exporters import NotebookExporter
+    from nbconvert.preprocessors import ExecutePreprocessor
+
+    folder = workdir / "notebooks"
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / file.name
+    shutil.copyfile(file, source)
+    exporter = NotebookExporter()
+    exporter.register_preprocessor(
+        ExecutePreprocessor(timeout=TIMEOUT, record_timing=False, kernel_name="python3"), enabled=True
+    )
+    with _quiet(workdir):
+        text, _ = exporter.from_filename(str(source), resources={"metadata": {"path": str(folder)}})
+    notebook: dict[str, Any] = json.loads(text)
+    notebook["metadata"] = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    notebook["metadata"]["dyvte"] = stamp(notebook)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"] = [kept for kept in map(without_progress, cell["outputs"]) if kept is not None]
+    return notebook
+
+
+def without_progress(output: dict[str, Any]) -> dict[str, Any] | None:
+    """An output without progress bars, as lines or widgets; None if nothing else is left. Warnings stay."""
+    if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+        return None
+    if output.get("name") != "stderr":
+        return output
+    lines = [line for line in re.split(r"[\r\n]+", "".join(output["text"])) if not PROGRESS.match(line.strip())]
+    left = "\n".join(lines).replace("\x1b[A", "").strip()
+    return {**output, "text": [left]} if left else None
+
+
+@contextmanager
+def _quiet(workdir: Path) -> Iterator[None]:
+    """Without progress bars, and without Jupyter's files in the home folder, which two kernels would share."""
+    wanted = {
+        **QUIET,
+        "IPYTHONDIR": str(workdir / ".ipython"),
+        "JUPYTER_RUNTIME_DIR": str(workdir / ".jupyter"),
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def write(notebook: dict[str, Any], file: Path) -> None:
+    """As Jupyter formats it, atomically."""
+    text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    write_atomic(file, lambda out: out.write(text.encode()))
+
+
+def chosen(names: Sequence[str]) -> list[Path]:
+    """The notebooks with these names or beginnings of names, in order; all without names.
+
+    Raises:
+        ConfigError: there is no such notebook.
+    """
+    files = sorted(FOLDER.glob("*.ipynb"))
+    for name in names:
+        if not any(file.stem.startswith(name) for file in files):
+            raise ConfigError(f"no notebook {name!r}; there are {', '.join(file.stem for file in files)}")
+    return [file for file in files if not names or any(file.stem.startswith(name) for name in names)]
+
+
+def main() -> None:
+    """Run the notebooks one after the other; later ones find the runs of earlier ones."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="notebooks, by the beginning of their name; all without")
+    parser.add_argument("--workdir", type=Path, help="keep and reuse finished runs here (default: an empty folder)")
+    options = parser.parse_args()
+    try:
+        files = chosen(options.names)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    with tempfile.TemporaryDirectory() as empty:
+        workdir = (options.workdir or Path(empty)).resolve()
+        for file in files:
+            started = time.perf_counter()
+            write(execute(file, workdir), file)
+            print(f"{file.name}: {time.perf_counter() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

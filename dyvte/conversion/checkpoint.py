@@ -1,0 +1,201 @@
+"""A checkpoint of the LLaVA code base, written as a transformers folder with its processor."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from dyvte.conversion.source import Source, checkpoint_folder, read_source
+from dyvte.conversion.target import plan, target_config
+from dyvte.conversion.tokenizer import IMAGE_TOKEN, add_image_token, read_tokenizer
+from dyvte.conversion.weights import write_shards
+from dyvte.errors import ConfigError
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+"""System prompt of Vicuna 1.1, which LLaVA-1.5, VILA and InternVL-Chat were trained with (35 tokens with `USER:`)."""
+
+VICUNA_TEMPLATE = (
+    "{{ bos_token }}{% if messages[0]['role'] != 'system' %}{{ system }} {% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'][0]['text'] }} "
+    "{% else %}"
+    "{{ 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' }}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ image }}\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}"
+    "{{ ' ' if message['role'] == 'user' else eos_token }}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    revision: str | None = None,
+    vision_tower: str | None = None,
+    chat_template: str | None = None,
+    dtype: str | None = None,
+    shard_gigabytes: float = 4.0,
+    overwrite: bool = False,
+) -> Path:
+    """Turn a checkpoint of the LLaVA code base into a transformers folder with processor.
+
+    The folder appears complete or not at all.
+
+    Args:
+        source: folder or Hub id of the checkpoint.
+        target: folder to write.
+        revision: branch, tag or commit of a Hub id.
+        vision_tower: folder or Hub id of the vision tower where the checkpoint does not hold it.
+        chat_template: Jinja file; None for the template of Vicuna 1.1.
+        dtype: "float16", "bfloat16", "float32"; None keeps what is stored.
+        shard_gigabytes: size of a weight file.
+        overwrite: replace `target`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError: the checkpoint cannot be converted, with the reason.
+        ConfigError: a setting is wrong.
+    """
+    folder = Path(target).expanduser()
+    _check_target(folder, overwrite)
+    to = None if dtype is None else DTYPES.get(str(dtype))
+    if dtype is not None and to is None:
+        raise ConfigError(f"dtype={dtype}: choose float16, bfloat16 or float32, or null to keep the source's")
+    checkpoint = read_source(checkpoint_folder(source, revision), vision_tower)
+    tokenizer = read_tokenizer(checkpoint.tokenizer_folder)
+    image_token_id, vocabulary = add_image_token(tokenizer, checkpoint)
+    config = target_config(checkpoint, image_token_id, vocabulary)
+    if to is not None:
+        config.dtype = to
+    entries = plan(checkpoint, config, to)
+    processor = build_processor(checkpoint, config, tokenizer, _template(chat_template, checkpoint))
+
+    unfinished = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    total = sum(entry.nbytes for entry in entries)
+    with tqdm(total=total, desc="weights", unit="B", unit_scale=True, dynamic_ncols=True) as progress:
+        for done in write_shards(unfinished, entries, int(shard_gigabytes * 2**30)):
+            progress.update(done)
+    config.architectures = [
+        "LlavaDownsampleForConditionalGeneration"
+        if config.model_type == "llava_downsample"
+        else "LlavaForConditionalGeneration"
+    ]
+    config.save_pretrained(unfinished)
+    _generation_config(tokenizer).save_pretrained(unfinished)
+    processor.save_pretrained(unfinished)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(unfinished, folder)
+    print(
+        f"{folder}: {config.model_type}, {config.text_config.num_hidden_layers} decoder layers, "
+        f"{config.image_seq_length} visual tokens an image; use it with model=hf model.path={folder}"
+    )
+    return folder
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
+        raise ConfigError(f"{folder} exists: give another target, or overwrite=true")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} is not the folder of a model and is not replaced: give another target")
+
+
+# ------------------------------------------------------------------------- processor
+
+
+def _template(path: str | None, source: Source) -> str:
+    if path is not None:
+        try:
+            return Path(path).read_text()
+        except OSError as error:
+            raise ConfigError(f"chat_template={path}: {error.strerror}") from error
+    if source.text_config.model_type != "llama":
+        raise ConfigError(
+            f"{source.folder}: no prompt is known for a {source.text_config.model_type} language model; "
+            "give chat_template=FILE (Jinja)"
+        )
+    image = f"<im_start>{IMAGE_TOKEN}<im_end>" if source.config.get("mm_use_im_start_end") else IMAGE_TOKEN
+    system = json.dumps(VICUNA_SYSTEM)
+    return f"{{% set image = '{image}' %}}{{% set system = {system} %}}" + VICUNA_TEMPLATE
+
+
+def build_processor(source: Source, config: Any, tokenizer: Any, chat_template: str) -> Any:
+    """A `LlavaProcessor` that prepares images and prompts as the code base does."""
+    from transformers import LlavaImageProcessorPil, LlavaProcessor
+
+    vision = config.vision_config
+    size = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
+    patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
+    mean, std = _normalisation(source, vision.model_type)
+    square = {"height": size, "width": size}
+    ratio = source.config.get("image_aspect_ratio")
+    image_processor = LlavaImageProcessorPil(
+        do_pad=ratio == "pad",  # to a square, with the mean colour
+        size=square if ratio == "resize" else {"shortest_edge": size},
+        crop_size=square,
+        image_mean=mean,
+        image_std=std,
+    )
+    return LlavaProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=patch,
+        # The processor counts patches; what the model does beyond (class token, downsampling) goes into this number.
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=config.image_seq_length - (size // patch) ** 2,
+        chat_template=chat_template,
+    )
+
+
+def _normalisation(source: Source, model_type: str) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the colours that the tower was trained with."""
+    from transformers.image_utils import (
+        IMAGENET_DEFAULT_MEAN,
+        IMAGENET_DEFAULT_STD,
+        IMAGENET_STANDARD_MEAN,
+        IMAGENET_STANDARD_STD,
+        OPENAI_CLIP_MEAN,
+        OPENAI_CLIP_STD,
+    )
+
+    defaults = {
+        "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+        "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
+        "internvl_vision": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    }
+    mean, std = defaults[model_type]
+    file = None if source.tower_folder is None else source.tower_folder / "preprocessor_config.json"
+    if file is not None and file.is_file():
+        stored = json.loads(file.read_text())
+        mean, std = stored.get("image_mean", mean), stored.get("image_std", std)
+    return list(mean), list(std)
+
+
+def _generation_config(tokenizer: Any) -> Any:
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )

@@ -1,0 +1,310 @@
+"""Models that run in another environment: their language model here, their visual tokens from an export.
+
+`dyvte/conversion/export_visual_tokens.py` writes, in the environment of a fork of LLaVA, what its vision side makes
+of each image. Here the language model of the same checkpoint gets those tokens (`model=exported data=exported`): its
+vision tower and projector are not needed, so any of them will do. What the vision side costs is not counted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+from dyvte.conversion.export_visual_tokens import FORMAT, IMAGE, IMAGE_SENTINEL
+from dyvte.conversion.source import checkpoint_folder, read_language_model
+from dyvte.conversion.tokenizer import read_tokenizer
+from dyvte.data.base import Dataset, Sample, check_limit, text_fingerprint, unique_ids
+from dyvte.errors import BrokenSample, DataError, ModelError
+
+INFO_KEY = "dyvte_visual_tokens"
+"""Where the images of `ExportedDataset` carry their visual tokens (in `PIL.Image.Image.info`, which copies keep)."""
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """What an export holds of one sample.
+
+    Attributes:
+        prompt: text of the prompt, `<image>` where the image goes.
+        input_ids: [N] ids of the prompt, -200 at visual positions.
+        embeddings: [V, d] input embeddings of the visual positions.
+    """
+
+    prompt: str
+    input_ids: Tensor
+    embeddings: Tensor
+
+
+class Export:
+    """A folder that `dyvte/conversion/export_visual_tokens.py` wrote.
+
+    Raises:
+        DataError: it is no such folder, or the export is not finished.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        try:
+            self.about: dict[str, Any] = json.loads((self.folder / "export.json").read_text())
+        except OSError as error:
+            raise DataError(
+                f"{self.folder} holds no export.json: give the folder that "
+                "dyvte/conversion/export_visual_tokens.py wrote"
+            ) from error
+        if self.about.get("format") != FORMAT:
+            raise DataError(f"{self.folder}: export format {self.about.get('format')!r}, this dyvte reads {FORMAT}")
+        self.lines: list[dict[str, Any]] = []
+        for file in sorted((self.folder / "shards").glob("*.safetensors")):
+            with file.with_suffix(".jsonl").open(encoding="utf-8") as lines:
+                self.lines += [
+                    {**json.loads(line), "file": file, "number": number} for number, line in enumerate(lines)
+                ]
+        if len(self.lines) != self.about["num_samples"]:
+            raise DataError(
+                f"{self.folder} holds {len(self.lines)} of {self.about['num_samples']} samples: the export was "
+                "interrupted; run it again to continue"
+            )
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the visual tokens."""
+        return int(self.about["hidden_size"])
+
+    def tokens(self, index: int) -> tuple[VisualTokens, Image.Image | None]:
+        """Visual tokens and thumbnail of sample `index`."""
+        line = self.lines[index]
+        number = line["number"]
+        with safe_open(line["file"], framework="pt") as file:
+            tokens = VisualTokens(
+                line["prompt"], file.get_tensor(f"{number}.input_ids"), file.get_tensor(line["embeddings"])
+            )
+            has_image = f"{number}.thumbnail" in file.keys()  # noqa: SIM118
+            picture = Image.fromarray(file.get_tensor(f"{number}.thumbnail").numpy()) if has_image else None
+        return tokens, picture
+
+    @cached_property
+    def used_ids(self) -> set[int]:
+        """Token ids that occur in a prompt."""
+        found: set[int] = set()
+        for line in self.lines:
+            with safe_open(line["file"], framework="pt") as file:
+                found |= set(file.get_tensor(f"{line['number']}.input_ids").tolist())
+        return found
+
+
+class ExportedDataset(Dataset):
+    """The samples of an export; their images are thumbnails that carry the visual tokens.
+
+    Args:
+        path: folder that `dyvte/conversion/export_visual_tokens.py` wrote.
+        limit: the first so many samples; None for all.
+    """
+
+    def __init__(self, path: str, limit: int | None = None) -> None:
+        check_limit(limit)
+        self.export = Export(path)
+        self.lines = self.export.lines[:limit]
+        self.ids = unique_ids(str(line["id"]) for line in self.lines)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, index: int) -> Sample:
+        line = self.lines[index]
+        tokens, picture = self.export.tokens(index)
+        if not torch.isfinite(tokens.embeddings).all():
+            raise BrokenSample(f"{line['file']} sample {line['number']}", "visual tokens that are not finite numbers")
+        if picture is not None:
+            picture.info[INFO_KEY] = tokens
+        return Sample(
+            id=self.ids[index],
+            image=picture,
+            question=line["question"],
+            answer=line["answer"],
+            kind=line["kind"],
+            image_id=line["image_id"],
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the export's description and its samples' ids, prompts and answers."""
+        described = [json.dumps({**line, "file": line["file"].name}, sort_keys=True) for line in self.lines]
+        return text_fingerprint([json.dumps(self.export.about, sort_keys=True), *described])
+
+
+class ExportedProcessor:
+    """Makes model inputs of prompts and of images that carry their visual tokens, as a processor does of pixels.
+
+    Attributes:
+        tokenizer: of the checkpoint.
+        image_token_id: stands at the visual positions. No row is added to the vocabulary: it is an id that no prompt
+            of the export uses.
+    """
+
+    chat_template = "export"  # `apply_chat_template` follows the fork's prompt format
+    image_token = IMAGE
+
+    def __init__(self, export: Export, tokenizer: Any, image_token_id: int) -> None:
+        self.format: dict[str, list[str]] = export.about["prompt"]
+        self.tokenizer, self.image_token_id = tokenizer, image_token_id
+
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, **_: Any
+    ) -> str:
+        """The prompt as the fork writes it, with the answer behind it where the messages hold one."""
+        content = messages[0]["content"]
+        question = "".join(part["text"] for part in content if part["type"] == "text")
+        kind = "image" if any(part["type"] == "image" for part in content) else "text"
+        before, after = self.format[kind]
+        prompt = before + question + after
+        if len(messages) == 1:
+            return prompt
+        separator, end = self.format["answer"]
+        return prompt.rstrip() + separator + str(messages[1]["content"][0]["text"]) + end
+
+    def __call__(
+        self,
+        text: Sequence[str],
+        images: Sequence[Sequence[Image.Image]] | None = None,
+        padding_side: str = "left",
+        **_: Any,
+    ) -> dict[str, Any]:
+        """Ids [B, N], attention mask, and the visual tokens as `mm_encoder_outputs`."""
+        rows, visual = [], []
+        for prompt, of_row in zip(text, images or [[]] * len(text), strict=True):
+            if len(of_row) > 1:
+                raise ModelError("model=exported takes one image a question: the one that was exported with it")
+            tokens = of_row[0].info.get(INFO_KEY) if of_row else None
+            if of_row and tokens is None:
+                raise ModelError(
+                    "model=exported sees exported images only (data=exported): its vision tower runs in another "
+                    "environment"
+                )
+            rows.append(self._ids(prompt, tokens))
+            if tokens is not None:
+                visual.append(tokens.embeddings)
+        length = max(map(len, rows))
+        input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id or 0)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, ids in enumerate(rows):
+            columns = slice(length - len(ids), None) if padding_side == "left" else slice(len(ids))
+            input_ids[row, columns], attention_mask[row, columns] = ids, 1
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if visual:
+            from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=visual)}
+        return inputs
+
+    def _ids(self, prompt: str, tokens: VisualTokens | None) -> Tensor:
+        if tokens is None:
+            return torch.tensor(
+                self.tokenizer(prompt, add_special_tokens=_adds_bos(self.tokenizer, prompt))["input_ids"]
+            )
+        ids = tokens.input_ids
+        if prompt != tokens.prompt:  # another question about the image
+            last = int((ids == IMAGE_SENTINEL).nonzero().max())
+            tail = self.tokenizer(prompt.rpartition(IMAGE)[2], add_special_tokens=False)["input_ids"]
+            ids = torch.cat([ids[: last + 1], torch.tensor(tail)])
+        return ids.masked_fill(ids == IMAGE_SENTINEL, self.image_token_id)
+
+
+def _adds_bos(tokenizer: Any, prompt: str) -> bool:
+    return not (tokenizer.bos_token and prompt.startswith(tokenizer.bos_token))
+
+
+# ------------------------------------------------------------------------- the model
+
+_LANGUAGE_MODEL = {r"^model\.(embed_tokens|layers|norm)\.": r"model.language_model.\1."}
+_STAND_INS = ("model.vision_tower.", "model.multi_modal_projector.")
+
+
+def load_language_model(
+    path: str, exported: str | Path, *, revision: str | None = None, token: str | bool | None = None, **settings: Any
+) -> tuple[Any, ExportedProcessor]:
+    """The language model of a LLaVA-lineage checkpoint as a model that takes exported visual tokens.
+
+    Args:
+        path: folder or Hub id of the checkpoint that was exported.
+        exported: folder of the export.
+        revision: branch, tag or commit of a Hub id.
+        token: Hub token.
+        **settings: passed to `from_pretrained`.
+
+    Raises:
+        ModelError: the checkpoint holds no language model, or another one than the export is for.
+    """
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    export = Export(exported)
+    folder = checkpoint_folder(path, revision, token)
+    source = read_language_model(folder)
+    text_config = source.text_config
+    if text_config.hidden_size != export.hidden_size:
+        raise ModelError(
+            f"{path} has hidden size {text_config.hidden_size}, the visual tokens in {exported} have "
+            f"{export.hidden_size}: they are of another model ({export.about.get('model_path')})"
+        )
+    tokenizer = read_tokenizer(source.tokenizer_folder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    rows = source.text["model.embed_tokens.weight"].shape[0]
+    text_config.vocab_size = rows
+    config = LlavaConfig(
+        text_config=text_config,
+        # Stands in for the vision side, which is not here; the smallest that can be built.
+        vision_config=CLIPVisionConfig(
+            hidden_size=1, intermediate_size=1, num_hidden_layers=1, num_attention_heads=1, image_size=1, patch_size=1
+        ),
+        image_token_index=_placeholder(tokenizer, rows, export),
+        tie_word_embeddings=bool(text_config.tie_word_embeddings),
+    )
+    config.visual_tokens_by_column = bool(export.about.get("visual_tokens_by_column"))
+    with _quiet():
+        model, report = LlavaForConditionalGeneration.from_pretrained(
+            source.tokenizer_folder,
+            config=config,
+            key_mapping=_LANGUAGE_MODEL,
+            output_loading_info=True,
+            local_files_only=True,
+            **settings,
+        )
+    missing = [name for name in report["missing_keys"] if not name.startswith(_STAND_INS)]
+    if missing:
+        raise ModelError(f"{path}: {len(missing)} tensors of the language model are missing, the first: {missing[0]}")
+    for name, parameter in model.named_parameters():
+        if name.startswith(_STAND_INS) and not parameter.is_meta:
+            torch.nn.init.zeros_(parameter)  # the same at every start, so that runs can be continued
+    return model, ExportedProcessor(export, tokenizer, config.image_token_id)
+
+
+def _placeholder(tokenizer: Any, rows: int, export: Export) -> int:
+    """An id for the visual positions that occurs in no prompt: the unknown token's, else the highest unused one."""
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    for each in (tokenizer.unk_token_id, *range(rows - 1, -1, -1)):
+        if each is not None and each not in export.used_ids and each not in special:
+            return int(each)
+    raise ModelError(f"{export.folder}: every id of the vocabulary occurs in a prompt, none is left for visual tokens")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from reporting that the vision side is missing: it is meant to be."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

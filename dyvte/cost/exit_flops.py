@@ -1,0 +1,52 @@
+"""Operations of a prefill under every exit, from two passes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from dyvte.batch import Batch
+    from dyvte.mllm import MLLM
+from dyvte.cost.flops import FlopCount, FlopCounter
+
+
+def exit_flops(mllm: MLLM, batch: Batch) -> list[FlopCount]:
+    """Count one prefill of a batch under every exit k = 0..L.
+
+    Two passes are enough, since a layer's cost depends on its own positions only: the full model gives the cost of
+    each layer with visual tokens, exit 0 its cost without them.
+    """
+    from dyvte.policies.exits.fixed_exit import FixedExit  # policies count their own overhead with this module
+
+    full, with_visual = _prefill_layer_flops(mllm, batch)
+    with FixedExit(layer=0)(mllm):
+        _, text_only = _prefill_layer_flops(mllm, batch)
+    counts = [full]
+    for seeing, blind in zip(reversed(with_visual), reversed(text_only), strict=True):
+        saved = seeing - blind
+        counts.append(FlopCount(counts[-1].total - saved, counts[-1].decoder - saved))
+    return counts[::-1]
+
+
+def _prefill_layer_flops(mllm: MLLM, batch: Batch) -> tuple[FlopCount, list[int]]:
+    """`prefill_flops`, and the part of every decoder layer in it."""
+    counter = FlopCounter(mllm)
+    layers = [0] * mllm.num_layers
+
+    def tally(index: int, sign: int) -> Any:
+        def hook(*_: Any) -> None:
+            layers[index] += sign * counter.count.total
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(tally(index, -1)) for index, layer in enumerate(mllm.layers)]
+    handles += [layer.register_forward_hook(tally(index, 1)) for index, layer in enumerate(mllm.layers)]
+    try:
+        with torch.no_grad(), counter:
+            mllm.model(**batch, use_cache=True, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counter.count, layers

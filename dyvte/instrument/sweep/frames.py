@@ -1,0 +1,217 @@
+"""Some tokens of some rows that run through a layer apart from the others, and the keys they attend to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dyvte.errors import UnsupportedError
+from dyvte.instrument.hooks import (
+    LayerCall,
+    Selection,
+    pack_mask,
+)
+from dyvte.layout import TokenLayout
+
+if TYPE_CHECKING:
+    pass
+
+
+# ---------------------------------------------------------------------- pieces of a layer
+
+
+@dataclass
+class Frame:
+    """Some tokens of some rows that run through layers apart from the others.
+
+    Attributes:
+        own: the tokens that run.
+        earlier: tokens of the same rows that they also attend to, whose keys and values come from another pass.
+    """
+
+    own: Selection
+    earlier: Selection | None
+
+    @property
+    def rows(self) -> Tensor:
+        """[b] rows of the batch."""
+        return self.own.rows
+
+    @cached_property
+    def key_positions(self) -> Tensor:
+        """[b, K] positions of the keys: the earlier ones, then its own."""
+        return self.own.index if self.earlier is None else torch.cat([self.earlier.index, self.own.index], dim=1)
+
+    @cached_property
+    def key_valid(self) -> Tensor:
+        """[b, K] False where a key is padding."""
+        parts = [self.own] if self.earlier is None else [self.earlier, self.own]
+        return torch.cat(
+            [torch.ones_like(each.index, dtype=torch.bool) if each.valid is None else each.valid for each in parts], 1
+        )
+
+    def mask(self, call: LayerCall) -> Tensor | None:
+        """The layer's attention mask for these queries and keys."""
+        return self.own.remembered("frame mask", call.mask, lambda: self._mask(call))
+
+    def _mask(self, call: LayerCall) -> Tensor | None:
+        mask, valid = call.mask, self.key_valid
+        if mask is None and call.uses_flash:
+            return None if valid.all() else valid
+        if mask is None:
+            if self.earlier is None:
+                return None  # causal, padding on the right
+            causal = self.own.index[:, :, None] >= self.key_positions[:, None, :]
+            return (causal & valid[:, None, :])[:, None]
+        mask = mask.expand(call.hidden.shape[0], *mask.shape[1:])[self.rows]
+        return pack_mask(mask, self.own.index, self.key_positions, None if valid.all() else valid)
+
+    def allowed(self, call: LayerCall) -> Tensor:
+        """[b, M, K] which keys each query may see."""
+        mask = self.mask(call)
+        if mask is None or mask.ndim == 2:
+            causal = self.own.index[:, :, None] >= self.key_positions[:, None, :]
+            return causal & self.key_valid[:, None, :]
+        return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
+
+
+class Keys:
+    """Stands in for a KV cache in one call of one layer: adds the keys of earlier tokens, and keeps what it saw."""
+
+    def __init__(
+        self, earlier: tuple[Tensor, Tensor] | None = None, rows: Tensor | None = None, positions: Tensor | None = None
+    ) -> None:
+        self.earlier = earlier
+        self.rows, self.positions = rows, positions  # [b] and [b, K]: which keys `update` returns, None for all
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """As of a cache: the keys and values to attend to, the earlier ones in front."""
+        self.keys, self.values = keys, values
+        if self.earlier is None:
+            return keys, values
+        return _behind(self.earlier[0], keys), _behind(self.earlier[1], values)
+
+    def get_seq_length(self, *_: Any) -> int:
+        """As of an empty cache."""
+        return 0
+
+    def of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of `rows`: [b, heads, N, head size]."""
+        if self.keys is None or self.values is None:
+            raise UnsupportedError("a decoder layer did not show its keys: it does not write to a KV cache")
+        if len(self.keys) == 1:
+            return self.keys.expand(len(rows), -1, -1, -1), self.values.expand(len(rows), -1, -1, -1)
+        return self.keys[rows], self.values[rows]
+
+    def at(self, rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of positions [b, n] of `rows`: [b, heads, n, head size]."""
+        keys, values = self.of(rows)
+        return take(keys, index), take(values, index)
+
+
+def take(tensor: Tensor, index: Tensor) -> Tensor:
+    """[b, heads, N, size] at positions [b, n]."""
+    return tensor.gather(2, index[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+
+
+def _behind(earlier: Tensor, own: Tensor) -> Tensor:
+    """Earlier keys [b, heads, E, size] in front of each repetition of the batch in [n * b, heads, M, size]."""
+    count = earlier.shape[2]
+    joint = own.new_empty(*own.shape[:2], count + own.shape[2], own.shape[3])
+    joint.unflatten(0, (-1, len(earlier)))[:, :, :, :count] = earlier
+    joint[:, :, count:] = own
+    return joint
+
+
+def repeated(tensor: Tensor, times: int, axis: int = 0) -> Tensor:
+    """[..., b, ...] -> [..., times * b, ...], the whole batch repeated; no copy for a batch of one."""
+    shape = list(tensor.shape)
+    wide = tensor.unsqueeze(axis).expand(*shape[:axis], times, *shape[axis:])
+    return wide.flatten(axis, axis + 1)
+
+
+def repeat_argument(name: str, packed: Any, times: int) -> Any:
+    """A layer's argument for `times` repetitions of the batch."""
+    if isinstance(packed, (tuple, list)):
+        return type(packed)(repeat_argument(name, each, times) for each in packed)
+    if not isinstance(packed, Tensor):
+        return packed
+    axis = {"position_ids": packed.ndim - 2, "position_embeddings": packed.ndim - 3}.get(name, 0)
+    return repeated(packed, times, axis)
+
+
+def locate(positions: Tensor, valid: Tensor, wanted: Tensor, length: int) -> Tensor:
+    """Where the positions `wanted` [b, n] stand in `positions` [b, m]: [b, n]."""
+    table = wanted.new_zeros(len(wanted), length + 1)
+    order = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+    table.scatter_(1, torch.where(valid, positions, length), order)
+    return table.gather(1, wanted)
+
+
+# ---------------------------------------------------------------------------- the sweep
+
+
+class SharedPrefix:
+    """Everything up to the last visual token, run once for all rows that show the same image.
+
+    Attributes:
+        selection: the prefix of one representative row a group.
+        group: [B] group of every row (0 where a row shows no image and has no prefix); `groups` as a list.
+        lengths: length of every row's prefix, which stands at its start.
+        suffix: frame of the tokens behind the prefix, of all rows.
+    """
+
+    def __init__(self, layout: TokenLayout, input_ids: Tensor, shared_image: Sequence[int]) -> None:
+        position = torch.arange(input_ids.shape[1], device=input_ids.device)
+        length = torch.where(layout.visual, position, -1).amax(1) + 1
+        prefix = position < length[:, None]
+        representative: dict[int, int] = {}
+        self.lengths: list[int] = length.tolist()
+        self.groups: list[int] = []
+        for row, image in enumerate(shared_image):
+            if self.lengths[row] == 0:
+                self.groups.append(0)
+                continue
+            first = representative.setdefault(image, row)
+            if not torch.equal(input_ids[row, : self.lengths[row]], input_ids[first, : self.lengths[first]]):
+                raise ValueError(
+                    f"rows {first} and {row} are said to share an image, but their prompts differ before its last token"
+                )
+            self.groups.append(list(representative).index(image))
+        device = input_ids.device
+        rows = torch.arange(len(self.groups), device=device)
+        chosen = torch.tensor(list(representative.values()), device=device)
+        self.selection = Selection.of(prefix, chosen, [self.lengths[row] for row in representative.values()])
+        self.group = torch.tensor(self.groups, device=device)
+        of_group = prefix[chosen][self.group] & (length > 0)[:, None]
+        rest = ~layout.padding & ~prefix
+        self.suffix = Frame(
+            Selection.of(rest, rows, rest.sum(1).tolist()),
+            Selection.of(of_group, rows, self.lengths),
+        )
+        self.mask = prefix
+
+    def check(self, hidden: Tensor) -> None:
+        """Refuse rows whose visual tokens are not those of their representative."""
+        index, mine = self.suffix.earlier, hidden
+        assert index is not None
+        theirs = hidden[self.selection.rows[self.group][:, None], index.index]
+        difference = (index.pack(mine) - theirs).abs().amax(-1)
+        if index.valid is not None:
+            difference = difference * index.valid
+        if (difference > 1e-3 * theirs.abs().amax()).any():
+            row = int(difference.amax(1).argmax())
+            first = int(self.selection.rows[self.group[row]])
+            raise ValueError(f"rows {first} and {row} are said to share an image, but their visual tokens differ")
+
+
+def or_all(valid: Tensor | None, like: Tensor) -> Tensor:
+    """A mask shaped like `like`: `valid`, or all True for None."""
+    return torch.ones_like(like, dtype=torch.bool) if valid is None else valid

@@ -1,0 +1,1 @@
+"""Policies by which all visual tokens leave at one layer."""

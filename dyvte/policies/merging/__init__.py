@@ -1,0 +1,1 @@
+"""Policies that merge visual tokens."""

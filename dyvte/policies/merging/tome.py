@@ -1,0 +1,180 @@
+"""Similar visual tokens are merged.
+
+ToMe (arXiv 2210.09461) merges tokens of a vision transformer by bipartite soft matching. Inside a causal decoder this
+is an adaptation: tokens merge within one image only, by the keys (mean over heads, before rotary positions) of the
+layer before, and the token that takes another in keeps its own place and position id. As in the paper a merged token
+counts as many times as tokens are in it (Section 3, proportional attention): the log of its size is added to the scores
+of its key in all later layers, for generated tokens too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dyvte.errors import UnsupportedError
+from dyvte.layout import TokenLayout
+from dyvte.mllm import MLLM
+from dyvte.policies.base import Policy, PolicyRun, Prefill
+from dyvte.policies.pruning.fastv import check_share
+from dyvte.policies.token_scores import images, tokens_in_image
+
+
+def bipartite_soft_matching(metric: Tensor, group: Tensor, merges: Tensor) -> tuple[Tensor, Tensor]:
+    """Which tokens merge into which (ToMe, arXiv 2210.09461, Section 3, "Bipartite Soft Matching").
+
+    The tokens of a group are dealt out alternately to two sets; every token of the first draws an edge to the most
+    similar one (cosine) of the second; the most similar pairs merge.
+
+    Args:
+        metric: [B, N, c] what similarity is measured on.
+        group: [B, N] number of the group (image) of a token, -1 for tokens that take no part.
+        merges: [B, N] how many pairs merge in the token's group; at most half of a group can.
+
+    Returns:
+        leaves: [B, N] boolean, the tokens that are taken in by others.
+        into: [B, N] by which token; their own place for tokens that do not leave.
+    """
+    position = torch.arange(group.shape[1], device=group.device)
+    member = group >= 0
+    same = (group[:, :, None] == group[:, None, :]) & member[:, :, None]
+    earlier = position[:, None] > position
+    odd = (same & earlier).sum(2) % 2 == 1  # rank within the group
+    unit = nn.functional.normalize(metric.float(), dim=-1)
+    edges = (unit @ unit.transpose(1, 2)).masked_fill(~(same & odd[:, None, :]), -torch.inf)
+    similarity, partner = edges.max(2)
+    source = member & ~odd & (similarity > -torch.inf)
+    # Rank among the sources of the group; ties go to the earlier one.
+    other, own = similarity[:, None, :], similarity[:, :, None]
+    ahead = same & source[:, None, :] & ((other > own) | ((other == own) & earlier))
+    leaves = source & (ahead.sum(2) < merges)
+    return leaves, torch.where(leaves, partner, position)
+
+
+def merge(features: Tensor, size: Tensor, leaves: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
+    """Average every token with those that it takes in, each weighted by its size.
+
+    Args:
+        features: [B, N, d].
+        size: [B, N] number of original tokens in a token.
+        leaves, into: of `bipartite_soft_matching`.
+
+    Returns:
+        The features [B, N, d] and sizes [B, N]; tokens that left keep theirs.
+    """
+    taken = torch.where(leaves, size, 0.0)
+    new_size = size.scatter_add(1, into, taken)
+    weights = size.to(features.dtype)[:, :, None]
+    arriving = torch.where(leaves[:, :, None], features * weights, 0.0)
+    total = (features * weights).scatter_add(1, into[:, :, None].expand_as(features), arriving)
+    merged = total / new_size.to(features.dtype)[:, :, None]
+    grown = (new_size != size)[:, :, None]
+    return torch.where(grown, merged, features), new_size
+
+
+@dataclass
+class ToMe(Policy):
+    """Merge similar visual tokens: before the decoder to a share of them, or some more before every layer.
+
+    Give `keep` or `merges`.
+
+    Attributes:
+        keep: share of an image's tokens that is left before the decoder, above 0.
+        merges: tokens merged away in every image, before each of the layers 1..L-1 (one number, the paper's r), or
+            before each layer 0..L-1 (L numbers).
+    """
+
+    keep: float | None = None
+    merges: int | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.keep is None) == (self.merges is None):
+            raise ValueError("ToMe: give either keep (share left before the decoder) or merges (tokens a layer)")
+        if self.keep is not None:
+            check_share("ToMe: keep", self.keep)
+
+    def check(self, mllm: MLLM) -> None:
+        """Refuse a schedule of another length, and attention without a key projection of its own."""
+        schedule = self.schedule(mllm.num_layers)
+        if len(schedule) != mllm.num_layers or min(schedule) < 0:
+            raise ValueError(
+                f"ToMe: merges must be one number or {mllm.num_layers} (one a layer) for this model, none negative, "
+                f"got {self.merges}"
+            )
+        for layer in self._keys_of(mllm):
+            if not isinstance(getattr(mllm.attentions[layer], "k_proj", None), nn.Module):
+                raise UnsupportedError(
+                    f"ToMe: decoder layer {layer} ({type(mllm.attentions[layer]).__name__}) has no k_proj to take keys "
+                    "from; use keep= to merge before the decoder"
+                )
+
+    def schedule(self, num_layers: int) -> list[int]:
+        """Tokens merged away in every image before each layer, where `merges` is given."""
+        if self.merges is None:
+            return [0] * num_layers
+        if isinstance(self.merges, int):
+            return [0, *[self.merges] * (num_layers - 1)]
+        return list(self.merges)
+
+    def _keys_of(self, mllm: MLLM) -> list[int]:
+        """The layers whose keys are needed."""
+        return [layer - 1 for layer, number in enumerate(self.schedule(mllm.num_layers)) if number and layer]
+
+    @contextmanager
+    def __call__(self, mllm: MLLM, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
+        """As `Policy.__call__`."""
+        with super().__call__(mllm, layout) as run, ExitStack() as stack:
+            for layer in self._keys_of(mllm):
+                projection: Any = mllm.attentions[layer].k_proj
+                stack.callback(projection.register_forward_hook(self._see_keys(mllm, layer, run)).remove)
+            yield run
+
+    def _see_keys(self, mllm: MLLM, layer: int, run: PolicyRun) -> Any:
+        attention: Any = mllm.attentions[layer]
+        owner = attention.k_proj
+
+        def see(module: nn.Module, args: Any, keys: Tensor) -> None:
+            prefill = run.prefill
+            if module is owner and prefill is not None and prefill.running is not None:
+                mean = keys.detach().unflatten(-1, (-1, attention.head_dim)).mean(-2)
+                known = prefill.state.get((id(self), "keys"))
+                if known is None:
+                    known = mean.new_zeros(*prefill.kept.shape, mean.shape[-1])
+                    prefill.state[id(self), "keys"] = known
+                prefill.running.put_back(known, mean)
+
+        return see
+
+    @torch.no_grad()
+    def before_layer(self, layer: int, prefill: Prefill) -> None:
+        """Merge."""
+        visual = prefill.layout.visual
+        if self.keep is not None:
+            if layer == 0:
+                image = images(visual)
+                left = (tokens_in_image(image, visual) * self.keep + 0.5).floor().long().clamp(min=1)
+                halvings = next(n for n in range(64) if self.keep >= 0.5 ** (n + 1) or n == 63)
+                for _ in range(halvings + 1):
+                    present = tokens_in_image(image, visual & prefill.kept)
+                    self._merge(prefill, prefill.hidden, present - left)
+            return
+        number = self.schedule(prefill.mllm.num_layers)[layer]
+        if number:
+            metric = prefill.state.pop((id(self), "keys")) if layer else prefill.hidden
+            self._merge(prefill, metric, torch.full_like(prefill.layout.roles, number))
+
+    def _merge(self, prefill: Prefill, metric: Tensor, merges: Tensor) -> None:
+        present = prefill.kept & prefill.layout.visual
+        leaves, into = bipartite_soft_matching(metric, images(prefill.layout.visual).masked_fill(~present, -1), merges)
+        sizes = prefill.state.get((id(self), "sizes"))
+        if sizes is None:
+            sizes = torch.ones_like(prefill.kept, dtype=torch.float32)
+        prefill.hidden, sizes = merge(prefill.hidden, sizes, leaves, into)
+        prefill.state[id(self), "sizes"] = sizes
+        prefill.key_bias = sizes.log()
+        prefill.drop(leaves)

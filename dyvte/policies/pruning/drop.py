@@ -1,0 +1,74 @@
+"""Dropping visual tokens without looking at them: the baselines that scores have to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dyvte.mllm import MLLM
+from dyvte.policies.base import Policy, Prefill
+from dyvte.policies.pruning.fastv import check_share
+from dyvte.policies.token_scores import evenly_spaced, place_in_image, random_subset, stratified_subset
+
+
+@dataclass
+class UniformDrop(Policy):
+    """Keep a share of every image's visual tokens, evenly spaced in raster order.
+
+    Attributes:
+        keep: share of an image's tokens that stays, 0..1.
+        layer: number of decoder layers that see all visual tokens, 0..L-1.
+    """
+
+    keep: float = 0.5
+    layer: int = 0
+
+    def __post_init__(self) -> None:
+        check_share(f"{type(self).__name__}: keep", self.keep)
+
+    def check(self, mllm: MLLM) -> None:
+        """Refuse a layer outside 0..L-1."""
+        if not 0 <= self.layer < mllm.num_layers:
+            raise ValueError(
+                f"{type(self).__name__}: layer must be in 0..{mllm.num_layers - 1} for this model, got {self.layer}"
+            )
+
+    def choose(self, size: int, keep: int) -> Tensor:
+        """Which `keep` of an image's `size` tokens stay."""
+        return evenly_spaced(size, keep)
+
+    def before_layer(self, layer: int, prefill: Prefill) -> None:
+        """Drop by place in the image."""
+        if layer != self.layer:
+            return
+        place, size = place_in_image(prefill.layout.visual)
+        stays = torch.zeros_like(prefill.kept)
+        for of_image in size.unique().tolist():
+            if of_image:
+                chosen = torch.zeros(of_image, dtype=torch.bool)
+                chosen[self.choose(of_image, int(of_image * self.keep + 0.5))] = True
+                stays |= (size == of_image) & chosen.to(place.device)[place.clamp(0, of_image - 1)]
+        prefill.drop(~stays)
+
+
+@dataclass
+class RandomDrop(UniformDrop):
+    """Keep a random share of every image's visual tokens.
+
+    One seed is one draw of places, the same for every image of the same size whatever the batch, so that runs can be
+    repeated. Compare over at least ten seeds.
+
+    Attributes:
+        seed: of the draw.
+        stratified: draw one token from each of as many compact regions of the grid as tokens stay.
+    """
+
+    seed: int = 0
+    stratified: bool = False
+
+    def choose(self, size: int, keep: int) -> Tensor:
+        """A random subset."""
+        draw = stratified_subset if self.stratified else random_subset
+        return draw(size, keep, torch.Generator().manual_seed(self.seed))

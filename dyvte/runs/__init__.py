@@ -1,0 +1,1 @@
+"""How commands run: configurations, run folders, batches and processes."""

@@ -1,0 +1,416 @@
+"""The run folder: what a command leaves on disk, and how it survives being killed.
+
+    outputs/stages/llava_shapes/shapes/
+        config.yaml          the composed configuration
+        fingerprint.json     what the results depend on: weights, data, settings
+        shards/00000007/     one finished batch: its tables as Parquet, its failures, its time
+        <table>.parquet .csv the shards' tables joined in order
+        failures.jsonl       samples left out, with where and why
+        figures/*.png *.pdf
+        summary.json         every number that a figure shows
+
+Whatever has its final name is complete: files and shards are written under a temporary name and renamed. A command
+started again on its folder continues after the last finished batch; with another fingerprint it is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import torch
+from omegaconf import DictConfig, OmegaConf
+from safetensors import safe_open
+from safetensors.torch import save
+
+from dyvte.errors import RunFolderError
+from dyvte.runs import distributed
+from dyvte.version import __version__
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from dyvte.data.base import Dataset
+    from dyvte.mllm import MLLM
+
+TEMPORARY = ".tmp-"
+_LINE_BREAK = re.compile(r"\n\s*")
+_INNERMOST_LIST = re.compile(r"\[\n\s*([^\[\]{}]*?)\n\s*\]")
+ROWS_PER_GROUP = 1 << 17
+HASHED_ELEMENTS = 1 << 16
+"""Elements of each parameter that enter the model's fingerprint; smaller parameters enter whole."""
+
+
+# ------------------------------------------------------------------ atomic files
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Call `write` on a temporary file next to `path` and rename it, so `path` is never seen half written."""
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as strict JSON (NaN and infinities become null), atomically."""
+    text = json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    # Lists of numbers go on one line; strings hold no line breaks, so nothing inside them can match.
+    text = _INNERMOST_LIST.sub(lambda match: f"[{re.sub(_LINE_BREAK, ' ', match[1])}]", text)
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def plain(value: Any) -> Any:
+    """`value` with numpy and torch numbers and arrays as Python ones, NaN and infinities as None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
+        return plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+# ------------------------------------------------------------------ fingerprints
+
+
+def model_fingerprint(mllm: MLLM) -> dict[str, str]:
+    """Class, configuration and weights of a model, the latter two as digests.
+
+    Large parameters are sampled at even strides, which tells a fine-tuned copy from its origin in seconds for a model
+    of any size. Parameters that an offloading device map keeps elsewhere enter with their shape.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(mllm.model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if not tensor.is_meta and tensor.numel():
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // HASHED_ELEMENTS)].contiguous().cpu()
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+    config = mllm.model.config.to_dict()
+    for key in ("_name_or_path", "transformers_version"):
+        config.pop(key, None)
+    return {
+        "class": type(mllm.model).__name__,
+        "config": _digest(config),
+        "weights": digest.hexdigest()[:16],
+    }
+
+
+def fingerprint(mllm: MLLM, dataset: Dataset, cfg: DictConfig, **settings: Any) -> dict[str, Any]:
+    """What a run's tables depend on: the model, the data, and the settings that enter every command's results.
+
+    Args:
+        mllm: the model, loaded.
+        dataset: its samples.
+        cfg: the composed configuration; `model` (without its path), `data`, `seed` and `batch_size` are taken.
+        **settings: whatever else the command's tables depend on.
+    """
+    model = OmegaConf.to_container(cfg.model, resolve=True)
+    data = OmegaConf.to_container(cfg.data, resolve=True)
+    assert isinstance(model, dict)
+    assert isinstance(data, dict)
+    for key in ("name", "path", "revision"):  # the digests say what was loaded, wherever it lies
+        model.pop(key, None)
+    return {
+        "model": {**model, **model_fingerprint(mllm)},
+        "data": {**data, "samples": len(dataset), "content": dataset.fingerprint},
+        "settings": {
+            "command": cfg.command,
+            "seed": cfg.seed,
+            "batch_size": cfg.batch_size,
+            "device": mllm.device.type,
+            **settings,
+        },
+    }
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    packages = ("torch", "transformers", "numpy", "scipy", "pandas", "pyarrow", "ruptures")
+    return {
+        "python": platform.python_version(),
+        "dyvte": __version__,
+        **{package: version(package) for package in packages},
+    }
+
+
+# -------------------------------------------------------------------- run folder
+
+
+class RunFolder:
+    """A folder that holds one run. Use :meth:`open`.
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        run_fingerprint: Mapping[str, Any],
+        config: DictConfig,
+        overwrite: bool = False,
+        remedy: str = "set output_dir=FOLDER to keep both, or overwrite=true to replace it",
+    ) -> RunFolder:
+        """Start a run in `path`, or continue the one that is there.
+
+        Args:
+            path: the folder; created where it does not exist.
+            run_fingerprint: from :func:`fingerprint`.
+            config: the composed configuration, saved as `config.yaml`.
+            overwrite: delete the results of an earlier run first.
+            remedy: what the error says to do where the folder holds another run.
+
+        Raises:
+            RunFolderError: the folder holds results of another model, other data or other settings, or files that no
+                run wrote.
+        """
+        folder = cls(Path(path))
+        with distributed.main_process_first():  # which prepares the folder for the others
+            if distributed.is_main():
+                wanted = plain(json.loads(json.dumps(run_fingerprint, default=str)))
+                folder._prepare(wanted, config, overwrite, remedy)
+        return folder
+
+    def _prepare(self, wanted: dict[str, Any], config: DictConfig, overwrite: bool, remedy: str) -> None:
+        file = self.path / "fingerprint.json"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise RunFolderError(f"output_dir={self.path} is a file: give a folder") from error
+        if file.is_file() and overwrite:
+            self._clear()
+        elif file.is_file():
+            self._check(json.loads(file.read_text()), wanted, remedy)
+        elif strangers := [each.name for each in self.path.iterdir() if not each.name.startswith(".")]:
+            raise RunFolderError(
+                f"{self.path} is not empty ({strangers[0]}) and not the folder of a run: give another output_dir="
+            )
+        for leftover in [*self.path.glob(f"{TEMPORARY}*"), *self.path.glob(f"*/{TEMPORARY}*")]:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        write_json(file, wanted)
+        (self.path / "shards").mkdir(exist_ok=True)
+        yaml = OmegaConf.to_yaml(config, resolve=True)
+        write_atomic(self.path / "config.yaml", lambda out: out.write(yaml.encode()))
+
+    def _check(self, found: Mapping[str, Any], wanted: Mapping[str, Any], remedy: str) -> None:
+        before, now = dict(_flat(found)), dict(_flat(wanted))
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        if changed:
+            listed = ", ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed[:3])
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise RunFolderError(f"{self.path} holds another run ({listed}{more}): {remedy}")
+
+    def _clear(self) -> None:
+        """Delete what runs write, and nothing else that somebody may have put here."""
+        for name in ("shards", "figures"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        tables = [file for file in self.path.glob("*.parquet") if file.with_suffix(".csv").is_file()]
+        files = [self.path / name for name in ("summary.json", "failures.jsonl", "config.yaml")]
+        for file in [*tables, *(table.with_suffix(".csv") for table in tables), *files]:
+            file.unlink(missing_ok=True)
+
+    # ---------------------------------------------------------------- shards
+
+    def has_shard(self, index: int) -> bool:
+        """Whether batch `index` is finished."""
+        return self._shard(index).is_dir()
+
+    def write_shard(
+        self,
+        index: int,
+        tables: Mapping[str, pd.DataFrame | dict[str, torch.Tensor]],
+        failures: Sequence[Mapping[str, Any]] = (),
+        num_samples: int = 0,
+        seconds: float = 0.0,
+    ) -> None:
+        """Store one finished batch; it exists completely or not at all.
+
+        Args:
+            index: number of the batch; tables are joined in this order.
+            tables: name -> rows. A batch may leave a table out. A dict of tensors, samples first, is kept beside the
+                tables as safetensors (see `tensors`).
+            failures: JSON objects, one for each sample that could not be used.
+            num_samples: samples in the tables.
+            seconds: what the batch took.
+        """
+        final = self._shard(index)
+        temporary = final.with_name(f"{TEMPORARY}{os.getpid()}-{final.name}")
+        temporary.mkdir()
+        for name, content in tables.items():
+            if isinstance(content, dict):
+                data = save(content)
+                write_atomic(temporary / f"{name}.safetensors", lambda out, data=data: out.write(data))  # type: ignore[misc]
+            else:
+                table = pa.Table.from_pandas(content, preserve_index=False)
+                write_atomic(temporary / f"{name}.parquet", lambda out, table=table: pq.write_table(table, out))  # type: ignore[misc]
+        write_json(
+            temporary / "shard.json",
+            {"num_samples": num_samples, "failures": list(failures), "seconds": seconds},
+        )
+        temporary.rename(final)
+
+    def _shard(self, index: int) -> Path:
+        return self.path / "shards" / f"{index:08d}"
+
+    def _shards(self) -> list[Path]:
+        return sorted(each for each in (self.path / "shards").iterdir() if not each.name.startswith(TEMPORARY))
+
+    def _shard_records(self) -> list[dict[str, Any]]:
+        return [json.loads((shard / "shard.json").read_text()) for shard in self._shards()]
+
+    def merge(self) -> None:
+        """Join the shards: every table as Parquet and CSV, and `failures.jsonl`.
+
+        The bytes depend on the shards alone, so an interrupted run ends like an uninterrupted one.
+        """
+        lines = [json.dumps(failure) + "\n" for record in self._shard_records() for failure in record["failures"]]
+        write_atomic(self.path / "failures.jsonl", lambda out: out.write("".join(lines).encode()))
+        for name in sorted({file.stem for shard in self._shards() for file in shard.glob("*.parquet")}):
+            files = [shard / f"{name}.parquet" for shard in self._shards()]
+            self._write_table(name, [file for file in files if file.is_file()])
+
+    def _write_table(self, name: str, files: Sequence[Path]) -> None:
+        # A column that is empty in one shard has no type there; the others' type holds.
+        schemas = [pq.read_schema(file).remove_metadata() for file in files]
+        schema = pa.unify_schemas(schemas, promote_options="permissive")
+
+        def row_groups() -> Iterator[pa.Table]:
+            waiting: list[pa.Table] = []
+            for file in files:
+                table = pq.read_table(file).replace_schema_metadata(None)
+                missing = [field for field in schema if field.name not in table.column_names]
+                for field in missing:
+                    table = table.append_column(field, pa.nulls(len(table), field.type))
+                waiting.append(table.select(schema.names).cast(schema))
+                if sum(map(len, waiting)) >= ROWS_PER_GROUP:
+                    yield pa.concat_tables(waiting)
+                    waiting = []
+            yield pa.concat_tables(waiting) if waiting else schema.empty_table()
+
+        def write_parquet(out: BinaryIO) -> None:
+            with pq.ParquetWriter(out, schema, compression="zstd") as writer:
+                for table in row_groups():
+                    writer.write_table(table, row_group_size=ROWS_PER_GROUP)
+
+        def write_csv(out: BinaryIO) -> None:
+            with pyarrow.csv.CSVWriter(out, schema) as writer:
+                for table in row_groups():
+                    writer.write_table(table)
+
+        write_atomic(self.path / f"{name}.parquet", write_parquet)
+        write_atomic(self.path / f"{name}.csv", write_csv)
+
+    # --------------------------------------------------------------- results
+
+    def write_table(self, name: str, frame: pd.DataFrame) -> None:
+        """Write a table that was computed from the others, as Parquet and CSV."""
+        table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
+        write_atomic(self.path / f"{name}.parquet", lambda out: pq.write_table(table, out, compression="zstd"))
+        write_atomic(self.path / f"{name}.csv", lambda out: pyarrow.csv.write_csv(table, out))
+
+    def read_table(self, name: str) -> pd.DataFrame:
+        """A table of this run.
+
+        Raises:
+            RunFolderError: there is none of this name (yet).
+        """
+        file = self.path / f"{name}.parquet"
+        if not file.is_file():
+            raise RunFolderError(f"{self.path} has no table {name!r}: the run is not finished")
+        return pd.read_parquet(file)
+
+    def tensors(self, name: str, keys: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """The tensors `keys` that each shard keeps under `name`, in order; nothing else is read from disk."""
+        for shard in self._shards():
+            if (shard / f"{name}.safetensors").is_file():
+                with safe_open(shard / f"{name}.safetensors", framework="pt") as file:
+                    yield {key: file.get_tensor(key) for key in keys}
+
+    @property
+    def seconds(self) -> float:
+        """Work on the finished batches, over every session that the run took."""
+        return float(sum(record["seconds"] for record in self._shard_records()))
+
+    def failures(self) -> list[dict[str, Any]]:
+        """The samples that could not be used, in order."""
+        return [failure for record in self._shard_records() for failure in record["failures"]]
+
+    def write_summary(self, *, model: str, data: str, num_layers: int, **content: Any) -> dict[str, Any]:
+        """Write `summary.json`: the keys that every command shares, then `content`. Returns what was written.
+
+        `seconds` counts the work on all batches, over every session that the run took.
+        """
+        records = self._shard_records()
+        summary = plain(
+            {
+                "model": model,
+                "data": data,
+                "num_samples": sum(record["num_samples"] for record in records),
+                "num_failed": sum(len(record["failures"]) for record in records),
+                "num_layers": num_layers,
+                "seconds": round(self.seconds, 3),
+                "versions": versions(),
+                **content,
+            }
+        )
+        write_json(self.path / "summary.json", summary)
+        return summary
+
+    def save_figure(self, name: str, figure: Figure) -> Path:
+        """Write `figures/<name>.png` and `.pdf`, and close the figure; the same one gives the same bytes.
+
+        Returns:
+            The PNG.
+        """
+        from matplotlib import pyplot as plt  # slow to import, and most users of run folders draw nothing
+
+        folder = self.path / "figures"
+        folder.mkdir(exist_ok=True)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # the layout is found; each format would find it again
+        for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=suffix, metadata=metadata)
+            write_atomic(folder / f"{name}.{suffix}", lambda out, buffer=buffer: out.write(buffer.getvalue()))  # type: ignore[misc]
+        plt.close(figure)  # pyplot keeps what it opened, and a multirun draws hundreds
+        return folder / f"{name}.png"

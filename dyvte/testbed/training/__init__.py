@@ -1,0 +1,1 @@
+"""Training of the testbed; the command is `python -m dyvte.testbed.train`."""

@@ -1,0 +1,166 @@
+"""Forward passes of the testbed in training, and what makes them fast."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import LlavaForConditionalGeneration
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dyvte.testbed.packing import IGNORE, PackedBatch
+from dyvte.testbed.training.batches import Batches, pixels
+from dyvte.testbed.world import (
+    COLUMNS,
+    GRID,
+    IMAGE_SIZE,
+    ROWS,
+    VALUES,
+    Scene,
+    patch_labels,
+)
+
+
+# ---------------------------------------------------------------- speed
+def _matmul_attention(  # type: ignore[no-untyped-def]
+    module, query, key, value, attention_mask, scaling=None, **_
+) -> tuple[Tensor, None]:
+    """Attention as two matrix products: on a CPU with bfloat16 units, twice as fast to train as the fused kernel."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (query * scaling) @ key.transpose(-1, -2)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def fast_training(device: torch.device, precision: str) -> Iterator[None]:
+    """Autocast to ``precision`` and, on a CPU, attention by matrix products."""
+    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if device.type == "cpu":
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = _matmul_attention
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = original
+
+
+def choose_precision(requested: str, device: torch.device) -> str:
+    """``auto``: bfloat16 on a GPU and on CPUs with bfloat16 units (four times float32's speed there), else float32."""
+    if requested != "auto":
+        return requested
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.backends.mkldnn.is_available()
+    if device.type == "cpu":
+        native = native and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+    return "bf16" if native else "fp32"
+
+
+# ---------------------------------------------------------------- forward passes
+def visual_features(model: LlavaForConditionalGeneration, images: Tensor) -> Tensor:
+    """Patch features [B, V, vision width] of the tower, as LLaVA takes them (class token dropped)."""
+    return model.model.vision_tower(images).last_hidden_state[:, 1:]
+
+
+def words_of_patches(model: LlavaForConditionalGeneration, scenes: list[Scene], batches: Batches) -> Tensor:
+    """For every patch the sum of the embeddings of the words for what lies under it and where it is: [B, V, width]."""
+    table = model.get_input_embeddings().weight.detach()
+    named = {**VALUES, "row": ROWS, "column": COLUMNS}
+    words = {a: table[torch.tensor(batches.ids(" ".join(values)))] for a, values in named.items()}
+    labels = [patch_labels(s, batches.sizes.patch_size) for s in scenes]
+    side = IMAGE_SIZE // batches.sizes.patch_size
+    total = torch.zeros(len(scenes), side * side, table.shape[1], device=table.device)
+    for name, known in words.items():
+        label = torch.from_numpy(np.stack([x[name] for x in labels])).to(table.device)
+        if name in VALUES:  # class 0 is background, of which there is nothing to say
+            known = torch.cat([torch.zeros_like(known[:1]), known])
+        else:
+            label = label * GRID // side
+        total += known[label]
+    return total
+
+
+def initialise_projector(
+    model: LlavaForConditionalGeneration, scenes: list[Scene], batches: Batches, steps: int = 300, lr: float = 3e-3
+) -> float:
+    """Start the projector where each patch says its words: the sum of their embeddings (``words_of_patches``).
+
+    First a standardisation of the tower's features is folded in, whose large common vector would otherwise hide what
+    tells patches apart; then the projector is fitted by least squares. Returns the relative squared error left.
+    """
+    projector = model.model.multi_modal_projector
+    with torch.no_grad():
+        features = torch.cat(
+            [visual_features(model, pixels(scenes[i : i + 50]).to(model.device)) for i in range(0, len(scenes), 50)]
+        ).flatten(0, 1)
+        mean, deviation = features.mean(0), features.std(0).clamp_min(1e-6)
+        first = projector.linear_1
+        nn.init.normal_(first.weight, std=first.in_features**-0.5)
+        first.weight.div_(deviation)
+        first.bias.copy_(-first.weight @ mean)
+        nn.init.zeros_(projector.linear_2.bias)
+    target = words_of_patches(model, scenes, batches).flatten(0, 1)
+    optimizer = torch.optim.Adam(projector.parameters(), lr=lr)
+    scale, left = float(target.square().mean()), float("nan")
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        chosen = torch.randint(len(features), (4096,)).to(features.device)
+        error = (projector(features[chosen]) - target[chosen]).square().mean() / scale
+        optimizer.zero_grad(set_to_none=True)
+        error.backward()
+        optimizer.step()
+        left = float(error.detach())
+    return left
+
+
+def hidden_states(
+    model: LlavaForConditionalGeneration, decoder: Callable[..., Any], batch: PackedBatch, features: Tensor | None
+) -> Tensor:
+    """Final hidden states [B, N, width] of packed sequences, ``features`` standing at the image positions."""
+    embeds = model.get_input_embeddings()(batch.input_ids)
+    if features is not None:
+        projected = model.model.multi_modal_projector(features)
+        at_image = (batch.input_ids == model.config.image_token_id).unsqueeze(-1)
+        embeds = embeds.masked_scatter(at_image, projected.to(embeds.dtype))
+    autocast = torch.is_autocast_enabled(embeds.device.type)
+    mask = batch.attention_mask(torch.bfloat16 if autocast else torch.float32)
+    return decoder(
+        inputs_embeds=embeds, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+    ).last_hidden_state
+
+
+def packed_loss(model: LlavaForConditionalGeneration, states: Tensor, batch: PackedBatch) -> Tensor:
+    """Weighted mean cross-entropy (nats) over the labelled positions."""
+    chosen = batch.labels != IGNORE
+    logits = model.lm_head(states[chosen]).float()
+    losses = cross_entropy(logits, batch.labels[chosen], reduction="none")
+    weights = batch.weights[chosen]
+    return (losses * weights).sum() / weights.sum()
+
+
+@torch.no_grad()
+def packed_accuracy(
+    model: LlavaForConditionalGeneration, batch: PackedBatch, images: Tensor | None, chunk: int = 32
+) -> dict[str, float]:
+    """Teacher-forced accuracy by kind: of one-word answers (exactly greedy accuracy), of a tour's decided words."""
+    right: dict[str, list[float]] = defaultdict(list)
+    for start in range(0, len(batch.input_ids), chunk):
+        part = slice(start, start + chunk)
+        piece = batch.rows(part)
+        features = visual_features(model, images[part]) if images is not None else None
+        states = hidden_states(model, model.model.language_model, piece, features)
+        correct = model.lm_head(states).argmax(-1) == piece.labels
+        answered = piece.weights == 1.0
+        for (row, number), kind in batch.kinds.items():
+            if start <= row < start + chunk:
+                mine = answered[row - start] & (piece.branch[row - start] == number)
+                hits = correct[row - start][mine].float()
+                if len(hits):
+                    right[kind].append(float(hits.mean() if kind == "tour" else hits.min()))
+    return {k: float(np.mean(v)) for k, v in right.items()}
