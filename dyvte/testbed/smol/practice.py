@@ -1,0 +1,40 @@
+"""Captions and look-ups in plain English: dense practice in finding objects, for training only."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dyvte.testbed.smol import phrases
+from dyvte.testbed.smol.questions import choose_frame, fill, pick, unique_nouns
+from dyvte.testbed.world import ATTRIBUTES, COLUMNS, ROWS, Object, Scene
+
+
+def place(item: Object) -> str:
+    """Where an object lies, in two words."""
+    return f"{ROWS[item.row]} {COLUMNS[item.column]}"
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """A sentence for every object, in random order."""
+    order = [scene.objects[int(i)] for i in rng.permutation(len(scene.objects))]
+    return " ".join(f"A {o.size} {o.color} {o.shape} at the {place(o)}." for o in order)
+
+
+def look_up(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    """The shortest practice in finding one object: a name or a place, and what is asked for; with its answer."""
+    if rng.random() < 0.3:
+        item, asked = pick(rng, scene.objects), pick(rng, ATTRIBUTES)
+        return f"The shape at the {place(item)}: which {asked}?", item[asked]
+    if rng.random() < 0.35:
+        named = unique_nouns(scene, pick(rng, ATTRIBUTES))
+        if not named:
+            return None
+        item, name = pick(rng, named)
+        _, frame = choose_frame(phrases.PLACE, rng, "known")
+        return fill(frame, x=name), place(item)
+    asked = pick(rng, ATTRIBUTES)
+    named = unique_nouns(scene, asked)
+    if not named:
+        return None
+    item, name = pick(rng, named)
+    return f"{name[0].upper()}{name[1:]}: which {asked}?", item[asked]

@@ -1,0 +1,379 @@
+"""Questions in plain English about the testbed's scenes, of zero to four hops, and two kinds that need knowledge.
+
+A *hop* is one look-up in the image, as in `dyvte.testbed.questions`. Questions of one to four hops (`PATH_KINDS`) are
+asked in two forms. *Told*, the path is a noun phrase: "What size is the shape directly left of the red circle?".
+*Walked*, it has three steps, one to three of which stay where they are: "Start at the red circle, move to the left,
+stay on this shape, stay on this shape. What size is that shape?". Walked questions of all depths have the same words,
+the same number of tokens and the same answers, so that their exit depths compare without a confound.
+
+`recall_look` ("What size is the shape that has the color of a ripe banana?") must resolve its text before the image
+can be read; `look_recall` ("Which of banana, grass, sky, blood has the color of the large circle?") after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from dyvte.testbed.questions import COUNT_KEEP, DIRECTIONS, MAX_NUMBER, OPPOSITE, SAME, STAY, follow
+from dyvte.testbed.smol import phrases
+from dyvte.testbed.world import ATTRIBUTES, VALUES, Object, Scene
+
+T = TypeVar("T")
+Paraphrases = Literal["known", "held_out", "all"]
+
+KINDS: dict[str, int] = {
+    "arithmetic": 0,
+    "knowledge": 0,
+    "existence": 1,
+    "attribute": 1,
+    "count": 1,
+    "recall_look": 1,
+    "look_recall": 1,
+    "relation": 2,
+    "same_attribute": 2,
+    "neighbor": 2,
+    "comparison": 2,
+    "two_hop": 3,
+    "three_hop": 4,
+}
+IMAGE_KINDS: tuple[str, ...] = tuple(kind for kind, hops in KINDS.items() if hops)
+PATH_KINDS: tuple[str, ...] = ("attribute", "same_attribute", "neighbor", "two_hop", "three_hop")
+MATCHED_KINDS: tuple[str, ...] = ("attribute", "neighbor", "two_hop", "three_hop")
+"""Walked questions asked of one scene as a group, one of each number of hops."""
+
+NUM_PATHS_STEPS = 3
+YES, NO = "yes", "no"
+MAX_COUNT = 3
+
+
+@dataclass(frozen=True)
+class EnglishQuestion:
+    """A question with its answer.
+
+    Attributes:
+        form: "told" or "walked" for the path kinds, else "".
+        paraphrase: Index of its frame among the kind's sixteen.
+        steps: The steps of a path, () elsewhere.
+        target: Cells (row, column) of the objects that the answer rests on: the asked one last.
+    """
+
+    kind: str
+    text: str
+    answer: str
+    form: str = ""
+    paraphrase: int = 0
+    steps: tuple[str, ...] = ()
+    target: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def hops(self) -> int:
+        """Look-ups in the image that the answer takes."""
+        return KINDS.get(self.kind, 1)
+
+
+def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
+    """One of the items, each as likely."""
+    return items[int(rng.integers(len(items)))]
+
+
+def choose_frame(frames: Sequence[str], rng: np.random.Generator, paraphrases: Paraphrases) -> tuple[int, str]:
+    """A frame and its index among all: of those that training uses, of the held-out ones, or of all."""
+    first, last = {
+        "known": (0, len(frames) - phrases.HELD_OUT),
+        "held_out": (len(frames) - phrases.HELD_OUT, len(frames)),
+        "all": (0, len(frames)),
+    }[paraphrases]
+    index = int(rng.integers(first, last))
+    return index, frames[index]
+
+
+def fill(frame: str, **slots: str) -> str:
+    """Put words into a frame; a sentence begins with a capital."""
+    text = frame.format(**slots)
+    return text[0].upper() + text[1:]
+
+
+# ---------------------------------------------------------------- names of objects
+def noun(item: Object, mentioned: Sequence[str]) -> str:
+    """An object by some of its attributes: "small red shape", "red circle", "circle", "small shape"."""
+    words = [item[a] for a in ("size", "color") if a in mentioned]
+    return " ".join([*words, item.shape if "shape" in mentioned else "shape"])
+
+
+def unique_nouns(scene: Scene, omitted: str) -> list[tuple[Object, str]]:
+    """Every name without the attribute `omitted` that fits exactly one object, each with its object."""
+    allowed = [a for a in ATTRIBUTES if a != omitted]
+    found = []
+    for mentioned in (allowed, allowed[:1], allowed[1:]):
+        names = [noun(o, mentioned) for o in scene.objects]
+        found += [(o, f"the {n}") for o, n in zip(scene.objects, names, strict=True) if names.count(n) == 1]
+    return found
+
+
+def tell(name: str, steps: Sequence[str]) -> str:
+    """A path as a noun phrase, its last step first."""
+    for step in steps:
+        if step in DIRECTIONS:
+            name = phrases.DIRECTION_PHRASES[step].format(x=name)
+        elif step != STAY:
+            name = phrases.SAME_PHRASE.format(attribute=SAME[step], x=name)
+    return name
+
+
+def cell(item: Object) -> tuple[int, int]:
+    """Where an object lies in the grid: (row, column)."""
+    return item.row, item.column
+
+
+# ---------------------------------------------------------------- one function a kind
+Asker = Callable[[Scene, np.random.Generator, Paraphrases], "EnglishQuestion | None"]
+
+
+def _arithmetic(scene: Scene, rng: np.random.Generator, paraphrases: Paraphrases) -> EnglishQuestion:
+    result, plus = int(rng.integers(MAX_NUMBER + 1)), bool(rng.integers(2))
+    if plus:
+        first = int(rng.integers(result + 1))
+        asked = f"{first} plus {result - first}"
+    else:
+        second = int(rng.integers(MAX_NUMBER - result + 1))
+        asked = f"{result + second} minus {second}"
+    index, frame = choose_frame(phrases.ARITHMETIC, rng, paraphrases)
+    return EnglishQuestion("arithmetic", fill(frame, sum=asked), str(result), paraphrase=index)
+
+
+def _knowledge(scene: Scene, rng: np.random.Generator, paraphrases: Paraphrases) -> EnglishQuestion:
+    asked = pick(rng, tuple(phrases.THINGS))
+    value = pick(rng, tuple(phrases.THINGS[asked]))
+    thing = pick(rng, tuple(phrases.THINGS[asked][value].values()))
+    index, frame = choose_frame(phrases.KNOWLEDGE, rng, paraphrases)
+    return EnglishQuestion("knowledge", fill(frame, asked=asked, thing=thing), value, paraphrase=index)
+
+
+def _existence(scene: Scene, rng: np.random.Generator, paraphrases: Paraphrases) -> EnglishQuestion | None:
+    omitted = pick(rng, ATTRIBUTES)
+    first, second = (a for a in ("size", "color", "shape") if a != omitted)
+    present = sorted({(o[first], o[second]) for o in scene.objects})
+    # near misses: both words are true of something in the image, but not of one thing
+    near = sorted({(o[first], p[second]) for o in scene.objects for p in scene.objects} - set(present))
+    if not near:
+        return None
+    yes = bool(rng.integers(2))
+    pair = pick(rng, present if yes else near)
+    words = " ".join(pair) + ("" if second == "shape" else " shape")
+    index, frame = choose_frame(phrases.EXISTENCE, rng, paraphrases)
+    target = tuple(cell(o) for o in scene.objects if (o[first], o[second]) == pair)
+    return EnglishQuestion("existence", fill(frame, a=f"a {words}"), YES if yes else NO, "", index, (), target)
+
+
+def _count(scene: Scene, rng: np.random.Generator, paraphrases: Paraphrases) -> EnglishQuestion | None:
+    target = int(rng.integers(MAX_COUNT + 1))
+    attribute = pick(rng, ("color", "shape"))
+    fitting = [v for v in VALUES[attribute] if sum(o[attribute] == v for o in scene.objects) == target]
+    if not fitting or rng.random() > COUNT_KEEP[target]:
+        return None
+    value = pick(rng, fitting)
+    plural = {"cross": "crosses"}.get(value, f"{value}s") if attribute == "shape" else f"{value} shapes"
+    index, frame = choose_frame(phrases.COUNT, rng, paraphrases)
+    cells = tuple(cell(o) for o in scene.objects if o[attribute] == value)
+    return EnglishQuestion("count", fill(frame, x=plural), str(target), "", index, (), cells)
+
+
+def _relation(scene: Scene, rng: np.random.Generator, paraphrases: Paraphrases) -> EnglishQuestion | None:
+    omitted = pick(rng, ATTRIBUTES)
+    pairs = [(a, b) for a, b in permutations(unique_nouns(scene, omitted), 2) if a[0] is not b[0]]
+    if not pairs:
+        return None
+    (a, first), (b, second) = pick(rng, pairs)
+    options = []
+    if a.column != b.column:
+        options.append("left" if a.column < b.column else "right")
+    if a.row != b.row:
+        options.append("above" if a.row < b.row else "below")
+    truth, yes = pick(rng, options), bool(rng.integers(2))
+    asked = truth if yes else OPPOSITE[truth]
+    where = {"left": "to the left of", "right": "to the right of"}.get(asked, asked)
+    index, frame = choose_frame(phrases.RELATION, rng, paraphrases)
+    text = fill(frame, x=first, y=second, where=where)
+    return EnglishQuestion("relation", text, YES if yes else NO, "", index, (), (cell(a), cell(b)))
+
+
+def _comparison(scene: Scene, rng: np.random.Generator, paraphrases: Paraphrases) -> EnglishQuestion | None:
+    asked = pick(rng, ATTRIBUTES)
+    pairs = [(a, b) for a, b in permutations(unique_nouns(scene, asked), 2) if a[0] is not b[0]]
+    same = [(a, b) for a, b in pairs if a[0][asked] == b[0][asked]]
+    different = [(a, b) for a, b in pairs if a[0][asked] != b[0][asked]]
+    if not same or not different:
+        return None
+    yes = bool(rng.integers(2))
+    (a, first), (b, second) = pick(rng, same if yes else different)
+    index, frame = choose_frame(phrases.COMPARISON, rng, paraphrases)
+    text = fill(frame, x=first, y=second, asked=asked)
+    return EnglishQuestion("comparison", text, YES if yes else NO, "", index, (), (cell(a), cell(b)))
+
+
+def _recall_look(scene: Scene, rng: np.random.Generator, paraphrases: Paraphrases) -> EnglishQuestion | None:
+    known = pick(rng, tuple(phrases.THINGS))
+    values = [o[known] for o in scene.objects]
+    fitting = [o for o in scene.objects if values.count(o[known]) == 1 and o[known] in phrases.THINGS[known]]
+    if not fitting:
+        return None
+    item, asked = pick(rng, fitting), pick(rng, [a for a in ATTRIBUTES if a != known])
+    thing = pick(rng, tuple(phrases.THINGS[known][item[known]].values()))
+    index, frame = choose_frame(phrases.RECALL_LOOK, rng, paraphrases)
+    text = fill(frame, asked=asked, known=known, thing=thing)
+    return EnglishQuestion("recall_look", text, item[asked], "", index, (), (cell(item),))
+
+
+def _look_recall(scene: Scene, rng: np.random.Generator, paraphrases: Paraphrases) -> EnglishQuestion | None:
+    known = pick(rng, tuple(phrases.THINGS))
+    named = [(o, n) for o, n in unique_nouns(scene, known) if o[known] in phrases.THINGS[known]]
+    if not named:
+        return None
+    item, name = pick(rng, named)
+    values = [item[known], *(v for v in phrases.THINGS[known] if v != item[known])]
+    # the right one, and three of other values
+    chosen = [values[0], *(values[1 + int(i)] for i in rng.permutation(len(values) - 1)[:3])]
+    words = [pick(rng, tuple(phrases.THINGS[known][value])) for value in chosen]
+    options = [words[int(i)] for i in rng.permutation(len(words))]
+    index, frame = choose_frame(phrases.LOOK_RECALL, rng, paraphrases)
+    things = f"{', '.join(options[:-1])} or {options[-1]}"
+    text = fill(frame, things=things, known=known, x=name)
+    return EnglishQuestion("look_recall", text, words[0], "", index, (), (cell(item),))
+
+
+# ---------------------------------------------------------------- paths
+def _draw_steps(kind: str, asked: str, rng: np.random.Generator) -> tuple[str, ...]:
+    """The steps that a kind of path takes; a step through the asked attribute would give the answer away."""
+    same = [name for name, attribute in SAME.items() if attribute != asked]
+    if kind == "attribute":
+        return ()
+    if kind == "same_attribute":
+        return (pick(rng, same),)
+    if kind == "neighbor":
+        return (pick(rng, tuple(DIRECTIONS)),)
+    # two directions would add up to one displacement, a single hop in disguise
+    if kind == "two_hop":
+        first = pick(rng, same)
+        second = pick(rng, [s for s in (*DIRECTIONS, *same) if s != first])
+        return (first, second) if rng.integers(2) else (second, first)
+    middle = pick(rng, tuple(DIRECTIONS))
+    if rng.integers(2):
+        return pick(rng, same), middle, pick(rng, same)
+    return middle, pick(rng, same), pick(rng, tuple(DIRECTIONS))
+
+
+def _follow(scene: Scene, start: Object, steps: Sequence[str]) -> list[Object] | None:
+    """The objects on a path, start included; None where it leads nowhere or back to an object it has passed."""
+    passed = [start]
+    for step in steps:
+        reached = follow(scene, passed[-1], step)
+        if reached is None or reached in passed:
+            return None
+        passed.append(reached)
+    return passed
+
+
+def _path(
+    scene: Scene,
+    kind: str,
+    named: tuple[Object, str],
+    asked: str,
+    rng: np.random.Generator,
+    form: str,
+    frame: tuple[int, str],
+    tries: int,
+) -> EnglishQuestion | None:
+    start, name = named
+    for _ in range(tries):
+        steps = _draw_steps(kind, asked, rng)
+        passed = _follow(scene, start, steps)
+        if passed is None:
+            continue
+        index, words = frame
+        if form == "told":
+            text = fill(words, asked=asked, x=tell(name, steps))
+        else:
+            slots = list(steps)
+            while len(slots) < NUM_PATHS_STEPS:  # pauses anywhere on the way
+                slots.insert(int(rng.integers(len(slots) + 1)), STAY)
+            told = dict(zip(("first", "second", "third"), (phrases.STEP_PHRASES[s] for s in slots), strict=True))
+            text = fill(words, asked=asked, x=name, **told)
+        target = tuple(cell(o) for o in passed)
+        return EnglishQuestion(kind, text, passed[-1][asked], form, index, steps, target)
+    return None
+
+
+def _ask_path(
+    scene: Scene, kind: str, rng: np.random.Generator, paraphrases: Paraphrases, form: str | None
+) -> EnglishQuestion | None:
+    form = form or ("told" if rng.integers(2) else "walked")
+    asked = pick(rng, ATTRIBUTES)
+    named = unique_nouns(scene, asked)
+    if not named:
+        return None
+    frame = choose_frame(phrases.PATH if form == "told" else phrases.WALK, rng, paraphrases)
+    return _path(scene, kind, pick(rng, named), asked, rng, form, frame, tries=1)
+
+
+_ASKERS: dict[str, Asker] = {
+    "arithmetic": _arithmetic,
+    "knowledge": _knowledge,
+    "existence": _existence,
+    "count": _count,
+    "relation": _relation,
+    "comparison": _comparison,
+    "recall_look": _recall_look,
+    "look_recall": _look_recall,
+}
+
+
+def ask(
+    scene: Scene,
+    kind: str,
+    rng: np.random.Generator,
+    paraphrases: Paraphrases = "known",
+    form: str | None = None,
+    tries: int = 12,
+) -> EnglishQuestion | None:
+    """One question of a kind about a scene, or None if the scene (or the draw) admits none.
+
+    Args:
+        paraphrases: Which frames to draw from.
+        form: Of the path kinds, "told" or "walked"; None draws one.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown question kind {kind!r}; choose from {sorted(KINDS)}")
+    # a second try at a count would favour the answers that most scenes admit
+    for _ in range(1 if kind == "count" else tries):
+        if kind in PATH_KINDS:
+            question = _ask_path(scene, kind, rng, paraphrases, form)
+        else:
+            question = _ASKERS[kind](scene, rng, paraphrases)
+        if question is not None:
+            return question
+    return None
+
+
+def ask_matched(
+    scene: Scene, rng: np.random.Generator, paraphrases: Paraphrases = "known", tries: int = 24
+) -> dict[str, EnglishQuestion] | None:
+    """A walked question of each number of hops from one start, about one attribute, in one paraphrase; else None."""
+    for _ in range(tries):
+        asked = pick(rng, ATTRIBUTES)
+        named = unique_nouns(scene, asked)
+        if not named:
+            continue
+        start, frame = pick(rng, named), choose_frame(phrases.WALK, rng, paraphrases)
+        group = {k: _path(scene, k, start, asked, rng, "walked", frame, tries) for k in MATCHED_KINDS}
+        found = {k: q for k, q in group.items() if q is not None}
+        if len(found) == len(group):
+            return found
+    return None
