@@ -7,7 +7,7 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install stages smol smol-stages test lint format types pytest notebooks figures comparison testbed-eval test-lmms-eval clean
+.PHONY: help install stages smol smol-eval smol-stages test lint format types pytest notebooks figures comparison testbed-eval test-lmms-eval clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ stages: $(STAMP) ## Layer-by-layer attention of the shipped model: tables and fi
 
 smol: $(STAMP) ## Fetch the language model of llava_smol and put the model together (98 MB; once)
 	$(BIN)/python -m dyvte.testbed.smol.assemble
+
+smol-eval: smol ## Accuracy and controls of llava_smol, and its page
+	$(BIN)/python -m docs.tooling.smol_evidence
 
 smol-stages: smol ## Layer-by-layer attention of llava_smol
 	$(BIN)/python -m analysis.stages model=llava_smol data=english

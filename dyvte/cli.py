@@ -24,6 +24,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("dyvte.evaluate", "what a policy costs in answers and saves in computation"),
     "generate": ("dyvte.generate", "one answer, and the layer where its image left"),
     "convert": ("dyvte.convert", "a checkpoint of the LLaVA code base into a transformers folder"),
+    "smol": ("dyvte.testbed.smol.assemble", "fetch the language model of llava_smol and put the model together"),
+    "train-smol": ("dyvte.testbed.smol.train", "the projector and adapter of llava_smol"),
     "train-testbed": ("dyvte.testbed.train", "the small model that ships"),
 }
 

@@ -46,7 +46,7 @@ def load(
     (With `exported`, also from the `.bin` files of a fork's checkpoint: tensors alone, no code.)
 
     Args:
-        name_or_path: a shipped model ("llava_shapes"), a local folder in Hub layout, or a Hub id.
+        name_or_path: a shipped model ("llava_shapes", or "llava_smol" after `make smol`), a local folder in Hub layout, or a Hub id.
         device: where the model goes; default the GPU if there is one. Leave it out with `device_map`.
         dtype: floating-point type ("auto": as stored).
         device_map: passed to `from_pretrained`, for models spread over devices.
@@ -154,8 +154,22 @@ def _first_sentence(text: str, limit: int = 300) -> str:
     return sentence if len(sentence) <= limit else sentence[:limit] + "..."
 
 
+def _assembled_model() -> Path:
+    """The folder of `llava_smol`, whose language model is fetched once and not shipped."""
+    from dyvte.testbed.smol.assemble import assembled_folder, is_assembled
+
+    if not is_assembled():
+        raise ModelError(
+            "cannot load 'llava_smol': it is not put together yet (its language model is fetched once, 98 MB); run "
+            "`make smol`, or `dyvte smol` in an installed package"
+        )
+    return assembled_folder()
+
+
 def _resolve_source(name: str, revision: str | None, token: str | bool | None) -> tuple[str, dict[str, Any]]:
     """The folder or Hub id to load NAME from, with keyword arguments for `from_pretrained`."""
+    if name == "llava_smol" and not Path(name).is_dir():
+        return str(_assembled_model()), {"local_files_only": True}
     folder = SHIPPED_MODELS.get(name) or Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
