@@ -1,0 +1,169 @@
+"""What became of the registered hypotheses about `llava_smol`: `python -m docs.tooling.smol_findings`.
+
+Reads finished runs (the page names their commands) and `docs/testbed_smol/evaluation.json`, applies the rules of
+`docs/hypotheses_smol.md`, and writes `docs/findings_smol.md`. A hypothesis whose runs are missing is not yet tested.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
+
+from analysis.plots import attention as plots
+from analysis.statistics.bands import cluster_bootstrap
+from dyvte.runs.store import write_atomic
+
+PAGE = Path("docs/findings_smol.md")
+TEMPLATE = Path(__file__).with_name("smol_findings.md.j2")
+FIGURES = Path("docs/testbed_smol")
+STAGES = Path("outputs/stages/llava_smol/english")
+EXITS = Path("outputs/exits/llava_smol/english")
+WALKED = Path("outputs/exits/llava_smol/walked")
+COMMANDS = {
+    STAGES: "python -m analysis.stages model=llava_smol data=english data.limit={n}",
+    EXITS: "python -m analysis.exits model=llava_smol data=english data.limit={n}",
+    WALKED: "python -m analysis.exits model=llava_smol data=english data.matched=true data.name=walked data.limit={n}",
+}
+SPLIT = (5, 20)
+VALLEY = np.log(1.1)
+LEAST_ACCURACY = 0.60
+CONFIRMED, REFUTED, UNDETERMINED, OPEN = "confirmed", "refuted", "undetermined", "not yet tested"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rule says of one hypothesis, and the numbers it rests on."""
+
+    verdict: str
+    numbers: str
+
+
+def limits(values: np.ndarray, images: np.ndarray, level: float, statistic: Callable[..., Any]) -> tuple[float, float]:
+    """Percentile limits of a statistic of the mean over samples, resampling images."""
+    replicates = np.apply_along_axis(statistic, -1, cluster_bootstrap(values, images, n_boot=2000, seed=0))
+    low, high = np.quantile(replicates, [1 - level, level])
+    return float(low), float(high)
+
+
+def valley(layers: pd.DataFrame) -> Outcome:
+    """H1: both sides of the middle lie above it, in log ratios of the image's enrichment without the sink."""
+    wide = layers.pivot(index="id", columns="layer", values="cross_enrichment_no_sink").dropna()
+    images = layers.drop_duplicates("id").set_index("id").loc[wide.index, "image_id"].to_numpy()
+    first, last = SPLIT
+
+    def rise(side: slice) -> Callable[[np.ndarray], float]:
+        return lambda curve: float(np.log(curve[side].mean() / curve[first:last].mean()))
+
+    numbers, verdicts = [], []
+    for name, side in (("first", slice(0, first)), ("last", slice(last, None))):
+        estimate = rise(side)(wide.to_numpy().mean(0))
+        low, high = limits(wide.to_numpy(), images, 0.95, rise(side))
+        numbers.append(f"{name} / middle {np.exp(estimate):.2f} [{np.exp(low):.2f}, {np.exp(high):.2f}]")
+        verdicts.append(CONFIRMED if low > VALLEY else REFUTED if high < VALLEY else UNDETERMINED)
+    verdict = REFUTED if REFUTED in verdicts else CONFIRMED if set(verdicts) == {CONFIRMED} else UNDETERMINED
+    if verdict == CONFIRMED:
+        verdict = "confirmed in the main run; the seeds are missing"
+    return Outcome(verdict, "enrichment, " + "; ".join(numbers) + " (one-sided 95% limits)")
+
+
+def _signed(values: np.ndarray, images: np.ndarray, unit: str, wanted: int) -> Outcome:
+    low, high = limits(values[:, None], images, 0.975, lambda mean: mean[0])
+    verdict = CONFIRMED if wanted * (low if wanted > 0 else high) > 0 else UNDETERMINED
+    if wanted * (high if wanted > 0 else low) < 0:
+        verdict = REFUTED
+    return Outcome(verdict, f"{values.mean():+.2f} [{low:+.2f}, {high:+.2f}] {unit}, {len(np.unique(images))} images")
+
+
+def depth_by_hops(samples: pd.DataFrame) -> Outcome:
+    """H5: the slope of the exit depth over one to four hops, paired within a scene's walked questions."""
+    samples = samples[samples["part"] == "questions"]
+    hops = {"attribute": 1, "neighbor": 2, "two_hop": 3, "three_hop": 4}
+    wide = samples.assign(hops=samples["kind"].map(hops)).pivot_table(
+        index="image_id", columns="hops", values="exit_depth"
+    )
+    wide = wide.dropna()
+    centred = np.array(sorted(hops.values())) - 2.5
+    slopes = (wide.to_numpy() * centred).sum(1) / (centred**2).sum()
+    means = ", ".join(f"{number} hops {mean:.1f}" for number, mean in wide.mean().items())
+    outcome = _signed(slopes, wide.index.to_numpy(), "layers a hop", 1)
+    return Outcome(outcome.verdict, f"{outcome.numbers}; mean depth: {means}")
+
+
+def recall_order(samples: pd.DataFrame) -> Outcome:
+    """H8b: the exit depth of `look_recall` minus that of `recall_look`, paired over scenes."""
+    samples = samples[samples["kind"].isin(["look_recall", "recall_look"])]
+    wide = samples.pivot_table(index="image_id", columns="kind", values="exit_depth").dropna()
+    difference = (wide["look_recall"] - wide["recall_look"]).to_numpy()
+    return _signed(difference, wide.index.to_numpy(), "layers (look_recall minus recall_look)", -1)
+
+
+def decide() -> dict[str, Outcome]:
+    """Every hypothesis with what can be said of it today."""
+    missing = Outcome(OPEN, "its runs are missing")
+    found = dict.fromkeys(("H1", "H2", "H3", "H4", "H5", "H6", "H7", "H8a", "H8b"), missing)
+    evaluation = Path("docs/testbed_smol/evaluation.json")
+    accuracy = (
+        json.loads(evaluation.read_text())["accuracy"]["known"]["bar"]["accuracy"] if evaluation.is_file() else 0.0
+    )
+    if accuracy < LEAST_ACCURACY:
+        weak = Outcome("not decided", f"the model answers {accuracy:.0%} of the one- and two-hop image questions")
+        return dict.fromkeys(found, weak)
+    if (STAGES / "layers.parquet").is_file():
+        found["H1"] = valley(pd.read_parquet(STAGES / "layers.parquet"))
+    if (WALKED / "samples.parquet").is_file():
+        found["H5"] = depth_by_hops(pd.read_parquet(WALKED / "samples.parquet"))
+    if (EXITS / "samples.parquet").is_file():
+        found["H8b"] = recall_order(pd.read_parquet(EXITS / "samples.parquet"))
+    return found
+
+
+def findings_figure() -> Any:
+    """Attention on the image and what leaving early costs, layer by layer, on one axis of layers."""
+    stages, exits = (json.loads((run / "summary.json").read_text()) for run in (STAGES, EXITS))
+    curve, agreement = stages["curves"]["cross"], exits["agreement"]
+    with plots.style():
+        figure, (top, bottom) = plt.subplots(2, 1, figsize=(6.4, 4.6), sharex=True)
+        top.plot(range(len(curve)), curve, color=plots.CYCLE[0].color)
+        top.axhline(1, color="0.6", linewidth=0.8)
+        top.set(ylabel="attention on the image\n(enrichment over uniform)", ylim=(0, None))
+        bottom.plot(range(len(agreement)), agreement, color=plots.CYCLE[1].color)
+        bottom.set(
+            xlabel="decoder layer; exit layer k",
+            ylabel="answers kept if the\nimage leaves after k layers",
+            ylim=(0, 1.02),
+        )
+        for axis in (top, bottom):
+            for border in SPLIT:
+                axis.axvline(border, color="0.8", linewidth=0.8)
+        figure.suptitle(
+            f"llava_smol, {exits['num_samples']} questions; grey lines: the registered split", fontsize="medium"
+        )
+        figure.tight_layout()
+    return figure
+
+
+def main() -> None:
+    """Apply the rules and write the page."""
+    found = decide()
+    runs = {run: json.loads((run / "summary.json").read_text()) for run in COMMANDS if (run / "summary.json").is_file()}
+    if {STAGES, EXITS} <= runs.keys():
+        figure = findings_figure()
+        write_atomic(FIGURES / "layers.png", lambda out: figure.savefig(out, format="png", metadata={"Software": None}))
+    commands = [COMMANDS[run].format(n=summary["num_samples"]) for run, summary in runs.items()]
+    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(TEMPLATE.read_text())
+    page = template.render(found=found, commands=commands, stages=runs.get(STAGES), exits=runs.get(EXITS))
+    write_atomic(PAGE, lambda out: out.write(page.encode()))
+    for name, outcome in found.items():
+        print(f"{name:4} {outcome.verdict}: {outcome.numbers}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The rules of `docs/hypotheses_smol.md`, on runs with a planted answer."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from docs.tooling import smol_findings as findings
+
+
+def stage_table(curve: np.ndarray, images: int = 40, noise: float = 0.05) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    rows = []
+    for image in range(images):
+        for question in range(3):
+            values = curve * np.exp(noise * rng.normal(size=len(curve)))
+            rows.append(
+                pd.DataFrame(
+                    {
+                        "id": f"{image}-{question}",
+                        "image_id": f"i{image}",
+                        "layer": range(len(curve)),
+                        "cross_enrichment_no_sink": values,
+                    }
+                )
+            )
+    return pd.concat(rows)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "verdict"),
+    [(1.6, 1.8, "confirmed"), (1.6, 0.7, "refuted"), (1.0, 1.0, "refuted"), (1.5, 1.1, "undetermined")],
+)
+def test_a_valley_is_confirmed_only_where_both_sides_lie_clearly_above_it(first, last, verdict):
+    curve = np.ones(30)
+    curve[:5], curve[20:] = first, last
+    outcome = findings.valley(stage_table(curve, noise=0.5 if verdict == "undetermined" else 0.05))
+    assert outcome.verdict.startswith(verdict)
+
+
+@pytest.mark.parametrize(("slope", "verdict"), [(1.0, "confirmed"), (-1.0, "refuted"), (0.0, "undetermined")])
+def test_depth_by_hops_reads_the_paired_slope(slope, verdict):
+    rng = np.random.default_rng(1)
+    kinds = ["attribute", "neighbor", "two_hop", "three_hop"]
+    rows = [
+        {"part": "questions", "image_id": f"i{i}", "kind": kind, "exit_depth": 8 + slope * n + rng.normal() + offset}
+        for i, offset in enumerate(rng.normal(scale=6, size=60))
+        for n, kind in enumerate(kinds)
+    ]
+    outcome = findings.depth_by_hops(pd.DataFrame(rows))
+    assert outcome.verdict == verdict
+    assert "60 images" in outcome.numbers
+
+
+@pytest.mark.parametrize(("shift", "verdict"), [(-3.0, "confirmed"), (3.0, "refuted"), (0.0, "undetermined")])
+def test_recall_order_has_a_sign(shift, verdict):
+    rng = np.random.default_rng(2)
+    rows = [
+        {"image_id": f"i{i}", "kind": kind, "exit_depth": 10 + rng.normal() + (shift if kind == "look_recall" else 0)}
+        for i in range(60)
+        for kind in ("look_recall", "recall_look", "count")
+    ]
+    assert findings.recall_order(pd.DataFrame(rows)).verdict == verdict
+
+
+def test_without_runs_nothing_is_decided_and_a_weak_model_decides_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert {o.verdict for o in findings.decide().values()} == {"not decided"}
+    folder = tmp_path / "docs" / "testbed_smol"
+    folder.mkdir(parents=True)
+    (folder / "evaluation.json").write_text('{"accuracy": {"known": {"bar": {"accuracy": 0.9}}}}')
+    assert {o.verdict for o in findings.decide().values()} == {"not yet tested"}
