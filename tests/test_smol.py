@@ -260,3 +260,22 @@ def _no_index():
         returncode, stderr, stdout = 1, "no index", ""
 
     return Done()
+
+
+# ---------------------------------------------------------------- commands
+def test_the_model_is_asked_its_own_task_unless_another_is_named():
+    from dyvte.runs.config import compose
+
+    for command in ("stages", "exits", "evaluate"):
+        assert compose(command, ["model=llava_smol"]).data.name == "english"
+        assert compose(command, ["model=llava_smol", "data=shapes"]).data.name == "shapes"
+        assert compose(command).data.name == "shapes"
+
+
+def test_before_it_is_put_together_loading_says_what_to_do(tmp_path, monkeypatch):
+    import dyvte
+
+    monkeypatch.setenv("DYVTE_CACHE", str(tmp_path))
+    monkeypatch.setattr(assembling, "is_assembled", lambda: False)
+    with pytest.raises(dyvte.ModelError, match="run `make smol`, or `dyvte smol`"):
+        dyvte.load("llava_smol")

@@ -23,7 +23,7 @@ from jinja2 import Environment, StrictUndefined
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis.plots import attention as plots
+from analysis.plots import style as plots
 from analysis.statistics.bands import Band, mean_band
 from docs.tooling.testbed_probes import probe_report
 from dyvte.loading import load
@@ -147,7 +147,7 @@ def measure_evidence(mllm: MLLM, num: int, seed: int) -> dict[str, Any]:
 
 def training_figure(log: Sequence[dict[str, Any]]) -> Any:
     """Validation accuracy of the image kinds by training step, the phases one after the other."""
-    with plots.style():
+    with plots.figure_style():
         figure, axis = plt.subplots(figsize=(6.4, 3.4))
         steps, offset, last = [], 0, None
         for line in log:

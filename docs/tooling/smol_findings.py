@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
-from analysis.plots import attention as plots
+from analysis.plots import style as plots
 from analysis.statistics.bands import cluster_bootstrap
 from dyvte.runs.store import write_atomic
 
@@ -129,7 +129,7 @@ def findings_figure() -> Any:
     """Attention on the image and what leaving early costs, layer by layer, on one axis of layers."""
     stages, exits = (json.loads((run / "summary.json").read_text()) for run in (STAGES, EXITS))
     curve, agreement = stages["curves"]["cross"], exits["agreement"]
-    with plots.style():
+    with plots.figure_style():
         figure, (top, bottom) = plt.subplots(2, 1, figsize=(6.4, 4.6), sharex=True)
         top.plot(range(len(curve)), curve, color=plots.CYCLE[0].color)
         top.axhline(1, color="0.6", linewidth=0.8)
