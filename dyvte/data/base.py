@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from dyvte.errors import BrokenSample, ConfigError
+from dyvte.runs.targets import build
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,8 @@ class Sample:
         question: What the user says, without image placeholders and chat template.
         answer: The reference answer, or None where there is none.
         kind: What results are grouped by (question kind, benchmark category).
-        image_id: The same for questions about the same image: they share a visual prefill and form one cluster of a
-            bootstrap.
+        image_id: The same for questions about the same image: they form one cluster of a bootstrap. It may also name
+            what several images have in common (a patient, a video); see `image_numbers` for what shares a prefill.
         metadata: Whatever else the source says, JSON types only.
     """
 
@@ -64,6 +62,10 @@ class Dataset(ABC):
     def fingerprint(self) -> str:
         """Changes when any sample does. A run is only continued on the data that it was started on."""
 
+    def where(self, index: int) -> str:
+        """Where a reader finds sample `index`: file and line, or data set and row."""
+        return f"{type(self).__name__} sample {index}"
+
     def __iter__(self) -> Iterator[Sample]:
         """All samples; the first broken one raises."""
         return (self[index] for index in range(len(self)))
@@ -75,51 +77,42 @@ class Dataset(ABC):
                 yield self[index]
 
 
-def build_dataset(cfg: DictConfig) -> Dataset:
-    """The data set of a configuration in `conf/data/`: its `_target_` called with the other keys (without `name`)."""
+def build_dataset(cfg: DictConfig, stored: bool = False) -> Dataset:
+    """The data set of a configuration in `conf/data/`: its `_target_` called with the other keys (without `name`).
+
+    Args:
+        cfg: the configuration.
+        stored: whether it was read from a file, as that of a run folder; its class must then be one of dyvte's.
+
+    Raises:
+        ConfigError: the class or a setting is not possible.
+    """
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     settings.pop("name", None)
-    return get_class(settings.pop("_target_"))(**settings)
+    if "_target_" not in settings:
+        raise ConfigError("data has no _target_: choose one of conf/data/, for instance data=llava_json")
+    dataset: Dataset = build(settings, Dataset, stored)
+    return dataset
 
 
 def check_limit(limit: int | None) -> None:
-    """Raise a `ConfigError` unless `limit` is None or a positive number."""
-    if limit is not None and limit < 1:
-        raise ConfigError(f"data.limit is {limit}; give a positive number, or null for all samples")
+    """Raise a `ConfigError` unless `limit` is None or a positive whole number."""
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise ConfigError(f"data.limit is {limit}; give a positive whole number, or null for all samples")
 
 
-def check_question(question: Any, where: str) -> str:
-    """The question as text, stripped; raises `BrokenSample` for anything else and for an empty one."""
-    if not isinstance(question, str):
-        raise BrokenSample(where, f"the question is {type(question).__name__}, not text")
-    if not question.strip():
-        raise BrokenSample(where, "the question is empty")
-    return question.strip()
+def image_numbers(samples: Sequence[Sample]) -> list[int]:
+    """Equal numbers for questions on the same pixels; a question without image has its own.
 
-
-def read_image(source: Path | bytes, name: str, where: str) -> Image.Image:
-    """Decode an image completely, as RGB.
-
-    Args:
-        source: File, or its content.
-        name: What to call it in an error.
-        where: File and line of the sample it belongs to.
+    The same `image_id` alone is not enough: it may name a patient or a video with several images.
     """
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
-        reason = "not an image that Pillow can read" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise BrokenSample(where, f"image {name!r} is unreadable ({reason})") from error
-
-
-def find_image(name: str, folder: Path | None, where: str) -> Path:
-    """The path of an image file named by a sample; raises `BrokenSample` if there is none."""
-    path = Path(name) if folder is None else folder / name
-    if not path.is_file():
-        under = f" under {folder}/" if folder is not None else ""
-        raise BrokenSample(where, f"image {name!r} not found{under} (set data.image_folder)")
-    return path
+    seen: dict[tuple[Any, ...], int] = {}
+    numbers = []
+    for row, sample in enumerate(samples):
+        image = sample.image
+        key = (row,) if image is None else (sample.image_id, image.size, hashlib.sha256(image.tobytes()).digest())
+        numbers.append(seen.setdefault(key, len(seen)))
+    return numbers
 
 
 def unique_ids(ids: Iterable[str]) -> list[str]:
@@ -128,10 +121,11 @@ def unique_ids(ids: Iterable[str]) -> list[str]:
     unique: list[str] = []
     taken: set[str] = set()
     for each in ids:
-        name = each
+        plain = each.encode("utf-8", "replace").decode()  # a lone surrogate fits into no table
+        name = plain
         while name in taken:
-            copies[each] += 1
-            name = f"{each}~{copies[each] + 1}"
+            copies[plain] += 1
+            name = f"{plain}~{copies[plain] + 1}"
         taken.add(name)
         unique.append(name)
     return unique
@@ -141,6 +135,6 @@ def text_fingerprint(lines: Iterable[str | bytes]) -> str:
     """SHA-256 of some lines, shortened to 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for line in lines:
-        digest.update(line if isinstance(line, bytes) else line.encode())
+        digest.update(line if isinstance(line, bytes) else line.encode("utf-8", "surrogatepass"))
         digest.update(b"\n")
     return digest.hexdigest()[:16]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,8 @@ import huggingface_hub
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from PIL import Image
 
-from dyvte.data.base import (
-    Dataset,
-    Sample,
-    check_limit,
-    check_question,
-    find_image,
-    read_image,
-    text_fingerprint,
-    unique_ids,
-)
+from dyvte.data.base import Dataset, Sample, check_limit, text_fingerprint, unique_ids
+from dyvte.data.reading import find_image, most_frequent, read_answers, read_image, read_question
 from dyvte.errors import BrokenSample, ConfigError, DataError
 
 ROLES = ("image", "question", "answer", "id", "kind", "image_id")
@@ -36,12 +27,14 @@ class HuggingFaceDataset(Dataset):
         path: Hub id, local file (Parquet, JSON, JSONL, CSV, Arrow), folder of such files, or a folder written by
             `datasets.Dataset.save_to_disk`.
         columns: Column of each of `image`, `question`, `answer`, `id`, `kind`, `image_id`; None or left out where there
-            is none. Only `question` is required. Images may be encoded in the column or be file names; of several
-            reference answers the most frequent is taken, all stay in the metadata.
+            is none. Only `question` is required. Images may be encoded in the column, be file names, data URLs or
+            base64, alone or in a list of one; of several reference answers the most frequent is taken, all stay in the
+            metadata. Numbers of a `ClassLabel` are read as the names of the classes.
         split: Split to read; None where there is only one.
         subset: Configuration of the data set on the Hub.
         revision: Branch, tag or commit on the Hub.
         image_folder: Folder that image names in the image column are relative to.
+        allow_outside: Whether those names may lead out of the folder and of the data's own.
         question_suffix: Text added to every question, for instance how short the answer should be.
         limit: The first so many rows; None for all.
 
@@ -57,6 +50,7 @@ class HuggingFaceDataset(Dataset):
         subset: str | None = None,
         revision: str | None = None,
         image_folder: str | None = None,
+        allow_outside: bool = False,
         question_suffix: str = "",
         limit: int | None = None,
     ) -> None:
@@ -75,12 +69,17 @@ class HuggingFaceDataset(Dataset):
                 raise DataError(f"{path} has no column {column!r} (set data.columns.{role} to one of {known})")
         rows = rows.select_columns(list(dict.fromkeys(self.columns.values())))
         image_column = self.columns.get("image")
-        if image_column and isinstance(rows.features[image_column], datasets.Image):
-            # decoded here, sample by sample, so that one broken image does not end the run
-            rows = rows.cast_column(image_column, datasets.Image(decode=False))
+        if image_column:  # decoded here, sample by sample, so that one broken image does not end the run
+            rows = rows.cast_column(image_column, _undecoded(rows.features[image_column]))
         self.rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
         self.name = f"{path} {split}" if split else path
         self.image_folder = Path(image_folder) if image_folder is not None else None
+        self.allow_outside = allow_outside
+        own, caches = Path(path), (datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE)
+        self.own_folders: list[Path] = []
+        if image_folder is None:  # then `datasets` itself names the images, by their full path
+            self.own_folders = [own if own.is_dir() else own.parent] if own.exists() else list(map(Path, caches))
+        self.class_names = {role: _class_names(rows.features[column]) for role, column in self.columns.items()}
         self.question_suffix = question_suffix
         ids = self.rows[self.columns["id"]] if "id" in self.columns else range(len(self.rows))
         self.ids = unique_ids(str(each) for each in ids)
@@ -88,38 +87,48 @@ class HuggingFaceDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def where(self, index: int) -> str:
+        """Data set and row."""
+        return f"{self.name} row {index}"
+
     def __getitem__(self, index: int) -> Sample:
-        where = f"{self.name} row {index}"
+        where = self.where(index)
         row = self.rows[index]
         values = {role: row[column] for role, column in self.columns.items()}
-        question = check_question(values["question"], where) + self.question_suffix
+        question = read_question(values["question"], where) + self.question_suffix
         image, image_id = self._image(values.get("image"), where)
-        answers = _answers(values.get("answer"))
+        answers, kind, given_id = (
+            read_answers(values.get(role), where, self.class_names.get(role)) for role in ("answer", "kind", "image_id")
+        )
         return Sample(
             id=self.ids[index],
             image=image,
             question=question,
-            answer=Counter(answers).most_common(1)[0][0] if answers else None,
-            kind=str(values.get("kind") or "all"),
-            image_id=str(values.get("image_id") or image_id or self.ids[index]),
+            answer=most_frequent(answers),
+            kind=", ".join(kind) or "all",
+            image_id=", ".join(given_id) or image_id or self.ids[index],
             metadata={"answers": answers},
         )
 
     def _image(self, value: Any, where: str) -> tuple[Image.Image | None, str | None]:
         """The image of a row, and a name that equal images share."""
         if isinstance(value, list):
-            if len(value) > 1:
-                raise BrokenSample(where, f"has {len(value)} images; one a row is supported")
-            value = value[0] if value else None
-        content = value.get("bytes") if isinstance(value, dict) else value
-        if isinstance(content, bytes):
-            return read_image(content, "embedded in the row", where), hashlib.sha256(content).hexdigest()[:16]
-        name = value.get("path") if isinstance(value, dict) else value
-        if not name:
+            present = [each for each in value if each is not None]
+            if len(present) > 1:
+                raise BrokenSample(where, f"has {len(present)} images; one a row is supported")
+            return self._image(present[0] if present else None, where)
+        content, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        if not content and not name:
             return None, None
-        if not isinstance(name, str):
-            raise BrokenSample(where, f"the image is {type(name).__name__}; encoded bytes or a file name are supported")
-        return read_image(find_image(name, self.image_folder, where), name, where), name
+        if not content or isinstance(content, str):
+            name = str(content or name)
+            content = find_image(name, self.image_folder, where, self.allow_outside, self.own_folders)
+            if isinstance(content, Path):
+                return read_image(content, name, where), name
+        if not isinstance(content, bytes):
+            kind = type(content).__name__
+            raise BrokenSample(where, f"the image is {kind}; encoded bytes or a file name are supported")
+        return read_image(content, "embedded in the row", where), hashlib.sha256(content).hexdigest()[:16]
 
     @property
     def fingerprint(self) -> str:
@@ -177,9 +186,17 @@ def _one_split(loaded: datasets.Dataset | datasets.DatasetDict, split: str | Non
     return loaded[split]
 
 
-def _answers(value: Any) -> list[str]:
-    """The reference answers in an answer column: text, a number, or a list of them or of {'answer': ...} (VQA)."""
-    if value is None:
-        return []
-    values = value if isinstance(value, list) else [value]
-    return [str(each["answer"] if isinstance(each, dict) and "answer" in each else each) for each in values]
+def _undecoded(feature: Any) -> Any:
+    """A column's type with its images, in lists too, left as they are stored."""
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        return type(feature)(_undecoded(feature.feature))
+    return feature
+
+
+def _class_names(feature: Any) -> list[str] | None:
+    """Names of the classes that a column's numbers stand for, None for another column."""
+    while isinstance(feature, (datasets.List, datasets.LargeList)):
+        feature = feature.feature
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None

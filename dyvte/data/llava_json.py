@@ -8,30 +8,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dyvte.data.base import (
-    Dataset,
-    Sample,
-    check_limit,
-    check_question,
-    find_image,
-    read_image,
-    text_fingerprint,
-    unique_ids,
-)
+from dyvte.data.base import Dataset, Sample, check_limit, text_fingerprint, unique_ids
+from dyvte.data.reading import find_image, most_frequent, read_answers, read_image, read_name, read_question
 from dyvte.errors import BrokenSample, ConfigError, DataError
 
-IMAGE_PLACEHOLDER = "<image>"
 TURNS = ("first", "single", "all")
 
 
 class LlavaJsonDataset(Dataset):
     """Records of the form `{"id", "image", "conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}`
     (training) or `{"question_id", "image", "text"}` with optional `answer` or `label` and `category` (evaluation), as
-    one JSON list or one record a line.
+    one JSON list or one record a line. Images are decoded as LLaVA's own loader does: not turned by their EXIF
+    orientation, without their transparency (see `dyvte.data.reading.to_rgb`).
 
     Args:
         file: JSON or JSONL file.
-        image_folder: Folder that the image names in the file are relative to; None if they are paths themselves.
+        image_folder: Folder that the image names in the file are relative to; None if they are relative to the
+            current folder.
+        allow_outside: Whether those names may lead out of that folder.
         turns: `first` question of each conversation, conversations of a `single` question (what DyVTE trains on), or
             `all` questions, each on its own without the earlier ones.
         require_image: Leave out records without an image.
@@ -45,6 +39,7 @@ class LlavaJsonDataset(Dataset):
         self,
         file: str,
         image_folder: str | None = None,
+        allow_outside: bool = False,
         turns: str = "first",
         require_image: bool = False,
         limit: int | None = None,
@@ -56,6 +51,7 @@ class LlavaJsonDataset(Dataset):
             raise ConfigError("no data to read: set data.file to a JSON or JSONL file")
         self.file = Path(file)
         self.image_folder = Path(image_folder) if image_folder is not None else None
+        self.allow_outside = allow_outside
         try:
             content = self.file.read_bytes()
         except OSError as error:
@@ -77,19 +73,27 @@ class LlavaJsonDataset(Dataset):
     def __len__(self) -> int:
         return len(self.entries)
 
+    def where(self, index: int) -> str:
+        """File and line."""
+        entry = self.entries[index]
+        return entry.where if isinstance(entry, BrokenSample) else str(entry["where"])
+
     def __getitem__(self, index: int) -> Sample:
         entry = self.entries[index]
         if isinstance(entry, BrokenSample):
             raise BrokenSample(entry.where, entry.why)
         where, name = entry["where"], entry["image"]
-        question = check_question(entry["question"], where)
-        image = read_image(find_image(name, self.image_folder, where), name, where) if name else None
+        question = read_question(entry["question"], where)
+        answers = read_answers(entry["answer"], where)
+        image = None
+        if name:
+            image = read_image(find_image(name, self.image_folder, where, self.allow_outside), name, where, "llava")
         return Sample(
             id=self.ids[index],
             image=image,
             question=question,
-            answer=entry["answer"],
-            kind=entry["kind"],
+            answer=most_frequent(answers),
+            kind=read_name(entry["kind"], where) or "all",
             image_id=name or self.ids[index],
             metadata={"question_id": entry["question_id"]},
         )
@@ -112,8 +116,8 @@ def _records(content: bytes, file: Path) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
+            except (ValueError, RecursionError) as error:
+                reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else getattr(error, "msg", str(error))
                 yield number, BrokenSample(f"{file} line {number}", f"not a JSON record ({reason})")
 
 
@@ -134,10 +138,14 @@ def _json_list(content: bytes, file: Path) -> Iterator[tuple[int, Any]]:
                 position = _skip(space, text, position + 1)
             elif text[position : position + 1] != "]":
                 raise json.JSONDecodeError("expected ',' or ']'", text, position)
+        if (after := _skip(space, text, position + 1)) < len(text):
+            raise json.JSONDecodeError("text behind the list", text, after)
     except json.JSONDecodeError as error:
         raise DataError(f"{file} line {error.lineno} column {error.colno}: not JSON ({error.msg})") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text (byte {error.start})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists nested as deep
+        raise DataError(f"{file}: not JSON that can be read ({error})") from error
 
 
 def _skip(pattern: re.Pattern[str], text: str, position: int) -> int:
@@ -158,39 +166,43 @@ def _questions(record: Any, turns: str, where: str) -> Iterator[_Entry]:
         return
     if turns == "single" and len(pairs) > 1:
         return
-    question_id = record.get("question_id", record.get("id", where))
+    question_id = next((record[key] for key in ("question_id", "id") if record.get(key) is not None), where)
     for turn, (question, answer) in enumerate(pairs if turns == "all" else pairs[:1]):
         yield {
             "id": str(question_id) if turn == 0 else f"{question_id}#{turn}",
             "question_id": question_id,
             "image": image,
-            "question": _without_placeholder(question),
+            "question": question,
             "answer": answer,
-            "kind": str(record.get("kind", record.get("category", "all"))),
+            "kind": record.get("kind", record.get("category")),
             "where": where,
         }
 
 
-def _question_answer_pairs(record: Any, where: str) -> list[tuple[Any, str | None]]:
+def _question_answer_pairs(record: Any, where: str) -> list[tuple[Any, Any]]:
     if not isinstance(record, dict):
         raise BrokenSample(where, f"a record must be a JSON object, not {type(record).__name__}")
     if "conversations" not in record:
         if "text" not in record:
             keys = ", ".join(map(repr, record)) or "nothing"
             raise BrokenSample(where, f"a record must have 'conversations' or 'text', this one has {keys}")
-        answer = record.get("answer", record.get("label"))
-        return [(record["text"], None if answer is None else str(answer))]
+        return [(record["text"], record.get("answer", record.get("label")))]
     turns = record["conversations"]
     if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) and "value" in t for t in turns):
         raise BrokenSample(where, "'conversations' must be a list of {'from': ..., 'value': ...}")
+    turns = turns[turns[0].get("from") == "gpt" :]  # LLaVA's own code leaves out a first turn of the model
     speakers = [turn.get("from") for turn in turns]
+    if not turns:
+        raise BrokenSample(where, "'conversations' holds no question")
     if speakers != ["human", "gpt"] * (len(turns) // 2):
         raise BrokenSample(where, f"'conversations' must alternate between human and gpt, starts with {speakers[:3]}")
-    return [(turns[i]["value"], str(turns[i + 1]["value"])) for i in range(0, len(turns), 2)]
+    return [(turns[i]["value"], turns[i + 1]["value"]) for i in range(0, len(turns), 2)]
 
 
 def _image_name(record: dict[str, Any], where: str) -> str | None:
-    image = record.get("image")
+    if other := next((key for key in ("video", "videos", "audio", "audios") if record.get(key)), None):
+        raise BrokenSample(where, f"names {other}; images are supported, not video or sound")
+    image = record.get("image") or record.get("images")
     if isinstance(image, list):
         if len(image) > 1:
             raise BrokenSample(where, f"has {len(image)} images; one an entry is supported")
@@ -198,8 +210,3 @@ def _image_name(record: dict[str, Any], where: str) -> str | None:
     if image is not None and not isinstance(image, str):
         raise BrokenSample(where, f"'image' must be a file name, not {type(image).__name__}")
     return image or None
-
-
-def _without_placeholder(question: Any) -> Any:
-    # the processor's chat template puts the image where the model expects it
-    return question.replace(IMAGE_PLACEHOLDER, "").strip() if isinstance(question, str) else question

@@ -1,0 +1,100 @@
+"""Classes that configurations name (`_target_`): checked before they are called, so that no file can run code.
+
+A command may use any class of the expected kind that its user named. What is read back from a run folder, a recipe or a
+gate folder may name classes of this package and optimizers of torch only: folders are shared.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from typing import Any
+
+from dyvte.errors import ConfigError
+
+KNOWN_PACKAGES = ("dyvte", "torch.optim")
+"""Packages whose classes a stored configuration may name."""
+
+
+def build(settings: Mapping[str, Any], kind: type, stored: bool = False, **more: Any) -> Any:
+    """Call what `_target_` names with the other settings, which may hold further `_target_` of the same kind.
+
+    Args:
+        settings: plain data; `_target_` is a class, or a class method such as `VTW.calibrate`.
+        kind: class that the target must be, or come from.
+        stored: whether the settings are from a file that somebody else may have written.
+        **more: further arguments.
+
+    Raises:
+        ConfigError: the target is missing, of another kind or not allowed, or it refuses its settings.
+    """
+    arguments = {key: _built(each, kind, stored) for key, each in settings.items() if key != "_target_"}
+    target = find_target(settings["_target_"], kind, stored)
+    try:
+        inspect.signature(target).bind(**arguments, **more)
+    except TypeError as error:
+        raise ConfigError(f"{settings['_target_']}: {error}") from error
+    return target(**arguments, **more)
+
+
+def _built(value: Any, kind: type, stored: bool) -> Any:
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            return build(value, kind, stored)
+        return {key: _built(each, kind, stored) for key, each in value.items()}
+    return [_built(each, kind, stored) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def check_stored(settings: Any, kind: type) -> None:
+    """Raise a `ConfigError` if stored settings name a class that they may not (see `build`)."""
+    for name in _targets(settings):
+        find_target(name, kind, stored=True)
+
+
+def _targets(settings: Any) -> Iterator[Any]:
+    if isinstance(settings, Mapping):
+        if "_target_" in settings:
+            yield settings["_target_"]
+        settings = list(settings.values())
+    if isinstance(settings, (list, tuple)):
+        for each in settings:
+            yield from _targets(each)
+
+
+def find_target(name: Any, kind: type, stored: bool = False) -> Callable[..., Any]:
+    """The class or class method that a `_target_` names.
+
+    Raises:
+        ConfigError: there is none of this name, it is of another kind, or a stored configuration may not name it.
+
+    Example:
+        >>> from dyvte.data import Dataset
+        >>> find_target("dyvte.data.shapes.ShapesDataset", Dataset).__name__
+        'ShapesDataset'
+    """
+    if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+        raise ConfigError(f"_target_ is {name!r}: give the full name of a class, as package.module.Class")
+    if stored and not name.startswith(tuple(f"{package}." for package in KNOWN_PACKAGES)):
+        raise ConfigError(f"a stored configuration names {name}, which is not a class of dyvte: it is not run")
+    found: Any = None
+    parts = name.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        try:
+            found = import_module(".".join(parts[:length]))
+        except ModuleNotFoundError as error:
+            if not ".".join(parts[:length]).startswith(str(error.name)):
+                raise ConfigError(f"_target_ {name}: {error}") from error
+            continue
+        break
+    owner: Any = None  # the class that the name leads through
+    for part in parts[length:] if found is not None else ():
+        found = getattr(found, part, None)
+        owner = found if inspect.isclass(found) else owner
+    if found is None:
+        raise ConfigError(f"_target_ {name}: there is no such class")
+    package = str(getattr(owner, "__module__", ""))
+    foreign = stored and not f"{package}.".startswith(tuple(f"{known}." for known in KNOWN_PACKAGES))
+    if owner is None or foreign or not issubclass(owner, kind) or not callable(found):
+        raise ConfigError(f"_target_ {name} is not a {kind.__name__}")
+    return found  # type: ignore[no-any-return]
