@@ -222,7 +222,9 @@ def constant(mllm: MLLM, batch: Batch, policy: Policy | None) -> dict[str, float
 def summarize(repeats: pd.DataFrame, constants: pd.DataFrame) -> pd.DataFrame:
     """One row a batch size and method: medians, quartiles, and the paired ratio to the unchanged model."""
     rows = []
-    for (batch_size, method), own in repeats.groupby(["batch_size", "method"], sort=False):
+    key: Any
+    for key, own in repeats.groupby(["batch_size", "method"], sort=False):
+        batch_size, method = key
         base = repeats[(repeats["batch_size"] == batch_size) & (repeats["method"] == "none")].set_index("repeat")
         own = own.set_index("repeat")
         row: dict[str, Any] = {"batch_size": batch_size, "method": method}

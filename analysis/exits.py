@@ -21,7 +21,7 @@ from dyvte.runs.config import command, load_model
 
 from .measuring.exit_data import questions_and_captions
 from .measuring.exits import measurement
-from .plots import paper as plots_paper
+from .plots import exits as plots
 from .statistics import exits as exit_statistics
 from .statistics.bands import (
     cluster_mean,
@@ -29,15 +29,15 @@ from .statistics.bands import (
 )
 from .statistics.exit_summary import (
     CAPTIONS,
-    CURVES,
+    EXIT_MEASURES,
     FLOPS,
     LEVEL,
     QUESTIONS,
-    Group,
-    Results,
-    entropy_long_table,
+    ExitResults,
+    QuestionGroup,
+    entropy_mean_table,
     entropy_summary,
-    long_table,
+    exit_curves_table,
     token_curves,
     token_depths,
     token_summary,
@@ -90,14 +90,14 @@ def outline(summary: Mapping[str, Any]) -> str:
 
 def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, Any]:
     """Everything that follows from the tables: curves, K*, findings, figures, summary."""
-    everything = Results.read(folder)
+    everything = ExitResults.read(folder)
     asks = (everything.samples["part"] == QUESTIONS).to_numpy() & (everything.samples["visual_tokens"] > 0).to_numpy()
     if not asks.any():
         raise ConfigError(
             f"no question of data={cfg.data.name} has an image: there are no visual tokens that could exit"
         )
     results = everything.where(asks)
-    overall = Group.of(results, cfg)
+    overall = QuestionGroup.of(results, cfg)
     layer = overall.stops.exit_layer
     kinds = {
         str(kind): results.where((results.samples["kind"] == kind).to_numpy())
@@ -105,11 +105,11 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, An
     }
     # Many kinds are many chances of a false finding: Bonferroni.
     level = 1 - (1 - LEVEL) / len(kinds)
-    by_kind = {kind: Group.of(of_kind, cfg, level) for kind, of_kind in sorted(kinds.items())}
+    by_kind = {kind: QuestionGroup.of(of_kind, cfg, level) for kind, of_kind in sorted(kinds.items())}
     subsets = {"all": overall}
     needs_image = results.samples["needs_image"].fillna(False).to_numpy(bool)
     if needs_image.any():
-        subsets["needs_image"] = Group.of(results.where(needs_image), cfg)
+        subsets["needs_image"] = QuestionGroup.of(results.where(needs_image), cfg)
 
     findings = {
         "contribution_stops": overall.stops,
@@ -143,8 +143,8 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, An
     flops = {name: cluster_mean(results.exits[name]) for name in FLOPS}
 
     named = {**subsets, **{f"kind={kind}": group for kind, group in by_kind.items()}}
-    folder.write_table("curves", long_table(named))
-    folder.write_table("entropy_mean", entropy_long_table(entropy))
+    folder.write_table("curves", exit_curves_table(named))
+    folder.write_table("entropy_mean", entropy_mean_table(entropy))
     folder.write_table("token_curves", token_curves(of_tokens))
     summary_groups = {name: group.summary() for name, group in named.items()}
     content = store.plain(
@@ -156,7 +156,7 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, An
             "num_images": count_images(results.images),
             "num_captions": int((everything.samples["part"] == CAPTIONS).sum()),
             "num_without_image": int((everything.samples["visual_tokens"] == 0).sum()),
-            **{name: overall.curves[name].mean for name in CURVES},
+            **{name: overall.curves[name].mean for name in EXIT_MEASURES},
             **flops,
             "k_star": {f"{each.eta:g}": each.layer for each in kl_exits},
             "k_star_details": [asdict(each) for each in kl_exits],
@@ -179,15 +179,15 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, An
 def draw(summary: Mapping[str, Any]) -> dict[str, plt.Figure]:
     """All figures, by file name, from what `summary.json` will say."""
     figures = {
-        "exits": plots_paper.manual_exit(summary),
-        "kl": plots_paper.kl_criterion(summary),
-        "entropy": plots_paper.text_entropy(summary),
-        "exit_depth": plots_paper.exit_depths(summary),
+        "exits": plots.draw_exit_curves(summary),
+        "kl": plots.draw_kl(summary),
+        "entropy": plots.draw_text_entropy(summary),
+        "exit_depth": plots.draw_exit_depths(summary),
     }
     if len(summary["kinds"]) > 1:
-        figures["kinds"] = plots_paper.manual_exit_by_kind(summary)
+        figures["kinds"] = plots.draw_exit_curves_by_kind(summary)
     if {QUESTIONS, CAPTIONS} <= summary["tokens"].keys():
-        figures["tokens"] = plots_paper.answer_tokens(summary)
+        figures["tokens"] = plots.draw_token_depths(summary)
     return figures
 
 

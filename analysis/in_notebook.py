@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dyvte.data import Dataset
+from dyvte.errors import RunFolderError
+from dyvte.loading import SHIPPED_MODELS
 from dyvte.runs.store import write_atomic
 
 from .statistics.markdown import markdown_table
@@ -24,7 +27,7 @@ DPI = 100
 
 
 @dataclass(frozen=True, repr=False)
-class Picture:
+class NotebookPicture:
     """A PNG that Jupyter displays."""
 
     png: bytes
@@ -37,7 +40,7 @@ class Picture:
 
 
 @dataclass(frozen=True, repr=False)
-class Text:
+class NotebookText:
     """Markdown that Jupyter displays."""
 
     markdown: str
@@ -49,22 +52,22 @@ class Text:
         return self.markdown
 
 
-def show(figure: Figure) -> Picture:
+def show(figure: Figure) -> NotebookPicture:
     """The figure as a picture, whatever backend is in use; the figure is closed."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     plt.close(figure)
-    return Picture(buffer.getvalue())
+    return NotebookPicture(buffer.getvalue())
 
 
-def picture(file: str | Path) -> Picture:
+def picture(file: str | Path) -> NotebookPicture:
     """A PNG that a command has drawn."""
-    return Picture(Path(file).read_bytes())
+    return NotebookPicture(Path(file).read_bytes())
 
 
-def page(file: str | Path) -> Text:
+def page(file: str | Path) -> NotebookText:
     """A Markdown file that a command has written."""
-    return Text(Path(file).read_text())
+    return NotebookText(Path(file).read_text())
 
 
 def quietly(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -73,13 +76,35 @@ def quietly(function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
 
 
-def table(frame: pd.DataFrame, digits: int = 3) -> Text:
+def table(frame: pd.DataFrame, digits: int = 3) -> NotebookText:
     """A table with its numbers rounded."""
     rows = [
         [f"{value:.{digits}f}" if isinstance(value, float) else value for value in row]
         for row in frame.itertuples(index=False)
     ]
-    return Text("\n".join(markdown_table(list(frame.columns), rows)))
+    return NotebookText("\n".join(markdown_table(list(frame.columns), rows)))
+
+
+def read_summary(folder: str | Path) -> dict[str, Any]:
+    """What a finished run says: its `summary.json`.
+
+    Raises:
+        RunFolderError: there is none.
+    """
+    file = Path(folder) / "summary.json"
+    if not file.is_file():
+        raise RunFolderError(f"{folder} has no summary.json: the run is not finished, or it is another folder")
+    return dict(json.loads(file.read_text()))
+
+
+def provenance(summary: Mapping[str, Any]) -> str:
+    """What numbers are numbers of: model, data and sample size, and what a shipped model is no evidence for."""
+    left_out = f", {summary['num_failed']:,} left out" if summary["num_failed"] else ""
+    counted = f"{summary['num_samples']:,} samples{left_out}, {summary['num_layers']} decoder layers"
+    text = f"{summary['model']} on {summary['data']}: {counted}."
+    if summary["model"] in SHIPPED_MODELS:
+        text += " This is the testbed, a small model made to check the tool on: no evidence about larger models."
+    return text
 
 
 def write_question_folder(folder: str | Path, dataset: Dataset) -> Path:
@@ -100,8 +125,7 @@ def write_question_folder(folder: str | Path, dataset: Dataset) -> Path:
     for sample in dataset:
         name = f"{sample.image_id}.png" if sample.image is not None else None
         if sample.image is not None and not (file.parent / "images" / str(name)).is_file():
-            image = sample.image
-            write_atomic(file.parent / "images" / str(name), lambda out, image=image: image.save(out, format="png"))
+            write_atomic(file.parent / "images" / str(name), partial(sample.image.save, format="png"))
         record = {"question_id": sample.id, "image": name, "text": sample.question}
         lines.append(json.dumps({**record, "answer": sample.answer, "category": sample.kind}))
     write_atomic(file, lambda out: out.write("".join(f"{line}\n" for line in lines).encode()))

@@ -2,8 +2,8 @@
 
 Methods get settings of the same cost (`analysis.measuring.matched`) and run on the same questions. A map says in which
 share of the questions, and of the layers that a method has thinned, a place is still seen. Places are numbered in the
-order of the visual tokens; their mean number, 0 for the first and 1 for the last, is 0.5 for a method that has no preference.
-Ranking by attention is known to favour late places, whose tokens are nearest to the question.
+order of the visual tokens; their mean number, 0 for the first and 1 for the last, is 0.5 for a method that has no
+preference. Ranking by attention is known to favour late places, whose tokens are nearest to the question.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dyvte.runs.store import RunFolder, fingerprint
 
 from .measuring.matched import methods
 from .measuring.methods import LABELS, SeenPositions, describe, encoded, load_calibration
-from .plots import attention as plots
+from .plots.style import figure_style
 from .statistics.bands import mean_band
 
 
@@ -58,7 +58,8 @@ def kept_positions(cfg: DictConfig) -> dict[str, Any] | None:
     known = methods(None)
     if unknown := [name for name in cfg.methods if name not in known]:
         raise ConfigError(f"methods names {unknown[0]!r}; choose from {', '.join(known)}")
-    settings = {key: OmegaConf.to_container(cfg, resolve=True)[key] for key in ("methods", "budget", "calibration")}
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    settings = {key: plain[key] for key in ("methods", "budget", "calibration")}
     folder = RunFolder.open(cfg.output_dir, fingerprint(mllm, dataset, cfg, **settings), cfg, cfg.overwrite)
     if not distributed.is_main():
         return None
@@ -181,7 +182,7 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, grid: View, num_quest
             }
         )
     note = f"{num_questions} questions; mean place: 0 first, 1 last visual token, intervals 95%, bootstrap over images"
-    with plots.style():
+    with figure_style():
         path = folder.save_figure("kept_positions", figure(found, f"{cfg.model.name} on {cfg.data.name}, {note}"))
     summary = folder.write_summary(
         model=cfg.model.name,

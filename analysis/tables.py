@@ -26,10 +26,10 @@ from dyvte.runs.store import RunFolder, fingerprint
 
 from .measuring.matched import Calibration
 from .measuring.methods import LABELS, encoded, gates_of, load_calibration, plan, run_job
-from .plots import attention as plots
-from .plots.methods import methods_at_cost
+from .plots.methods import draw_methods_at_cost
+from .plots.style import figure_style
 from .statistics.markdown import write_table_page
-from .statistics.methods import _row, compare, markdown, outcomes
+from .statistics.methods import compare_methods, comparison_page, outcome_row, outcomes_of
 
 OF_GATES = ("statuses", "train_on_kinds", "other_gates")
 """Settings of an experiment that only `analysis.measuring.gate_tables` reads."""
@@ -76,7 +76,11 @@ def tables(cfg: DictConfig) -> dict[str, Any] | None:
         batches = list(encoded(mllm, dataset, cfg.batch_size))
         calibration = load_calibration(mllm, cfg)
         calibration.asked = Calibration(mllm, [batch for _, batch in batches])
-        progress = {"initial": len(mine) - len(todo), "total": len(mine), "disable": not distributed.is_main()}
+        progress: dict[str, Any] = {
+            "initial": len(mine) - len(todo),
+            "total": len(mine),
+            "disable": not distributed.is_main(),
+        }
         for index in tqdm(todo, desc=experiment.name, unit="run", **progress):
             started = time.perf_counter()
             found = run_job(jobs[index], calibration, gates, batches, cfg.max_new_tokens)
@@ -93,22 +97,19 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, reference: LabelSet) 
     images = reference.samples["image_id"].tolist()
     kinds = reference.samples["kind"].astype(str).to_numpy()
     needs_image = ~reference.agree[:, 0].numpy()
-    found = outcomes(folder, reference, cfg.experiment)
+    found = outcomes_of(folder, reference, cfg.experiment)
     if not found:
         raise ConfigError(f"experiment {cfg.experiment.name}: no method can meet any of its budgets")
     subsets = {"accuracy": np.ones(len(images), dtype=bool), "accuracy_needs_image": needs_image}
-    rows = [_row(each, subsets, images, cfg) for each in found]
-    table = pd.DataFrame(rows)
-    folder.write_table("comparison", table)
-    by_kind = pd.DataFrame(
-        [
-            {"method": each.method, "budget": each.budget}
-            | {kind: float(np.nanmean(each.correct[kinds == kind])) for kind in sorted(set(kinds))}
-            for each in found
-        ]
-    )
-    folder.write_table("kinds", by_kind)
-    verdicts = compare(found, subsets, images, cfg)
+    rows = [outcome_row(each, subsets, images, cfg) for each in found]
+    folder.write_table("comparison", pd.DataFrame(rows))
+    by_kind = [
+        {"method": each.method, "budget": each.budget}
+        | {kind: float(np.nanmean(each.correct[kinds == kind])) for kind in sorted(set(kinds))}
+        for each in found
+    ]
+    folder.write_table("kinds", pd.DataFrame(by_kind))
+    verdicts = compare_methods(found, subsets, images, cfg)
     note = (
         f"{len(images)} questions about {len(set(images))} images ({int(needs_image.sum())} need the image: without it "
         "the model answers otherwise); intervals 95%, bootstrap over images"
@@ -118,9 +119,9 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, reference: LabelSet) 
         | {each["ahead"]: True}
         for each in verdicts
     }
-    with plots.style():
-        folder.save_figure("accuracy_against_cost", methods_at_cost(table.to_dict("records"), leading, LABELS, note))
-    write_table_page(folder, markdown(cfg, table, by_kind, verdicts, note))
+    with figure_style():
+        folder.save_figure("accuracy_against_cost", draw_methods_at_cost(rows, leading, LABELS, note))
+    write_table_page(folder, comparison_page(cfg, rows, by_kind, verdicts, note))
     return folder.write_summary(
         model=cfg.model.name,
         data=cfg.data.name,
@@ -130,7 +131,7 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, reference: LabelSet) 
         experiment=cfg.experiment.name,
         needs_image=int(needs_image.sum()),
         tolerance=cfg.experiment.tolerance,
-        rows=table.to_dict("records"),
+        rows=rows,
         verdicts=verdicts,
     )
 

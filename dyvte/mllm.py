@@ -124,7 +124,7 @@ class MLLM:
         self,
         images: Sequence[Image | Sequence[Image] | None] | None,
         questions: Sequence[str],
-        answers: Sequence[str] | None = None,
+        answers: Sequence[str | None] | None = None,
         padding_side: str = "left",
     ) -> Batch:
         """Turn images and questions into a batch, through the processor's chat template.
@@ -133,6 +133,7 @@ class MLLM:
             images: one entry a question: an image, a list of images, or None for a text-only prompt. None for all.
             questions: one a sample. The images come before the text of the question.
             answers: teacher-forced after the prompt, each followed by the end token; their positions are `answer`.
+                None for samples without one.
             padding_side: "left" (what generation needs) or "right".
         """
         processor = self._require_processor()
@@ -157,11 +158,14 @@ class MLLM:
         self._warn_if_question_precedes_image(prompts, questions, rows)
         return batch if answers is None else self.append_answers(batch, self.answer_ids(questions, answers))
 
-    def answer_ids(self, questions: Sequence[str], answers: Sequence[str]) -> Tensor:
-        """Ids [B, A] of the answers as they follow the prompts, end token included, -100 at padding."""
+    def answer_ids(self, questions: Sequence[str], answers: Sequence[str | None]) -> Tensor:
+        """Ids [B, A] of the answers as they follow the prompts, end token included, -100 at padding and for None."""
         self._require_processor()
-        rows = []
+        rows: list[list[int]] = []
         for question, answer in zip(questions, answers, strict=True):
+            if answer is None:
+                rows.append([])
+                continue
             prompt = self._prompt(question, 0)
             before = self._tokenize(prompt)
             joint = self._tokenize(prompt + self._answer_separator(question, prompt) + answer)

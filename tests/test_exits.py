@@ -28,6 +28,7 @@ from dyvte.data import Dataset, Sample
 from dyvte.data.metrics import exact_match
 from dyvte.data.shapes import ShapesDataset
 from dyvte.errors import ConfigError, ModelError, UnsupportedError
+from dyvte.instrument.sweep import ENTROPIES
 from dyvte.instrument.sweep.criteria import kl_exit_layer
 from dyvte.loading import SHIPPED_MODELS, load, wrap
 from dyvte.mllm import MLLM
@@ -202,7 +203,7 @@ def test_a_naive_script_finds_the_same_numbers(model: str, tmp_path: Path):
     assert found["flops_total"][-1] > found["flops_decoder"][-1]
     for eta, layer in found["k_star"].items():
         assert layer == next(k for k in range(num_layers + 1) if expected["kl"][k] <= float(eta)), eta
-    for index, name in enumerate(exits.ENTROPIES):
+    for index, name in enumerate(ENTROPIES):
         matrix = np.array(found["entropy"][name]["matrix"]["mean"], dtype=float)
         seen = after_exit(num_layers)
         assert np.isnan(matrix[~seen]).all()
@@ -282,7 +283,7 @@ def questions(rng: np.random.Generator, right: np.ndarray, num: int) -> tuple[np
     return (rng.random(num)[:, None] < right).astype(float), np.arange(num) // 3
 
 
-def stops(correct: np.ndarray, images: np.ndarray, **settings: Any) -> exit_statistics.Finding:
+def stops(correct: np.ndarray, images: np.ndarray, **settings: Any) -> exit_statistics.ExitFinding:
     agree = (correct == correct[:, -1:]).astype(float)
     return exit_statistics.contribution_stops(correct, agree, CHANGE, images, n_boot=200, **settings)
 

@@ -19,9 +19,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from analysis import stages
+from analysis.measuring.attention import choose_samples, file_name, measure_attention
 from analysis.plots import attention as plots
-from analysis.statistics import stages as statistics
+from analysis.plots import style
 from analysis.statistics.bands import Band
+from analysis.statistics.stages import stage_verdict
 from dyvte.data import build_dataset
 from dyvte.errors import ConfigError, DataError, ModelError, RunFolderError
 from dyvte.instrument.attention import CURVES, MEASURES, AttentionProbe
@@ -182,7 +184,7 @@ def test_interrupted_run_ends_with_the_same_bytes(
     finished: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
-    original = stages.measure
+    original = stages.measure_attention
 
     def interrupted(*args: object) -> object:
         nonlocal calls
@@ -191,7 +193,7 @@ def test_interrupted_run_ends_with_the_same_bytes(
             raise Crash
         return original(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(stages, "measure", interrupted)
+    monkeypatch.setattr(stages, "measure_attention", interrupted)
     with pytest.raises(Crash):
         run(model_folder, tmp_path / "run")
     assert not (tmp_path / "run" / "layers.parquet").exists()
@@ -307,7 +309,7 @@ def test_attention_that_is_not_a_number_is_an_error(model_folder: Path) -> None:
     with torch.no_grad():
         mllm.layers[4].self_attn.q_proj.weight.fill_(torch.nan)
     with pytest.raises(ModelError, match=rf"{dataset[0].id}.* not a number in layer 4: torch.float32"):
-        stages.measure(mllm, [dataset[0]])
+        measure_attention(mllm, [dataset[0]])
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl"])
@@ -328,7 +330,7 @@ def test_no_finding_on_random_weights(family: str) -> None:
             for curve in CURVES:
                 curves[curve].append(probe.stats.curve(curve, stages.ENDPOINT).mean(-1))
         cross, visual, text = (torch.cat(curves[curve]).numpy() for curve in CURVES)
-        verdict = statistics.stage_verdict(cross, visual, text, np.arange(len(cross)), n_boot=200, n_perm=499)
+        verdict = stage_verdict(cross, visual, text, np.arange(len(cross)), n_boot=200, n_perm=499)
         assert verdict.verdict != "three_stage", (family, seed)
         assert verdict.boundaries is None
 
@@ -348,7 +350,7 @@ def test_planted_layer_is_found() -> None:
         cross, visual, text = (torch.cat(curves[curve]).numpy() for curve in CURVES)
         assert np.isnan(cross[:, exit_layer:]).all()  # nothing to see is no enrichment; the table says 0
         cross = np.nan_to_num(cross)
-        outcome = statistics.stage_verdict(cross, visual, text, np.arange(len(cross)), n_boot=100, n_perm=99)
+        outcome = stage_verdict(cross, visual, text, np.arange(len(cross)), n_boot=100, n_perm=99)
         assert outcome.verdict == "other"
         assert outcome.change_points is not None
         assert exit_layer in outcome.change_points
@@ -380,9 +382,9 @@ def test_views_cover_the_image() -> None:
 
 
 def test_series_differ_without_colour() -> None:
-    drawn = [*plots.SERIES.values(), plots.ANSWER]
+    drawn = [*style.ATTENTION_SERIES.values(), style.ANSWER_SERIES]
     assert len({(series.linestyle, series.marker) for series in drawn}) == len(drawn)
-    assert len({(series.linestyle, series.marker) for series in plots.CYCLE}) == len(plots.CYCLE)
+    assert len({(series.linestyle, series.marker) for series in style.CYCLE}) == len(style.CYCLE)
 
 
 @pytest.mark.parametrize("layers", [2, 12, 32])
@@ -395,13 +397,20 @@ def test_figures_of_any_depth(layers: int) -> None:
 
     curves = {"cross": band(0.5), "visual": band(1.0), "text": band(3.0)}
     found = {"verdict": "three_stage", "boundaries": [layers // 3, layers // 2], "boundaries_ci": [[0, 1], [1, 2]]}
-    figure = plots.stages(curves, found, "model on data", "n = 3")
+    bands = {"enrichment_no_sink": {name: curve.to_dict() for name, curve in curves.items()}}
+    summary = {"model": "model", "data": "data", "num_layers": layers, "num_samples": 3, "num_images": 3}
+    summary |= {"endpoint": "enrichment_no_sink", "bands": bands, "stages": found}
+    figure = plots.draw_three_stages(summary)
     axis = figure.axes[0]
-    assert [line.get_label() for line in axis.get_lines()[:3]] == [series.label for series in plots.SERIES.values()]
+    assert [line.get_label() for line in axis.get_lines()[:3]] == [
+        series.label for series in style.ATTENTION_SERIES.values()
+    ]
     low, high = axis.get_ylim()
     assert low < min(curve.low.min() for curve in curves.values())
     assert high > max(curve.high.max() for curve in curves.values())
-    maps = plots.attention_maps(rng.random((24, 24, 3)), rng.random((layers, 4, 4)), [0.5] * layers, "what ?", "note")
+    record = {"maps": rng.random((layers, 4, 4)), "mass": [0.5] * layers, "query": "last"}
+    record |= {"question": "what ?", "answer": "red", "reference": None}
+    maps = plots.draw_attention_map(record, rng.random((24, 24, 3)))
     shown = [axis.get_title() for axis in maps.axes if axis.get_title()]
     assert shown == ["image", *(f"layer {layer}: 50%" for layer in range(layers))]
     plots.plt.close("all")

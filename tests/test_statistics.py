@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from analysis.statistics import stages as statistics
+from analysis.statistics import segments
 from analysis.statistics.bands import cluster_bootstrap, mean_band, simultaneous_band
-from analysis.statistics.stages import StageVerdict
+from analysis.statistics.stages import StageVerdict, stage_verdict
 
 DEPTHS = (12, 24, 32)
 Curve = Callable[[int, np.random.Generator], np.ndarray]
@@ -92,7 +92,7 @@ def verdict(curve: Curve, num_layers: int, seed: int, n_boot: int = 100, n_perm:
     cross, image = samples(curve(num_layers, rng), rng)
     # Worst case: visual and text attention say nothing, so the intra-modality share mirrors cross attention.
     flat = np.exp(0.1 * rng.normal(size=cross.shape))
-    return statistics.stage_verdict(cross, np.ones_like(cross), flat, image, n_boot=n_boot, n_perm=n_perm, seed=seed)
+    return stage_verdict(cross, np.ones_like(cross), flat, image, n_boot=n_boot, n_perm=n_perm, seed=seed)
 
 
 @pytest.mark.slow
@@ -145,7 +145,7 @@ def test_clear_stages_are_found_where_they_are(depth: int) -> None:
 
 def test_no_boundaries_without_a_finding() -> None:
     cross = np.exp(0.3 * np.random.default_rng(0).normal(size=(200, 12)))
-    flat = statistics.stage_verdict(cross, np.ones_like(cross), np.ones_like(cross), np.arange(200))
+    flat = stage_verdict(cross, np.ones_like(cross), np.ones_like(cross), np.arange(200))
     assert (flat.verdict, flat.boundaries, flat.boundaries_ci) == ("other", None, None)
     assert flat.reasons
 
@@ -155,7 +155,7 @@ def test_effect_below_the_minimum_is_no_finding_however_precise() -> None:
     layer = np.arange(24)
     curve = np.where(layer < 6, 0.02, np.where(layer < 15, 0.0, 0.02))  # two percent, seen with tiny errors
     cross = np.exp(curve + 0.001 * rng.normal(size=(400, 24)))
-    outcome = statistics.stage_verdict(cross, np.ones_like(cross), np.ones_like(cross), np.arange(400))
+    outcome = stage_verdict(cross, np.ones_like(cross), np.ones_like(cross), np.arange(400))
     assert outcome.p_values["increments"] < 0.05
     assert outcome.verdict == "other"
 
@@ -172,10 +172,10 @@ def test_too_little_data_is_undetermined() -> None:
     rng = np.random.default_rng(0)
     curve = three_stage(24, rng)
     cross, image = samples(curve, rng, images=5)
-    few_images = statistics.stage_verdict(cross, np.ones_like(cross), np.ones_like(cross), image)
+    few_images = stage_verdict(cross, np.ones_like(cross), np.ones_like(cross), image)
     assert (few_images.verdict, few_images.boundaries) == ("undetermined", None)
     shallow = np.exp(rng.normal(size=(40, 4)))
-    few_layers = statistics.stage_verdict(shallow, shallow, shallow, np.arange(40))
+    few_layers = stage_verdict(shallow, shallow, shallow, np.arange(40))
     assert few_layers.verdict == "undetermined"
     assert "4 layers" in few_layers.reasons[0]
 
@@ -187,8 +187,8 @@ def test_samples_without_an_image_are_left_out() -> None:
     with_text_only = np.vstack([cross, np.full((3, 12), np.nan)])
     more = np.ones_like(with_text_only)
     clusters = [*map(str, image), "x", "y", "z"]
-    expected = statistics.stage_verdict(cross, ones, ones, image, n_boot=50, n_perm=50)
-    actual = statistics.stage_verdict(with_text_only, more, more, clusters, n_boot=50, n_perm=50)
+    expected = stage_verdict(cross, ones, ones, image, n_boot=50, n_perm=50)
+    actual = stage_verdict(with_text_only, more, more, clusters, n_boot=50, n_perm=50)
     assert actual.fall == pytest.approx(expected.fall)
     assert actual.settings["num_samples"] == len(cross)
 
@@ -198,7 +198,7 @@ def test_visual_queries_that_see_nothing_but_themselves() -> None:
     rng = np.random.default_rng(2)
     cross, image = samples(three_stage(12, rng), rng)
     cross[:, 6:] = 0.0
-    outcome = statistics.stage_verdict(cross, np.full_like(cross, np.nan), np.ones_like(cross), image, n_boot=50)
+    outcome = stage_verdict(cross, np.full_like(cross, np.nan), np.ones_like(cross), image, n_boot=50)
     assert outcome.verdict == "other"
     assert outcome.fall is not None
     assert np.isfinite(outcome.fall).all()
@@ -206,7 +206,7 @@ def test_visual_queries_that_see_nothing_but_themselves() -> None:
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(4, 12\), \(4, 11\)"):
-        statistics.stage_verdict(np.ones((4, 12)), np.ones((4, 11)), np.ones((4, 12)), range(4))
+        stage_verdict(np.ones((4, 12)), np.ones((4, 11)), np.ones((4, 12)), range(4))
     with pytest.raises(ValueError, match="3 samples but 2"):
         cluster_bootstrap(np.ones((3, 2)), [0, 1])
 
@@ -271,15 +271,15 @@ def test_change_points_are_the_least_squares_split(seed: int, num_layers: int) -
     best = min(
         residual(first, second) for first in range(2, num_layers - 3) for second in range(first + 2, num_layers - 1)
     )
-    points = statistics.change_points(curve)
+    points = segments.change_points(curve)
     assert residual(*points) == pytest.approx(best)
 
 
 @given(st.integers(0, 2**31 - 1), st.sampled_from([8, 12, 32]))
 def test_stage_contrasts_equal_plain_means(seed: int, num_layers: int) -> None:
     curves = 5 + np.random.default_rng(seed).normal(size=(3, num_layers))
-    splits = statistics.stage_splits(num_layers)
-    fall, rise, residual = statistics.stage_contrasts(curves, splits)
+    splits = segments.stage_splits(num_layers)
+    fall, rise, residual = segments.stage_contrasts(curves, splits)
     row, column = 1, len(splits) // 2
     parts = np.split(curves[row], splits[column])
     assert fall[row, column] == pytest.approx(parts[0].mean() - parts[1].mean())
@@ -289,7 +289,7 @@ def test_stage_contrasts_equal_plain_means(seed: int, num_layers: int) -> None:
 
 def test_permutation_test_is_exact_for_random_walks() -> None:
     p_values = [
-        statistics.permutation_p_values(np.random.default_rng(seed).normal(size=16).cumsum(), 99, seed)["increments"]
+        segments.permutation_p_values(np.random.default_rng(seed).normal(size=16).cumsum(), 99, seed)["increments"]
         for seed in range(400)
     ]
     for alpha in (0.05, 0.2, 0.5):
@@ -308,5 +308,5 @@ def test_bic_prefers_the_family_that_made_the_curve() -> None:
         "three_slopes": np.interp(layer, [0, 0.3, 0.7, 1], [1.0, 0.0, 0.0, 1.0]),
     }
     for name, curve in made.items():
-        scores = statistics.fit_bic(curve + 0.03 * rng.normal(size=24), sampling_variance=0.03**2)
+        scores = segments.fit_bic(curve + 0.03 * rng.normal(size=24), sampling_variance=0.03**2)
         assert min(scores, key=scores.__getitem__) == name, name

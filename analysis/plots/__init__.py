@@ -1,1 +1,39 @@
-"""Figures as functions of plain data."""
+"""Figures as functions of plain data; from Python: `from analysis import plots; plots.draw_three_stages(summary)`."""
+
+from .attention import draw_attention_map, draw_attention_scores, draw_measures, draw_stages_by_kind, draw_three_stages
+from .exits import (
+    draw_exit_curves,
+    draw_exit_curves_by_kind,
+    draw_exit_depths,
+    draw_kl,
+    draw_policy_exit_layers,
+    draw_text_entropy,
+    draw_token_depths,
+)
+from .policies import (
+    draw_exit_examples,
+    draw_gate_curves,
+    draw_policies_against_fixed_exits,
+    first_exit_examples,
+)
+from .style import figure_style
+
+__all__ = [
+    "draw_attention_map",
+    "draw_attention_scores",
+    "draw_exit_curves",
+    "draw_exit_curves_by_kind",
+    "draw_exit_depths",
+    "draw_exit_examples",
+    "draw_gate_curves",
+    "draw_kl",
+    "draw_measures",
+    "draw_policies_against_fixed_exits",
+    "draw_policy_exit_layers",
+    "draw_stages_by_kind",
+    "draw_text_entropy",
+    "draw_three_stages",
+    "draw_token_depths",
+    "figure_style",
+    "first_exit_examples",
+]

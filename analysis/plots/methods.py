@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from . import attention as plots
+from .style import CYCLE, DASHED
 
 PANELS = {"accuracy": "all questions", "accuracy_needs_image": "questions that need the image"}
 LEADING, BEHIND, ALONE = "not told apart from the most accurate", "told apart from it", "not compared"
@@ -25,7 +25,7 @@ MARKERS: Mapping[str, Mapping[str, Any]] = {
 COLOR = "#1f3a5f"
 
 
-def methods_at_cost(
+def draw_methods_at_cost(
     rows: Sequence[Mapping[str, Any]],
     leading: Mapping[tuple[str, float], Mapping[str, bool]],
     labels: Mapping[str, str],
@@ -65,7 +65,7 @@ def methods_at_cost(
     for axis, (panel, title) in zip(axes, PANELS.items(), strict=True):
         for row in full:
             axis.axvspan(100 * row[f"{panel}_low"], 100 * row[f"{panel}_high"], color="#999999", alpha=0.2, linewidth=0)
-            axis.axvline(100 * row[panel], color="#555555", linewidth=1, linestyle=(0, (4, 2)))
+            axis.axvline(100 * row[panel], color="#555555", linewidth=1, linestyle=DASHED)
         axis.set(title=title, xlabel="accuracy (%)", ylim=(place - 0.6, -0.8))
         axis.grid(axis="y", color="#dddddd", linewidth=0.6)
         axis.tick_params(axis="y", length=0)
@@ -88,7 +88,7 @@ def methods_at_cost(
         if kind in used
     ]
     if full:
-        line = Line2D([], [], color="#555555", linewidth=1, linestyle=(0, (4, 2)))
+        line = Line2D([], [], color="#555555", linewidth=1, linestyle=DASHED)
         band = Patch(color="#999999", alpha=0.2, linewidth=0)
         handles.append((band, line))
     names = [*(each.get_label() for each in handles[: len(handles) - bool(full)]), *(["full model"] if full else [])]
@@ -119,7 +119,7 @@ def _point(axis: Axes, place: float, row: Mapping[str, Any], panel: str, marker:
             mean,
             place,
             xerr=error,
-            color=plots.CYCLE[0].color,
+            color=CYCLE[0].color,
             markeredgecolor=COLOR,
             markersize=5,
             capsize=2,

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..stages import file_name
-from .findings import policy_label, written
-from .runs import Run
+from ..measuring.attention import file_name
+from ..plots.style import Summary
+from ..statistics.verdicts import verdict_in_words
+from .findings import policy_label
+from .numbers import written
+from .runs import FinishedRun
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
-class Picture:
+class PageFigure:
     """An image in the page.
 
     Attributes:
@@ -42,7 +45,7 @@ class Picture:
         return self.width > 1200 or self.width > 1.7 * self.height
 
     @classmethod
-    def of(cls, file: Path, alt: str, caption: str) -> Picture:
+    def of(cls, file: Path, alt: str, caption: str) -> PageFigure:
         """From a PNG file."""
         data = file.read_bytes()
         width, height = png_size(data)
@@ -66,7 +69,7 @@ def png_size(data: bytes) -> tuple[int, int]:
     return width, height
 
 
-def pictures(run: Run, leave_out: Sequence[str] = ()) -> list[Picture]:
+def figures_of(run: FinishedRun, leave_out: Sequence[str] = ()) -> list[PageFigure]:
     """The figures in the folder of a run, those that `DESCRIPTIONS` knows first and in its order.
 
     Args:
@@ -77,12 +80,12 @@ def pictures(run: Run, leave_out: Sequence[str] = ()) -> list[Picture]:
     known = [name for step, name in DESCRIPTIONS if step == run.step and name in files]
     found = []
     for name in [*known, *(name for name in files if name not in known)]:
-        alt, caption = describe(run, name)
-        found.append(Picture.of(files[name], alt, caption))
+        alt, caption = describe_figure(run, name)
+        found.append(PageFigure.of(files[name], alt, caption))
     return found
 
 
-def describe(run: Run, name: str) -> tuple[str, str]:
+def describe_figure(run: FinishedRun, name: str) -> tuple[str, str]:
     """Alternative text and caption of a figure."""
     if name.startswith("map_"):
         record = next((each for each in run.value("/maps") or [] if name == f"map_{file_name(each['id'])}"), None)
@@ -110,18 +113,15 @@ def course(name: str, values: Sequence[Any], unit: str = "plain", where: str = "
     return text + "".join(f", {each}" for each in extremes)
 
 
-Summary = Mapping[str, Any]
 CURVE_NAMES = {"cross": "question to image", "visual": "image to image", "text": "question to text"}
 
 
 def _stages(summary: Summary) -> str:
     curves = [course(CURVE_NAMES[name], values) for name, values in summary["curves"].items()]
-    stages = summary["stages"]
-    found = f"The stages begin at layers {stages['boundaries']}." if stages["boundaries"] else ""
     return (
         f"Line plot over {summary['num_layers']} layers of attention relative to evenly spread attention, without the "
-        f"sink. {'; '.join(curves)}. Verdict: {stages['verdict'].replace('_', ' ')}. {found}"
-    ).strip()
+        f"sink. {'; '.join(curves)}. {verdict_in_words(summary['stages'])}"
+    )
 
 
 def _measures(summary: Summary) -> str:

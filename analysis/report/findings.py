@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..measuring.methods import LABELS
-from .runs import Limits, Run, band_places, ends, pointer
+from .runs import FinishedRun, Limits, band_places, limits_of, pointer
 
 BAND = "95%, bootstrap over images"
 TOGETHER = "95% for all differences of the table together, paired bootstrap over images"
@@ -40,7 +39,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Finding:
+class RunFinding:
     """What one run says about one question.
 
     Attributes:
@@ -51,16 +50,16 @@ class Finding:
         effects: the numbers behind it.
     """
 
-    run: Run
+    run: FinishedRun
     title: str
     verdict: str | None = None
     reasons: Sequence[str] = ()
     effects: list[Effect] = field(default_factory=list)
 
 
-def findings(runs: Sequence[Run]) -> list[Finding]:
+def findings_of(runs: Sequence[FinishedRun]) -> list[RunFinding]:
     """Of all runs, in their order."""
-    of_step: dict[str, Callable[[Run], Iterator[Finding]]] = {
+    of_step: dict[str, Callable[[FinishedRun], Iterator[RunFinding]]] = {
         "stages": _stages,
         "exits": _exits,
         "train": _train,
@@ -71,10 +70,10 @@ def findings(runs: Sequence[Run]) -> list[Finding]:
     return [_with_known(finding) for run in runs for finding in of_step[run.step](run)]
 
 
-def _with_known(finding: Finding) -> Finding:
+def _with_known(finding: RunFinding) -> RunFinding:
     """Without the effects that this run could not estimate."""
     known = [effect for effect in finding.effects if finding.run.value(effect.estimate) is not None]
-    return Finding(finding.run, finding.title, finding.verdict, finding.reasons, known)
+    return RunFinding(finding.run, finding.title, finding.verdict, finding.reasons, known)
 
 
 def _triple(label: str, unit: str, place: str, interval: str) -> Effect:
@@ -87,7 +86,7 @@ def _band(label: str, unit: str, place: str, index: int | None = None) -> Effect
     return Effect(label, unit, *band_places(place, index), BAND)
 
 
-def _stages(run: Run) -> Iterator[Finding]:
+def _stages(run: FinishedRun) -> Iterator[RunFinding]:
     effects = [
         _triple(label, unit, f"/stages/{key}", SIMULTANEOUS)
         for label, unit, key in (
@@ -98,9 +97,9 @@ def _stages(run: Run) -> Iterator[Finding]:
         )
     ]
     for index, name in enumerate(("second", "third")):
-        place, limits = f"/stages/boundaries/{index}", ends(f"/stages/boundaries_ci/{index}")
+        place, limits = f"/stages/boundaries/{index}", limits_of(f"/stages/boundaries_ci/{index}")
         effects.append(Effect(f"first layer of the {name} stage", "layer", place, limits, "95%, bootstrap"))
-    yield Finding(
+    yield RunFinding(
         run,
         "Attention falls into three stages: early fusion, intra-modality modelling, multimodal reasoning",
         "/stages/verdict",
@@ -113,7 +112,7 @@ def _stages(run: Run) -> Iterator[Finding]:
     if known:
         place = pointer("bands", endpoint, "cross")
         least, most = min(known, key=curve.__getitem__), max(known, key=curve.__getitem__)
-        yield Finding(
+        yield RunFinding(
             run,
             "Attention of the question on the image, relative to evenly spread attention, without the sink",
             effects=[
@@ -132,7 +131,7 @@ ESTIMATES = {
 }
 
 
-def _exits(run: Run) -> Iterator[Finding]:
+def _exits(run: FinishedRun) -> Iterator[RunFinding]:
     for name, finding in (run.value("/findings") or {}).items():
         place = pointer("findings", name)
         effects = [Effect("exit layer of the finding", "layer", f"{place}/exit_layer")]
@@ -143,10 +142,10 @@ def _exits(run: Run) -> Iterator[Finding]:
             elif not isinstance(value, dict) and key != "exit_layer":
                 effects.append(Effect(label, unit, f"{place}/estimates/{key}"))
         statement = finding["statement"]
-        yield Finding(run, statement[0].upper() + statement[1:], f"{place}/verdict", finding["reasons"], effects)
+        yield RunFinding(run, statement[0].upper() + statement[1:], f"{place}/verdict", finding["reasons"], effects)
     last = run.summary["num_layers"]
     bands = "/overall/bands"
-    yield Finding(
+    yield RunFinding(
         run,
         "Answers with and without the image",
         effects=[
@@ -159,7 +158,7 @@ def _exits(run: Run) -> Iterator[Finding]:
         ],
     )
     thresholds = run.value("/k_star_details") or []
-    yield Finding(
+    yield RunFinding(
         run,
         "KL criterion: first exit layer whose divergence from the full model is at most η",
         effects=[
@@ -167,7 +166,7 @@ def _exits(run: Run) -> Iterator[Finding]:
                 f"K* at η = {each['eta']:g} nats",
                 "layer",
                 f"/k_star_details/{index}/layer",
-                ends(f"/k_star_details/{index}/interval"),
+                limits_of(f"/k_star_details/{index}/interval"),
                 BAND,
             )
             for index, each in enumerate(thresholds)
@@ -183,8 +182,8 @@ COSTS = (
 """What gates cost, trained or in use."""
 
 
-def _train(run: Run) -> Iterator[Finding]:
-    yield Finding(
+def _train(run: FinishedRun) -> Iterator[RunFinding]:
+    yield RunFinding(
         run,
         f"Gates trained by recipe {run.value('/recipe')}, on {run.value('/validation_questions')} held-out questions",
         effects=[
@@ -196,14 +195,14 @@ def _train(run: Run) -> Iterator[Finding]:
     )
 
 
-def _evaluate(run: Run) -> Iterator[Finding]:
+def _evaluate(run: FinishedRun) -> Iterator[RunFinding]:
     if run.value("/policy") == "none":
         return  # the full model: the table of policies has its accuracy
 
     def with_interval(label: str, unit: str, key: str) -> Effect:
-        return Effect(label, unit, f"/{key}", ends(f"/{key}_ci"), CLUSTERED)
+        return Effect(label, unit, f"/{key}", limits_of(f"/{key}_ci"), CLUSTERED)
 
-    yield Finding(
+    yield RunFinding(
         run,
         f"Policy {policy_label(str(run.value('/policy')))}",
         effects=[
@@ -215,7 +214,7 @@ def _evaluate(run: Run) -> Iterator[Finding]:
     )
 
 
-def _tables(run: Run) -> Iterator[Finding]:
+def _tables(run: FinishedRun) -> Iterator[RunFinding]:
     for index, verdict in enumerate(run.value("/verdicts") or []):
         where = "all questions" if verdict["on"] == "accuracy" else "questions that need the image"
         tied = verdict["not_told_apart"]
@@ -223,7 +222,7 @@ def _tables(run: Run) -> Iterator[Finding]:
             text = f"no clear winner; not told apart from {', '.join(map(policy_label, tied))}"
         else:
             text = "ahead of all others"
-        yield Finding(
+        yield RunFinding(
             run,
             f"Most accurate at {verdict['budget']:g} of the FLOPs, {where}: {policy_label(verdict['ahead'])}",
             reasons=[text],
@@ -243,7 +242,7 @@ def _tables(run: Run) -> Iterator[Finding]:
         if "prefill_ratio" in row and row["method"] != "none"
     ]
     if rows:
-        yield Finding(
+        yield RunFinding(
             run,
             f"Time of the prefill (full model = 1), on {run.value('/device')} with {run.value('/threads')} threads",
             effects=[
@@ -262,32 +261,3 @@ def _tables(run: Run) -> Iterator[Finding]:
 def policy_label(policy: str) -> str:
     """Name of a policy as the tables write it."""
     return LABELS.get(policy, policy.replace("_", " "))
-
-
-# ------------------------------------------------------------------------ writing numbers
-
-
-def written(value: Any, unit: str) -> str:
-    """A number as the page shows it; a dash where there is none."""
-    if value is None or value == "":
-        return "–"
-    if isinstance(value, str):
-        return value
-    text = {
-        "share": lambda: f"{100 * value:.1f}%",
-        "points": lambda: f"{100 * value:+.1f} points",
-        "layer": lambda: f"{value:g}" if float(value).is_integer() else f"{value:.1f}",
-        "log": lambda: f"{value:+.2f}",
-        "ratio": lambda: f"{value:.3f}",
-        "count": lambda: f"{value:,.0f}",
-        "nats": lambda: f"{value:.2g}",
-        "plain": lambda: f"{value:.3g}",
-    }[unit]()
-    return text.replace("-", "−") if text[0] == "-" else text
-
-
-def interval_text(low: Any, high: Any, unit: str) -> str:
-    """Limits in brackets; a limit that is not reached is a dash."""
-    short = "share" if unit == "points" else unit
-    low, high = (written(each, short).removesuffix("%") for each in (low, high))
-    return f"[{low}, {high}]"

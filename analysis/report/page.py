@@ -12,25 +12,29 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from .figures import Picture
-from .findings import Finding, interval_text, written
-from .runs import Run, command_of, leaves
+from ..statistics.verdicts import verdict_in_words, verdict_word
+from .figures import PageFigure
+from .findings import RunFinding
+from .numbers import interval_text, written
+from .runs import FinishedRun, settings_in
 from .samples import Samples, palette
-from .tables import Cell, Table, words
+from .tables import Cell, PageTable, words_cell
 
-VERDICTS = {
-    "three_stage": "found",
-    "found": "found",
-    "other": "not found",
-    "not_found": "not found",
-    "undetermined": "undetermined",
-}
 SETTINGS_ABOVE = ("model", "data", "policy", "experiment", "recipe")
 """Groups of settings that a table of settings lists first."""
+SECTIONS = {
+    "stages": ("Attention, layer by layer", "How image and text attend to each other."),
+    "exits": ("The image leaves at exit layer k", "Every exit layer, for all questions at once."),
+    "train": ("Gates", "Small classifiers that decide after each layer whether the image is still needed."),
+    "evaluate": ("Policies", "What was asked under each policy, beside fixed exits."),
+    "tables": ("Methods at matched cost", "All methods on the same questions."),
+    "cost": ("Measured cost", "Time and memory; these depend on the machine."),
+}
+"""Step -> heading of its section, and the sentence under it."""
 
 
 @dataclass(frozen=True)
-class Missing:
+class MissingRun:
     """Results that the page would show if they were there.
 
     Attributes:
@@ -62,10 +66,20 @@ class Section:
     id: str
     title: str
     text: str = ""
-    pictures: list[Picture] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    more: list[Picture] = field(default_factory=list)
-    beside: list[tuple[str, list[Picture]]] = field(default_factory=list)
+    pictures: list[PageFigure] = field(default_factory=list)
+    tables: list[PageTable] = field(default_factory=list)
+    more: list[PageFigure] = field(default_factory=list)
+    beside: list[tuple[str, list[PageFigure]]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, step: str, pictures: list[PageFigure], tables: list[PageTable], **parts: Any) -> Section:
+        """The section of a step, without tables that have no rows."""
+        return cls(step, *SECTIONS[step], pictures, [table for table in tables if table.rows], **parts)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to show."""
+        return not (self.pictures or self.tables or self.beside)
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,6 @@ class Page:
         warnings: what a reader must know before the numbers.
         findings: verdicts and effects; `owner` of a run's name says whose, on pages of several models.
         owners: run name -> model.
-        verdicts: on pages of several models, a row a question and a column a model; None on others.
         samples: of the layer slider; None without.
         sections: figures and tables.
         runs: all runs, for settings, versions and commands.
@@ -89,17 +102,16 @@ class Page:
     title: str
     lead: str
     warnings: list[str]
-    findings: list[Finding]
+    findings: list[RunFinding]
     owners: Mapping[str, str]
     samples: Samples | None
     sections: list[Section]
-    runs: list[Run]
-    missing: list[Missing]
+    runs: list[FinishedRun]
+    missing: list[MissingRun]
     command: str
-    verdicts: Table | None = None
 
 
-def render(page: Page) -> str:
+def render_page(page: Page) -> str:
     """The page as HTML."""
     environment = Environment(
         loader=PackageLoader(__package__, "templates"),
@@ -108,7 +120,7 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"verdict": verdict, "rounded": rounded}
+    environment.filters |= {"verdict": verdict_word, "exact": exact}
     samples = page.samples
     return environment.get_template("report.html").render(
         page=page,
@@ -116,39 +128,40 @@ def render(page: Page) -> str:
         slider={"palette": palette(), "records": samples.records} if samples and samples.records else None,
         sample_table=sample_table(samples) if samples and samples.records else None,
         sources=[_source(run) for run in page.runs],
-        versions=versions(page.runs),
+        versions=versions_table(page.runs),
+        verdicts=verdict_table(page.findings, page.owners),
     )
 
 
-def verdict(name: str) -> str:
-    """`found`, `not found` or `undetermined`."""
-    return VERDICTS.get(name, name.replace("_", " "))
-
-
-def rounded(value: float | str | None) -> str:
+def exact(value: float | str | None) -> str:
     """A number to its last digit, for whoever reads the page by program."""
     return "" if value is None else str(value) if isinstance(value, str) else repr(value)
 
 
-def verdict_table(findings: Sequence[Finding], owners: Mapping[str, str]) -> Table:
-    """What was found for which model.
+def verdict_table(findings: Sequence[RunFinding], owners: Mapping[str, str]) -> PageTable:
+    """The page at a glance: what was found, for one model in a sentence, for several a column each.
 
     Args:
         findings: of all models; those without a verdict are left out.
-        owners: run name -> model.
+        owners: run name -> model; empty on the page of one model.
     """
     models = list(dict.fromkeys(owners.values()))
     by_title: dict[str, dict[str, Cell]] = {}
     for each in findings:
         if each.verdict is not None:
             value = str(each.run.value(each.verdict))
-            cell = Cell(verdict(value), value, each.run.name, each.verdict)
-            by_title.setdefault(each.title, {})[owners[each.run.name]] = cell
-    rows = [[words(title), *(cells.get(model, Cell("–")) for model in models)] for title, cells in by_title.items()]
-    return Table("Verdicts", ["finding", *models], rows)
+            cell = Cell(verdict_word(value), value, each.run.name, each.verdict)
+            cells = by_title.setdefault(each.title, {})
+            cells[owners.get(each.run.name, "")] = cell
+            if not owners:
+                stages = each.run.value("/stages") if each.verdict == "/stages/verdict" else None
+                cells["why"] = words_cell(verdict_in_words(stages) if stages else "; ".join(each.reasons))
+    columns = models or ["", "why"]
+    rows = [[words_cell(title), *(cells.get(each, Cell("–")) for each in columns)] for title, cells in by_title.items()]
+    return PageTable("Verdicts", ["finding", *(models or ["verdict", "why"])], rows)
 
 
-def _finding(finding: Finding) -> dict[str, Any]:
+def _finding(finding: RunFinding) -> dict[str, Any]:
     run = finding.run
     effects = []
     for effect in finding.effects:
@@ -177,35 +190,35 @@ def _finding(finding: Finding) -> dict[str, Any]:
         "effects": effects,
         "intervals": kinds.pop() if len(kinds) == 1 else None,
         "has_limits": any(each["limits"] for each in effects),
-        "size": size(run),
+        "size": size_of(run),
     }
 
 
-def size(run: Run) -> str:
+def size_of(run: FinishedRun) -> str:
     """How much a run has seen."""
     questions = run.value("/num_questions") or run.value("/num_samples")
     images = run.value("/num_images")
     return f"n = {questions:,} question{'s' * (questions != 1)}" + (f" on {images:,} images" if images else "")
 
 
-def sample_table(samples: Samples) -> Table:
+def sample_table(samples: Samples) -> PageTable:
     """The samples in words, for those who do not use the slider."""
     rows = []
     for record in samples.records:
         most = max(range(len(record["mass"])), key=record["mass"].__getitem__)
         rows.append(
             [
-                words(record["question"]),
-                words(record["kind"].replace("_", " ")),
-                words(record["answer"]),
-                words("–" if record["reference"] is None else record["reference"]),
+                words_cell(record["question"]),
+                words_cell(record["kind"].replace("_", " ")),
+                words_cell(record["answer"]),
+                words_cell("–" if record["reference"] is None else record["reference"]),
                 Cell(written(record["exit_layer"], "layer"), record["exit_layer"]),
-                words("–" if record["exit_answer"] is None else record["exit_answer"]),
+                words_cell("–" if record["exit_answer"] is None else record["exit_answer"]),
                 Cell(written(record["exit_depth"], "layer"), record["exit_depth"]),
                 Cell(f"{most} ({written(record['mass'][most], 'share')})", most),
             ]
         )
-    return Table(
+    return PageTable(
         "The samples",
         [
             "question",
@@ -227,14 +240,15 @@ def sample_table(samples: Samples) -> Table:
 # ------------------------------------------------------------------------ where it is from
 
 
-def _source(run: Run) -> dict[str, Any]:
+def _source(run: FinishedRun) -> dict[str, Any]:
     date = datetime.fromtimestamp((run.path / "summary.json").stat().st_mtime, UTC)
     order = sorted(run.config, key=lambda key: (key not in SETTINGS_ABOVE, isinstance(run.config[key], dict)))
     return {
         "name": run.name,
         "path": str(run.path),
         "date": f"{date:%Y-%m-%d %H:%M} UTC",
-        "command": command_of(run),
+        "command": run.command
+        or f"# {run.name}: its overrides were not recorded, {run.path}/config.yaml holds its settings",
         "samples": run.value("/num_samples"),
         "failed": run.value("/num_failed"),
         "seconds": run.value("/seconds"),
@@ -242,12 +256,12 @@ def _source(run: Run) -> dict[str, Any]:
         "data": run.data or "–",
         "settings": [
             (name, "null" if value is None else str(value))
-            for name, value in leaves({key: run.config[key] for key in order})
+            for name, value in settings_in({key: run.config[key] for key in order})
         ],
     }
 
 
-def versions(runs: Sequence[Run]) -> dict[str, Any]:
+def versions_table(runs: Sequence[FinishedRun]) -> dict[str, Any]:
     """One row a package; a column for each set of versions that runs were made with."""
     sets: list[tuple[Mapping[str, str], list[str]]] = []
     for run in runs:

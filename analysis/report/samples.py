@@ -26,10 +26,10 @@ from dyvte.policies.exits.dynamic_exit import DynamicExit, exit_probabilities
 from dyvte.runs.config import load_model
 from dyvte.runs.store import model_fingerprint
 
+from ..measuring.attention import QUERIES, attention_map, choose_samples
 from ..plots.attention import darkest, relative_maps
-from ..stages import attention_map, choose
 from .figures import data_address
-from .runs import Run
+from .runs import FinishedRun
 
 MAX_NEW_TOKENS = 64
 
@@ -54,15 +54,15 @@ def palette(steps: int = 32) -> list[str]:
     return [to_hex(each) for each in sns.color_palette("rocket_r", steps)]
 
 
-def look(cfg: DictConfig, runs: Sequence[Run]) -> Samples:
+def look_at_samples(cfg: DictConfig, runs: Sequence[FinishedRun]) -> Samples:
     """Load the model and look at some samples of the data that the stages run was made on (without it, of `cfg.data`).
 
     Raises:
         ConfigError: `samples.query` or `samples.ids` are not possible.
         DyvteError: model, data or gates cannot be loaded.
     """
-    if cfg.samples.query not in ("last", "instruction"):
-        raise ConfigError(f"samples.query is {cfg.samples.query!r}; choose last or instruction")
+    if cfg.samples.query not in QUERIES:
+        raise ConfigError(f"samples.query is {cfg.samples.query!r}; choose {' or '.join(QUERIES)}")
     by_step = {run.step: run for run in runs}
     stages = by_step.get("stages")
     saved = None if stages is None else stages.config.get("data")
@@ -74,17 +74,18 @@ def look(cfg: DictConfig, runs: Sequence[Run]) -> Samples:
     if others:
         notes.append(
             f"The maps show the model as it is now (weights {weights}); it has changed since these runs: "
-            f"{', '.join(others)}. Run them again."
+            f"{', '.join(others)}. FinishedRun them again."
         )
     source, policy = gates_for(cfg, by_step.get("train")), None
     if source is not None:
         policy = DynamicExit(load_gates(source))
         policy.check(mllm)
     records = []
-    for sample in choose(dataset, cfg.samples.count, cfg.samples.ids):
+    for sample in choose_samples(dataset, cfg.samples.count, cfg.samples.ids, "samples.ids"):
         record = look_at(mllm, sample, cfg.samples.query, policy)
         if record is not None:
             records.append(record)
+    records.sort(key=lambda record: -(record["exit_depth"] or 0))  # what needs the image longest comes first
     if "exits" in by_step and not others:
         add_answers(records, by_step["exits"])
     if not records:
@@ -92,7 +93,7 @@ def look(cfg: DictConfig, runs: Sequence[Run]) -> Samples:
     return Samples(records, source, notes)
 
 
-def gates_for(cfg: DictConfig, train: Run | None) -> str | None:
+def gates_for(cfg: DictConfig, train: FinishedRun | None) -> str | None:
     """The gates that `samples.gates` names."""
     chosen = cfg.samples.gates
     if chosen != "auto":
@@ -159,7 +160,7 @@ def under_gates(mllm: MLLM, sample: Sample, policy: DynamicExit) -> dict[str, An
     }
 
 
-def add_answers(records: Sequence[dict[str, Any]], run: Run) -> None:
+def add_answers(records: Sequence[dict[str, Any]], run: FinishedRun) -> None:
     """Add what the exits run recorded as the answer of each sample under every exit."""
     file = run.path / "exits.parquet"
     if not file.is_file():

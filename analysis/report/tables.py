@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .findings import interval_text, policy_label, written
-from .runs import Limits, Run, band_places, ends, pointer
+from .findings import policy_label
+from .numbers import interval_text, written
+from .runs import FinishedRun, Limits, band_places, limits_of, pointer
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Table:
+class PageTable:
     """A table.
 
     Attributes:
@@ -43,7 +44,7 @@ class Table:
     note: str = ""
 
 
-def number(run: Run, unit: str, place: str, limits: Limits | None = None) -> Cell:
+def number_cell(run: FinishedRun, unit: str, place: str, limits: Limits | None = None) -> Cell:
     """A number of a summary, with its limits in brackets."""
     value = run.value(place)
     text = written(value, unit)
@@ -53,12 +54,12 @@ def number(run: Run, unit: str, place: str, limits: Limits | None = None) -> Cel
     return Cell(text, value, run.name, place)
 
 
-def banded(run: Run, unit: str, place: str, index: int | None = None) -> Cell:
+def banded_cell(run: FinishedRun, unit: str, place: str, index: int | None = None) -> Cell:
     """A number that is stored as `{mean, low, high}`, of numbers or lists."""
-    return number(run, unit, *band_places(place, index))
+    return number_cell(run, unit, *band_places(place, index))
 
 
-def words(text: Any) -> Cell:
+def words_cell(text: Any) -> Cell:
     """A cell that is no number of a summary."""
     return Cell(str(text), text if isinstance(text, (int, float)) else str(text))
 
@@ -67,9 +68,9 @@ def _spaced(name: Any) -> str:
     return str(name).replace("_", " ")
 
 
-def tables(run: Run) -> list[Table]:
+def tables_of(run: FinishedRun) -> list[PageTable]:
     """The tables of a run; without those that the run has no numbers for."""
-    of_step: dict[str, Callable[[Run], Iterator[Table]]] = {
+    of_step: dict[str, Callable[[FinishedRun], Iterator[PageTable]]] = {
         "stages": _stages,
         "exits": _exits,
         "train": _train,
@@ -83,7 +84,7 @@ def tables(run: Run) -> list[Table]:
 BANDED = "In brackets: 95% intervals, bootstrap over images."
 
 
-def _stages(run: Run) -> Iterator[Table]:
+def _stages(run: FinishedRun) -> Iterator[PageTable]:
     endpoint = run.value("/endpoint")
     columns = {
         "question to image": ("plain", pointer("bands", endpoint, "cross")),
@@ -92,72 +93,72 @@ def _stages(run: Run) -> Iterator[Table]:
         "mass question to image": ("share", "/bands/mass/cross"),
         "text entropy, nats": ("plain", "/entropy/text_entropy"),
     }
-    yield Table(
+    yield PageTable(
         "Layers",
         ["layer", *columns],
         [
-            [words(layer), *(banded(run, unit, place, layer) for unit, place in columns.values())]
+            [words_cell(layer), *(banded_cell(run, unit, place, layer) for unit, place in columns.values())]
             for layer in range(run.summary["num_layers"])
         ],
         f"The first three: attention over evenly spread attention, without the sink. {BANDED}",
     )
-    yield Table(
+    yield PageTable(
         "Kinds of questions",
         ["kind", "questions", "images", "stages"],
         [
             [
-                words(_spaced(kind)),
-                number(run, "count", pointer("kinds", kind, "num_samples")),
-                number(run, "count", pointer("kinds", kind, "num_images")),
-                words(_spaced(found["stages"]["verdict"])),
+                words_cell(_spaced(kind)),
+                number_cell(run, "count", pointer("kinds", kind, "num_samples")),
+                number_cell(run, "count", pointer("kinds", kind, "num_images")),
+                words_cell(_spaced(found["stages"]["verdict"])),
             ]
             for kind, found in (run.value("/kinds") or {}).items()
         ],
     )
 
 
-def _exits(run: Run) -> Iterator[Table]:
+def _exits(run: FinishedRun) -> Iterator[PageTable]:
     last = run.summary["num_layers"]
-    yield Table(
+    yield PageTable(
         "Exit layers",
         ["exit layer k", "right answers", "same answer as full model", "KL, nats", "decoder FLOPs", "total FLOPs"],
         [
             [
-                words(k),
-                banded(run, "share", "/overall/bands/accuracy", k),
-                banded(run, "share", "/overall/bands/agreement", k),
-                banded(run, "nats", "/overall/bands/kl", k),
-                number(run, "count", pointer("flops_decoder", k)),
-                number(run, "count", pointer("flops_total", k)),
+                words_cell(k),
+                banded_cell(run, "share", "/overall/bands/accuracy", k),
+                banded_cell(run, "share", "/overall/bands/agreement", k),
+                banded_cell(run, "nats", "/overall/bands/kl", k),
+                number_cell(run, "count", pointer("flops_decoder", k)),
+                number_cell(run, "count", pointer("flops_total", k)),
             ]
             for k in range(last + 1)
         ],
         f"The image leaves before layer k; k = {last} is the unchanged model. {BANDED}",
     )
-    yield Table(
+    yield PageTable(
         "Kinds of questions",
         ["kind", "questions", "right, full model", "right, no image", "exit depth", "image stops contributing"],
         [
             [
-                words(_spaced(kind)),
-                number(run, "count", pointer("kinds", kind, "num_samples")),
-                banded(run, "share", pointer("kinds", kind, "bands", "accuracy"), last),
-                banded(run, "share", pointer("kinds", kind, "bands", "accuracy"), 0),
-                banded(run, "layer", pointer("kinds", kind, "exit_depth")),
-                words(_spaced(found["stops"]["verdict"])),
+                words_cell(_spaced(kind)),
+                number_cell(run, "count", pointer("kinds", kind, "num_samples")),
+                banded_cell(run, "share", pointer("kinds", kind, "bands", "accuracy"), last),
+                banded_cell(run, "share", pointer("kinds", kind, "bands", "accuracy"), 0),
+                banded_cell(run, "layer", pointer("kinds", kind, "exit_depth")),
+                words_cell(_spaced(found["stops"]["verdict"])),
             ]
             for kind, found in (run.value("/kinds") or {}).items()
         ],
         f"Exit depth: first layer from which answer and cross-entropy stay. {BANDED}",
     )
-    yield Table(
+    yield PageTable(
         "KL criterion",
         ["η, nats", "K*", "stays below from"],
         [
             [
-                number(run, "nats", f"{place}/eta"),
-                number(run, "layer", f"{place}/layer", ends(f"{place}/interval")),
-                number(run, "layer", f"{place}/stays"),
+                number_cell(run, "nats", f"{place}/eta"),
+                number_cell(run, "layer", f"{place}/layer", limits_of(f"{place}/interval")),
+                number_cell(run, "layer", f"{place}/stays"),
             ]
             for place in (f"/k_star_details/{index}" for index in range(len(run.value("/k_star_details") or [])))
         ],
@@ -165,12 +166,12 @@ def _exits(run: Run) -> Iterator[Table]:
     )
 
 
-def _train(run: Run) -> Iterator[Table]:
+def _train(run: FinishedRun) -> Iterator[PageTable]:
     kinds = run.value("/fixed_exit_by_kind") or {}
-    yield Table(
+    yield PageTable(
         "One fixed exit a kind that reaches the gates' agreement on the held-out questions",
         ["kind", "exit layer"],
-        [[words(_spaced(kind)), number(run, "layer", pointer("fixed_exit_by_kind", kind))] for kind in kinds],
+        [[words_cell(_spaced(kind)), number_cell(run, "layer", pointer("fixed_exit_by_kind", kind))] for kind in kinds],
     )
 
 
@@ -185,9 +186,9 @@ POLICY_COLUMNS: dict[str, tuple[str, str, bool]] = {
 }
 
 
-def _policy_cells(run: Run, place: str) -> list[Cell]:
+def _policy_cells(run: FinishedRun, place: str) -> list[Cell]:
     return [
-        number(run, unit, f"{place}/{key}", ends(f"{place}/{key}_ci") if interval else None)
+        number_cell(run, unit, f"{place}/{key}", limits_of(f"{place}/{key}_ci") if interval else None)
         for unit, key, interval in POLICY_COLUMNS.values()
     ]
 
@@ -195,16 +196,16 @@ def _policy_cells(run: Run, place: str) -> list[Cell]:
 CLUSTERED = "In brackets: 95% intervals, clustered by image."
 
 
-def policies(runs: Sequence[Run]) -> Table:
+def policies_table(runs: Sequence[FinishedRun]) -> PageTable:
     """All evaluated policies, one row each."""
-    return Table(
+    return PageTable(
         "Policies",
         ["policy", *POLICY_COLUMNS, "prefill, ms"],
         [
             [
-                words(policy_label(str(run.value("/policy")))),
+                words_cell(policy_label(str(run.value("/policy")))),
                 *_policy_cells(run, ""),
-                number(run, "plain", "/prefill_ms"),
+                number_cell(run, "plain", "/prefill_ms"),
             ]
             for run in runs
         ],
@@ -213,13 +214,16 @@ def policies(runs: Sequence[Run]) -> Table:
     )
 
 
-def _evaluate(run: Run) -> Iterator[Table]:
+def _evaluate(run: FinishedRun) -> Iterator[PageTable]:
     if run.value("/policy") == "none":
         return  # by kind, exits has it
-    yield Table(
+    yield PageTable(
         f"{policy_label(str(run.value('/policy')))}, by kind of question",
         ["kind", *POLICY_COLUMNS],
-        [[words(_spaced(kind)), *_policy_cells(run, pointer("kinds", kind))] for kind in run.value("/kinds") or {}],
+        [
+            [words_cell(_spaced(kind)), *_policy_cells(run, pointer("kinds", kind))]
+            for kind in run.value("/kinds") or {}
+        ],
         CLUSTERED,
     )
 
@@ -247,7 +251,7 @@ ANSWERED: Columns = {
 }
 
 
-def _methods(run: Run) -> Iterator[Table]:
+def _methods(run: FinishedRun) -> Iterator[PageTable]:
     """The rows of `analysis.tables` or `analysis.cost`: words first, then the numbers that there are, then settings."""
     rows: Sequence[Mapping[str, Any]] = run.value("/rows") or []
     if not rows:
@@ -262,12 +266,14 @@ def _methods(run: Run) -> Iterator[Table]:
     settings = ["setting"] if any(row.get("setting") for row in rows) else []
     table = []
     for index, row in enumerate(rows):
-        cells = [words(policy_label(str(row[name])) if name == "method" else row[name]) for name in names]
+        cells = [words_cell(policy_label(str(row[name])) if name == "method" else row[name]) for name in names]
         for unit, key, tails in columns.values():
             place = pointer("rows", index, key)
-            cells.append(number(run, unit, place, None if tails is None else (place + tails[0], place + tails[1])))
-        table.append([*cells, *(words(row.get("setting") or "") for _ in settings)])
+            cells.append(number_cell(run, unit, place, None if tails is None else (place + tails[0], place + tails[1])))
+        table.append([*cells, *(words_cell(row.get("setting") or "") for _ in settings)])
     note = (
         "Medians of the repeats, in brackets their quartiles; ratios are taken within a repeat." if measured else BANDED
     )
-    yield Table(_spaced(run.value("/experiment") or "cost"), [*map(_spaced, names), *columns, *settings], table, note)
+    yield PageTable(
+        _spaced(run.value("/experiment") or "cost"), [*map(_spaced, names), *columns, *settings], table, note
+    )

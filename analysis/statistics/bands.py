@@ -1,13 +1,16 @@
-"""Means with intervals from a bootstrap over images."""
+"""Means with intervals from a bootstrap over images: several questions about one image are not independent."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
+from scipy.stats import norm
 
 Array = npt.NDArray[np.float64]
 Clusters = Sequence[Any] | npt.NDArray[Any]
@@ -16,11 +19,6 @@ MIN_CLUSTERS = 10
 """Below this number of images a bootstrap over images means nothing."""
 WEIGHTS_AT_ONCE = 1 << 23
 """Bootstrap weights held in memory together (64 MB)."""
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Bootstrap clustered by image
-# --------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,35 @@ class Band:
     def to_dict(self) -> dict[str, Any]:
         """`mean`, `low` and `high` as lists, or as numbers where the band has no axes."""
         return {"mean": self.mean.tolist(), "low": self.low.tolist(), "high": self.high.tolist()}
+
+
+def generator(seed: int, purpose: str) -> np.random.Generator:
+    """Random numbers for one purpose, independent of those that `seed` draws for any other.
+
+    The draws of images use `seed` itself; whatever else is drawn beside them asks for a stream of its own.
+    """
+    return np.random.default_rng([seed, zlib.crc32(purpose.encode())])
+
+
+def keyed_array(table: pd.DataFrame, column: str, ids: Clusters | pd.Series, *axes: str) -> Array:
+    """A column of a table in long form as `[n, ...]`, placed by its keys, whatever the order of the rows.
+
+    Args:
+        table: has `id`, a column for each axis that counts from 0, and `column`.
+        column: the values; booleans and missing values become 0, 1 and NaN.
+        ids: the samples in the order wanted; rows of others are left out.
+        axes: names of the columns that count along the axes after the first.
+
+    Returns:
+        NaN where the table has no row.
+    """
+    row = pd.Index(np.asarray(ids)).get_indexer(table["id"])
+    places = [table[axis].to_numpy() for axis in axes]
+    values = np.full((len(ids), *(int(place.max()) + 1 for place in places)), np.nan)
+    known = row >= 0
+    found = table[column].to_numpy(np.float64, na_value=np.nan)
+    values[(row[known], *(place[known] for place in places))] = found[known]
+    return values
 
 
 def count_images(clusters: Clusters) -> int:
@@ -69,6 +96,9 @@ def cluster_bootstrap(values: npt.ArrayLike, clusters: Clusters, n_boot: int = 1
 
     Returns:
         `[B, ...]`; NaN where a replicate holds no finite value.
+
+    Raises:
+        ValueError: there are no samples, or not one cluster each.
     """
     values = np.asarray(values, dtype=np.float64)
     if len(values) == 0:
@@ -115,6 +145,42 @@ def mean_band(
 ) -> Band:
     """Mean over samples of `values [n, ...]` with a pointwise bootstrap band clustered by image."""
     return percentile_band(cluster_mean(values), cluster_bootstrap(values, clusters, n_boot, seed), level)
+
+
+def wilson_margin(num_draws: int | npt.ArrayLike, level: float = 0.95) -> Array:
+    """How far Wilson's interval reaches from a rate of 0 (or 1) that so many draws gave, at a two-sided `level`.
+
+    Rates of 0 and 1 leave a bootstrap, and every plug-in variance, without spread. With samples in clusters the number
+    of clusters stands for the number of draws: what the samples of a cluster add cannot be seen at these rates.
+    """
+    z2 = float(norm.ppf((1 + level) / 2)) ** 2
+    return np.asarray(z2 / (np.asarray(num_draws, dtype=np.float64) + z2))
+
+
+def rate_band(
+    values: npt.ArrayLike, clusters: Clusters, level: float = 0.95, n_boot: int = 1000, seed: int = 0
+) -> Band:
+    """Like :func:`mean_band` for rates: `values [n, ...]` from 0 to 1, and no interval of zero width.
+
+    Where the rate is 0 or 1, the limit is Wilson's, for as many draws as there are images with a value.
+
+    Example:
+        >>> band = rate_band([1.0] * 7, range(7))
+        >>> float(band.mean), round(float(band.low), 2), float(band.high)
+        (1.0, 0.65, 1.0)
+    """
+    values = np.asarray(values, dtype=np.float64)
+    band = mean_band(values, clusters, level, n_boot, seed)
+    labels = pd.factorize(np.asarray(clusters).astype(str))[0]
+    finite = np.isfinite(values.reshape(len(values), -1))
+    seen = np.zeros((int(labels.max()) + 1, finite.shape[1]), dtype=bool)
+    np.logical_or.at(seen, labels, finite)
+    margin = wilson_margin(seen.sum(0).reshape(values.shape[1:]), level)
+    return Band(
+        band.mean,
+        np.where(band.mean >= 1, np.minimum(band.low, 1 - margin), band.low),
+        np.where(band.mean <= 0, np.maximum(band.high, margin), band.high),
+    )
 
 
 def simultaneous_band(estimate: npt.ArrayLike, replicates: Array, level: float = 0.95) -> Band:

@@ -14,24 +14,25 @@ from omegaconf import DictConfig
 from dyvte.instrument.sweep import ENTROPIES
 from dyvte.runs import store
 
-from . import exits as exit_statistics
 from .bands import (
     Array,
     Band,
     cluster_bootstrap,
     cluster_mean,
     count_images,
+    keyed_array,
     mean_band,
     percentile_band,
+    rate_band,
 )
-from .exits import Finding
+from .exits import ExitFinding, contribution_stops, settled_layer
 
 QUESTIONS, CAPTIONS, TEXT_ONLY = "questions", "captions", "text_only"
 """Parts of the data: findings are about questions on images; captions and questions without image are kept apart."""
 LEVEL = 0.95
-CURVES = {"accuracy": "correct", "agreement": "agree", "kl": "kl", "kl_reverse": "kl_reverse", "nll": "nll"}
+EXIT_MEASURES = {"accuracy": "correct", "agreement": "agree", "kl": "kl", "kl_reverse": "kl_reverse", "nll": "nll"}
 """What is reported for every exit and group of questions, with its column in the table `exits`."""
-
+RATES = ("accuracy", "agreement")
 FLOPS = ("flops_total", "flops_decoder")
 
 
@@ -41,11 +42,8 @@ def after_exit(num_layers: int) -> npt.NDArray[np.bool_]:
     return (layers >= exits) | (exits == num_layers)
 
 
-# ----------------------------------------------------------------------- summarising
-
-
 @dataclass(frozen=True)
-class Results:
+class ExitResults:
     """The tables of a run as arrays. n samples, L layers.
 
     Attributes:
@@ -59,24 +57,20 @@ class Results:
     entropies: dict[str, Array]
 
     @classmethod
-    def read(cls, folder: store.RunFolder) -> Results:
+    def read(cls, folder: store.RunFolder) -> ExitResults:
         """From the run folder."""
         samples, exits, entropy = (folder.read_table(name) for name in ("samples", "exits", "entropy"))
-        columns = {name: exits[name] for name in exits.columns if name not in ("id", "exit_layer", "answer")}
-        arrays = {
-            name: column.to_numpy(np.float64, na_value=np.nan).reshape(len(samples), -1)
-            for name, column in columns.items()
-        }
-        num_layers = arrays["agree"].shape[1] - 1
-        entropies = {}
-        for name in ENTROPIES:
-            entropies[name] = np.full((len(samples), num_layers + 1, num_layers), np.nan)
-            entropies[name][:, after_exit(num_layers)] = entropy[name].to_numpy(np.float64).reshape(len(samples), -1)
-        return cls(samples, arrays, entropies)
+        ids = samples["id"]
+        columns = [name for name in exits.columns if name not in ("id", "exit_layer", "answer")]
+        return cls(
+            samples,
+            {name: keyed_array(exits, name, ids, "exit_layer") for name in columns},
+            {name: keyed_array(entropy, name, ids, "exit_layer", "layer") for name in ENTROPIES},
+        )
 
-    def where(self, mask: npt.NDArray[np.bool_]) -> Results:
+    def where(self, mask: npt.NDArray[np.bool_]) -> ExitResults:
         """Some of the samples."""
-        return Results(
+        return ExitResults(
             self.samples[mask],
             {name: values[mask] for name, values in self.exits.items()},
             {name: values[mask] for name, values in self.entropies.items()},
@@ -93,43 +87,41 @@ class Results:
         return self.exits["agree"].shape[1] - 1
 
 
-def curves_of(results: Results, cfg: DictConfig) -> dict[str, Band]:
-    """Mean of every measure at every exit with its band; accuracy is NaN without reference answers."""
-    return {
-        name: mean_band(results.exits[column], results.images, LEVEL, cfg.bootstrap, cfg.seed)
-        for name, column in CURVES.items()
-    }
-
-
-def first_finding(results: Results, cfg: DictConfig, level: float = LEVEL) -> Finding:
-    """Finding 1 on these samples."""
-    return exit_statistics.contribution_stops(
-        results.exits["correct"],
-        results.exits["agree"],
-        results.exits["logit_change"],
-        results.images,
-        max_loss=cfg.findings.max_loss,
-        min_gain=cfg.findings.min_gain,
-        level=level,
-        n_boot=cfg.bootstrap,
-        seed=cfg.seed,
-    )
-
-
 @dataclass(frozen=True)
-class Group:
+class QuestionGroup:
     """A group of questions: all, one kind, or those that need the image."""
 
-    results: Results
+    results: ExitResults
     curves: dict[str, Band]
     depth: Band
-    stops: Finding
+    stops: ExitFinding
 
     @classmethod
-    def of(cls, results: Results, cfg: DictConfig, level: float = LEVEL) -> Group:
-        """Curves, exit depth and finding 1 of these samples; `level` is the finding's."""
-        depth = mean_band(results.samples["exit_depth"], results.images, LEVEL, cfg.bootstrap, cfg.seed)
-        return cls(results, curves_of(results, cfg), depth, first_finding(results, cfg, level))
+    def of(cls, results: ExitResults, cfg: DictConfig, level: float = LEVEL) -> QuestionGroup:
+        """Curves, exit depth and finding 1 of these samples; `level` is the finding's.
+
+        Accuracy is NaN without reference answers.
+        """
+        images = results.images
+        curves = {
+            name: (rate_band if name in RATES else mean_band)(
+                results.exits[column], images, LEVEL, cfg.bootstrap, cfg.seed
+            )
+            for name, column in EXIT_MEASURES.items()
+        }
+        depth = mean_band(results.samples["exit_depth"], images, LEVEL, cfg.bootstrap, cfg.seed)
+        stops = contribution_stops(
+            results.exits["correct"],
+            results.exits["agree"],
+            results.exits["logit_change"],
+            images,
+            max_loss=cfg.findings.max_loss,
+            min_gain=cfg.findings.min_gain,
+            level=level,
+            n_boot=cfg.bootstrap,
+            seed=cfg.seed,
+        )
+        return cls(results, curves, depth, stops)
 
     def summary(self) -> dict[str, Any]:
         """What `summary.json` says about it."""
@@ -152,13 +144,15 @@ class Group:
         }
 
 
-def entropy_summary(results: Results, cfg: DictConfig) -> dict[str, Any]:
-    """E[k, l] and E[k, l] - E[L, l], means over samples, with a band around the difference."""
+def entropy_summary(results: ExitResults, cfg: DictConfig) -> dict[str, Any]:
+    """E[k, l] and E[k, l] - E[L, l], means over samples, each with a band."""
     summary = {}
     for name, entropy in results.entropies.items():
-        change = mean_band(entropy - entropy[:, -1:], results.images, LEVEL, cfg.bootstrap, cfg.seed)
-        mean = mean_band(entropy, results.images, LEVEL, cfg.bootstrap, cfg.seed)
-        summary[name] = {"matrix": mean.to_dict(), "difference": change.to_dict()}
+        both = {"matrix": entropy, "difference": entropy - entropy[:, -1:]}
+        bands = {
+            part: mean_band(values, results.images, LEVEL, cfg.bootstrap, cfg.seed) for part, values in both.items()
+        }
+        summary[name] = {part: band.to_dict() for part, band in bands.items()}
     return summary
 
 
@@ -176,12 +170,10 @@ def token_depths(tokens: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Columns `id`, `part`, `image_id`, `token`, `depth`.
     """
-    ordered = tokens.sort_values(["id", "token", "exit_layer"], kind="stable")
-    num_exits = int(ordered["exit_layer"].max()) + 1
-    wrong = 1 - ordered["agree"].to_numpy(np.float64).reshape(-1, num_exits)
-    wrong[:, -1] = 0.0  # the full model agrees with itself, up to ties
-    first = ordered.iloc[::num_exits]
-    depth = exit_statistics.settled_layer(wrong, 0.5)
+    first = tokens[tokens["exit_layer"] == 0].sort_values(["id", "token"], kind="stable")
+    wrong = 1 - keyed_array(tokens, "agree", first["id"].unique(), "token", "exit_layer")
+    wrong[..., -1] = 0.0  # the full model agrees with itself, up to ties
+    depth = settled_layer(wrong, 0.5)[pd.factorize(first["id"])[0], first["token"]]
     return first[["id", "part", "image_id", "token"]].assign(depth=depth).reset_index(drop=True)
 
 
@@ -217,7 +209,7 @@ def token_summary(depths: pd.DataFrame, cfg: DictConfig, least: int = 10) -> dic
     return summary
 
 
-def long_table(groups: Mapping[str, Group]) -> pd.DataFrame:
+def exit_curves_table(groups: Mapping[str, QuestionGroup]) -> pd.DataFrame:
     """Every curve of every group of questions, one row per exit layer."""
     return pd.concat(
         [
@@ -237,7 +229,7 @@ def long_table(groups: Mapping[str, Group]) -> pd.DataFrame:
     )
 
 
-def entropy_long_table(summary: Mapping[str, Any]) -> pd.DataFrame:
+def entropy_mean_table(summary: Mapping[str, Any]) -> pd.DataFrame:
     """E[k, l] and its difference from the full model, one row per exit layer and layer."""
     num_layers = len(next(iter(summary.values()))["matrix"]["mean"]) - 1
     exits, layers = np.nonzero(after_exit(num_layers))

@@ -1,7 +1,7 @@
 """Statistics of visual-token exits: where exits stop to matter, and which of the paper's findings hold.
 
 Pure functions of numpy arrays. Exit layers k = 0..L are the last axis of every table `[n, L + 1]`; row L is the full
-model. Intervals resample images (see `analysis.statistics.stages`). `docs/exits.md` explains the findings on one page.
+model. Intervals resample images (see `analysis.statistics.bands`). `docs/exits.md` explains the findings on one page.
 
 Two facts shape the rules for a finding:
 
@@ -22,14 +22,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.stats import norm
 
 from dyvte.instrument.sweep.criteria import kl_exit_layer, kl_stays_below
 
-from .bands import MIN_CLUSTERS, Array, Clusters, cluster_bootstrap, cluster_mean, count_images
+from .bands import (
+    MIN_CLUSTERS,
+    Array,
+    Clusters,
+    cluster_bootstrap,
+    cluster_mean,
+    count_images,
+    generator,
+    wilson_margin,
+)
 
 ROUNDING = 1e-4
 """Relative change of the logits that float32 rounding can explain, with a hundredfold margin."""
+STOPS = "visual tokens contribute to the answers, and no longer do from some layer on"
+DISTURBS = "early exit disturbs the text self-attention entropy, late exit does not"
+DEPENDS = "the exit depth depends on the kind of question"
 MIN_SAVED = 0.1
 """Share of the decoder's layers that must come after an exit, for "some layer before the end" to be more than words."""
 
@@ -55,8 +66,7 @@ def one_sided_limits(
     """
     replicates = cluster_bootstrap(values, clusters, n_boot, seed)
     mean = cluster_mean(values)
-    z2 = float(norm.ppf(level)) ** 2
-    least = z2 / (count_images(clusters) + z2)
+    least = wilson_margin(count_images(clusters), 2 * level - 1)  # one-sided
     low, high = np.nanpercentile(replicates, [100 * (1 - level), 100 * level], axis=0)
     return np.minimum(low, mean - least), np.maximum(high, mean + least)
 
@@ -156,7 +166,7 @@ def kl_exits(
 
 
 @dataclass(frozen=True)
-class Finding:
+class ExitFinding:
     """Whether one statement holds for this model on these data.
 
     Attributes:
@@ -201,7 +211,7 @@ def contribution_stops(
     level: float = 0.95,
     n_boot: int = 1000,
     seed: int = 0,
-) -> Finding:
+) -> ExitFinding:
     """Finding 1: visual tokens contribute to the answers, and stop to from some layer on (arXiv 2411.19628, Fig. 3).
 
     Found, with exit layer k, on either of two kinds of evidence.
@@ -219,63 +229,64 @@ def contribution_stops(
         max_loss, min_gain: shares of the questions.
     """
     correct, agree = np.asarray(correct, dtype=np.float64), np.asarray(agree, dtype=np.float64)
-    num_layers = agree.shape[1] - 1
-    statement = "visual tokens contribute to the answers, and no longer do from some layer on"
-    num_images = count_images(clusters)
-    details: dict[str, Any] = {
-        "max_loss": max_loss,
-        "min_gain": min_gain,
-        "level": level,
-        "num_samples": len(agree),
-        "num_images": num_images,
-    }
-    estimates: dict[str, Any] = {}
+    num_layers, num_images = agree.shape[1] - 1, count_images(clusters)
+    details: dict[str, Any] = {"max_loss": max_loss, "min_gain": min_gain, "level": level}
+    details |= {"num_samples": len(agree), "num_images": num_images}
     exact = details["unchanged_from"] = unchanged_from(logit_change)
     if exact == 0:
         why = "no exit changes the logits, not even showing the decoder no image: visual tokens do not contribute"
-        return Finding(statement, "not_found", [why], None, estimates, details)
+        return ExitFinding(STOPS, "not_found", [why], details=details)
     before = float(np.asarray(logit_change, dtype=np.float64)[:, exact - 1].mean())
     if exact < num_layers and before > 10 * ROUNDING:
         why = f"exits from layer {exact} on leave the logits as they are, up to rounding"
-        return Finding(
-            statement,
-            "found",
-            [why],
-            exact,
-            {"exit_layer": exact},
-            {**details, "evidence": "exact", "contributes": True},
-        )
+        details |= {"evidence": "exact", "contributes": True}
+        return ExitFinding(STOPS, "found", [why], exact, {"exit_layer": exact}, details)
     if num_images < MIN_CLUSTERS:
-        why = f"{num_images} images; fewer than {MIN_CLUSTERS} give no interval"
-        return Finding(statement, "undetermined", [why], None, estimates, details)
-
+        why = f"{num_images} images; fewer than {MIN_CLUSTERS} give no interval (data.limit=)"
+        return ExitFinding(STOPS, "undetermined", [why], details=details)
     answers = settling(1 - agree, clusters, max_loss, level, n_boot, seed)
     details["changed_answers"] = asdict(answers)
-    estimates["answers_settle"] = [answers.estimate, *answers.interval]
+    estimates: dict[str, Any] = {"answers_settle": [answers.estimate, *answers.interval]}
     usable = np.isfinite(correct).all(1)
     if not usable.any():
         why = "the data hold no reference answers, and agreement alone rises towards the last layer for any model"
-        return Finding(statement, "undetermined", [why], None, estimates, details)
-    labels = np.asarray(clusters)[usable]
-    loss = correct[usable, -1:] - correct[usable]
-    low, high = one_sided_limits(loss, labels, level, n_boot, seed)
-    accuracy = settling(loss, labels, max_loss, level, n_boot, seed)
+        return ExitFinding(STOPS, "undetermined", [why], None, estimates, details)
+    images = np.asarray(clusters)[usable]
+    return _stops_by_accuracy(correct[usable], images, max_loss, min_gain, level, n_boot, seed, estimates, details)
+
+
+def _stops_by_accuracy(
+    correct: Array,
+    clusters: Clusters,
+    max_loss: float,
+    min_gain: float,
+    level: float,
+    n_boot: int,
+    seed: int,
+    estimates: dict[str, Any],
+    details: dict[str, Any],
+) -> ExitFinding:
+    """Finding 1 on the evidence of right answers; `estimates` and `details` are added to."""
+    num_layers = correct.shape[1] - 1
+    loss = correct[:, -1:] - correct
+    low, high = one_sided_limits(loss, clusters, level, n_boot, seed)
+    accuracy = settling(loss, clusters, max_loss, level, n_boot, seed)
     details["loss"] = asdict(accuracy)
+    details["contributes"] = bool(low[0] > min_gain)
     estimates["gain"] = [accuracy.mean[0], float(low[0]), float(high[0])]
     estimates["accuracy_settles"] = [accuracy.estimate, *accuracy.interval]
-
     latest = num_layers - math.ceil(MIN_SAVED * num_layers)
     reasons = []
-    details["contributes"] = bool(low[0] > min_gain)
     if not details["contributes"]:
         reasons.append(f"the answers are not clearly better with the image (gain {accuracy.mean[0]:+.3f})")
     if accuracy.confirmed > latest:
         reasons.append(f"no exit up to layer {latest} keeps its loss of accuracy clearly below {max_loss:g}")
     if not reasons:
         reasons = [f"upper limit of the loss of accuracy at most {max_loss:g} from layer {accuracy.confirmed} on"]
-        return Finding(statement, "found", reasons, accuracy.confirmed, estimates, {**details, "evidence": "accuracy"})
+        details["evidence"] = "accuracy"
+        return ExitFinding(STOPS, "found", reasons, accuracy.confirmed, estimates, details)
     against = high[0] < min_gain or low[latest] > max_loss
-    return Finding(statement, "not_found" if against else "undetermined", reasons, None, estimates, details)
+    return ExitFinding(STOPS, "not_found" if against else "undetermined", reasons, None, estimates, details)
 
 
 def entropy_change(entropy: npt.ArrayLike) -> Array:
@@ -308,7 +319,7 @@ def early_exit_disturbs(
     level: float = 0.95,
     n_boot: int = 1000,
     seed: int = 0,
-) -> Finding:
+) -> ExitFinding:
     """Finding 2: early exit disturbs the text self-attention entropy, late exit does not (arXiv 2411.19628, Fig. 4).
 
     Early are the exits before the layer of finding 1, late those from it on; tested only if finding 1 holds. Found if
@@ -319,15 +330,14 @@ def early_exit_disturbs(
         entropy: `[n, L + 1, L]`.
         exit_layer: of finding 1, None if it was not found.
     """
-    statement = "early exit disturbs the text self-attention entropy, late exit does not"
     details = {"max_change": max_change, "level": level, "boundary": exit_layer}
     if exit_layer is None:
         why = "not tested: there is no layer from which visual tokens stop contributing, hence no early and late"
-        return Finding(statement, "undetermined", [why], None, {}, details)
+        return ExitFinding(DISTURBS, "undetermined", [why], details=details)
     change = entropy_change(entropy)
     if not 0 < exit_layer < change.shape[1]:
         why = f"there are no exits on both sides of layer {exit_layer} with a layer after them"
-        return Finding(statement, "undetermined", [why], None, {}, details)
+        return ExitFinding(DISTURBS, "undetermined", [why], details=details)
     both = np.stack([cluster_mean(change[:, :exit_layer].T), cluster_mean(change[:, exit_layer:].T)], axis=1)
     mean, replicates = cluster_mean(both), cluster_bootstrap(both, clusters, n_boot, seed)
     low, high = np.nanpercentile(replicates, [100 * (1 - level), 100 * level], axis=0)
@@ -341,9 +351,9 @@ def early_exit_disturbs(
         reasons.append(f"late exits change the entropy by {mean[1]:.1%}, not clearly less than {max_change:.0%}")
     if not reasons:
         reasons = [f"exits before layer {exit_layer} change the entropy by {mean[0]:.1%}, later ones by {mean[1]:.1%}"]
-        return Finding(statement, "found", reasons, exit_layer, estimates, details)
+        return ExitFinding(DISTURBS, "found", reasons, exit_layer, estimates, details)
     against = high[0] < max_change or low[1] > max_change
-    return Finding(statement, "not_found" if against else "undetermined", reasons, None, estimates, details)
+    return ExitFinding(DISTURBS, "not_found" if against else "undetermined", reasons, None, estimates, details)
 
 
 def depth_depends_on_kind(
@@ -355,7 +365,7 @@ def depth_depends_on_kind(
     level: float = 0.95,
     n_perm: int = 1999,
     seed: int = 0,
-) -> Finding:
+) -> ExitFinding:
     """Finding 3: how long a question needs the visual tokens depends on its kind.
 
     Tested only if visual tokens contribute to the answers (condition (a) of finding 1, or its exact evidence): under
@@ -370,19 +380,18 @@ def depth_depends_on_kind(
         clusters: `[n]`, the image of each sample.
         contributes: from `details` of finding 1.
     """
-    statement = "the exit depth depends on the kind of question"
     depth = np.asarray(depth, dtype=np.float64)
     names, kind = np.unique(np.asarray(kinds).astype(str), return_inverse=True)
     details = {"level": level, "permutations": n_perm}
     means = {str(name): float(depth[kind == i].mean()) for i, name in enumerate(names)}
     if not contributes:
         why = "not tested: it is not shown that visual tokens contribute to the answers"
-        return Finding(statement, "undetermined", [why], None, {}, details)
+        return ExitFinding(DEPENDS, "undetermined", [why], details=details)
     if len(names) < 2:
-        return Finding(statement, "undetermined", ["the questions are of one kind"], None, {}, details)
+        return ExitFinding(DEPENDS, "undetermined", ["the questions are of one kind"], details=details)
     _, image, size = np.unique(np.asarray(clusters).astype(str), return_inverse=True, return_counts=True)
     stratum = np.where(size[image] > 1, image, -1)
-    rng = np.random.default_rng(seed)
+    rng = generator(seed, "kinds")
     order = np.argsort(stratum, kind="stable")
     member = np.eye(len(names))[kind[order]]  # rows by stratum
     count = member.sum(0)
@@ -400,4 +409,4 @@ def depth_depends_on_kind(
     found = p_value <= 1 - level
     reasons = [f"permutation test: p = {p_value:.4f}"]
     estimates = {"p_value": p_value, "mean_depth": means}
-    return Finding(statement, "found" if found else "undetermined", reasons, None, estimates, details)
+    return ExitFinding(DEPENDS, "found" if found else "undetermined", reasons, None, estimates, details)

@@ -16,11 +16,9 @@ from dyvte.runs.store import RunFolder
 
 from ..measuring.matched import kl_layers
 from ..measuring.methods import FROM_REFERENCE, LABELS, UNPUBLISHED_BUDGET, plan
-from .bands import percentile_band
+from .bands import count_images, percentile_band, wilson_margin
 from .markdown import heading, markdown_table, percent_with_limits, published
 from .pairwise import Contest, Values, pairs_of, seeded_bootstrap, standings
-
-# ------------------------------------------------------------------------------ report
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Outcome:
     deciding: float = 0.0
 
 
-def outcomes(folder: RunFolder, reference: LabelSet, experiment: DictConfig) -> list[Outcome]:
+def outcomes_of(folder: RunFolder, reference: LabelSet, experiment: DictConfig) -> list[Outcome]:
     """Every method at every budget, the full model first; those that cannot meet a budget are left out."""
     names = experiment.methods
     layers = {"fixed_exit": list(range(reference.num_layers + 1))}
@@ -86,8 +84,8 @@ def _from_runs(
     for _, one in rows.groupby("seed"):
         ordered = one.iloc[np.argsort(position.loc[one["id"]].to_numpy())]
         for name, columns in by_seed.items():
-            values = ordered["answer"] == full_answer if name == "agree" else ordered[name]
-            columns.append(values.to_numpy(dtype=float))
+            values: Any = ordered["answer"] == full_answer if name == "agree" else ordered[name]
+            columns.append(np.asarray(values, dtype=np.float64))
     stacked = {name: np.stack(columns, axis=1) for name, columns in by_seed.items()}
     return Outcome(
         method,
@@ -139,35 +137,39 @@ def exit_mixture(reference: LabelSet, method: str, budget: float | None, layers:
     )
 
 
-def _row(
-    each: Outcome, subsets: Mapping[str, npt.NDArray[np.bool_]], images: list[Any], cfg: DictConfig
+def outcome_row(
+    each: Outcome, subsets: Mapping[str, npt.NDArray[np.bool_]], images: Sequence[Any], cfg: DictConfig
 ) -> dict[str, Any]:
+    """One line of the comparison: cost, and accuracy on each subset of the questions with its interval."""
     row: dict[str, Any] = {"method": each.method, "budget": each.budget, "cost": float(each.cost.mean())}
     for name, chosen in subsets.items():
+        row |= {name: np.nan, f"{name}_low": np.nan, f"{name}_high": np.nan}
         right = each.correct[chosen]
         if np.isfinite(right).any():
             kept = [image for image, wanted in zip(images, chosen, strict=True) if wanted]
-            band = percentile_band(np.nanmean(right), seeded_bootstrap(right, kept, cfg.bootstrap, cfg.seed))
-            row |= {name: float(band.mean), f"{name}_low": float(band.low), f"{name}_high": float(band.high)}
-        else:
-            row |= dict.fromkeys((name, f"{name}_low", f"{name}_high"), float("nan"))
+            mean = float(np.nanmean(right))
+            band = percentile_band(mean, seeded_bootstrap(right, kept, cfg.bootstrap, cfg.seed))
+            margin = float(wilson_margin(count_images(kept)))
+            row[name] = mean
+            row[f"{name}_low"] = min(float(band.low), 1 - margin) if mean == 1 else float(band.low)
+            row[f"{name}_high"] = max(float(band.high), margin) if mean == 0 else float(band.high)
     needed = each.cost[subsets["accuracy_needs_image"]]
     by_seed = np.nanmean(each.correct, axis=0) if np.isfinite(each.correct).any() else np.array([np.nan])
     several = len(by_seed) > 1
     return row | {
-        "cost_needs_image": float(needed.mean()) if len(needed) else float("nan"),
+        "cost_needs_image": float(needed.mean()) if len(needed) else np.nan,
         "deciding": each.deciding,
         "agreement": float(each.agree.mean()),
         "mean_exit_layer": float(each.exit_layer.mean()),
         "setting": each.setting,
         "seeds": len(by_seed),
-        "worst_seed": float(by_seed.min()) if several else float("nan"),
-        "best_seed": float(by_seed.max()) if several else float("nan"),
+        "worst_seed": float(by_seed.min()) if several else np.nan,
+        "best_seed": float(by_seed.max()) if several else np.nan,
     }
 
 
-def compare(
-    found: Sequence[Outcome], subsets: Mapping[str, npt.NDArray[np.bool_]], images: list[Any], cfg: DictConfig
+def compare_methods(
+    found: Sequence[Outcome], subsets: Mapping[str, npt.NDArray[np.bool_]], images: Sequence[Any], cfg: DictConfig
 ) -> list[dict[str, Any]]:
     """At each budget the most accurate method, its lead over the others, and those it cannot be told apart from.
 
@@ -207,49 +209,37 @@ def compare(
     return verdicts
 
 
-def markdown(
-    cfg: DictConfig, table: pd.DataFrame, by_kind: pd.DataFrame, verdicts: Sequence[Mapping[str, Any]], note: str
+def comparison_page(
+    cfg: DictConfig,
+    rows: Sequence[Mapping[str, Any]],
+    by_kind: Sequence[Mapping[str, Any]],
+    verdicts: Sequence[Mapping[str, Any]],
+    note: str,
 ) -> list[str]:
     """The lines of the page to put into a document."""
-    head = [
-        "budget",
-        "method",
-        "decoder FLOPs",
-        "image needed",
-        "+ deciding",
-        "accuracy",
-        "image needed",
-        "same answer",
-    ]
-    rows = [
+    head = ["budget", "method", "decoder FLOPs", "image needed", "+ deciding", "accuracy", "image needed"]
+    cells = [
         [
             _budget(row),
             LABELS[row["method"]],
-            f"{row['cost']:.3f}",
-            f"{row['cost_needs_image']:.3f}",
-            f"{row['deciding']:.3f}",
+            *(f"{row[name]:.3f}" for name in ("cost", "cost_needs_image", "deciding")),
             percent_with_limits(row, "accuracy"),
             percent_with_limits(row, "accuracy_needs_image"),
             f"{100 * row['agreement']:.1f}",
-            row["setting"] + seeds(row),
+            row["setting"] + _spread_of_seeds(row),
         ]
-        for row in table.to_dict("records")
+        for row in rows
     ]
-    lines = [*heading(cfg, note), COLUMNS, "", *markdown_table([*head, "setting"], rows)]
+    lines = [*heading(cfg, note), COLUMNS, "", *markdown_table([*head, "same answer", "setting"], cells)]
     if verdicts:
-        lines += [
-            "",
-            *[sentence(each, cfg.experiment.tolerance) for each in verdicts],
-            "",
-            what_it_means(verdicts, cfg.experiment.tolerance),
-        ]
+        tolerance = cfg.experiment.tolerance
+        lines += ["", *(sentence(each, tolerance) for each in verdicts), "", what_it_means(verdicts, tolerance)]
     if cfg.experiment.by_kind:
-        names = [name for name in by_kind.columns if name not in ("method", "budget")]
-        rows = [
-            [_budget(row), LABELS[row["method"]], *(f"{100 * row[name]:.1f}" for name in names)]
-            for row in by_kind.to_dict("records")
+        names = [name for name in by_kind[0] if name not in ("method", "budget")]
+        cells = [
+            [_budget(row), LABELS[row["method"]], *(f"{100 * row[name]:.1f}" for name in names)] for row in by_kind
         ]
-        lines += ["", *markdown_table(["budget", "method", *names], rows)]
+        lines += ["", *markdown_table(["budget", "method", *names], cells)]
     return [*lines, *published(cfg.experiment)]
 
 
@@ -257,8 +247,7 @@ def _budget(row: Mapping[str, Any]) -> str:
     return "" if row["budget"] is None or np.isnan(row["budget"]) else f"{row['budget']:g}"
 
 
-def seeds(row: Mapping[str, Any]) -> str:
-    """What a method's seeds spread over; nothing for one that has none."""
+def _spread_of_seeds(row: Mapping[str, Any]) -> str:
     if row["seeds"] == 1:
         return ""
     return f"; {row['seeds']} seeds, {100 * row['worst_seed']:.1f} to {100 * row['best_seed']:.1f}"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .bands import cluster_bootstrap, cluster_mean
+from .bands import cluster_bootstrap, cluster_mean, generator
 
 Values = npt.NDArray[np.float64]
 
@@ -31,7 +31,7 @@ def seeded_bootstrap(values: Values, images: Sequence[Any], n_boot: int, seed: i
     images.
     """
     replicates = cluster_bootstrap(values, images, n_boot, seed)
-    drawn = np.random.default_rng(seed).integers(values.shape[1], size=replicates.shape)
+    drawn = generator(seed, "seeds of methods").integers(values.shape[1], size=replicates.shape)
     return np.asarray(np.take_along_axis(replicates, drawn, axis=1).mean(1))
 
 

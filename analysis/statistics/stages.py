@@ -1,211 +1,39 @@
-"""Statistics behind the figures: bootstrap clustered by image, simultaneous bands, and the stage verdict.
+"""The stage verdict: do the layers fall into the paper's three stages? `docs/stage_verdict.md` explains it on one page.
 
-Everything here is a pure function of numpy arrays. Two facts shape the code:
-
-* Questions about one image are not independent, so every interval resamples *images* (clusters), not questions.
-* Layers are not samples. Deviations that all samples share at a layer belong to the one model at hand, no amount
-  of data averages them away, and three segments always fit some curve. The stage verdict therefore asks for a
-  signature that was fixed beforehand and compares it with what chance orderings of the layers produce.
-
-`docs/stage_verdict.md` explains the verdict on one page.
+Everything here is a pure function of numpy arrays. Layers are not samples: deviations that all samples share at a
+layer belong to the one model at hand, no amount of data averages them away, and three segments always fit some curve.
+The verdict therefore asks for a signature that was fixed beforehand and compares it with what chance orderings of the
+layers produce.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
-from itertools import combinations, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import ruptures
-from scipy.optimize import isotonic_regression
 
 from .bands import (
     MIN_CLUSTERS,
     Array,
+    Band,
     Clusters,
     cluster_bootstrap,
     cluster_mean,
     count_images,
+    generator,
     simultaneous_band,
 )
+from .segments import THREE_STAGE_FITS, change_points, fit_bic, permutation_p_values, stage_contrasts, stage_splits
 
-MIN_STAGE_LAYERS = 2
-"""A single layer is not a stage."""
 MIN_LAYERS = 8
 """Below this depth no ordering of the layers is rare enough to be evidence."""
 ENRICHMENT_FLOOR = 0.01
 """Enrichment below a hundredth of uniform attention counts as this much (keeps the logarithm finite)."""
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Segments of a curve over layers
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def change_points(curve: npt.ArrayLike, n_points: int = 2, min_size: int = MIN_STAGE_LAYERS) -> list[int]:
-    """Layers at which a new segment starts: the least-squares optimal split of `curve [L]` or `[L, channels]`.
-
-    Exact dynamic programming from `ruptures` (linear kernel, which is the squared-error cost).
-    """
-    signal = np.asarray(curve, dtype=np.float64).reshape(len(np.asarray(curve)), -1)
-    algorithm = ruptures.KernelCPD(kernel="linear", min_size=min_size).fit(signal)
-    return [int(point) for point in algorithm.predict(n_bkps=n_points)[:-1]]
-
-
-@lru_cache(maxsize=64)
-def stage_splits(num_layers: int) -> npt.NDArray[np.int64]:
-    """All splits `(b1, b2)` that could be the three stages: `[0, b1) [b1, b2) [b2, L)`, shape `[C, 2]`.
-
-    Every stage has at least `MIN_STAGE_LAYERS` layers and the first one ends in the first half of the decoder,
-    because the claim is that cross attention falls "after the first layers".
-    """
-    splits = [
-        (first, second)
-        for first in range(MIN_STAGE_LAYERS, num_layers // 2 + 1)
-        for second in range(first + MIN_STAGE_LAYERS, num_layers - MIN_STAGE_LAYERS + 1)
-    ]
-    return np.array(splits, dtype=np.int64).reshape(-1, 2)
-
-
-def stage_contrasts(curves: Array, splits: npt.NDArray[np.int64]) -> tuple[Array, Array, Array]:
-    """Fall, rise and residual of the three-level fit for every curve and split.
-
-    Args:
-        curves: `[B, L]`.
-        splits: `[C, 2]` from :func:`stage_splits`.
-
-    Returns:
-        `fall = mean(stage 1) - mean(stage 2)`, `rise = mean(stage 3) - mean(stage 2)` and the residual sum of
-        squares, each `[B, C]`.
-    """
-    num_layers = curves.shape[1]
-    centred = curves - curves.mean(1, keepdims=True)  # keeps the sum-of-squares difference accurate
-    prefix = np.concatenate([np.zeros((len(curves), 1)), centred.cumsum(1)], axis=1)
-    first, second = splits.T
-    sizes = (first, second - first, num_layers - second)
-    means = (
-        prefix[:, first] / sizes[0],
-        (prefix[:, second] - prefix[:, first]) / sizes[1],
-        (prefix[:, -1:] - prefix[:, second]) / sizes[2],
-    )
-    explained = sum(size * mean**2 for size, mean in zip(sizes, means, strict=True))
-    residual = np.maximum((centred**2).sum(1)[:, None] - explained, 0.0)
-    return means[0] - means[1], means[2] - means[1], residual
-
-
-def signature_statistic(curves: Array) -> Array:
-    """How clearly each curve falls and rises again: `[B, L] -> [B]`.
-
-    The larger over all splits of the smaller of the two t-like ratios of fall and rise. Dividing by the residual
-    within the stages is what gives power against random walks, whose "stages" wander.
-    """
-    num_layers = curves.shape[1]
-    splits = stage_splits(num_layers)
-    fall, rise, residual = stage_contrasts(curves, splits)
-    first, second = splits.T
-    middle = 1.0 / (second - first)
-    spread = np.sqrt(residual / (num_layers - 3)) + 1e-9
-    ratio = np.minimum(fall / np.sqrt(1.0 / first + middle), rise / np.sqrt(1.0 / (num_layers - second) + middle))
-    return np.asarray((ratio / spread).max(1))
-
-
-def permutation_p_values(curve: Array, n_perm: int = 1999, seed: int = 0) -> dict[str, float]:
-    """One-sided p-values of :func:`signature_statistic` under two nulls about the order of the layers.
-
-    `increments`: the steps from layer to layer come in random order (the curve is a random walk or drifts).
-    `levels`: the layers themselves come in random order (the curve is noise around a constant, as under random
-    weights). Both are Monte Carlo permutation tests, exact at their level when their null holds.
-    """
-    rng = np.random.default_rng(seed)
-    observed = signature_statistic(curve[None])[0]
-    steps = rng.permuted(np.tile(np.diff(curve), (n_perm, 1)), axis=1)
-    walks = np.concatenate([np.zeros((n_perm, 1)), steps.cumsum(1)], axis=1)
-    shuffles = rng.permuted(np.tile(curve, (n_perm, 1)), axis=1)
-
-    def p_value(null: Array) -> float:
-        return float((1 + np.sum(signature_statistic(null) >= observed - 1e-12)) / (n_perm + 1))
-
-    return {"increments": p_value(walks), "levels": p_value(shuffles)}
-
-
-@lru_cache(maxsize=64)
-def _bases(num_layers: int) -> dict[str, tuple[Array, int]]:
-    """Orthonormal bases `[candidates, L, coefficients]` of the curve families, with their number of parameters."""
-    layer = np.linspace(0.0, 1.0, num_layers)
-    one = np.ones(num_layers)
-
-    def orthonormal(designs: list[list[Array]]) -> Array:
-        return np.stack([np.linalg.qr(np.stack(columns, axis=1))[0] for columns in designs])
-
-    rates = np.geomspace(1.0, 4.0 * num_layers, 40)  # from nearly linear to gone after a quarter of a layer
-    knots = list(combinations(range(1, num_layers - 1), 2))
-    steps = range(MIN_STAGE_LAYERS, num_layers - MIN_STAGE_LAYERS + 1)
-    return {
-        "constant": (orthonormal([[one]]), 1),
-        "linear": (orthonormal([[one, layer]]), 2),
-        "quadratic": (orthonormal([[one, layer, layer**2]]), 3),
-        "exponential": (orthonormal([[one, np.exp(-rate * layer)] for rate in rates]), 3),
-        "exponential_rise": (orthonormal([[one, np.exp(-rate * (1 - layer))] for rate in rates]), 3),
-        "step": (orthonormal([[one, (np.arange(num_layers) >= at) * one] for at in steps]), 3),
-        "three_levels": (
-            orthonormal(
-                [
-                    [one, (np.arange(num_layers) >= first) * one, (np.arange(num_layers) >= second) * one]
-                    for first, second in combinations(steps, 2)
-                    if second - first >= MIN_STAGE_LAYERS
-                ]
-            ),
-            5,
-        ),
-        "three_slopes": (
-            orthonormal(
-                [
-                    [one, layer, np.maximum(layer - layer[first], 0), np.maximum(layer - layer[second], 0)]
-                    for first, second in knots
-                    if second - first >= MIN_STAGE_LAYERS
-                ]
-            ),
-            6,
-        ),
-    }
-
-
-THREE_STAGE_FITS = ("three_levels", "three_slopes")
-
-
-def fit_bic(curve: Array, sampling_variance: float = 0.0) -> dict[str, float]:
-    """Bayesian information criterion of each curve family fitted to `curve [L]` (lower is better).
-
-    Smooth: constant, linear, quadratic, exponential. Monotone: step, isotonic (either direction). Three stages:
-    three levels, or three connected line segments. Change points count as parameters; an isotonic fit counts its
-    levels. The noise variance is not allowed below `sampling_variance`, so no family profits from fitting
-    differences that are sampling error.
-    """
-    num_layers = len(curve)
-
-    def bic(residual: float, parameters: int) -> float:
-        variance = max(residual / num_layers, sampling_variance, 1e-12)
-        return float(num_layers * np.log(variance) + parameters * np.log(num_layers))
-
-    centred = curve - curve.mean()
-    total = float(centred @ centred)
-    scores = {}
-    for name, (bases, parameters) in _bases(num_layers).items():
-        explained = ((centred @ bases) ** 2).sum(1).max()
-        scores[name] = bic(max(total - float(explained), 0.0), parameters)
-    for name, increasing in (("isotonic_rise", True), ("isotonic_fall", False)):
-        fit = isotonic_regression(centred, increasing=increasing).x
-        levels = 1 + int(np.sum(np.abs(np.diff(fit)) > 1e-12))
-        scores[name] = bic(float(((centred - fit) ** 2).sum()), levels)
-    return scores
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The stage verdict
-# --------------------------------------------------------------------------------------------------------------------
+Triple = list[float]
+"""`[estimate, lower, upper]`."""
 
 
 @dataclass(frozen=True)
@@ -224,10 +52,10 @@ class StageVerdict:
     change_points: list[int] | None = None
     change_points_ci: list[list[int]] | None = None
     change_points_stability: list[float] | None = None
-    fall: list[float] | None = None
-    rise: list[float] | None = None
-    share_in: list[float] | None = None
-    share_out: list[float] | None = None
+    fall: Triple | None = None
+    rise: Triple | None = None
+    share_in: Triple | None = None
+    share_out: Triple | None = None
     p_values: dict[str, float] = field(default_factory=dict)
     bic: dict[str, float] = field(default_factory=dict)
     checks: dict[str, bool] = field(default_factory=dict)
@@ -284,102 +112,97 @@ def stage_verdict(
     Raises:
         ValueError: the arrays do not have one shape `[n, L]`.
     """
-    cross, visual, text = (np.asarray(array, dtype=np.float64) for array in (cross, visual, text))
-    if cross.ndim != 2 or cross.shape != visual.shape or cross.shape != text.shape:
-        raise ValueError(f"stage_verdict: shapes {cross.shape}, {visual.shape}, {text.shape}; need one shape [n, L]")
-    usable = np.isfinite(cross).all(1)
+    curves = [np.asarray(array, dtype=np.float64) for array in (cross, visual, text)]
+    if curves[0].ndim != 2 or len({curve.shape for curve in curves}) > 1:
+        raise ValueError(
+            f"stage_verdict: shapes {', '.join(str(each.shape) for each in curves)}; need one shape [n, L]"
+        )
+    usable = np.isfinite(curves[0]).all(1)
     labels = np.asarray(clusters).astype(str)[usable]
-    cross, visual, text = cross[usable], visual[usable], text[usable]
-    num_layers, num_clusters = cross.shape[1], count_images(labels)
-    settings = {
-        "min_effect": min_effect,
-        "min_bic_gain": min_bic_gain,
-        "level": level,
-        "n_boot": n_boot,
-        "n_perm": n_perm,
-        "seed": seed,
-        "num_samples": len(cross),
-        "num_clusters": num_clusters,
-        "num_layers": num_layers,
-    }
+    curves = [curve[usable] for curve in curves]
+    num_layers, num_clusters = curves[0].shape[1], count_images(labels)
+    settings = {"min_effect": min_effect, "min_bic_gain": min_bic_gain, "level": level, "n_boot": n_boot}
+    settings |= {"n_perm": n_perm, "seed": seed, "num_samples": len(labels), "num_clusters": num_clusters}
+    settings["num_layers"] = num_layers
+    too_little = []
     if num_layers < MIN_LAYERS:
-        why = f"{num_layers} layers; fewer than {MIN_LAYERS} cannot tell stages from chance"
-        return StageVerdict("undetermined", [why], None, None, settings=settings)
+        too_little.append(f"{num_layers} layers; fewer than {MIN_LAYERS} cannot tell stages from chance")
     if num_clusters < MIN_CLUSTERS:
-        why = f"{num_clusters} images; fewer than {MIN_CLUSTERS} give no interval"
-        return StageVerdict("undetermined", [why], None, None, settings=settings)
+        too_little.append(f"{num_clusters} images; fewer than {MIN_CLUSTERS} give no interval")
+    if too_little:
+        return StageVerdict("undetermined", too_little, None, None, settings=settings)
 
-    means = [cluster_mean(array) for array in (cross, visual, text)]
-    boots = [cluster_bootstrap(array, labels, n_boot, seed) for array in (cross, visual, text)]
+    means = [cluster_mean(array) for array in curves]
+    boots = [cluster_bootstrap(array, labels, n_boot, seed) for array in curves]
     curve, replicates = (np.log(np.maximum(array, ENRICHMENT_FLOOR)) for array in (means[0], boots[0]))
     share, share_replicates = intra_modality_share(*means), intra_modality_share(*boots)
-
-    # Contrasts of stage means for every split at once: the band holds for the split that the data chose.
-    splits = stage_splits(num_layers)
-
-    def contrasts(logs: Array, shares: Array) -> Array:
-        fall, rise, _ = stage_contrasts(logs, splits)
-        before, after, _ = stage_contrasts(shares, splits)
-        return np.stack([fall, rise, -before, -after], axis=-1)  # [B, C, 4]
-
-    band = simultaneous_band(
-        contrasts(curve[None], share[None])[0], contrasts(replicates, share_replicates), level=level
-    )
     points = change_points(curve)
     ci, stability = _change_point_stability(curve, replicates, points, level, seed)
-    chosen = np.flatnonzero((splits == points).all(1))
+    band = simultaneous_band(
+        _contrasts(curve[None], share[None])[0], _contrasts(replicates, share_replicates), level=level
+    )
+    chosen = np.flatnonzero((stage_splits(num_layers) == points).all(1))
+    at_points = Band(*(part[chosen] for part in (band.mean, band.low, band.high)))  # [1 or 0, 4]
+    triples = np.stack([at_points.mean, at_points.low, at_points.high], axis=-1).reshape(-1, 4, 3)
+    fall, rise, share_in, share_out = triples[0].tolist() if len(triples) else [None] * 4
     p_values = permutation_p_values(curve, n_perm, seed)
     bic = fit_bic(curve, float(replicates.var(0, ddof=1).mean()))
-    gain = min(v for k, v in bic.items() if k not in THREE_STAGE_FITS) - min(bic[k] for k in THREE_STAGE_FITS)
-
-    triples: list[list[float] | None] = [None] * 4
-    if len(chosen):
-        at = chosen[0]
-        triples = [[float(band.mean[at, i]), float(band.low[at, i]), float(band.high[at, i])] for i in range(4)]
-    alpha = 1 - level
+    rivals = {name: value for name, value in bic.items() if name not in THREE_STAGE_FITS}
+    gain = min(rivals.values()) - min(bic[name] for name in THREE_STAGE_FITS)
     checks = {
-        "effect": bool(len(chosen) and (band.low[chosen[0], :2] > min_effect).all()),
-        "share": bool(len(chosen) and (band.low[chosen[0], 2:] > 0).all()),
+        "effect": bool(len(chosen) and (at_points.low[0, :2] > min_effect).all()),
+        "share": bool(len(chosen) and (at_points.low[0, 2:] > 0).all()),
         "shape": bool(gain >= min_bic_gain),
-        "order": bool(max(p_values.values()) <= alpha),
+        "order": bool(max(p_values.values()) <= 1 - level),
     }
-    # Evidence against: no split anywhere in the decoder could hold a relevant fall and a relevant rise ...
+    # Evidence against: no split anywhere in the decoder could hold a relevant fall and a relevant rise, or a smooth
+    # or monotone curve describes the layers clearly better than three stages do.
     absent = not bool((band.high[:, :2] > min_effect).all(1).any())
-    # ... or a smooth or monotone curve describes the layers clearly better than three stages do.
-    simpler = gain <= -min_bic_gain
-    reasons = []
-    if absent:
-        reasons.append(
-            "no split of the layers holds both a fall and a rise of cross attention above the minimum effect"
-        )
-    elif not checks["effect"]:
-        reasons.append("fall and rise at the change points are not both above the minimum effect")
-    if not checks["share"]:
-        reasons.append("the intra-modality share does not peak in the middle stage")
-    if not checks["shape"]:
-        best = min((k for k in bic if k not in THREE_STAGE_FITS), key=lambda k: bic[k])
-        reasons.append(f"the {best.replace('_', ' ')} fit is as good or better (BIC gain of three stages {gain:.1f})")
-    if not checks["order"]:
-        worst = max(p_values, key=lambda k: p_values[k])
-        reasons.append(f"a random order of the {worst} gives the signature as clearly (p = {p_values[worst]:.3f})")
-    found = all(checks.values())
+    found, against = all(checks.values()), absent or gain <= -min_bic_gain
     return StageVerdict(
-        verdict="three_stage" if found else "other" if absent or simpler else "undetermined",
-        reasons=reasons,
+        verdict="three_stage" if found else "other" if against else "undetermined",
+        reasons=_reasons(checks, absent, p_values, min(rivals, key=rivals.__getitem__), gain),
         boundaries=points if found else None,
         boundaries_ci=ci if found else None,
         change_points=points,
         change_points_ci=ci,
         change_points_stability=stability,
-        fall=triples[0],
-        rise=triples[1],
-        share_in=triples[2],
-        share_out=triples[3],
+        fall=fall,
+        rise=rise,
+        share_in=share_in,
+        share_out=share_out,
         p_values=p_values,
         bic=bic,
         checks=checks,
         settings=settings,
     )
+
+
+def _contrasts(logs: Array, shares: Array) -> Array:
+    """Fall, rise and the share's two differences for every split: the band holds for the one that the data chose."""
+    splits = stage_splits(logs.shape[1])
+    fall, rise, _ = stage_contrasts(logs, splits)
+    before, after, _ = stage_contrasts(shares, splits)
+    return np.stack([fall, rise, -before, -after], axis=-1)  # [B, C, 4]
+
+
+def _reasons(checks: dict[str, bool], absent: bool, p_values: dict[str, float], rival: str, gain: float) -> list[str]:
+    """Why it is not `three_stage`, a sentence for each check that fails; what decides comes first."""
+    worst = max(p_values, key=p_values.__getitem__)
+    what = "steps between layers" if worst == "increments" else "layers"
+    effect = "fall and rise at the change points are not both above the minimum effect"
+    if absent:
+        effect = "no split of the layers holds both a fall and a rise of cross attention above the minimum effect"
+    sentences = {
+        "effect": effect,
+        "order": f"putting the {what} in random order gives as clear a fall and rise in {p_values[worst]:.0%} of "
+        f"the tries (p = {p_values[worst]:.3f}), so it may be chance",
+        "shape": f"a plain curve ({rival.replace('_', ' ')}) describes the layers as well as three stages do (BIC gain "
+        f"of three stages {gain:.1f})",
+        "share": "attention within a modality does not peak in the middle stage",
+    }
+    order = ("effect", "shape", "order", "share") if gain <= 0 else tuple(sentences)
+    return [sentences[name] for name in order if not checks[name]]
 
 
 def _change_point_stability(
@@ -393,10 +216,9 @@ def _change_point_stability(
     edges = [0, *points, len(curve)]
     fit = np.concatenate([np.full(stop - start, curve[start:stop].mean()) for start, stop in pairwise(edges)])
     residuals = (curve - fit) * np.sqrt(len(curve) / (len(curve) - 3))
-    redrawn = np.random.default_rng(seed).choice(residuals, size=replicates.shape)
+    redrawn = generator(seed, "residuals").choice(residuals, size=replicates.shape)
     found = np.array([change_points(replicate) for replicate in replicates])
     spread = np.array([change_points(row) for row in fit + redrawn + (replicates - curve)])
     tail = 100 * (1 - level) / 2
     limits = np.percentile(spread, [tail, 100 - tail], axis=0, method="nearest").astype(int)
-    stability = (found == points).mean(0)
-    return limits.T.tolist(), [float(value) for value in stability]
+    return limits.T.tolist(), [float(value) for value in (found == points).mean(0)]

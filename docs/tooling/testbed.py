@@ -20,8 +20,11 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from PIL import Image
 
-from analysis.plots import attention as plots
+from analysis.in_notebook import show
+from analysis.plots import style as plots
+from analysis.plots.attention import MEASURE_LABELS
 from analysis.statistics.bands import Band
+from docs.tooling.generated import write_generated
 from docs.tooling.testbed_card import (
     CONDITIONS,
     REQUIRED_KIND,
@@ -35,9 +38,11 @@ from docs.tooling.testbed_runs import accuracy_table, answer
 from dyvte.loading import load
 from dyvte.mllm import MLLM
 from dyvte.runs.config import command
-from dyvte.runs.store import write_atomic, write_json
+from dyvte.runs.store import write_json
 from dyvte.testbed.questions import IMAGE_KINDS, KINDS, ShapesQuestions
 from dyvte.testbed.world import IMAGE_SIZE
+
+COMMAND = "make testbed-eval"
 
 
 # ---------------------------------------------------------------- evaluation
@@ -88,7 +93,7 @@ def evaluate(mllm: MLLM, cfg: DictConfig) -> dict[str, Any]:
 # ---------------------------------------------------------------- figures
 def training_figure(runs: dict[str, dict[str, Any]]) -> Figure:
     """Validation accuracy while instructing, one line a run."""
-    with plots.style():
+    with plots.figure_style():
         figure, axis = plt.subplots(figsize=(6.2, 3.2))
         for series, (name, run) in zip(plots.CYCLE, runs.items(), strict=False):
             lines = [x for x in run["logs"].get("instruct", []) if "accuracy" in x]
@@ -114,7 +119,7 @@ def attention_figure(runs: dict[str, dict[str, Any]], measure: str) -> Figure:
         "instruct": "after stage 3\n(instructed)",
     }
     runs = {name: run for name, run in runs.items() if run["attention"]}
-    with plots.style():
+    with plots.figure_style():
         figure, axes = plt.subplots(
             len(runs),
             len(columns),
@@ -136,7 +141,7 @@ def attention_figure(runs: dict[str, dict[str, Any]], measure: str) -> Figure:
                 else:
                     for curve, values in curves[measure].items():
                         band = Band.from_dict(values)
-                        plots.draw_band(axis, np.arange(len(band.mean)), band, plots.SERIES[curve])
+                        plots.draw_band(axis, np.arange(len(band.mean)), band, plots.ATTENTION_SERIES[curve])
                 if row == 0:
                     axis.set_title(title)
                 if row == len(runs) - 1:
@@ -147,7 +152,7 @@ def attention_figure(runs: dict[str, dict[str, Any]], measure: str) -> Figure:
             plots.ratio_axis(axes[0, 0])
         handles, labels = axes[0, -1].get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncols=3)
-        figure.supylabel(plots.MEASURES[measure.removesuffix("_no_sink")], fontsize="medium")
+        figure.supylabel(MEASURE_LABELS[measure.removesuffix("_no_sink")], fontsize="medium")
         figure.tight_layout(rect=(0, 0.35 / figure.get_figheight(), 1, 1))
     return figure
 
@@ -155,7 +160,7 @@ def attention_figure(runs: dict[str, dict[str, Any]], measure: str) -> Figure:
 def world_figure(num: int = 4) -> Figure:
     """Scenes with one question of growing depth each."""
     records = list(ShapesQuestions("test", 4 * num, seed=3, matched=True))
-    with plots.style():
+    with plots.figure_style():
         figure, axes = plt.subplots(1, num, figsize=(2.3 * num, 3.1))
         for axis, start in zip(axes, range(0, 4 * num, 4), strict=True):
             group = records[start : start + 4]
@@ -185,14 +190,10 @@ def main(cfg: DictConfig) -> None:
         "attention_enrichment": attention_figure(runs, "enrichment_no_sink"),
     }
     for name, figure in figures.items():
-        write_atomic(
-            docs / "testbed" / f"{name}.png",
-            lambda out, figure=figure: figure.savefig(out, format="png", metadata={"Software": None}),
-        )
-        plt.close(figure)
+        write_generated(docs / "testbed" / f"{name}.png", show(figure).png, COMMAND, ("weights",))
     card, page = documents(result, runs, sum(p.numel() for p in mllm.model.parameters()))
-    write_atomic(Path(cfg.card), lambda out: out.write(card.encode()))
-    write_atomic(docs / "testbed.md", lambda out: out.write(page.encode()))
+    write_generated(cfg.card, card, COMMAND, ("weights",))
+    write_generated(docs / "testbed.md", page, COMMAND, ("weights",))
     image = result["accuracy"]["image"]["image"]
     print(accuracy_markdown(result, runs.get("blind")))
     print(

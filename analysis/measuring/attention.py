@@ -1,0 +1,144 @@
+"""Attention between image and text: the table of `analysis.stages`, and where single samples look."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+
+from dyvte.batch import Batch
+from dyvte.data import Dataset, Sample
+from dyvte.errors import ConfigError, ModelError
+from dyvte.instrument.attention import CURVES, MEASURES, AttentionProbe
+from dyvte.instrument.role_attention import ENTROPIES
+from dyvte.instrument.views import view
+from dyvte.layout import ANSWER, VISUAL
+from dyvte.mllm import MLLM
+
+LAYERS_TABLE = "layers"
+QUERIES = ("last", "instruction")
+
+
+def run_for_attention(mllm: MLLM, batch: Batch) -> None:
+    """Run the model for the sake of its attention: no cache, and logits of no more than the last position."""
+    options: dict[str, Any] = {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(type(mllm.model).forward).parameters:
+        options["logits_to_keep"] = 1
+    mllm.model(**batch, **options)
+
+
+@torch.no_grad()
+def measure_attention(mllm: MLLM, samples: list[Sample]) -> dict[str, pd.DataFrame]:
+    """The table of one batch: a row per sample and layer, statistics averaged over heads.
+
+    Reference answers, where there are some, are teacher-forced behind the prompts; with causal attention this leaves
+    the prompt's statistics as they are and adds the attention of the answer on the image.
+
+    Raises:
+        ModelError: the attention of a sample is not a number.
+    """
+    answers = [sample.answer for sample in samples]
+    batch = mllm.encode(
+        [sample.image for sample in samples],
+        [sample.question for sample in samples],
+        answers if any(answer is not None for answer in answers) else None,
+    )
+    with AttentionProbe(mllm, layout=batch.layout) as probe:
+        run_for_attention(mllm, batch)
+    stats = probe.stats
+    values = {f"{curve}_{name}": stats.curve(curve, name) for name in MEASURES for curve in CURVES}
+    values |= {f"answer_cross_{name}": getattr(stats, name)[..., ANSWER, VISUAL] for name in MEASURES}
+    values |= {name: getattr(stats, name) for name in ENTROPIES}
+    labels = pd.DataFrame(
+        {"id": sample.id, "image_id": sample.image_id, "kind": sample.kind, "layer": layer}
+        for sample in samples
+        for layer in range(mllm.num_layers)
+    )
+    table = labels.assign(**{name: value.mean(-1).flatten().numpy() for name, value in values.items()})
+    has_image = np.repeat(batch.layout.has_image.cpu().numpy(), mllm.num_layers)
+    broken = table[has_image & table["cross_mass"].isna()]
+    if len(broken):
+        row = broken.iloc[0]
+        raise ModelError(
+            f"attention of sample {row['id']!r} is not a number in layer {row['layer']}: {mllm.dtype} overflowed "
+            "(set model.dtype=float32 or bfloat16)"
+        )
+    # A layer whose mask shows the question no visual token has no enrichment; that its attention is 0 is known.
+    for name in ("cross_enrichment", "cross_enrichment_no_sink"):
+        table.loc[table["cross_mass"] == 0, name] = 0.0
+    return {LAYERS_TABLE: table}
+
+
+def choose_samples(dataset: Dataset, count: int, ids: list[str] | None, setting: str = "maps.ids") -> list[Sample]:
+    """Samples to draw maps of: those named, or the first ones with an image, one of each question kind in turn.
+
+    Raises:
+        ConfigError: an id in `ids` is not in the data.
+    """
+    chosen: list[Sample] = []
+    again: list[Sample] = []
+    for sample in dataset.readable():
+        if len(chosen) >= (count if ids is None else len(ids)):
+            break
+        if ids is not None:
+            if sample.id in ids:
+                chosen.append(sample)
+        elif sample.image is not None:
+            new_kind = sample.kind not in {each.kind for each in chosen}
+            (chosen if new_kind else again).append(sample)
+            if len(again) >= 64 * count:  # the data may hold one kind only
+                break
+    if ids is not None and (missing := set(ids) - {sample.id for sample in chosen}):
+        raise ConfigError(f"{setting}: no usable sample {min(missing)!r} in the data")
+    return chosen if ids is not None else [*chosen, *again][:count]
+
+
+@torch.no_grad()
+def attention_map(mllm: MLLM, sample: Sample, query: str) -> tuple[dict[str, Any], npt.NDArray[Any]] | None:
+    """Attention on the image in every layer, and the image as the model saw it; None where tokens have no place in it.
+
+    Args:
+        mllm: the model.
+        sample: with an image.
+        query: `last` prompt token, or mean over the `instruction`.
+    """
+    if query not in QUERIES:
+        raise ConfigError(f"whose attention: {query!r}; choose last or instruction")
+    batch = mllm.encode([sample.image], [sample.question])
+    place = view(mllm, batch)
+    if place is None:
+        return None
+    with AttentionProbe(mllm, layout=batch.layout) as probe:
+        run_for_attention(mllm, batch)
+    received = getattr(probe.stats, f"received_{query}")[0].mean(1)  # [L, N]
+    visual = received[:, batch.layout.visual[0].cpu()]
+    image = np.asarray(sample.image, dtype=np.float32) / 255 if place.image is None else place.image
+    record = {
+        "id": sample.id,
+        "kind": sample.kind,
+        "question": sample.question,
+        "reference": sample.answer,
+        "answer": mllm.generate(batch)[0],
+        "query": query,
+        "mass": visual.sum(1).numpy(),
+        "maps": np.round(place.arrange(visual).double().numpy(), 6),
+    }
+    return record, image
+
+
+def file_name(sample_id: str) -> str:
+    """A sample id as part of a file name; different ids give different names.
+
+    Example:
+        >>> file_name("test-7"), file_name("train/7") == file_name("val/7")
+        ('test-7', False)
+    """
+    name = "".join(each if each.isascii() and (each.isalnum() or each in "-_") else "-" for each in sample_id)
+    if name == sample_id and len(name) <= 60:
+        return name
+    return f"{name[-40:]}-{hashlib.sha256(sample_id.encode(errors='surrogatepass')).hexdigest()[:8]}"

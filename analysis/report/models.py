@@ -1,0 +1,138 @@
+"""The sections of a page of several models: shared tables, figures that hold all models, and their own side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from dyvte.runs.store import RunFolder
+
+from ..plots.attention import draw_attention_scores
+from ..plots.compare import draw_attention_by_depth, draw_exits_by_depth
+from .draw import keep_figure
+from .figures import PageFigure, course, figures_of
+from .page import Section
+from .runs import FinishedRun
+from .tables import BANDED, Cell, PageTable, banded_cell, number_cell, policies_table, words_cell
+
+COMPARED_STEPS = ("stages", "exits", "evaluate")
+"""Steps whose results are put side by side."""
+Owned = Mapping[str, list[FinishedRun]]
+"""Model -> its runs."""
+
+
+def owned_runs(found: Owned) -> dict[str, list[FinishedRun]]:
+    """The runs under names that say whose they are."""
+    return {model: [replace(run, name=f"{model}/{run.name}") for run in runs] for model, runs in found.items()}
+
+
+def sections_of_models(found: Owned, folder: RunFolder) -> Iterator[Section]:
+    """One a step."""
+    runs = {step: _one_a_model(found, step) for step in ("stages", "exits")}
+    yield Section.of(
+        "stages",
+        list(_draw_stages(runs["stages"], folder)),
+        [_stages_table(runs["stages"])],
+        beside=_beside(found, "stages"),
+    )
+    yield Section.of(
+        "exits",
+        list(_draw_exits(runs["exits"], folder)),
+        [_exits_table(runs["exits"])],
+        beside=_beside(found, "exits"),
+    )
+    policies = {model: [run for run in own if run.step == "evaluate"] for model, own in found.items()}
+    tables = [(model, policies_table(own)) for model, own in policies.items() if own]
+    rows = [[words_cell(model), *row] for model, table in tables for row in table.rows]
+    shared = [PageTable("Policies", ["model", *table.columns], rows, table.note) for _, table in tables[:1]]
+    yield Section.of("evaluate", [], shared)
+
+
+def _one_a_model(found: Owned, step: str) -> dict[str, FinishedRun]:
+    return {model: run for model, own in found.items() for run in own if run.step == step}
+
+
+def _beside(found: Owned, step: str) -> list[tuple[str, list[PageFigure]]]:
+    """The figures of a step that every model may have: for each its caption and one figure a model."""
+    rows: dict[str, list[PageFigure]] = {}
+    for model, run in _one_a_model(found, step).items():
+        maps = [file.stem for file in run.figures() if file.stem.startswith("map_")]
+        for figure in figures_of(run, leave_out=maps):
+            rows.setdefault(figure.caption, []).append(replace(figure, caption=model))
+    return list(rows.items())
+
+
+def _draw_stages(runs: Mapping[str, FinishedRun], folder: RunFolder) -> Iterator[PageFigure]:
+    if not runs:
+        return
+    curves = {model: run.summary["curves"].get("cross", []) for model, run in runs.items()}
+    lines = "; ".join(f"{model}: {course('question to image', curve)}" for model, curve in curves.items())
+    yield keep_figure(
+        folder,
+        "attention_scores",
+        draw_attention_scores([run.summary for run in runs.values()]),
+        "One column of line plots a model, over its layers: mean attention score per allowed pair, the same without "
+        f"the sink, and enrichment over evenly spread attention. Enrichment without the sink, {lines}.",
+        "Attention in each model (Fig. 2 of the DyVTE paper). Bands: 95%, bootstrap over images.",
+    )
+    yield keep_figure(
+        folder,
+        "attention_by_depth",
+        draw_attention_by_depth({model: run.summary for model, run in runs.items()}),
+        f"Line plot over relative depth, one line a model: enrichment without the sink. {lines}.",
+        "The same attention on the image, with all decoders stretched to one length.",
+    )
+
+
+def _stages_table(runs: Mapping[str, FinishedRun]) -> PageTable:
+    rows = []
+    for model, run in runs.items():
+        place = f"/bands/{run.value('/endpoint')}/cross"
+        curve = [(value, layer) for layer, value in enumerate(run.value(f"{place}/mean") or []) if value is not None]
+        extremes = [banded_cell(run, "plain", place, each[1]) for each in (min(curve), max(curve))] if curve else []
+        starts = run.value("/stages/boundaries")
+        rows.append(
+            [
+                words_cell(model),
+                number_cell(run, "count", "/num_layers"),
+                number_cell(run, "count", "/num_samples"),
+                words_cell(str(run.value("/stages/verdict")).replace("_", " ")),
+                words_cell("–" if starts is None else ", ".join(map(str, starts))),
+                *(extremes or [Cell("–")] * 2),
+            ]
+        )
+    columns = ["model", "layers", "questions", "stages", "begin at", "lowest enrichment", "highest enrichment"]
+    note = "Enrichment: attention of the question on the image over evenly spread attention, without the sink."
+    return PageTable("Models", columns, rows, note)
+
+
+def _draw_exits(runs: Mapping[str, FinishedRun], folder: RunFolder) -> Iterator[PageFigure]:
+    if not runs:
+        return
+    curves = {model: run.summary["agreement"] for model, run in runs.items()}
+    lines = [f"{model}: {course('same answer', curve, 'share', 'exit layer')}" for model, curve in curves.items()]
+    yield keep_figure(
+        folder,
+        "exits_by_depth",
+        draw_exits_by_depth({model: run.summary for model, run in runs.items()}),
+        "Two line plots over the share of layers that see the image, one line a model: how many answers stay "
+        f"the full model's, and how many are right. {'; '.join(lines)}.",
+        "What becomes of the answers if the image leaves at this depth of each decoder.",
+    )
+
+
+def _exits_table(runs: Mapping[str, FinishedRun]) -> PageTable:
+    rows = [
+        [
+            words_cell(model),
+            number_cell(run, "count", "/num_layers"),
+            banded_cell(run, "share", "/overall/bands/accuracy", run.summary["num_layers"]),
+            banded_cell(run, "share", "/overall/bands/accuracy", 0),
+            banded_cell(run, "layer", "/overall/exit_depth"),
+            words_cell(str(run.value("/findings/contribution_stops/verdict") or "–").replace("_", " ")),
+            number_cell(run, "layer", "/findings/contribution_stops/exit_layer"),
+        ]
+        for model, run in runs.items()
+    ]
+    columns = ["model", "layers", "right, full model", "right, no image", "exit depth"]
+    return PageTable("Models", [*columns, "image stops contributing", "from k"], rows, BANDED)
