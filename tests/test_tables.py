@@ -20,9 +20,9 @@ from analysis.cost import Stopwatch, constant, measure, summarize
 from analysis.measuring.matched import Calibration, deciding_cost, kl_layers, largest_within, methods
 from analysis.measuring.methods import LABELS, SeenPositions, describe, plan
 from analysis.measuring.shipped import shipped_files
-from analysis.plots.methods import methods_at_cost
+from analysis.plots.methods import draw_methods_at_cost
 from analysis.statistics.markdown import replace_between
-from analysis.statistics.methods import Outcome, compare, exit_mixture, sentence
+from analysis.statistics.methods import Outcome, compare_methods, exit_mixture, sentence
 from analysis.statistics.pairwise import Contest, pairs_of, seeded_bootstrap, standings
 from analysis.tables import tables
 from docs.tooling import comparison, gallery
@@ -180,7 +180,7 @@ def test_a_lead_counts_only_beyond_the_band() -> None:
     found = [outcome("fastv", base), outcome("tome", close), outcome("random", np.stack([worse, worse], 1))]
     found.append(outcome("vtw", np.ones(400), cost=0.45))  # best, but at another cost
     needs = np.arange(400) < 200
-    verdicts = compare(
+    verdicts = compare_methods(
         found, {"accuracy": np.ones(400, dtype=bool), "accuracy_needs_image": needs}, images, settings_of_comparison()
     )
     assert [each["on"] for each in verdicts] == ["accuracy", "accuracy_needs_image"]
@@ -195,7 +195,7 @@ def test_a_lead_counts_only_beyond_the_band() -> None:
     assert "Behind it: random." in text
     assert "not met: VTW (0.45)" in text
     assert "spent by" not in text
-    (alone,) = compare(found[::2], {"accuracy": np.ones(400, dtype=bool)}, images, settings_of_comparison())
+    (alone,) = compare_methods(found[::2], {"accuracy": np.ones(400, dtype=bool)}, images, settings_of_comparison())
     assert "is ahead** of all others, of random by" in sentence(alone, 0.02)
     assert "spent by FastV (0.60)" in sentence({**alone, "costs": {"fastv": 0.6, "random": 0.5}}, 0.02)
 
@@ -255,7 +255,7 @@ def rows_of_a_comparison() -> list[dict[str, Any]]:
 
 def test_the_figure_tells_apart_without_colour() -> None:
     leading = {(panel, 0.5): {"fastv": True, "random": False} for panel in ("accuracy", "accuracy_needs_image")}
-    drawing = methods_at_cost(rows_of_a_comparison(), leading, LABELS, "made up")
+    drawing = draw_methods_at_cost(rows_of_a_comparison(), leading, LABELS, "made up")
     names = [text.get_text() for text in drawing.axes[0].get_yticklabels()]
     assert names == ["FastV, 0.50", "VTW, 0.45", "random, 0.50", "dynamic exit, 0.70"]
     points = [line for line in drawing.axes[0].lines if line.get_marker() in ("o", "x") and len(line.get_xdata()) == 1]
