@@ -1,0 +1,116 @@
+"""From the patches of a vision tower to the visual tokens of the decoder, family by family, by the family's own code.
+
+Every function takes values [V, P, c] of the P patches of V views (pictures, tiles), class token left out, and the
+arguments of the model's `get_image_features`, and returns [T, c] values of the T visual tokens of the batch in their
+order: the mean over the patches of a token. Separators are NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.vision_utils import get_vision_window_index
+
+from dyvte.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from dyvte.instrument.vision_tower import VisionTower
+
+Arguments = Mapping[str, Any]
+
+
+def patches_to_tokens(tower: VisionTower, values: Tensor, arguments: Arguments) -> Tensor:
+    """Values [V, P, c] of patches as values [T, c] of visual tokens; NaN at separators.
+
+    Raises:
+        UnsupportedError: the class token itself is a visual token.
+    """
+    strategy = arguments.get("vision_feature_select_strategy")
+    if strategy is None:
+        strategy = getattr(tower.mllm.model.config, "vision_feature_select_strategy", None)
+    if tower.has_class_token and strategy == "full":
+        raise UnsupportedError(
+            "vision_feature_select_strategy='full' makes the class token a visual token; use 'default'"
+        )
+    return PATCHES[tower.family](tower, values.float(), arguments)
+
+
+def _one_each(tower: VisionTower, values: Tensor, arguments: Arguments) -> Tensor:
+    """LLaVA-1.5: a patch is a token."""
+    return values.flatten(0, 1)
+
+
+def _packed_tiles(tower: VisionTower, values: Tensor, arguments: Arguments) -> Tensor:
+    """LLaVA-NeXT and LLaVA-OneVision: tiles are laid out, cut to the image and get separators."""
+    config, owner = tower.mllm.model.config, tower.owner
+    sizes = arguments["image_sizes"]
+    joint = arguments.get("batch_num_images")
+    tiled = [True] * len(sizes) if joint is None else [int(n) == 1 for n in joint for _ in range(int(n))]
+    counts = [
+        image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) if tile else 1
+        for size, tile in zip(sizes, tiled, strict=True)
+    ]
+    options: dict[str, Any] = {"image_newline": values.new_full((values.shape[2],), torch.nan)}
+    if tower.family == "llava_next":
+        options["vision_feature_select_strategy"] = "default" if tower.has_class_token else "full"
+    else:
+        aspect = arguments.get("vision_aspect_ratio")
+        options["vision_aspect_ratio"] = config.vision_aspect_ratio if aspect is None else aspect
+    tokens, _ = owner.pack_image_features(torch.split(values, counts), sizes, **options)
+    return torch.cat(list(tokens))
+
+
+def _shuffled_pixels(tower: VisionTower, values: Tensor, arguments: Arguments) -> Tensor:
+    """InternVL: 2 x 2 patches (or as `downsample_ratio` says) become the channels of one token."""
+    patches, channels = values.shape[1:]
+    side = int(patches**0.5)
+    ratio = tower.mllm.model.config.downsample_ratio
+    number = torch.arange(patches, device=values.device).view(1, side, side, 1)
+    members = tower.owner.pixel_shuffle(number, scale_factor=ratio).flatten(1, 2)[0]  # [tokens, patches of a token]
+    return values[:, members].mean(2).reshape(-1, channels)
+
+
+def _pooled(tower: VisionTower, values: Tensor, arguments: Arguments) -> Tensor:
+    """Gemma 3: square blocks of patches are averaged."""
+    views, patches, channels = values.shape
+    side = int(patches**0.5)
+    grid = values.transpose(1, 2).reshape(views, channels, side, side)
+    return tower.owner.multi_modal_projector.avg_pool(grid).flatten(2).transpose(1, 2).reshape(-1, channels)
+
+
+def _merged(tower: VisionTower, values: Tensor, arguments: Arguments) -> Tensor:
+    """Qwen2-VL and Qwen3-VL: patches come merger by merger."""
+    unit = tower.tower.spatial_merge_size**2
+    return values[0].unflatten(0, (-1, unit)).mean(1)
+
+
+def _windowed(tower: VisionTower, values: Tensor, arguments: Arguments) -> Tensor:
+    """Qwen2.5-VL: as `_merged`, in the order of the windows inside of the tower."""
+    if "window_index" in arguments:
+        window = arguments["window_index"]
+    else:
+        part = tower.tower
+        window, _ = get_vision_window_index(
+            arguments["image_grid_thw"],
+            spatial_merge_size=part.spatial_merge_size,
+            window_size=part.window_size,
+            patch_size=part.patch_size,
+        )
+    return _merged(tower, values, arguments)[window.to(values.device).argsort()]
+
+
+PATCHES: dict[str, Callable[[VisionTower, Tensor, Arguments], Tensor]] = {
+    "llava": _one_each,
+    "llava_next": _packed_tiles,
+    "llava_onevision": _packed_tiles,
+    "internvl": _shuffled_pixels,
+    "gemma3": _pooled,
+    "qwen2_vl": _merged,
+    "qwen2_5_vl": _windowed,
+    "qwen3_vl": _merged,
+}
+"""By model type."""

@@ -1,0 +1,325 @@
+"""Watching a vision tower: what it says about every visual token, before the decoder sees one.
+
+The tower runs unchanged. Attention is computed anew, some queries at a time, from the queries and keys that its
+attention functions were called with; no map is kept. Values of patches go to decoder positions through the family's own
+merger, pooling or packing of tiles.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dyvte.cost.flops import overhead
+from dyvte.errors import UnsupportedError
+from dyvte.instrument.attention_calls import AttentionCall, watch_attention
+from dyvte.instrument.hooks import override_method
+from dyvte.instrument.vision_patches import PATCHES, patches_to_tokens
+
+if TYPE_CHECKING:
+    from dyvte.mllm import MLLM
+
+MAP_ENTRIES = 2**24
+"""Entries of an attention matrix made at once (64 MiB in float32); no result depends on it."""
+
+
+@dataclass(frozen=True)
+class TowerNeeds:
+    """What to take from which encoder layers (0-based; negative ones count from the last, -1).
+
+    Attributes:
+        attention: layers whose attention to every patch is taken: the class token's row, or the mean over all queries
+            where the tower has no class token; mean over heads.
+        keys: layers whose keys are taken.
+        features: layers whose output states are taken. -2 is what LLaVA shows its projector.
+    """
+
+    attention: Sequence[int] = ()
+    keys: Sequence[int] = ()
+    features: Sequence[int] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.attention or self.keys or self.features)
+
+
+@dataclass
+class TowerTokens:
+    """What the tower says about T visual tokens, in the order of the decoder's positions.
+
+    A token that a merger or pooling makes of several patches has the mean of their values. A separator, which a family
+    puts between rows of patches and which no patch belongs to, has zeros, and view -1.
+
+    Attributes:
+        view: [T] number of the picture (tile) that the token is of, counted through the batch.
+        attentions: by layer, [T] attention that the token gets (see `TowerNeeds`).
+        queries: by layer whose keys were asked for, [T, c] the class token's query in the token's view, heads one after
+            another; empty without class token.
+        all_keys: by layer, [T, c] keys, heads one after another (after rotary positions, where the tower has them).
+        states: by layer, [T, c] output states of the layer.
+        num_heads: of the tower.
+        num_layers: of the tower.
+    """
+
+    view: Tensor
+    attentions: dict[int, Tensor]
+    queries: dict[int, Tensor]
+    all_keys: dict[int, Tensor]
+    states: dict[int, Tensor]
+    num_heads: int
+    num_layers: int
+
+    def attention(self, layer: int) -> Tensor:
+        """[T] attention in a layer."""
+        return self.attentions[layer % self.num_layers]
+
+    def keys(self, layer: int) -> Tensor:
+        """[T, c] keys of a layer, all heads."""
+        return self.all_keys[layer % self.num_layers]
+
+    def mean_keys(self, layer: int) -> Tensor:
+        """[T, head size] keys of a layer, mean over heads."""
+        return self.keys(layer).unflatten(-1, (self.num_heads, -1)).mean(-2)
+
+    def features(self, layer: int) -> Tensor:
+        """[T, c] output states of a layer."""
+        return self.states[layer % self.num_layers]
+
+    def class_query_attention(self, layer: int) -> Tensor:
+        """[T] softmax within a view of the class token's query times keys, all heads as one (PruMerge).
+
+        Raises:
+            UnsupportedError: the tower has no class token.
+        """
+        layer %= self.num_layers
+        if layer not in self.queries:
+            raise UnsupportedError("this vision tower has no class token, whose query is asked for")
+        query, keys = self.queries[layer].float(), self.all_keys[layer].float()
+        logits = (query * keys).sum(-1) * keys.shape[-1] ** -0.5
+        result = torch.zeros_like(logits)
+        for view in self.view.unique().tolist():
+            inside = self.view == view
+            if view >= 0:
+                result[inside] = logits[inside].softmax(0)
+        return result
+
+    def at(self, index: Tensor) -> TowerTokens:
+        """The tokens at `index` [n] (of T)."""
+
+        def pick(values: dict[int, Tensor]) -> dict[int, Tensor]:
+            return {layer: value[index] for layer, value in values.items()}
+
+        return TowerTokens(
+            self.view[index],
+            pick(self.attentions),
+            pick(self.queries),
+            pick(self.all_keys),
+            pick(self.states),
+            self.num_heads,
+            self.num_layers,
+        )
+
+
+class VisionTower:
+    """The vision tower of a model, its encoder layers and how its patches become visual tokens.
+
+    Raises:
+        UnsupportedError: the family's way from patches to visual tokens is not known exactly.
+    """
+
+    def __init__(self, mllm: MLLM) -> None:
+        self.mllm = mllm
+        self.family = mllm.model.config.model_type
+        if self.family not in PATCHES:
+            raise UnsupportedError(
+                f"the vision tower of model type {self.family!r} is not mapped to its visual tokens; mapped are "
+                f"{', '.join(sorted(PATCHES))}"
+            )
+        self.owner: Any = mllm.model.base_model
+        self.tower: Any = self.owner.visual if hasattr(self.owner, "visual") else self.owner.vision_tower
+        stacks = [module for module in self.tower.modules() if isinstance(module, nn.ModuleList)]
+        self.layers = list(max(stacks, key=len))
+        self.attentions = [_attention_of(layer) for layer in self.layers]
+        embeddings = getattr(self.tower, "embeddings", None)
+        self.has_class_token = hasattr(embeddings, "class_embedding") or hasattr(embeddings, "cls_token")
+
+    @property
+    def num_layers(self) -> int:
+        """Number of encoder layers."""
+        return len(self.layers)
+
+    def index(self, layer: int) -> int:
+        """A layer's index counted from the first.
+
+        Raises:
+            UnsupportedError: the tower has no such layer.
+        """
+        if not -self.num_layers <= layer < self.num_layers:
+            raise UnsupportedError(
+                f"the vision tower has {self.num_layers} layers, so there is no layer {layer}; give one of "
+                f"{-self.num_layers}..{self.num_layers - 1}"
+            )
+        return layer % self.num_layers
+
+    @contextmanager
+    def watch(self, needs: TowerNeeds) -> Iterator[TowerWatch]:
+        """Within the block every run of the tower is looked at; the last one is `TowerWatch.tokens`."""
+        wanted = {
+            name: frozenset(self.index(layer) for layer in getattr(needs, name))
+            for name in ("attention", "keys", "features")
+        }
+        watch = TowerWatch()
+        original = self.owner.get_image_features
+        parameters = inspect.signature(original)
+
+        def get_image_features(*args: Any, **kwargs: Any) -> Any:
+            record = _Record(self, wanted)
+            with record.recording():
+                output = original(*args, **kwargs)
+            arguments = parameters.bind(*args, **kwargs)
+            arguments.apply_defaults()
+            named = arguments.arguments
+            with overhead(), torch.no_grad():
+                watch.tokens = self._tokens(record, {**named, **named.get("kwargs", {})}, output)
+            watch.seen = getattr(output, "last_hidden_state", None)
+            return output
+
+        with override_method(self.owner, "get_image_features", get_image_features):
+            yield watch
+
+    def _tokens(self, record: _Record, arguments: Mapping[str, Any], output: Any) -> TowerTokens:
+        features = output.pooler_output
+        expected = sum(len(each) for each in features)
+
+        def mapped(values: Tensor) -> Tensor:
+            tokens = patches_to_tokens(self, values, arguments)
+            if len(tokens) != expected:
+                raise UnsupportedError(
+                    f"{len(tokens)} visual tokens of {self.family!r} come from the patches of the tower, but the model "
+                    f"makes {expected} of them; inputs of this kind are not mapped"
+                )
+            return tokens
+
+        def without_class_token(values: Tensor) -> Tensor:
+            return values[:, 1:] if self.has_class_token else values
+
+        def of_layers(values: dict[int, Tensor]) -> dict[int, Tensor]:
+            return {layer: mapped(without_class_token(value)).nan_to_num(0.0) for layer, value in values.items()}
+
+        first = next(iter({**record.attention, **record.keys, **record.features}.values()))
+        patches = without_class_token(first)
+        view = torch.arange(len(patches), device=patches.device, dtype=torch.float32)[:, None, None]
+        queries = {
+            layer: mapped(query[:, None].expand(-1, patches.shape[1], -1)).nan_to_num(0.0)
+            for layer, query in record.queries.items()
+        }
+        return TowerTokens(
+            view=mapped(view.expand(*patches.shape[:2], 1))[:, 0].nan_to_num(-1.0).round().long(),
+            attentions={layer: values[:, 0] for layer, values in of_layers(record.attention).items()},
+            queries=queries,
+            all_keys=of_layers(record.keys),
+            states=of_layers(record.features),
+            num_heads=record.num_heads,
+            num_layers=self.num_layers,
+        )
+
+
+@dataclass
+class TowerWatch:
+    """What was seen of a tower.
+
+    Attributes:
+        tokens: of the last run of the tower, None before the first.
+        seen: the tower's last states in that run.
+    """
+
+    tokens: TowerTokens | None = None
+    seen: Tensor | None = field(default=None, repr=False)
+
+
+@dataclass
+class _Record:
+    """One run of a tower, values by layer: attention [V, S, 1], keys and features [V, S, c] of V views of S patches."""
+
+    owner: VisionTower
+    wanted: dict[str, frozenset[int]]
+    attention: dict[int, Tensor] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    queries: dict[int, Tensor] = field(default_factory=dict)
+    features: dict[int, Tensor] = field(default_factory=dict)
+    num_heads: int = 1
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Within the block the tower is looked at."""
+        handles = [
+            self.owner.layers[layer].register_forward_hook(self._keep(layer)) for layer in self.wanted["features"]
+        ]
+        try:
+            if self.wanted["attention"] or self.wanted["keys"]:
+                with watch_attention(self.owner, self._see):  # type: ignore[arg-type]
+                    yield
+            else:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _keep(self, layer: int) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            self.features[layer] = _by_view(states.detach())
+
+        return keep
+
+    @torch.no_grad()
+    def _see(self, layer: int, call: AttentionCall) -> None:
+        self.num_heads = call.query.shape[1]
+        with overhead():
+            if layer in self.wanted["attention"]:
+                self._append(self.attention, layer, self._attention(call)[:, :, None])
+            if layer in self.wanted["keys"]:
+                self._append(self.keys, layer, call.key.transpose(1, 2).flatten(2))
+                if self.owner.has_class_token:
+                    self.queries[layer] = call.query[:, :, 0].flatten(1)
+
+    def _append(self, values: dict[int, Tensor], layer: int, value: Tensor) -> None:
+        # a windowed tower calls its attention function once a window, on one long row of patches
+        values[layer] = value if layer not in values else torch.cat([values[layer], value], dim=1)
+
+    def _attention(self, call: AttentionCall) -> Tensor:
+        if call.mask is not None or call.softcap is not None:
+            raise UnsupportedError(f"the vision tower of {self.owner.family!r} masks its attention; it is not mapped")
+        if self.owner.has_class_token:
+            return _attention_rows(call, slice(0, 1)).mean(1)[:, 0]
+        views, heads, length = call.query.shape[:3]
+        at_once = max(1, MAP_ENTRIES // (views * heads * call.key.shape[2]))
+        received = call.query.new_zeros(views, call.key.shape[2], dtype=torch.float32)
+        for start in range(0, length, at_once):
+            received += _attention_rows(call, slice(start, min(start + at_once, length))).mean(1).sum(1)
+        return received / length
+
+
+def _attention_rows(call: AttentionCall, queries: slice) -> Tensor:
+    """[V, H, q, S] attention of a slice of the queries, in float32."""
+    if call.weights is not None:
+        return call.weights[:, :, queries].float()
+    scores = (call.query[:, :, queries].float() * call.scale) @ call.key.float().transpose(2, 3)
+    return scores.softmax(-1)
+
+
+def _by_view(states: Tensor) -> Tensor:
+    return states[None] if states.ndim == 2 else states
+
+
+def _attention_of(layer: nn.Module) -> nn.Module:
+    for name in ("self_attn", "attention", "attn"):
+        module = getattr(layer, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise UnsupportedError(f"no self-attention found in the vision tower's {type(layer).__name__}")

@@ -1,0 +1,180 @@
+"""The vision tower as it is seen: against its own attention maps and features, and its output unchanged."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, random_batch
+from torch import Tensor
+
+from dyvte.errors import UnsupportedError
+from dyvte.instrument.vision_patches import PATCHES
+from dyvte.instrument.vision_tower import TowerNeeds, TowerTokens, VisionTower
+from dyvte.mllm import MLLM
+
+SEEN = sorted(set(PATCHES) & set(FAMILIES))
+ALL = TowerNeeds(attention=(0, -1), keys=(0, -1), features=(0, -1))
+WITH_CLASS_TOKEN = ("llava", "llava_next", "internvl")
+PLAIN = ("llava", "llava_next", "llava_onevision", "internvl", "gemma3")
+
+
+@cache
+def model(family: str, attention: str = "sdpa") -> MLLM:
+    return FAMILIES[family](0, num_layers=2, attn_implementation=attention)
+
+
+def inputs_of(mllm: MLLM, images: tuple[int, ...] = (1, 2, 0)) -> dict[str, Any]:
+    batch = random_batch(mllm, torch.Generator().manual_seed(3), images)
+    names = ("pixel_values", "image_sizes", "image_grid_thw", "batch_num_images")
+    return {name: batch[name] for name in names if name in batch}
+
+
+@torch.no_grad()
+def seen(mllm: MLLM, inputs: dict[str, Any], needs: TowerNeeds = ALL) -> tuple[TowerTokens, Tensor]:
+    with VisionTower(mllm).watch(needs) as watch:
+        output = mllm.model.base_model.get_image_features(**inputs)
+    assert watch.tokens is not None
+    return watch.tokens, torch.cat(list(output.pooler_output))
+
+
+@pytest.mark.parametrize("family", SEEN)
+@torch.no_grad()
+def test_the_tower_is_unchanged_bit_for_bit_and_nothing_stays_on_it(family: str) -> None:
+    mllm = model(family)
+    batch = random_batch(mllm, torch.Generator().manual_seed(3), (1, 2, 0))
+    plain = mllm.model(**batch).logits
+    hooks = [len(module._forward_hooks) for module in VisionTower(mllm).layers]  # transformers has some of its own
+    with VisionTower(mllm).watch(ALL) as watch:
+        assert torch.equal(mllm.model(**batch).logits, plain)
+    assert watch.tokens is not None
+    assert len(watch.tokens.view) == int(batch.layout.visual.sum())
+    assert "get_image_features" not in mllm.model.base_model.__dict__
+    assert hooks == [len(module._forward_hooks) for module in VisionTower(mllm).layers]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", PLAIN)
+@torch.no_grad()
+def test_attention_is_that_of_the_eager_maps(family: str, attention: str) -> None:
+    """Mapped by hand: the row of the class token or the mean row, then the patches of every token."""
+    mllm = model(family, attention)
+    inputs = inputs_of(mllm)
+    tokens, _ = seen(mllm, inputs)
+    eager = model(family, "eager")
+    output = eager.model.base_model.get_image_features(**inputs, output_attentions=True)
+    for layer in (0, -1):
+        maps = output.attentions[layer].mean(1)  # [views, queries, keys]
+        values = maps[:, 0, 1:] if family in WITH_CLASS_TOKEN else maps.mean(1)
+        got = tokens.attention(layer)
+        expected = [row[list(members)].mean() for row in values for members in patches_of(family, values.shape[1])]
+        if family in ("llava_next", "llava_onevision"):
+            # every token's value is one of its view's, each used once at most, and the base views are complete
+            for view in range(len(values)):
+                mine = got[tokens.view == view].sort().values
+                nearest = (values[view][None, :] - mine[:, None]).abs().min(1).values
+                assert nearest.max() < 1e-6
+        else:
+            torch.testing.assert_close(got, torch.stack(expected), atol=1e-6, rtol=1e-5)
+
+
+def patches_of(family: str, number: int) -> list[tuple[int, ...]]:
+    """The patches of every token of a view, in the order of the tokens."""
+    if family not in ("internvl", "gemma3"):
+        return [(patch,) for patch in range(number)]
+    side = round(number**0.5)
+    block = 2  # of the small models: 16 patches, 4 tokens
+    corners = [(row, column) for row in range(0, side, block) for column in range(0, side, block)]
+    return [tuple((r + i) * side + c + j for i in range(block) for j in range(block)) for r, c in corners]
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision"])
+@torch.no_grad()
+def test_features_through_the_projector_are_the_visual_tokens(family: str) -> None:
+    """Where a token is one patch: its features, projected, are what the decoder gets, tiles, cutting and all."""
+    mllm = model(family)
+    tokens, expected = seen(mllm, inputs_of(mllm), TowerNeeds(features=(-1, -2)))
+    layer = -1 if mllm.model.config.vision_feature_layer == -1 else -2
+    projected = mllm.model.base_model.multi_modal_projector(tokens.features(layer))
+    inside = tokens.view >= 0
+    torch.testing.assert_close(projected[inside], expected[inside], atol=1e-5, rtol=1e-4)
+    newline = getattr(mllm.model.base_model, "image_newline", None)
+    if newline is not None:
+        assert (~inside).any()
+        torch.testing.assert_close(expected[~inside], newline.expand((~inside).sum(), -1))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3", "internvl"])
+@torch.no_grad()
+def test_a_change_in_one_patch_of_a_token_moves_that_token(family: str) -> None:
+    """Windows reorder patches inside of the tower, mergers take several: the token that changes is the token told."""
+    mllm = model(family)
+    tower = VisionTower(mllm)
+    inputs = inputs_of(mllm, (1, 1))
+    needs = TowerNeeds(features=(-1,))
+    before, plain = seen(mllm, inputs, needs)
+    start = 1 if tower.has_class_token else 0
+    for patch in (start, start + 2, start + 5, start + 10):
+
+        def bump(module: Any, args: Any, output: Any, patch: int = patch) -> Any:
+            changed = (output[0] if isinstance(output, tuple) else output).contiguous().clone()
+            flat = changed.view(-1, changed.shape[-1])
+            flat[patch] += torch.randn(flat.shape[1], generator=torch.Generator().manual_seed(5))
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        handle = tower.layers[-1].register_forward_hook(bump)
+        after, changed = seen(mllm, inputs, needs)
+        handle.remove()
+        moved = (changed - plain).abs().amax(1) > 1e-6
+        assert int(moved.sum()) == 1
+        assert torch.equal(moved, (after.features(-1) - before.features(-1)).abs().amax(1) > 1e-6)
+
+
+@torch.no_grad()
+def test_windows_are_softmaxed_apart() -> None:
+    """In a windowed layer what the patches of a window receive sums to one, over the image to the number of windows."""
+    mllm = model("qwen2_5_vl")
+    inputs = {
+        "pixel_values": torch.randn(64, 12, generator=torch.Generator().manual_seed(0)),
+        "image_grid_thw": torch.tensor([[1, 8, 8]]),
+    }
+    tokens, _ = seen(mllm, inputs)
+    unit = 4
+    windows = (8 * 2 // 8) ** 2  # the window is 8 pixels wide, a patch 2
+    assert float(tokens.attention(0).sum() * unit) == pytest.approx(windows, abs=1e-4)
+    assert float(tokens.attention(1).sum() * unit) == pytest.approx(1, abs=1e-4)
+
+
+@torch.no_grad()
+def test_the_class_tokens_query_and_the_keys_give_its_row_up_to_its_own_column() -> None:
+    mllm = model("llava")
+    tokens, _ = seen(mllm, inputs_of(mllm))
+    views, heads = int(tokens.view.max()) + 1, tokens.num_heads
+    maps = (
+        model("llava", "eager")
+        .model.base_model.get_image_features(**inputs_of(mllm), output_attentions=True)
+        .attentions[0]
+    )  # [views, heads, queries, keys]
+    query, keys = (each.unflatten(-1, (heads, -1)) for each in (tokens.queries[0], tokens.keys(0)))
+    rows = ((query * keys).sum(-1) * keys.shape[-1] ** -0.5).view(views, -1, heads).softmax(1).transpose(1, 2)
+    expected = maps[:, :, 0, 1:] / maps[:, :, 0, 1:].sum(-1, keepdim=True)
+    torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-4)
+    assert tokens.mean_keys(0).shape == (len(tokens.view), keys.shape[-1])
+    torch.testing.assert_close(tokens.class_query_attention(0).view(views, -1).sum(1), torch.ones(views))
+
+
+def test_what_is_not_mapped_is_refused_by_name() -> None:
+    for family in ("mistral3", "idefics3"):
+        with pytest.raises(UnsupportedError, match=family):
+            VisionTower(model(family))
+    tower = VisionTower(model("llava"))
+    with pytest.raises(UnsupportedError, match="no layer 7"), tower.watch(TowerNeeds(attention=(7,))):
+        pass
+    inputs = inputs_of(model("llava"))
+    with pytest.raises(UnsupportedError, match="'full'"), tower.watch(ALL):
+        model("llava").model.base_model.get_image_features(**inputs, vision_feature_select_strategy="full")
+    tokens, _ = seen(model("gemma3"), inputs_of(model("gemma3")))
+    with pytest.raises(UnsupportedError, match="no class token"):
+        tokens.class_query_attention(0)
