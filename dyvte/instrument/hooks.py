@@ -159,8 +159,13 @@ class LayerCall:
         states = self.hidden if hidden is None else hidden
         return self.forward(**{self.hidden_name: states}, **{**self.arguments, **replaced})
 
-    def packed(self, selection: Selection, key_bias: Tensor | None = None) -> dict[str, Any]:
-        """The arguments for the positions in `selection` only (attention among themselves)."""
+    def packed(
+        self, selection: Selection, key_bias: Tensor | None = None, places: Selection | None = None
+    ) -> dict[str, Any]:
+        """The arguments for the positions in `selection` only (attention among themselves).
+
+        With `places`, the rotary tables and position ids are those of other positions.
+        """
         batch, length = self.hidden.shape[:2]
         result = {}
         for name, value in self.arguments.items():
@@ -171,8 +176,9 @@ class LayerCall:
                     functools.partial(self._packed_mask, selection, value, key_bias),
                 )
             elif isinstance(value, (Tensor, tuple, list)):
+                source = places if places is not None and name.startswith("position_") else selection
                 result[name] = selection.remembered(
-                    name, value, functools.partial(_pack_argument, name, value, selection, batch, length, self.index)
+                    name, value, functools.partial(_pack_argument, name, value, source, batch, length, self.index)
                 )
             else:
                 result[name] = value

@@ -143,7 +143,7 @@ class VisionTower:
         self.owner: Any = mllm.model.base_model
         self.tower: Any = self.owner.visual if hasattr(self.owner, "visual") else self.owner.vision_tower
         stacks = [module for module in self.tower.modules() if isinstance(module, nn.ModuleList)]
-        self.layers = list(max(stacks, key=len))
+        self.layers = max((list(stack) for stack in stacks), key=len)
         self.attentions = [_attention_of(layer) for layer in self.layers]
         embeddings = getattr(self.tower, "embeddings", None)
         self.has_class_token = hasattr(embeddings, "class_embedding") or hasattr(embeddings, "cls_token")

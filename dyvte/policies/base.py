@@ -57,6 +57,7 @@ class Prefill:
             they left with). A policy may assign changed states, as token merging does.
         kept: [B, N] positions that the layer will see; padding never is.
         key_bias: [B, N] added to the attention scores of a key from this layer on, or None.
+        place: [B, N] the position whose rotary embedding a position takes from this layer on; None for its own.
         layers_with_image: [B] number of layers so far that saw a visual position of the row: at the end of the
             prefill, the row's exit layer k.
         state: for policies to remember things between the layers of one prefill.
@@ -70,6 +71,7 @@ class Prefill:
     kept: Tensor
     layers_with_image: Tensor
     key_bias: Tensor | None = None
+    place: Tensor | None = None
     state: dict[Any, Any] = field(default_factory=dict)
     running: Selection | None = None
     _token_counts: list[int] | None = None
@@ -123,6 +125,12 @@ class Prefill:
                 if rows
             ]
         return self._selections
+
+    def places(self, selection: Selection) -> Selection | None:
+        """Where the rotary embeddings of a selection come from, where that is not from its own positions."""
+        if self.place is None:
+            return None
+        return Selection(selection.rows, selection.pack(self.place), selection.valid)
 
     def forget(self) -> None:
         """Let go of masks and tables packed for the layers."""
@@ -356,7 +364,7 @@ class _Engine:
                 key_bias = selection.remembered("key bias", key_bias, functools.partial(selection.pack, key_bias))
             storing = nullcontext() if layer is None else layer.prefilling(selection, key_bias)
             with prefill.running_on(selection), storing:
-                output = call.run(selection.pack(hidden), **call.packed(selection, key_bias))
+                output = call.run(selection.pack(hidden), **call.packed(selection, key_bias, prefill.places(selection)))
             selection.put_back(result, output_states(output))
         if layer is not None:
             layer.finish_prefill(hidden.shape[1])
