@@ -7,7 +7,7 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install stages smol smol-eval smol-stages test lint format types pytest notebooks figures comparison testbed-eval test-lmms-eval clean
+.PHONY: help install stages smol smol-eval smol-stages test lint format types pytest notebooks figures comparison testbed-eval site test-lmms-eval clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,12 +64,16 @@ notebooks: $(STAMP) ## Run the notebooks again and keep their outputs
 figures: $(STAMP) ## Draw every picture of README.md and docs/ again
 	$(BIN)/python -m docs.tooling.gallery
 
+site: $(STAMP) ## The documentation as a web site, in site/ (a broken link or directive is an error)
+	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
 # One thread a process: the testbed is too small for more.
-comparison: $(STAMP) ## All methods at the same FLOPs on the shipped model, into README.md (WORKERS=2 processes)
+comparison: $(STAMP) ## All methods at the same FLOPs on the shipped model, into docs/comparison.md (WORKERS=2 processes)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(WORKERS) -m docs.tooling.comparison
 
 testbed-eval: $(STAMP) ## Accuracy and controls of the shipped model, and its model card
 	$(BIN)/python -m docs.tooling.testbed
 
 clean: ## Remove .venv and caches; results under outputs/ stay
-	rm -rf $(VENV) $(LMMS) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(LMMS) site .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -1,84 +1,147 @@
-"""The gallery: every picture of README.md and docs/ is listed, and as new as its numbers and the weights."""
+"""What a command makes for README.md and docs/: as new as what it is made from, listed, and right on a small run."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from analysis.measuring.shipped import shipped_files
 from docs.tooling import gallery
+from docs.tooling.generated import RECORD, out_of_date, read_record, write_generated
+from docs.tooling.hero import draw_hero, hero_caption
 from dyvte.errors import ConfigError
-from dyvte.loading import load
-from dyvte.runs import store
 from dyvte.runs.config import compose
 
 ROOT = Path(__file__).parents[1]
 CFG = compose("gallery")
 IMAGES = ROOT / CFG.images
-REPAIR = "out of date: make figures"
 
 
 @pytest.fixture(scope="module")
-def sources() -> dict:
+def sources() -> dict[str, Any]:
     return json.loads((IMAGES / gallery.SOURCES).read_text())
 
 
-def test_pictures_are_listed_drawn_and_shown(sources: dict) -> None:
-    listed = set(CFG.pictures)
+# ------------------------------------------------------------------ one rule of staleness
+
+
+def test_nothing_that_a_command_made_is_out_of_date() -> None:
+    assert not out_of_date()
+
+
+def test_everything_that_pages_show_is_known_to_the_writer() -> None:
+    listed = {*CFG.pictures, CFG.hero.name}
     assert set(gallery.shown_by(ROOT, Path(CFG.images))) == listed, "what pages show and conf/gallery.yaml lists differ"
-    assert set(sources) == listed, REPAIR
-    assert {file.name for file in IMAGES.glob("*.png")} == listed, REPAIR
-    for name, picture in CFG.pictures.items():
-        assert picture.numbers, f"{name} has no numbers to be checked by"
-        assert picture.alt, f"{name} says nothing to those who cannot see it"
+    assert {file.name for file in IMAGES.glob("*.png")} == listed
+    made = set(read_record())
+    assert {f"{CFG.images}/{name}" for name in listed} <= made
+    assert {f"notebooks/{file.name}" for file in (ROOT / "notebooks").glob("*.ipynb")} <= made
+    assert {"README.md#gallery", "docs/comparison.md#comparison", "docs/models.md", "docs/testbed.md"} <= made
 
 
-def test_pictures_are_of_the_weights_that_ship(sources: dict) -> None:
-    shipped = shipped_files()
-    for name, source in sources.items():
-        for part in {"weights", "gates"} & set(source):
-            assert source[part] == shipped[part], f"{name}: {REPAIR}"
-        assert hashlib.sha256((IMAGES / name).read_bytes()).hexdigest()[:16] == source["picture"], f"{name}: {REPAIR}"
+def test_whatever_happens_to_a_file_or_its_source_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text("mine\n<!-- part -->\nold\n<!-- /part -->\nmine too\n")
+    write_generated("docs/page.md", "new", "make part", ("weights",), "part", root=tmp_path)
+    write_generated("docs/picture.png", b"\x00", "make picture", ("gates",), root=tmp_path)
+    assert page.read_text() == "mine\n<!-- part -->\nnew\n<!-- /part -->\nmine too\n"
+    assert out_of_date(tmp_path) == []
+    page.write_text(page.read_text().replace("mine", "edited"))  # outside of the part
+    assert out_of_date(tmp_path) == []
+    page.write_text(page.read_text().replace("new", "edited"))
+    (late,) = out_of_date(tmp_path)
+    assert late == "docs/page.md#part is not what its command wrote: run make part"
+    (tmp_path / "docs" / "picture.png").unlink()
+    assert [each.split(" ")[1:3] for each in out_of_date(tmp_path)] == [["is", "not"], ["is", "missing:"]]
+    write_generated("docs/picture.png", b"\x00", "make picture", ("gates",), root=tmp_path)
+    write_generated("docs/page.md", "new", "make part", ("weights",), "part", root=tmp_path)
+    record = read_record(tmp_path)
+    for entry in record.values():
+        entry["made_from"] = dict.fromkeys(entry["made_from"], "0" * 16)
+    (tmp_path / RECORD).write_text(json.dumps(record))
+    assert [each.split(": ")[0] for each in out_of_date(tmp_path)] == [
+        "docs/page.md#part was made from other weights than ship",
+        "docs/picture.png was made from other gates than ship",
+    ]
 
 
-def test_pictures_show_the_numbers_of_the_runs_that_are_there(sources: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CI runs `make stages` first, so code that changes the numbers of stages.png is found out there."""
-    monkeypatch.chdir(ROOT)
-    weights = store.model_fingerprint(load("llava_shapes"))["weights"]
-    for name, source in sources.items():
-        for folder in gallery.folders_of(name, CFG):
-            files = [folder / "fingerprint.json", folder / "summary.json"]
-            if not all(file.is_file() for file in files) or gallery.run_digest(folder) != source["run"]:
-                continue
-            if json.loads(files[0].read_text())["model"]["weights"] == weights:
-                summary = json.loads(files[1].read_text())
-                now = {key: gallery.select(summary, key) for key in source["numbers"]}
-                assert gallery.look_the_same(now, source["numbers"]), f"{name} differs from {folder}: {REPAIR}"
+# ---------------------------------------------------------- numbers, regenerated in small
 
 
-def test_pages_are_those_of_the_pictures(sources: dict) -> None:
-    assert (ROOT / CFG.page).read_text() == gallery.gallery_page(CFG, sources), REPAIR
-    readme = (ROOT / CFG.readme).read_text()
-    assert readme == gallery.with_gallery(readme, CFG, sources), REPAIR
+@pytest.fixture(scope="module")
+def small_gallery(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A gallery of two pictures from a run on 24 questions, with its settings."""
+    folder = tmp_path_factory.mktemp("gallery")
+    (folder / "README.md").write_text("before\n<!-- gallery -->\nold\n<!-- /gallery -->\nafter\n")
+    (folder / CFG.images).mkdir(parents=True)
+    (folder / CFG.images / "stray.png").write_bytes(b"")
+    cfg = compose("gallery")
+    OmegaConf.set_struct(cfg, False)
+    cfg.runs = {"stages": cfg.runs.stages}
+    cfg.pictures = {name: cfg.pictures[name] for name in ("stages.png", "attention_map.png")}
+    cfg.hero = None
+    cfg.runs.stages.settings = ["data.limit=24", "bootstrap=200", "permutations=19", "maps.count=2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        gallery.gallery(cfg)
+    return folder, cfg
 
 
-def test_numbers_that_look_the_same() -> None:
-    numbers = {"a": [0.5, 0.25, 0.001], "b": "other", "c": None, "d": [[1.0, None], [3]]}
-    assert gallery.look_the_same(numbers, {**numbers, "a": [0.5004, 0.25, 0.004]})
-    for change in (
-        {"a": [0.5, 0.27, 0.001]},
-        {"a": [0.5, 0.25]},
-        {"b": "three_stage"},
-        {"c": 3},
-        {"d": [[1.0, 2], [3]]},
-    ):
-        assert not gallery.look_the_same(numbers, {**numbers, **change}), change
-    assert not gallery.look_the_same(numbers, {"a": numbers["a"]})
-    assert gallery.rounded({"a": [0.123456789, 3, None, "x", float("nan")]}) == {"a": [0.1235, 3, None, "x", None]}
+def test_a_gallery_is_pictures_their_numbers_and_a_page(small_gallery: tuple[Path, Any]) -> None:
+    folder, _ = small_gallery
+    images = folder / CFG.images
+    assert {file.name for file in images.iterdir()} == {"stages.png", "attention_map.png", "sources.json"}
+    page = (folder / CFG.page).read_text()
+    assert "](images/stages.png)" in page
+    assert "24 questions" in page
+    assert set(gallery.shown_by(folder, Path(CFG.images))) == {"stages.png", "attention_map.png"}
+    assert out_of_date(folder) == []
+
+
+def test_published_attention_is_what_a_small_run_finds(small_gallery: tuple[Path, Any], sources: dict) -> None:
+    """The curves that the pages show, over all questions, lie where the bands of other few questions allow."""
+    folder, _ = small_gallery
+    summary = json.loads((folder / "outputs/gallery/stages/summary.json").read_text())
+    published = sources["stages.png"]["numbers"]["curves"]
+    for curve, values in summary["curves"].items():
+        here, there = np.array(values), np.array(published[curve])
+        assert np.corrcoef(np.log(here), np.log(there))[0, 1] > 0.8, curve
+        assert np.abs(np.log(here / there)).max() < 0.5, curve
+
+
+def test_a_run_of_other_settings_is_replaced(small_gallery: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, cfg = small_gallery
+    monkeypatch.chdir(folder)
+    before = json.loads((folder / "outputs/gallery/stages/summary.json").read_text())["num_samples"]
+    run_cfg = gallery.finish("stages", cfg)  # nothing to do
+    cfg.runs.stages.settings[0] = "data.limit=6"
+    gallery.finish("stages", cfg)
+    after = json.loads((Path(run_cfg.output_dir) / "summary.json").read_text())["num_samples"]
+    assert (before, after) == (24, 6)
+
+
+# ------------------------------------------------------------------------ first picture
+
+
+def test_the_first_picture_says_what_its_numbers_say(sources: dict) -> None:
+    numbers = {name: each["numbers"] for name, each in sources.items()}
+    stops = numbers["exits.png"]["findings.contribution_stops.exit_layer"]
+    drawn = draw_hero(numbers)
+    assert [len(axis.patches) >= 12 for axis in (drawn.axes[0], drawn.axes[2])] == [True, True]
+    np.testing.assert_allclose(drawn.axes[1].lines[0].get_ydata(), numbers["exits.png"]["agreement"])
+    assert f"first {stops}." in hero_caption(numbers)
+    numbers["exits.png"] = {**numbers["exits.png"], "findings.contribution_stops.exit_layer": None}
+    assert "No layer was found" in hero_caption(numbers)
+    assert not drawn.axes[0].texts
+    assert not draw_hero(numbers).axes[1].texts
+
+
+# ------------------------------------------------------------------------------ details
 
 
 def test_keys_select_from_a_summary() -> None:
@@ -89,6 +152,7 @@ def test_keys_select_from_a_summary() -> None:
     for key in ("rows.2", "k.median", "rows.cost"):
         with pytest.raises(ConfigError, match="nothing under"):
             gallery.select(summary, key)
+    assert gallery.rounded({"a": [0.123456789, 3, None, "x", float("nan")]}) == {"a": [0.1235, 3, None, "x", None]}
 
 
 def test_pictures_of_a_page_are_found(tmp_path: Path) -> None:
@@ -97,40 +161,3 @@ def test_pictures_of_a_page_are_found(tmp_path: Path) -> None:
     (tmp_path / "docs" / "page.md").write_text("![a](images/a.png) ![w](testbed/world.png) [no picture](d.png)")
     shown = gallery.shown_by(tmp_path, Path("docs/images"))
     assert shown == {"a.png": {"README.md", "docs/page.md"}, "c.png": {"README.md"}}
-
-
-def test_a_small_gallery_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "README.md").write_text(f"before\n{gallery.START}\nold\n{gallery.END}\nafter\n")
-    cfg = compose("gallery")
-    OmegaConf.set_struct(cfg, False)
-    for name in [each for each in cfg.runs if each != "stages"]:
-        del cfg.runs[name]
-    for name in [each for each in cfg.pictures if each not in ("stages.png", "attention_map.png")]:
-        del cfg.pictures[name]
-    cfg.runs.stages.settings = ["data.limit=6", "batch_size=3", "bootstrap=20", "permutations=19", "maps.count=2"]
-    stray = tmp_path / "docs" / "images" / "stray.png"
-    stray.parent.mkdir(parents=True)
-    stray.write_bytes(b"")
-
-    def made() -> dict[str, bytes]:
-        return {str(file.relative_to(tmp_path)): file.read_bytes() for file in sorted(tmp_path.glob("docs/**/*.*"))}
-
-    gallery.gallery(cfg)
-    first, readme = made(), (tmp_path / "README.md").read_text()
-    images = {"docs/images/stages.png", "docs/images/attention_map.png"}
-    assert set(first) == images | {"docs/images/sources.json", "docs/gallery.md"}
-    assert readme.startswith(f"before\n{gallery.START}\n![")
-    assert readme.endswith(f"\n{gallery.END}\nafter\n")
-    assert "(docs/images/stages.png)" in readme
-    assert "6 questions" in readme
-    assert "](images/stages.png)" in first["docs/gallery.md"].decode()
-    assert set(gallery.shown_by(tmp_path, Path("docs/images"))) == {"stages.png", "attention_map.png"}
-    gallery.gallery(cfg)  # nothing to do
-    assert made() == first
-    cfg.runs.stages.settings[0] = "data.limit=5"  # another run in its folder is replaced
-    gallery.gallery(cfg)
-    before, after = (json.loads(each["docs/images/sources.json"])["stages.png"] for each in (first, made()))
-    assert before["run"] != after["run"]
-    assert before["picture"] != after["picture"]
-    assert not gallery.look_the_same(before["numbers"], after["numbers"])

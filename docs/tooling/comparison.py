@@ -1,8 +1,7 @@
-"""`python -m docs.tooling.comparison` (`make comparison`): README.md's comparison of all methods on the shipped model.
+"""`python -m docs.tooling.comparison` (`make comparison`): docs/comparison.md, all methods at one cost.
 
-Runs `analysis.tables` on the shipped model, keeps the numbers that README.md shows in `docs/comparison.json` with
-digests of the weights, and writes the part of README.md between its two comments from them. By these a test tells that
-the numbers are those of the weights that ship, and that README.md shows them.
+Runs `analysis.tables` on the shipped model, keeps the numbers that the page shows in `docs/comparison.json`, and writes
+the part of the page between its two comments from them.
 """
 
 from __future__ import annotations
@@ -15,16 +14,17 @@ from typing import Any
 
 from analysis.measuring.methods import LABELS
 from analysis.measuring.shipped import shipped_files
-from analysis.statistics.markdown import markdown_table, percent_with_limits, replace_between
+from analysis.statistics.markdown import markdown_table, percent_with_limits
 from analysis.statistics.methods import sentence, what_it_means
 from analysis.tables import tables
 from docs.tooling.gallery import rounded
+from docs.tooling.generated import write_generated
 from dyvte.errors import DyvteError
 from dyvte.runs.config import compose
-from dyvte.runs.store import plain, write_atomic, write_json
+from dyvte.runs.store import plain, write_json
 
-RECORD, README = Path("docs/comparison.json"), Path("README.md")
-START, END = "<!-- comparison -->", "<!-- /comparison -->"
+RECORD, PAGE = Path("docs/comparison.json"), Path("docs/comparison.md")
+SECTION = "comparison"
 KEPT = ("model", "data", "num_samples", "num_images", "needs_image", "tolerance", "rows", "verdicts")
 SUBSETS = {"accuracy": "all", "accuracy_needs_image": "image needed"}
 
@@ -38,10 +38,10 @@ def run_folder() -> Path:
 def record(summary: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of the summary of `analysis.tables`."""
     kept: dict[str, Any] = rounded(plain({key: summary[key] for key in KEPT}))
-    return {**shipped_files(), **kept}
+    return kept
 
 
-def section(found: Mapping[str, Any]) -> str:
+def comparison_section(found: Mapping[str, Any]) -> str:
     """The comparison as Markdown, from what `record` keeps."""
     tolerance, verdicts = found["tolerance"], found["verdicts"]
     methods = {row["method"]: row for row in found["rows"]}
@@ -85,32 +85,27 @@ def section(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(found: Mapping[str, Any], file: Path, readme: Path) -> None:
-    """Keep the numbers, and show them in README.md; a file without the two comments stays as it is."""
+def publish(found: Mapping[str, Any], file: Path = RECORD, page: Path = PAGE) -> None:
+    """Keep the numbers, and show them on the page."""
     write_json(file, found)
-    text = replace_between(readme.read_text(), START, END, section(found))
-    write_atomic(readme, lambda out: out.write(text.encode()))
-
-
-def comparison(settings: Sequence[str] = (), file: Path = RECORD, readme: Path = README) -> None:
-    """Finish the runs and write the page; several processes share the runs, the first writes."""
-    summary = tables(compose("tables", [f"output_dir={run_folder()}", *settings]))
-    if summary is not None:
-        write(record(summary), file, readme)
-        print(f"written to {readme} and {file}")
+    write_generated(page, comparison_section(found), "make comparison", ("weights", "gates"), SECTION)
 
 
 def main() -> None:
-    """Compare. An ordinary function calls the command: within Hydra's it could not be composed."""
+    """Finish the runs and write the page; several processes share the runs, the first writes.
+
+    An ordinary function calls the command: within Hydra's it could not be composed.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", help="key=value, see conf/tables.yaml")
-    parser.add_argument("--record", type=Path, default=RECORD, help="file of the numbers")
-    parser.add_argument("--readme", type=Path, default=README, help="file that shows them")
-    given = parser.parse_args()
+    given: Sequence[str] = parser.parse_args().settings
     try:
-        comparison(given.settings, given.record, given.readme)
+        summary = tables(compose("tables", [f"output_dir={run_folder()}", *given]))
     except DyvteError as error:
         sys.exit(f"error: {error}")
+    if summary is not None:
+        publish(record(summary))
+        print(f"written to {PAGE} and {RECORD}")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
 """`python -m docs.tooling.gallery` (`make figures`): every picture of README.md and docs/, from runs on it.
 
 Pictures are copied from run folders, or drawn from their numbers. `sources.json` beside them keeps the numbers that
-each one shows and digests of the weights and of the picture, by which a test tells that a picture is out of date.
+each one shows; README.md's first picture is drawn from those of three others.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import io
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +21,23 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from omegaconf import DictConfig
 
-from analysis import exits, stages, tables
-from analysis.in_notebook import show
-from analysis.measuring.shipped import shipped_files
-from analysis.plots import paper as plots_paper
-from analysis.statistics.markdown import replace_between
+from analysis import exits, plots, stages, tables
+from analysis.in_notebook import read_summary, show
+from analysis.measuring.attention import file_name
+from docs.tooling.generated import write_generated
+from docs.tooling.hero import draw_hero, hero_caption
 from dyvte import evaluate
 from dyvte.data import build_dataset
 from dyvte.errors import ConfigError, DyvteError, RunFolderError
 from dyvte.runs.config import compose
-from dyvte.runs.store import plain, write_atomic, write_json
+from dyvte.runs.store import plain, write_json
 
 SOURCES = "sources.json"
 DIGITS = 4
 """Significant digits of the numbers that are kept."""
-TOLERANCE = 0.02
-"""Numbers closer than this share of the largest one beside them look the same in a picture."""
-FOUND = ("content", "samples", "policy_state", "gates")
-"""Entries of a fingerprint that follow from weights and code, not from what was asked for."""
-START, END = "<!-- gallery -->", "<!-- /gallery -->"
+USE_GATES = ("evaluate", "tables")
+"""Commands whose numbers depend on the shipped gates too."""
+COMMAND, SECTION = "make figures", "gallery"
 OWN_PAGES = ("docs/testbed",)
 """Pictures below these folders are made by other commands (`make testbed-eval`), with their page."""
 
@@ -86,21 +84,21 @@ def finish(run: str, cfg: DictConfig) -> DictConfig:
 
 def attention_map(run_cfg: DictConfig) -> bytes:
     """The second attention map of a stages run: the first is of an arithmetic question, which needs no image."""
-    name = stages.file_name(plots_paper.read_summary(run_cfg.output_dir)["maps"][1]["id"])
+    name = file_name(read_summary(run_cfg.output_dir)["maps"][1]["id"])
     return (Path(run_cfg.output_dir) / "figures" / f"map_{name}.png").read_bytes()
 
 
 def exit_examples(run_cfg: DictConfig) -> bytes:
     """The paper's Fig. 6 from a run of `dyvte.evaluate`."""
-    summary = plots_paper.read_summary(run_cfg.output_dir)
+    summary = read_summary(run_cfg.output_dir)
     samples = pd.read_parquet(Path(run_cfg.output_dir) / "samples.parquet")
-    examples = plots_paper.exit_examples_of(samples, build_dataset(run_cfg.data), images=6)
-    return show(plots_paper.exit_examples(examples, summary["num_layers"], title_of(summary))).png
+    examples = plots.first_exit_examples(samples, build_dataset(run_cfg.data), images=6)
+    return show(plots.draw_exit_examples(examples, summary["num_layers"], title_of(summary))).png
 
 
 def accuracy_against_flops(run_cfg: DictConfig) -> bytes:
     """Policies beside every fixed exit from a run of `dyvte.evaluate`."""
-    return show(plots_paper.policies(run_cfg.comparison_dir)).png
+    return show(plots.draw_policies_against_fixed_exits(run_cfg.comparison_dir)).png
 
 
 def title_of(summary: Mapping[str, Any]) -> str:
@@ -159,64 +157,17 @@ def rounded(value: Any) -> Any:
     return value
 
 
-def look_the_same(one: Any, other: Any) -> bool:
-    """Whether a picture of `one` cannot be told from a picture of `other`: numbers up to a share of the largest beside
-    them (other machines round otherwise), everything else exactly.
-    """  # noqa: D205
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(look_the_same(one[key], other[key]) for key in one)
-    if isinstance(one, list) and isinstance(other, list):
-        if len(one) != len(other):
-            return False
-        scale = max((abs(each) for each in [*one, *other] if _is_number(each)), default=0.0)
-        pairs = zip(one, other, strict=True)
-        return all(
-            abs(a - b) <= TOLERANCE * scale if _is_number(a) and _is_number(b) else look_the_same(a, b)
-            for a, b in pairs
-        )
-    if _is_number(one) and _is_number(other):
-        return bool(abs(one - other) <= TOLERANCE * max(abs(one), abs(other)))
-    return bool(one == other)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def run_digest(folder: Path) -> str:
-    """Digest of what a run was asked to do: its data and settings, without the digests of what it found there."""
-    fingerprint = json.loads((folder / "fingerprint.json").read_text())
-    asked = [
-        sorted((key, value) for key, value in fingerprint[part].items() if key not in FOUND)
-        for part in ("data", "settings")
-    ]
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def source_of(name: str, cfg: DictConfig, folder: Path, png: bytes) -> dict[str, Any]:
+def source_of(name: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """What `sources.json` keeps of a picture that was drawn from the run in `folder`."""
-    summary = plots_paper.read_summary(folder)
+    summary = read_summary(folder)
     picture = cfg.pictures[name]
     run = cfg.runs[picture.run]
     module = f"{'dyvte' if run.command == 'evaluate' else 'analysis'}.{run.command}"
-    uses_gates = run.command in ("evaluate", "tables")
     return {
         "command": " ".join(["python -m", module, *run.settings]),
-        "figure": picture.figure,
-        **{key: value for key, value in shipped_files().items() if key == "weights" or uses_gates},
-        "run": run_digest(folder),
-        "picture": hashlib.sha256(png).hexdigest()[:16],
         "caption": " ".join(picture.caption.format_map(summary).split()),
         "numbers": rounded(plain({key: select(summary, key) for key in picture.numbers})),
     }
-
-
-def folders_of(name: str, cfg: DictConfig) -> Iterator[Path]:
-    """Where a run with the settings that a picture was drawn from may lie: the gallery's folder, and the default."""
-    run = cfg.pictures[name].run
-    command, overrides = settings_of(run, cfg)
-    for settings in (overrides, list(cfg.runs[run].settings)):
-        yield Path(compose(command, settings).output_dir)
 
 
 # ------------------------------------------------------------------------------- pages
@@ -245,12 +196,12 @@ def shown_by(root: Path, images: Path) -> dict[str, set[str]]:
     return shown
 
 
-def entry(name: str, cfg: DictConfig, source: Mapping[str, Any], page: Path) -> str:
+def entry(name: str, alt: str, cfg: DictConfig, sources: Mapping[str, Any], page: Path) -> str:
     """A picture with its caption, as Markdown for `page`."""
     up = "../" * len(page.parent.parts)
-    caption = re.sub(r"\]\((?![a-z]+:)", f"]({up}", source["caption"])  # links there are relative to the repository
+    caption = re.sub(r"\]\((?![a-z]+:)", f"]({up}", sources[name]["caption"])  # links there are from the repository
     link = Path(os.path.relpath(Path(cfg.images) / name, page.parent)).as_posix()
-    return f"![{cfg.pictures[name].alt}]({link})\n\n*{caption}*"
+    return f"![{alt}]({link})\n\n*{caption}*"
 
 
 def gallery_page(cfg: DictConfig, sources: Mapping[str, Any]) -> str:
@@ -260,40 +211,46 @@ def gallery_page(cfg: DictConfig, sources: Mapping[str, Any]) -> str:
         "also wrote this page. The model is small and made to check the tool on: what it shows is no evidence about "
         "larger models ([docs/testbed.md](testbed.md))."
     ]
-    for name, source in sources.items():
-        parts.append(f"{entry(name, cfg, source, Path(cfg.page))}\n\nFrom `{source['command']}`.")
+    for name in cfg.pictures:
+        shown = entry(name, cfg.pictures[name].alt, cfg, sources, Path(cfg.page))
+        parts.append(f"{shown}\n\nFrom `{sources[name]['command']}`.")
     return "\n\n".join(parts) + "\n"
 
 
-def with_gallery(text: str, cfg: DictConfig, sources: Mapping[str, Any]) -> str:
-    """README.md with the pictures that belong there between its two comments; unchanged without them."""
-    shown = [entry(name, cfg, sources[name], Path(cfg.readme)) for name in sources if cfg.pictures[name].readme]
-    return replace_between(text, START, END, "\n\n".join(shown))
-
-
-# ----------------------------------------------------------------------------- command
+def hero_of(sources: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
+    """The picture that is drawn from the numbers of others, as PNG, and what `sources.json` keeps of it."""
+    numbers = {name: each["numbers"] for name, each in sources.items()}
+    drawn = io.BytesIO()
+    draw_hero(numbers).savefig(drawn, format="png", dpi=160, metadata={"Software": None})
+    return drawn.getvalue(), {"command": COMMAND, "caption": hero_caption(numbers), "numbers": {}}
 
 
 def gallery(cfg: DictConfig) -> None:
     """Finish the runs, draw the pictures, write the pages."""
     images = Path(cfg.images)
-    images.mkdir(parents=True, exist_ok=True)
     runs = {run: finish(run, cfg) for run in cfg.runs}
     sources = {}
     for name, picture in cfg.pictures.items():
         run_cfg = runs[picture.run]
-        png = draw(picture.figure, run_cfg)
-        sources[name] = source_of(name, cfg, Path(run_cfg.output_dir), png)
-        write_atomic(images / name, lambda out, png=png: out.write(png))
+        made_from = ("weights", "gates") if cfg.runs[picture.run].command in USE_GATES else ("weights",)
+        write_generated(images / name, draw(picture.figure, run_cfg), COMMAND, made_from)
+        sources[name] = source_of(name, cfg, Path(run_cfg.output_dir))
+    publish(cfg, sources)
     plt.close("all")
     for left in images.glob("*.png"):
         if left.name not in sources:
             left.unlink()
+
+
+def publish(cfg: DictConfig, sources: dict[str, Any]) -> None:
+    """The pages, and the picture that needs no run of its own; `sources` gains it."""
+    images, readme = Path(cfg.images), Path(cfg.readme)
+    if cfg.hero:
+        png, sources[cfg.hero.name] = hero_of(sources)
+        write_generated(images / cfg.hero.name, png, COMMAND, ("weights", "gates"))
+        write_generated(readme, entry(cfg.hero.name, cfg.hero.alt, cfg, sources, readme), COMMAND, section=SECTION)
     write_json(images / SOURCES, sources)
-    page = gallery_page(cfg, sources)
-    write_atomic(Path(cfg.page), lambda out: out.write(page.encode()))
-    readme = with_gallery(Path(cfg.readme).read_text(), cfg, sources)
-    write_atomic(Path(cfg.readme), lambda out: out.write(readme.encode()))
+    write_generated(cfg.page, gallery_page(cfg, sources), COMMAND)
     print(f"{len(sources)} pictures in {images}, shown on {cfg.page}")
 
 
@@ -301,8 +258,15 @@ def main() -> None:
     """Draw everything. An ordinary function calls the commands: within Hydra's they could not be composed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", help="key=value, see conf/gallery.yaml")
+    parser.add_argument("--pages", action="store_true", help="run nothing: pages and first picture from sources.json")
+    given = parser.parse_args()
     try:
-        gallery(compose("gallery", parser.parse_args().settings))
+        cfg = compose("gallery", given.settings)
+        if given.pages:
+            kept = json.loads((Path(cfg.images) / SOURCES).read_text())
+            publish(cfg, {name: kept[name] for name in cfg.pictures})
+        else:
+            gallery(cfg)
     except DyvteError as error:
         sys.exit(f"error: {error}")
 

@@ -7,8 +7,6 @@ which the instruments are compared with plain computations.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import yaml
 from omegaconf import DictConfig
@@ -27,13 +25,13 @@ from benchmarks.architectures import (
     prompt,
     small_copy,
 )
+from docs.tooling.generated import write_generated
 from docs.tooling.refusals import peculiar, verdict
 from dyvte.batch import Batch
 from dyvte.cost.flops import FlopCounter
 from dyvte.layout import INSTRUCTION, VISUAL
 from dyvte.mllm import MLLM
 from dyvte.runs.config import command, config_folder
-from dyvte.runs.store import write_atomic
 
 # ------------------------------------------------------------------------- measuring
 
@@ -124,8 +122,7 @@ def _eager_cross_mass(mllm: MLLM, batch: Batch) -> Tensor:
 @command("models")
 def main(cfg: DictConfig) -> None:
     """Write the page that `conf/models.yaml` asks for."""
-    page = render(cfg.models or names())
-    write_atomic(Path(cfg.page), lambda out: out.write(page.encode()))
+    write_generated(cfg.page, render(cfg.models or names()), "python -m docs.tooling.models")
     print(f"page: {cfg.page}")
 
 

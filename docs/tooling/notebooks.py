@@ -1,30 +1,26 @@
 """`python -m docs.tooling.notebooks` (`make notebooks`): run the notebooks again and keep what they show.
 
-Each runs top to bottom in a fresh kernel and an empty folder. The outputs go back into `notebooks/*.ipynb` with a stamp
-of code and shipped weights, by which a test tells that a notebook shows what its code gives today.
+Each runs top to bottom in a fresh kernel and an empty folder. The outputs go back into `notebooks/*.ipynb`.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from analysis.measuring.shipped import shipped_files
+from docs.tooling.generated import ROOT, write_generated
 from dyvte.errors import ConfigError
-from dyvte.runs.store import write_atomic
 
-FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+FOLDER = ROOT / "notebooks"
 TIMEOUT = 600
 """Seconds a cell."""
 QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
@@ -32,17 +28,16 @@ PROGRESS = re.compile(r"^.*\d+%\|.*\|.*$|^.*\d+(it|sample|epoch)s? \[.*\]$")
 """A line of a progress bar, which is of no use to a reader."""
 
 
-def stamp(notebook: dict[str, Any]) -> dict[str, str]:
-    """What the outputs of a notebook were made of: its code, and the shipped model."""
-    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    return {"code": hashlib.sha256("\0".join(code).encode()).hexdigest()[:16], **shipped_files()}
-
-
-def execute(file: Path, workdir: Path) -> dict[str, Any]:
+def execute(file: Path, workdir: Path, instead: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Run a notebook in `workdir/notebooks`; its runs are kept under `workdir/outputs`.
 
+    Args:
+        file: the notebook.
+        workdir: gets `notebooks/` and `outputs/`.
+        instead: text -> what stands in its place in the first code cell, for a quick look at less data.
+
     Returns:
-        The notebook as JSON, with outputs and stamp, and without times and machine-dependent metadata.
+        The notebook as JSON, with outputs, and without times and machine-dependent metadata.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell raised.
@@ -53,7 +48,13 @@ def execute(file: Path, workdir: Path) -> dict[str, Any]:
     folder = workdir / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / file.name
-    shutil.copyfile(file, source)
+    given: dict[str, Any] = json.loads(file.read_text())
+    first = next(cell for cell in given["cells"] if cell["cell_type"] == "code")
+    text = "".join(first["source"])
+    for old, new in (instead or {}).items():
+        text = text.replace(old, new)
+    first["source"] = text
+    source.write_text(json.dumps(given))
     exporter = NotebookExporter()
     exporter.register_preprocessor(
         ExecutePreprocessor(timeout=TIMEOUT, record_timing=False, kernel_name="python3"), enabled=True
@@ -65,7 +66,6 @@ def execute(file: Path, workdir: Path) -> dict[str, Any]:
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
-    notebook["metadata"]["dyvte"] = stamp(notebook)
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             cell["outputs"] = [kept for kept in map(without_progress, cell["outputs"]) if kept is not None]
@@ -104,10 +104,9 @@ def _quiet(workdir: Path) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def write(notebook: dict[str, Any], file: Path) -> None:
-    """As Jupyter formats it, atomically."""
-    text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-    write_atomic(file, lambda out: out.write(text.encode()))
+def as_jupyter_formats(notebook: dict[str, Any]) -> str:
+    """The text of the file."""
+    return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def chosen(names: Sequence[str]) -> list[Path]:
@@ -137,7 +136,8 @@ def main() -> None:
         workdir = (options.workdir or Path(empty)).resolve()
         for file in files:
             started = time.perf_counter()
-            write(execute(file, workdir), file)
+            content = as_jupyter_formats(execute(file, workdir))
+            write_generated(f"notebooks/{file.name}", content, "make notebooks", ("weights", "gates"), root=ROOT)
             print(f"{file.name}: {time.perf_counter() - started:.0f} s", flush=True)
 
 
