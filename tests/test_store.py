@@ -19,7 +19,7 @@ import torch
 from omegaconf import OmegaConf
 
 from dyvte.data.base import Dataset, Sample
-from dyvte.errors import BrokenSample, ConfigError, DataError, RunFolderError
+from dyvte.errors import BrokenSample, ConfigError, DataError, ModelError, RunFolderError, UnsupportedError
 from dyvte.runs import runner, store
 from tests.families import FAMILIES
 
@@ -122,17 +122,15 @@ def test_abort_at_any_file_operation_changes_nothing(
     monkeypatch.setattr(os, "fsync", counted(os.fsync))
     monkeypatch.setattr(Path, "rename", counted(Path.rename))
     monkeypatch.setattr(Path, "replace", counted(Path.replace))
-    monkeypatch.setattr(Path, "unlink", lambda *args, **kwargs: None)  # a killed process does not tidy up
     execute(tmp_path / "counting")
     operations = calls
     assert operations > 30
     for stop_at in range(1, operations + 1):
         path, calls = tmp_path / str(stop_at), 0
-        with pytest.raises(Crash):
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            patch.setattr(Path, "unlink", lambda *args, **kwargs: None)  # a killed process does not tidy up
             execute(path)
-        with monkeypatch.context() as patch:
-            patch.undo()
-            execute(path)
+        execute(path)
         assert contents(path) == expected, f"stopped at operation {stop_at}"
 
 
@@ -178,12 +176,91 @@ def test_finished_run_is_not_computed_again(tmp_path: Path) -> None:
 def test_error_in_a_batch_keeps_the_batches_before_it(tmp_path: Path) -> None:
     def fails_late(samples: list[Sample]) -> dict[str, pd.DataFrame]:
         if samples[0].id == "12":
-            raise FloatingPointError("NaN logits")
+            raise ConfigError("a setting")
         return squares(samples)
 
-    with pytest.raises(FloatingPointError):
+    with pytest.raises(ConfigError):
         execute(tmp_path, fails_late)
     assert len(list((tmp_path / "shards").iterdir())) == 4
+
+
+# ---------------------------------------------------------------- one bad sample
+class Unlucky(Numbers):
+    """Sample 5 cannot be read, by an error that no reader names."""
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == 5:
+            raise OSError("cannot identify image file")
+        return super().__getitem__(index)
+
+    def where(self, index: int) -> str:
+        return f"numbers line {index + 1}"
+
+
+def breaks_at(place: str, bad: set[int]) -> runner.Compute:
+    def compute(samples: list[Sample]) -> dict[str, Any]:
+        tables = squares(samples)
+        if any(int(sample.id) in bad for sample in samples):
+            if place == "encode":
+                raise ValueError("absolute aspect ratio must be smaller than 200, got 3000.0")
+            if place == "forward":
+                raise RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
+            if place == "model":
+                raise ModelError("NaN among the logits")
+            if place == "named":
+                raise BrokenSample("numbers line x", "is odd")
+            value = "\ud800" if place == "surrogate" else object()
+            tables["squares"]["label"] = [value if int(s.id) in bad else s.id for s in samples]
+        return tables
+
+    return compute
+
+
+PLACES = ["encode", "forward", "model", "named", "surrogate", "write"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 14])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("bad", [{7}, {0}, {0, 1, 2}, {13}, {3, 7, 8}])
+def test_one_bad_sample_never_ends_a_run(tmp_path: Path, place: str, bad: set[int], batch_size: int) -> None:
+    """Wherever it fails: it is named and left out, and the others come out as they do without it."""
+    dataset = Unlucky()
+    lost = {*bad, 5, *dataset.broken}
+    folder = store.RunFolder.open(tmp_path / "a", FINGERPRINT, CONFIG)
+    batches = runner.consecutive_batches(len(dataset), batch_size)
+    runner.run(folder, dataset, batches, breaks_at(place, bad))
+    assert folder.read_table("squares")["id"].tolist() == [index for index in range(14) if index not in lost]
+    failures = folder.failures()
+    assert [each["index"] for each in failures] == sorted(lost)
+    by_index = {each["index"]: each for each in failures}
+    assert by_index[5] == {"index": 5, "where": "numbers line 6", "why": "OSError: cannot identify image file"}
+    if place != "named":
+        assert all(by_index[index]["where"] == f"numbers line {index + 1}" for index in bad)
+    else:
+        assert all(by_index[index]["where"] == "numbers line x" for index in bad)
+    assert all("\n" not in each["why"] for each in failures)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 14])
+def test_an_error_of_every_sample_is_raised_as_it_is(tmp_path: Path, batch_size: int) -> None:
+    def bug(samples: list[Sample]) -> dict[str, pd.DataFrame]:
+        raise ZeroDivisionError("a bug")
+
+    folder = store.RunFolder.open(tmp_path, FINGERPRINT, CONFIG)
+    with pytest.raises(ZeroDivisionError):
+        runner.run(folder, Numbers(), runner.consecutive_batches(14, batch_size), bug)
+
+
+def test_an_error_of_the_device_or_a_setting_is_raised_at_once(tmp_path: Path) -> None:
+    for error in (torch.AcceleratorError("CUDA error: device-side assert"), UnsupportedError("x"), MemoryError()):
+
+        def compute(samples: list[Sample], error: Exception = error) -> dict[str, pd.DataFrame]:
+            if samples[0].id == "12":
+                raise error
+            return squares(samples)
+
+        with pytest.raises(type(error)):
+            execute(tmp_path / type(error).__name__, compute)
 
 
 def test_another_run_is_refused_and_says_why(tmp_path: Path) -> None:
@@ -197,9 +274,82 @@ def test_another_run_is_refused_and_says_why(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "mine.csv").write_text("a,b")
+    for old in ("answers.jsonl", "table.md", "calibration.json", "summary.json", "overrides.yaml"):
+        (tmp_path / old).write_text("old")
+    for old in ("gates", "figures", "tensorboard"):
+        (tmp_path / old).mkdir()
+        (tmp_path / old / "file").write_text("old")
     store.RunFolder.open(tmp_path, other, CONFIG, overwrite=True)
-    left = {file.name for file in tmp_path.iterdir()}
+    left = {file.name for file in tmp_path.iterdir() if not file.name.startswith(".")}
     assert left == {"notes.txt", "mine.csv", "fingerprint.json", "config.yaml", "shards"}
+    assert not list((tmp_path / "shards").iterdir())
+
+
+def test_other_versions_are_refused_unless_asked_for(tmp_path: Path) -> None:
+    ours, theirs = ({**FINGERPRINT, "labels": {"versions": {"torch": number}}} for number in ("2.9", "2.8"))
+    for found in (theirs, FINGERPRINT):
+        path = tmp_path / str(len(found))
+        store.RunFolder.open(path, found, CONFIG)
+        with pytest.raises(RunFolderError, match=r"labels\.versions\.torch was .*2\.9.*any_version=true"):
+            store.RunFolder.open(path, ours, CONFIG)
+        asked = OmegaConf.merge(CONFIG, {"any_version": True})
+        store.RunFolder.open(path, ours, asked)
+        with pytest.raises(RunFolderError, match=r"data\.limit was 14, is 99"):
+            store.RunFolder.open(path, {**ours, "data": {"limit": 99}}, asked)
+
+
+def test_a_shard_that_lost_a_file_is_made_again(tmp_path: Path, expected: dict[str, bytes]) -> None:
+    execute(tmp_path / "run")
+    (tmp_path / "run/shards/00000002/squares.parquet").unlink()
+    execute(tmp_path / "run")
+    assert contents(tmp_path / "run") == expected
+
+
+# ---------------------------------------------------------------- many at once
+def work(path: Path, barrier: Any, results: Any) -> None:
+    try:
+        barrier.wait(30)
+        execute(path)
+        results.put("")
+    except BaseException as error:
+        results.put(repr(error))
+
+
+def test_many_processes_share_a_run_folder(tmp_path: Path, expected: dict[str, bytes]) -> None:
+    """50 rounds of three processes that start one run at the same moment: none fails, the tables are the same."""
+    context = multiprocessing.get_context("fork")
+    for each in range(50):
+        path, barrier, results = tmp_path / str(each), context.Barrier(3), context.Queue()
+        jobs = [context.Process(target=work, args=(path, barrier, results)) for _ in range(3)]
+        for job in jobs:
+            job.start()
+        failed = [error for error in (results.get(timeout=60) for _ in jobs) if error]
+        for job in jobs:
+            job.join()
+        assert not failed, f"round {each}: {failed}"
+        assert contents(path) == expected
+
+
+def test_overwrite_waits_for_the_process_that_works_there(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    there, go = context.Event(), context.Event()
+
+    def hold() -> None:
+        store.RunFolder.open(tmp_path, FINGERPRINT, CONFIG)
+        (tmp_path / "shards" / ".tmp-other").mkdir()
+        there.set()
+        go.wait(30)
+
+    process = context.Process(target=hold)
+    process.start()
+    assert there.wait(30)
+    with pytest.raises(RunFolderError, match="another process works in"):
+        store.RunFolder.open(tmp_path, FINGERPRINT, CONFIG, overwrite=True)
+    store.RunFolder.open(tmp_path, FINGERPRINT, CONFIG)
+    assert (tmp_path / "shards" / ".tmp-other").is_dir()  # nobody deletes what another may be writing
+    go.set()
+    process.join()
+    store.RunFolder.open(tmp_path, FINGERPRINT, CONFIG, overwrite=True)
     assert not list((tmp_path / "shards").iterdir())
 
 

@@ -15,6 +15,7 @@ from dyvte.batch import IGNORE_INDEX, Batch
 from dyvte.cost.exit_flops import exit_flops
 from dyvte.cost.flops import FlopCount
 from dyvte.data import Dataset, Sample
+from dyvte.data.base import image_numbers
 from dyvte.data.metrics import exact_match
 from dyvte.errors import ConfigError, ModelError
 from dyvte.instrument.hooks import check_model
@@ -70,7 +71,7 @@ class Measurement:
                 self.mllm,
                 batch,
                 answer_ids,
-                shared_image=self._shared_images(samples),
+                shared_image=image_numbers(samples),
                 branch_tokens=self.branch_tokens,
             ).to("cpu")
         except ModelError as error:
@@ -88,12 +89,6 @@ class Measurement:
             "tokens": token_table(samples, sweep),
             "entropy": entropy_table(samples, sweep),
         }
-
-    @staticmethod
-    def _shared_images(samples: Sequence[Sample]) -> list[int] | None:
-        """Numbers of the images; None where no two questions share one."""
-        number = {image_id: index for index, image_id in enumerate(sample.image_id for sample in samples)}
-        return [number[sample.image_id] for sample in samples] if len(number) < len(samples) else None
 
     def _samples(
         self, samples: list[Sample], batch: Batch, sweep: ExitSweep, answers: list[list[int]], text: list[str]

@@ -29,7 +29,7 @@ from torch import Tensor
 from dyvte.batch import IGNORE_INDEX, Batch
 from dyvte.cost.exit_flops import exit_flops
 from dyvte.cost.flops import FlopCount
-from dyvte.data.base import Dataset, Sample
+from dyvte.data.base import Dataset, Sample, image_numbers
 from dyvte.data.metrics import exact_match
 from dyvte.errors import ConfigError, DataError
 from dyvte.gates.module import QUESTION
@@ -122,7 +122,7 @@ def label_batch(
     answer_ids = greedy_answer_ids(mllm, batch, settings.max_new_tokens)
     parts = [part for part in settings.status if part != QUESTION]
     sweep = exit_sweep(
-        mllm, batch, answer_ids, shared_image=_image_numbers(samples), status_parts=parts or TEXT_STATUS, entropy=False
+        mllm, batch, answer_ids, shared_image=image_numbers(samples), status_parts=parts or TEXT_STATUS, entropy=False
     ).up_to_ties()
     answers = mllm.decode(_ids(answer_ids))
     text_tokens, visual_tokens = batch.layout.text.sum(1), batch.layout.visual.sum(1)
@@ -183,13 +183,6 @@ def _correct(answer: str, reference: str | None) -> float:
     return float("nan") if reference is None else float(exact_match(answer, reference))
 
 
-def _image_numbers(samples: Sequence[Sample]) -> list[int]:
-    """Equal numbers for questions on one image; a question without image has its own."""
-    seen: dict[str, int] = {}
-    names = [f"none {row}" if each.image is None else f"image {each.image_id}" for row, each in enumerate(samples)]
-    return [seen.setdefault(name, len(seen)) for name in names]
-
-
 def _truth_columns(mllm: MLLM, batch: Batch, samples: Sequence[Sample]) -> dict[str, np.ndarray[Any, Any]]:
     """Share of tokens that stay the full model's, and cross-entropy, teacher-forced on the reference answers."""
     references = [sample.answer for sample in samples]
@@ -197,7 +190,7 @@ def _truth_columns(mllm: MLLM, batch: Batch, samples: Sequence[Sample]) -> dict[
     if missing:
         raise DataError(f"sample {missing[0]!r} has no reference answer, which the label rule 'release' needs")
     truth_ids = mllm.answer_ids([sample.question for sample in samples], [str(each) for each in references])
-    sweep = exit_sweep(mllm, batch, truth_ids, shared_image=_image_numbers(samples), entropy=False)
+    sweep = exit_sweep(mllm, batch, truth_ids, shared_image=image_numbers(samples), entropy=False)
     same = (sweep.token_argmax == sweep.token_argmax[:, -1:]) & sweep.answer_valid[:, None, :]
     share = same.sum(-1) / sweep.answer_valid.sum(-1)[:, None]
     return {"truth_agree": _flat(share), "truth_nll": _flat(sweep.nll)}

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
 from tqdm import tqdm
 
 from dyvte.data.base import Dataset, Sample
-from dyvte.errors import BrokenSample, ConfigError, DataError
+from dyvte.errors import BrokenSample, ConfigError, DataError, DyvteError, RunFolderError, UnsupportedError
 from dyvte.runs import distributed
-from dyvte.runs.store import RunFolder
+from dyvte.runs.store import RunFolder, serialised
+
+NOT_OF_ONE_SAMPLE = (ConfigError, UnsupportedError, RunFolderError, MemoryError, torch.AcceleratorError)
+"""Errors of a setting, a model or a device, which every other sample would meet too."""
+
+PATIENCE = 8
+"""Samples that may fail, before one works, until the error is taken for one of the program."""
 
 Compute = Callable[[list[Sample]], Mapping[str, pd.DataFrame | dict[str, torch.Tensor]]]
 
@@ -37,15 +45,15 @@ def run(
 ) -> None:
     """Call `compute` on every batch that `folder` does not hold yet, store its tables, and join them at the end.
 
-    Samples that cannot be read are recorded in `failures.jsonl` and left out of their batch. Several processes
+    Samples that cannot be read, computed or written are recorded in `failures.jsonl` and left out of their batch: one
+    bad sample never ends a run. If nothing works from the start, the error is raised as it is. Several processes
     (`accelerate launch`, `torchrun`) take turns at the batches; the shards and what is joined from them stay the same.
 
     Args:
         folder: where the results go; its finished batches are not computed again.
         dataset: the samples.
         batches: sample indices of each batch, the same at every start (see `consecutive_batches`).
-        compute: turns the readable samples of a batch into named tables (or tensors, see `RunFolder.write_shard`). It
-            raises `BrokenSample` for nothing: a sample that reaches it counts as used.
+        compute: turns the readable samples of a batch into named tables (or tensors, see `RunFolder.write_shard`).
         description: label of the progress bar.
 
     Raises:
@@ -60,17 +68,19 @@ def run(
     with tqdm(
         total=total, initial=done, desc=description, unit="sample", dynamic_ncols=True, disable=quiet
     ) as progress:
+        works, fruitless = done > 0, 0
         for index in todo:
             start = time.perf_counter()
-            samples, failures = _read(dataset, batches[index])
-            try:
-                tables = compute(samples) if samples else {}
-            except torch.OutOfMemoryError as error:
-                raise ConfigError(
-                    f"out of memory on a batch of {len(samples)}: set batch_size= to a smaller number (with "
-                    "overwrite=true, batches of different sizes are not mixed)"
-                ) from error
-            folder.write_shard(index, tables, failures, len(samples), time.perf_counter() - start)
+            read, failures = _read(dataset, batches[index])
+            files, used, unusable = _computed(compute, read)
+            works = works or bool(used)
+            odd = [error for _, error in unusable if not isinstance(error, BrokenSample)]
+            fruitless += len(odd)
+            if odd and not works and (fruitless >= PATIENCE or index == todo[-1]):
+                raise odd[0]  # not one sample's fault
+            failures += [_failure(dataset, each, error) for each, error in unusable]
+            failures.sort(key=lambda failure: failure["index"])
+            folder.write_files(index, files, failures, used, time.perf_counter() - start)
             progress.update(len(batches[index]))
     distributed.barrier()
     with distributed.main_process_first():
@@ -83,13 +93,59 @@ def run(
             f"none of the {total} samples could be used{first} "
             f" (all in {folder.path / 'failures.jsonl'}; after repairing the data start again with overwrite=true)"
         )
+    if failed and distributed.is_main():
+        kept = folder.path / "failures.jsonl"
+        print(f"{len(failed)} of {total} samples were left out; {kept} says why", file=sys.stderr)
 
 
-def _read(dataset: Dataset, indices: Sequence[int]) -> tuple[list[Sample], list[dict[str, object]]]:
+def _read(dataset: Dataset, indices: Sequence[int]) -> tuple[list[tuple[int, Sample]], list[dict[str, Any]]]:
     samples, failures = [], []
     for index in indices:
         try:
-            samples.append(dataset[index])
-        except BrokenSample as broken:
-            failures.append({"index": index, "where": broken.where, "why": broken.why})
+            samples.append((index, dataset[index]))
+        except Exception as error:  # BrokenSample, and whatever a reader of rows raises on one of them
+            failures.append(_failure(dataset, index, error))
     return samples, failures
+
+
+def _failure(dataset: Dataset, index: int, error: Exception) -> dict[str, Any]:
+    if isinstance(error, BrokenSample):
+        return {"index": index, "where": error.where, "why": error.why}
+    why = " ".join(str(error).split())
+    kind = "" if isinstance(error, DyvteError) and why else f"{type(error).__name__}: "
+    return {"index": index, "where": dataset.where(index), "why": f"{kind}{why[:300]}"}
+
+
+def _computed(
+    compute: Compute, read: Sequence[tuple[int, Sample]]
+) -> tuple[dict[str, bytes], int, list[tuple[int, Exception]]]:
+    """Files of a batch, how many samples they are of, and those that could not be used with the reason."""
+
+    def attempt(samples: Sequence[tuple[int, Sample]]) -> dict[str, bytes]:
+        try:
+            return serialised(compute([sample for _, sample in samples])) if samples else {}
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"out of memory on a batch of {len(samples)}: set batch_size= to a smaller number (with "
+                "overwrite=true, batches of different sizes are not mixed)"
+            ) from error
+
+    try:
+        return attempt(read), len(read), []
+    except NOT_OF_ONE_SAMPLE:
+        raise
+    except Exception as error:
+        if len(read) == 1:
+            return {}, 0, [(read[0][0], error)]
+    good, unusable = [], []  # each alone says whose fault it is
+    for index, sample in read:
+        try:
+            attempt([(index, sample)])
+            good.append((index, sample))
+        except NOT_OF_ONE_SAMPLE:
+            raise
+        except Exception as error:
+            unusable.append((index, error))
+    if not unusable:  # each works alone: an error of the batch, raised as it is
+        attempt(read)
+    return attempt(good), len(good), unusable

@@ -2,6 +2,7 @@
 
     outputs/stages/llava_shapes/shapes/
         config.yaml          the composed configuration
+        overrides.yaml       what was given on the command line
         fingerprint.json     what the results depend on: weights, data, settings
         shards/00000007/     one finished batch: its tables as Parquet, its failures, its time
         <table>.parquet .csv the shards' tables joined in order
@@ -10,7 +11,8 @@
         summary.json         every number that a figure shows
 
 Whatever has its final name is complete: files and shards are written under a temporary name and renamed. A command
-started again on its folder continues after the last finished batch; with another fingerprint it is refused.
+started again on its folder continues after the last finished batch; with another fingerprint it is refused. Several
+processes may work in one folder: what one has finished the others take, and nobody deletes what another may be writing.
 """
 
 from __future__ import annotations
@@ -19,11 +21,10 @@ import hashlib
 import io
 import json
 import math
-import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -34,12 +35,14 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 from safetensors.torch import save
 
 from dyvte.errors import RunFolderError
 from dyvte.runs import distributed
+from dyvte.runs.locks import TEMPORARY, locked, temporary_name, use, write_atomic
 from dyvte.version import __version__
 
 if TYPE_CHECKING:
@@ -48,7 +51,13 @@ if TYPE_CHECKING:
     from dyvte.data.base import Dataset
     from dyvte.mllm import MLLM
 
-TEMPORARY = ".tmp-"
+_OWN_FOLDERS = ("shards", "figures", "gates", "tensorboard")
+_OWN_FILES = (
+    *("summary.json", "failures.jsonl", "config.yaml", "overrides.yaml", "calibration.json"),
+    *("answers.jsonl", "table.md"),
+)
+"""What commands write beside their tables: `overwrite=true` deletes it, and nothing else."""
+
 _LINE_BREAK = re.compile(r"\n\s*")
 _INNERMOST_LIST = re.compile(r"\[\n\s*([^\[\]{}]*?)\n\s*\]")
 ROWS_PER_GROUP = 1 << 17
@@ -56,20 +65,7 @@ HASHED_ELEMENTS = 1 << 16
 """Elements of each parameter that enter the model's fingerprint; smaller parameters enter whole."""
 
 
-# ------------------------------------------------------------------ atomic files
-
-
-def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call `write` on a temporary file next to `path` and rename it, so `path` is never seen half written."""
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+# -------------------------------------------------------------------------- JSON
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -137,6 +133,7 @@ def fingerprint(mllm: MLLM, dataset: Dataset, cfg: DictConfig, **settings: Any) 
     return {
         "model": {**model, **model_fingerprint(mllm)},
         "data": {**data, "samples": len(dataset), "content": dataset.fingerprint},
+        "versions": {"dyvte": __version__, "torch": torch.__version__.partition("+")[0]},
         "settings": {
             "command": cfg.command,
             "seed": cfg.seed,
@@ -167,6 +164,39 @@ def versions() -> dict[str, str]:
         "dyvte": __version__,
         **{package: version(package) for package in packages},
     }
+
+
+def overrides_of(config: DictConfig) -> list[str] | None:
+    """What was given on the command line, or to `dyvte.runs.config.compose`; None where nobody knows."""
+    if HydraConfig.initialized():
+        return list(HydraConfig.get().overrides.task)
+    given: list[str] | None = config.__dict__.get("dyvte_overrides")
+    return given
+
+
+def serialised(tables: Mapping[str, pd.DataFrame | dict[str, torch.Tensor]]) -> dict[str, bytes]:
+    """Tables as the bytes of Parquet files, dicts of tensors as those of safetensors, by file name.
+
+    Raises:
+        ValueError: something in them fits into no file (pyarrow's errors are of this kind).
+    """
+    files = {}
+    for name, content in tables.items():
+        if isinstance(content, dict):
+            files[f"{name}.safetensors"] = save(content)
+        else:
+            out = io.BytesIO()
+            pq.write_table(pa.Table.from_pandas(content, preserve_index=False), out)
+            files[f"{name}.parquet"] = out.getvalue()
+    return files
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(file.read_text())
+    except ValueError as error:
+        raise RunFolderError(f"{file} is damaged: start again with overwrite=true") from error
+    return content
 
 
 # -------------------------------------------------------------------- run folder
@@ -212,48 +242,72 @@ class RunFolder:
         return folder
 
     def _prepare(self, wanted: dict[str, Any], config: DictConfig, overwrite: bool, remedy: str) -> None:
-        file = self.path / "fingerprint.json"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise RunFolderError(f"output_dir={self.path} is a file: give a folder") from error
-        if file.is_file() and overwrite:
-            self._clear()
-        elif file.is_file():
-            self._check(json.loads(file.read_text()), wanted, remedy)
-        elif strangers := [each.name for each in self.path.iterdir() if not each.name.startswith(".")]:
+        file = self.path / "fingerprint.json"
+        strangers = [each.name for each in self.path.iterdir() if not each.name.startswith(".")]
+        if strangers and not file.is_file():
             raise RunFolderError(
                 f"{self.path} is not empty ({strangers[0]}) and not the folder of a run: give another output_dir="
             )
-        for leftover in [*self.path.glob(f"{TEMPORARY}*"), *self.path.glob(f"*/{TEMPORARY}*")]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        write_json(file, wanted)
-        (self.path / "shards").mkdir(exist_ok=True)
-        yaml = OmegaConf.to_yaml(config, resolve=True)
-        write_atomic(self.path / "config.yaml", lambda out: out.write(yaml.encode()))
+        with locked(self.path):
+            alone = use(self.path)
+            if file.is_file() and overwrite:
+                if not alone:
+                    raise RunFolderError(
+                        f"another process works in {self.path}: wait for it before overwrite=true, or give another "
+                        "output_dir="
+                    )
+                self._clear()
+            elif file.is_file():
+                self._check(_read_record(file), wanted, remedy, bool(config.get("any_version")))
+            if alone:  # what killed processes left
+                for leftover in [*self.path.glob(f"{TEMPORARY}*"), *self.path.glob(f"*/{TEMPORARY}*")]:
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            if not file.is_file():
+                write_json(file, wanted)
+            (self.path / "shards").mkdir(exist_ok=True)
+            yaml = OmegaConf.to_yaml(config, resolve=True)
+            write_atomic(self.path / "config.yaml", lambda out: out.write(yaml.encode()))
+            if (given := overrides_of(config)) is not None:
+                listed = OmegaConf.to_yaml(OmegaConf.create([each for each in given if each != "overwrite=true"]))
+                write_atomic(self.path / "overrides.yaml", lambda out: out.write(listed.encode()))
 
-    def _check(self, found: Mapping[str, Any], wanted: Mapping[str, Any], remedy: str) -> None:
+    def _check(self, found: Mapping[str, Any], wanted: Mapping[str, Any], remedy: str, any_version: bool) -> None:
         before, now = dict(_flat(found)), dict(_flat(wanted))
         changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        versions = [key for key in changed if "versions" in key.split(".")]
+        changed = [key for key in changed if key not in versions or not any_version]
         if changed:
             listed = ", ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed[:3])
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            if changed == versions:
+                remedy += ", or any_version=true to continue it with other versions"
             raise RunFolderError(f"{self.path} holds another run ({listed}{more}): {remedy}")
 
     def _clear(self) -> None:
         """Delete what runs write, and nothing else that somebody may have put here."""
-        for name in ("shards", "figures"):
+        for name in _OWN_FOLDERS:
             shutil.rmtree(self.path / name, ignore_errors=True)
         tables = [file for file in self.path.glob("*.parquet") if file.with_suffix(".csv").is_file()]
-        files = [self.path / name for name in ("summary.json", "failures.jsonl", "config.yaml")]
+        files = [self.path / name for name in (*_OWN_FILES, "fingerprint.json")]
         for file in [*tables, *(table.with_suffix(".csv") for table in tables), *files]:
             file.unlink(missing_ok=True)
 
     # ---------------------------------------------------------------- shards
 
     def has_shard(self, index: int) -> bool:
-        """Whether batch `index` is finished."""
-        return self._shard(index).is_dir()
+        """Whether batch `index` is finished. One that has lost a file is deleted, to be made again."""
+        shard = self._shard(index)
+        if not shard.is_dir():
+            return False
+        record = shard / "shard.json"
+        if record.is_file() and all((shard / name).is_file() for name in _read_record(record).get("files", ())):
+            return True
+        shutil.rmtree(shard)
+        return False
 
     def write_shard(
         self,
@@ -273,21 +327,30 @@ class RunFolder:
             num_samples: samples in the tables.
             seconds: what the batch took.
         """
+        self.write_files(index, serialised(tables), failures, num_samples, seconds)
+
+    def write_files(
+        self,
+        index: int,
+        files: Mapping[str, bytes],
+        failures: Sequence[Any] = (),
+        num_samples: int = 0,
+        seconds: float = 0,
+    ) -> None:
+        """Like `write_shard`, of tables that are `serialised` already."""
         final = self._shard(index)
-        temporary = final.with_name(f"{TEMPORARY}{os.getpid()}-{final.name}")
+        temporary = temporary_name(final)
         temporary.mkdir()
-        for name, content in tables.items():
-            if isinstance(content, dict):
-                data = save(content)
-                write_atomic(temporary / f"{name}.safetensors", lambda out, data=data: out.write(data))  # type: ignore[misc]
-            else:
-                table = pa.Table.from_pandas(content, preserve_index=False)
-                write_atomic(temporary / f"{name}.parquet", lambda out, table=table: pq.write_table(table, out))  # type: ignore[misc]
-        write_json(
-            temporary / "shard.json",
-            {"num_samples": num_samples, "failures": list(failures), "seconds": seconds},
-        )
-        temporary.rename(final)
+        for name, data in files.items():
+            write_atomic(temporary / name, lambda out, data=data: out.write(data))  # type: ignore[misc]
+        record = {"num_samples": num_samples, "failures": list(failures), "seconds": seconds, "files": sorted(files)}
+        write_json(temporary / "shard.json", record)
+        try:
+            temporary.rename(final)
+        except OSError:
+            if not final.is_dir():
+                raise
+            shutil.rmtree(temporary)  # another process was first with the same batch
 
     def _shard(self, index: int) -> Path:
         return self.path / "shards" / f"{index:08d}"
@@ -296,7 +359,7 @@ class RunFolder:
         return sorted(each for each in (self.path / "shards").iterdir() if not each.name.startswith(TEMPORARY))
 
     def _shard_records(self) -> list[dict[str, Any]]:
-        return [json.loads((shard / "shard.json").read_text()) for shard in self._shards()]
+        return [_read_record(shard / "shard.json") for shard in self._shards()]
 
     def merge(self) -> None:
         """Join the shards: every table as Parquet and CSV, and `failures.jsonl`.

@@ -1,0 +1,68 @@
+"""Files that several processes may want at once: locks that end with their process, and files that appear whole."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None  # type: ignore[assignment]
+
+TEMPORARY = ".tmp-"
+_IN_USE: dict[Path, int] = {}
+"""Folders that this process uses, and the open file of each that says so."""
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that nobody else uses, on this machine or another."""
+    return path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:16]}")
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Call `write` on a temporary file next to `path` and rename it, so `path` is never seen half written."""
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process after the other goes through the block; file systems without locks let all through."""
+    with (folder / ".lock").open("a") as file:
+        with suppress(OSError):
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def use(folder: Path) -> bool:
+    """Say that this process uses a folder until it ends; call it inside of `locked`.
+
+    Returns:
+        Whether no other process does.
+    """
+    key = folder.resolve()
+    if fcntl is None:
+        return True
+    if key not in _IN_USE or not (folder / ".in-use").exists():
+        _IN_USE[key] = os.open(folder / ".in-use", os.O_CREAT | os.O_RDWR, 0o666)
+    alone = True
+    try:
+        fcntl.flock(_IN_USE[key], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        alone = False
+    with suppress(OSError):
+        fcntl.flock(_IN_USE[key], fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return alone
