@@ -20,7 +20,7 @@ from dyvte.batch import Batch
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.attention import MEASURES
 from dyvte.instrument.role_attention import ENTROPIES, Geometry, Groups, allowed_pairs, role_sums, score_rows
-from dyvte.layout import TokenLayout
+from dyvte.layout import ROLES, TokenLayout
 from dyvte.loading import wrap
 from dyvte.mllm import MLLM
 
@@ -60,7 +60,6 @@ def reference(maps: Tensor, allowed: Tensor, layout: TokenLayout) -> dict[str, T
                 p, may = full.clone(), pairs.clone()
                 if suffix:
                     p[:, :, sink], may[:, sink] = 0, False
-                    p = p / p.sum(2, keepdim=True)
                 for a in range(4):
                     queries = (layout.roles[b] == a) & may.any(1)
                     for c in range(4):
@@ -72,9 +71,10 @@ def reference(maps: Tensor, allowed: Tensor, layout: TokenLayout) -> dict[str, T
                         mass = p[:, queries][:, :, keys].sum(2)
                         count = may[queries][:, keys].sum(1)
                         uniform = (count / may[queries].sum(1)).mean()
-                        out["mass" + suffix][b, layer, :, a, c] = mass.mean(1)
-                        out["mean_score" + suffix][b, layer, :, a, c] = mass.sum(1) / count.sum()
-                        out["enrichment" + suffix][b, layer, :, a, c] = mass.mean(1) / uniform
+                        ratio = mass.sum(1) / p[:, queries].sum((1, 2))  # of sums: with the sink each query gives 1
+                        out["mass" + suffix][b, layer, :, a, c] = ratio
+                        out["mean_score" + suffix][b, layer, :, a, c] = ratio * queries.sum() / count.sum()
+                        out["enrichment" + suffix][b, layer, :, a, c] = ratio / uniform
             question = layout.text_status_positions[b]
             rows, may = full[:, question], pairs[question]
             out["total_entropy"][b, layer] = torch.special.entr(rows).sum(2).mean(1)
@@ -437,10 +437,29 @@ def test_frame_is_the_mean_over_heads_of_the_head_frame() -> None:
     assert len(by_head) == 2 * mllm.num_layers * mllm.num_heads
     means = by_head.drop(columns="head").groupby(["sample", "layer"], as_index=False).mean()
     for column in frame.columns:
-        assert frame[column].to_numpy() == pytest.approx(means[column].to_numpy(), rel=1e-5, nan_ok=True), column
+        if "_no_sink" not in column or "entropy" in column:  # those without the sink are ratios of sums: see below
+            assert frame[column].to_numpy() == pytest.approx(means[column].to_numpy(), rel=1e-5, nan_ok=True), column
+    by_hand = (stats.cross_queries[..., 3, 1] * stats.not_on_sink[..., 4]).sum(-1) / stats.not_on_sink[..., 4].sum(-1)
+    assert frame["cross_mass_no_sink"].to_numpy() == pytest.approx(by_hand.flatten().numpy(), rel=1e-5)
+    for query in ROLES:  # what is not on the sink is on one of the roles
+        masses = frame[[f"mass_no_sink_{query}_{key}" for key in ROLES]].sum(axis=1, min_count=1).dropna()
+        assert masses.to_numpy() == pytest.approx(1.0, abs=1e-5)
     assert frame["cross_mass"][0] == pytest.approx(stats.mass[0, 0, :, 2, 1].mean().item(), rel=1e-5)
     with pytest.raises(ValueError, match="unknown curve"):
         stats.curve("sideways")
+
+
+def test_a_head_that_looks_at_the_sink_counts_as_little_as_it_looks_elsewhere() -> None:
+    layout = TokenLayout.from_input_ids(torch.tensor([[2, 1, 1, 2, 2, 2]]), None, [1])
+    geometry = Geometry.of(Groups.of(layout), None, None, num_heads=2)
+    rows = torch.zeros(1, 2, 6, 6)
+    rows[:, 0, 3:, 0], rows[:, 0, 3:, 1] = 0.99, 0.01  # asleep: all but nothing on the sink, the rest on the image
+    rows[:, 1, 3:, 3] = 1.0  # awake, and looks at the text
+    sums = role_sums(lambda block: rows[:, :, block.rows, block.columns], geometry, 2)
+    of_instruction = sums.probability_no_sink[0, :, 2]  # [H, R]
+    assert float(of_instruction[:, 1].sum() / of_instruction.sum()) == pytest.approx(
+        0.01 / 1.01
+    )  # the mean of renormalised heads would say a half
 
 
 def test_roles_without_tokens_are_nan() -> None:
@@ -468,8 +487,10 @@ def test_statistics_without_the_sink_stay_exact_where_the_sink_takes_nearly_ever
     )
     assert scores.softmax(-1)[..., 2:6, 0].mean() > 0.999
     without = scores[..., 1:].softmax(-1)
-    expected = without[:, :, 2:6, 1:5].sum((2, 3))  # visual to visual
-    torch.testing.assert_close(sums.probability_no_sink[:, :, 1, 1].double(), expected, atol=1e-5, rtol=1e-5)
+    rows = scores.softmax(-1)[:, :, 2:6, 1:]  # of visual queries
+    expected = rows[..., 1:5].sum((2, 3)) / rows.sum((2, 3))
+    found = sums.probability_no_sink[:, :, 1]
+    torch.testing.assert_close((found[..., 1] / found.sum(-1)).double(), expected, atol=1e-5, rtol=1e-5)
     text = torch.cat([without[:, :, 6:, :1], without[:, :, 6:, 5:]], dim=-1)
     entropy = torch.special.entr(text / text.sum(-1, keepdim=True)).sum(-1).sum(-1)
     torch.testing.assert_close(sums.entropy[:, :, 3].double(), entropy, atol=1e-5, rtol=1e-5)

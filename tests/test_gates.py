@@ -23,6 +23,7 @@ from dyvte.gates.metrics import (
     at_exit,
     choose_threshold,
     cluster_interval,
+    difference_interval,
     exit_by_kind,
     first_exit,
     layer_report,
@@ -279,6 +280,20 @@ def test_upper_limit_covers_the_truth_under_clusters() -> None:
         failures = torch.from_numpy(rng.random((150, 4)) < rate[:, None]).flatten()
         below += upper_limit(failures, np.repeat(np.arange(150), 4)) < 0.02
     assert below / 400 <= 0.08
+
+
+def test_a_difference_of_means_on_shared_images_is_paired() -> None:
+    """What an image adds to both means leaves their difference: the interval is that of the difference by image."""
+    rng = np.random.default_rng(1)
+    image, own = 5 * rng.normal(size=200), rng.normal(size=(2, 200))
+    values = torch.from_numpy(np.concatenate([image + own[0], image + own[1] + 0.5]))
+    second = np.arange(400) >= 200
+    step, low, high = difference_interval(values, second, ~second, np.tile(np.arange(200), 2))
+    mean, expected_low, expected_high = cluster_interval(torch.from_numpy(own[1] + 0.5 - own[0]), np.arange(200))
+    assert (step, low, high) == pytest.approx((mean, expected_low, expected_high))
+    apart = difference_interval(values, second, ~second, np.arange(400))  # images of their own: as of two samples
+    halves = [np.ptp(cluster_interval(values[each], np.arange(200))[1:]) / 2 for each in (second, ~second)]
+    assert (apart[2] - apart[1]) / 2 == pytest.approx(np.hypot(*halves), rel=1e-2)
 
 
 def test_cluster_interval_covers_the_mean() -> None:

@@ -124,23 +124,22 @@ def test_table_equals_attention_maps_of_the_eager_model(finished: Path, model_fo
         for layer, full in enumerate(attentions):
             no_sink = full[0].clone()
             no_sink[:, :, 0] = 0
-            no_sink /= no_sink.sum(-1, keepdim=True)
             pairs_no_sink = causal.clone()
             pairs_no_sink[:, 0] = False
             for suffix, attention, pairs in (("", full[0], causal), ("_no_sink", no_sink, pairs_no_sink)):
                 for curve, queries, keys in (
                     ("cross", question, visual), ("visual", visual, visual), ("text", question, text)
                 ):  # fmt: skip
-                    probability = attention[:, queries][:, :, keys].sum(-1).mean(0)
                     allowed = pairs[queries][:, keys].sum(-1)
-                    uniform = allowed / pairs[queries].sum(-1)
+                    sees = pairs[queries].sum(-1)
+                    uniform = (allowed / sees)[sees > 0].mean()
                     row = rows[rows["layer"] == layer].iloc[0]
-                    mass = float(probability.mean())
+                    # A ratio of sums over queries and heads; with the sink each query of each head gives 1.
+                    mass = float(attention[:, queries][:, :, keys].sum() / attention[:, queries].sum())
+                    score = mass * int((sees > 0).sum()) / float(allowed.sum())
                     assert row[f"{curve}_mass{suffix}"] == pytest.approx(mass, abs=1e-5)
-                    assert row[f"{curve}_mean_score{suffix}"] == pytest.approx(
-                        float(probability.sum() / allowed.sum()), abs=1e-5
-                    )
-                    assert row[f"{curve}_enrichment{suffix}"] == pytest.approx(mass / float(uniform.mean()), rel=1e-4)
+                    assert row[f"{curve}_mean_score{suffix}"] == pytest.approx(score, abs=1e-5)
+                    assert row[f"{curve}_enrichment{suffix}"] == pytest.approx(mass / float(uniform), rel=1e-4)
 
 
 def test_curves_are_means_over_samples(finished: Path) -> None:
@@ -328,7 +327,7 @@ def test_no_finding_on_random_weights(family: str) -> None:
             with AttentionProbe(mllm) as probe, torch.no_grad():
                 mllm.model(**batch)
             for curve in CURVES:
-                curves[curve].append(probe.stats.curve(curve, stages.ENDPOINT).mean(-1))
+                curves[curve].append(probe.stats.mean_curve(curve, stages.ENDPOINT))
         cross, visual, text = (torch.cat(curves[curve]).numpy() for curve in CURVES)
         verdict = stage_verdict(cross, visual, text, np.arange(len(cross)), n_boot=200, n_perm=499)
         assert verdict.verdict != "three_stage", (family, seed)
@@ -346,7 +345,7 @@ def test_planted_layer_is_found() -> None:
             with planted(mllm, exit_layer), AttentionProbe(mllm) as probe, torch.no_grad():
                 mllm.model(**batch)
             for curve in CURVES:
-                curves[curve].append(probe.stats.curve(curve, stages.ENDPOINT).mean(-1))
+                curves[curve].append(probe.stats.mean_curve(curve, stages.ENDPOINT))
         cross, visual, text = (torch.cat(curves[curve]).numpy() for curve in CURVES)
         assert np.isnan(cross[:, exit_layer:]).all()  # nothing to see is no enrichment; the table says 0
         cross = np.nan_to_num(cross)

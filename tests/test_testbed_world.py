@@ -114,6 +114,16 @@ def test_kinds_come_equally_often_in_any_prefix() -> None:
         assert max(counts.values()) - min(counts.values()) <= 1
 
 
+@pytest.mark.parametrize("kinds", [["attribute"], ["relation"], ["comparison", "existence"]])
+def test_fewer_kinds_than_questions_an_image_are_asked_again(kinds: list[str]) -> None:
+    records = ShapesQuestions("test", 60, kinds=kinds, per_scene=3)
+    counts = Counter(record.image_id for record in records)
+    assert max(counts.values()) == 3
+    assert sum(counts.values()) / len(counts) > 2  # some scenes have no question of a kind
+    assert len({(record.image_id, record.question) for record in records}) == 60
+    assert len({record.question_id for record in records}) == 60
+
+
 def test_questions_are_deterministic_and_a_prefix_of_a_longer_list() -> None:
     short, long = ShapesQuestions("test", 60), ShapesQuestions("test", 120)
     assert [r.question_id for r in short] == [r.question_id for r in long[:60]]

@@ -51,15 +51,17 @@ def measure_attention(mllm: MLLM, samples: list[Sample]) -> dict[str, pd.DataFra
     with AttentionProbe(mllm, layout=batch.layout) as probe:
         run_for_attention(mllm, batch)
     stats = probe.stats
-    values = {f"{curve}_{name}": stats.curve(curve, name) for name in MEASURES for curve in CURVES}
-    values |= {f"answer_cross_{name}": getattr(stats, name)[..., ANSWER, VISUAL] for name in MEASURES}
-    values |= {name: getattr(stats, name) for name in ENTROPIES}
+    values = {f"{curve}_{name}": stats.mean_curve(curve, name) for name in MEASURES for curve in CURVES}
+    for name in MEASURES:
+        of_answer = getattr(stats, name)[..., ANSWER, VISUAL]
+        values[f"answer_cross_{name}"] = stats.mean_over_heads(of_answer, name, ANSWER)
+    values |= {name: getattr(stats, name).mean(-1) for name in ENTROPIES}
     labels = pd.DataFrame(
         {"id": sample.id, "image_id": sample.image_id, "kind": sample.kind, "layer": layer}
         for sample in samples
         for layer in range(mllm.num_layers)
     )
-    table = labels.assign(**{name: value.mean(-1).flatten().numpy() for name, value in values.items()})
+    table = labels.assign(**{name: value.flatten().numpy() for name, value in values.items()})
     has_image = np.repeat(batch.layout.has_image.cpu().numpy(), mllm.num_layers)
     broken = table[has_image & table["cross_mass"].isna()]
     if len(broken):

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from dyvte.errors import DataError
 
 from ..statistics.bands import Band
-from ..statistics.verdicts import verdict_in_words
+from ..statistics.verdicts import verdict_in_short
 from .style import (
     ANSWER_SERIES,
     ATTENTION_SERIES,
@@ -64,7 +64,7 @@ def draw_three_stages(summary: Summary) -> Figure:
         ratio_axis(axis)
         axis.set_ylabel(ENRICHMENT_NO_SINK)
         boundaries = verdict.get("boundaries")
-        title = f"How much the question looks at the image: {title_of(summary)}"
+        title = f"Attention of the question on the image: {title_of(summary)}"
         if boundaries:
             edges = [0, *boundaries, num_layers]
             for low, high in verdict["boundaries_ci"]:
@@ -77,7 +77,7 @@ def draw_three_stages(summary: Summary) -> Figure:
                 axis.annotate(name, middle, xycoords=where, ha="center", va="bottom", fontsize=8.5)
             axis.set_title(wrapped(title, 72), pad=28)
         else:
-            axis.set_title(f"{wrapped(title, 72)}\n{wrapped(verdict_in_words(verdict), 84, 3)}", fontsize=9)
+            axis.set_title(f"{wrapped(title, 72)}\n{wrapped(verdict_in_short(verdict), 76)}")
         add_legend(figure, axis, sample_note(summary))
         return figure
 
@@ -197,15 +197,15 @@ def draw_attention_map(record: Mapping[str, Any], image: npt.NDArray[Any]) -> Fi
             rows, columns, figsize=(1.35 * columns + 0.9, 1.55 * rows + 1.1), layout="constrained", squeeze=False
         )
         height, width = image.shape[:2]
-        grey = image.mean(2, keepdims=True).repeat(3, 2)
-        faded = 0.2 + 0.65 * grey / max(float(grey.max()), 1e-9)  # white stays apart from no attention
+        pale = 0.5 * image + 0.5 * image.mean(2, keepdims=True)  # objects as light as what is behind them stay visible
+        pale = 0.25 + 0.65 * pale / max(float(pale.max()), 1e-9)  # white stays apart from no attention
         for axis in axes.flat:
             axis.set_axis_off()
         axes.flat[0].imshow(image)
         axes.flat[0].set_title("image", fontsize=8.5)
         for layer in range(num_layers):
             axis = axes.flat[layer + 1]
-            axis.imshow(faded, extent=(0, width, height, 0), vmin=0, vmax=1)
+            axis.imshow(pale, extent=(0, width, height, 0), vmin=0, vmax=1)
             axis.imshow(
                 relative[layer],
                 extent=(0, width, height, 0),

@@ -27,6 +27,7 @@ from .bands import (
     simultaneous_band,
 )
 from .segments import THREE_STAGE_FITS, change_points, fit_bic, permutation_p_values, stage_contrasts, stage_splits
+from .verdicts import CHECK_ORDER
 
 MIN_LAYERS = 8
 """Below this depth no ordering of the layers is rare enough to be evidence."""
@@ -161,7 +162,7 @@ def stage_verdict(
     found, against = all(checks.values()), absent or gain <= -min_bic_gain
     return StageVerdict(
         verdict="three_stage" if found else "other" if against else "undetermined",
-        reasons=_reasons(checks, absent, p_values, min(rivals, key=rivals.__getitem__), gain),
+        reasons=_reasons(checks, against, absent, p_values, min(rivals, key=rivals.__getitem__), gain),
         boundaries=points if found else None,
         boundaries_ci=ci if found else None,
         change_points=points,
@@ -186,7 +187,9 @@ def _contrasts(logs: Array, shares: Array) -> Array:
     return np.stack([fall, rise, -before, -after], axis=-1)  # [B, C, 4]
 
 
-def _reasons(checks: dict[str, bool], absent: bool, p_values: dict[str, float], rival: str, gain: float) -> list[str]:
+def _reasons(
+    checks: dict[str, bool], against: bool, absent: bool, p_values: dict[str, float], rival: str, gain: float
+) -> list[str]:
     """Why it is not `three_stage`, a sentence for each check that fails; what decides comes first."""
     worst = max(p_values, key=p_values.__getitem__)
     what = "steps between layers" if worst == "increments" else "layers"
@@ -201,8 +204,7 @@ def _reasons(checks: dict[str, bool], absent: bool, p_values: dict[str, float], 
         f"of three stages {gain:.1f})",
         "share": "attention within a modality does not peak in the middle stage",
     }
-    order = ("effect", "shape", "order", "share") if gain <= 0 else tuple(sentences)
-    return [sentences[name] for name in order if not checks[name]]
+    return [sentences[name] for name in CHECK_ORDER[against] if not checks[name]]
 
 
 def _change_point_stability(

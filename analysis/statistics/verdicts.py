@@ -21,6 +21,16 @@ ADVICE = {
     "effect": "more questions may sharpen the curve (data.limit=)",
 }
 """What would decide a verdict that a check leaves open."""
+CHECK_ORDER = (("effect", "order", "shape", "share"), ("effect", "shape", "order", "share"))
+"""Which failing check is named first: of an open verdict, and of one against three stages."""
+SHORT = {
+    "images": "too few images",
+    "layers": "too few layers",
+    "order": "their order may be chance",
+    "shape": "a plain curve fits as well",
+    "share": "attention within a modality does not peak in the middle",
+    "effect": "no clear fall and rise",
+}
 
 
 def verdict_word(name: str) -> str:
@@ -46,12 +56,25 @@ def verdict_in_words(stages: Mapping[str, Any]) -> str:
         return f"Three stages found: they begin at layers 0, {first} and {second}."
     if stages["verdict"] == "other":
         return f"No three stages in this model: {reasons[0]}."
-    return f"Three stages neither shown nor ruled out: {reasons[0]}. What would decide it: {_advice(stages)}."
+    return (
+        f"Three stages neither shown nor ruled out: {reasons[0]}. What would decide it: {ADVICE[_open_check(stages)]}."
+    )
 
 
-def _advice(stages: Mapping[str, Any]) -> str:
+def verdict_in_short(stages: Mapping[str, Any]) -> str:
+    """The verdict and what it hangs on, as a line of a figure.
+
+    Example:
+        >>> verdict_in_short({"verdict": "undetermined", "checks": {"order": False}})
+        'three stages: undetermined (their order may be chance)'
+    """
+    return f"three stages: {verdict_word(stages['verdict'])} ({SHORT[_open_check(stages)]})"
+
+
+def _open_check(stages: Mapping[str, Any]) -> str:
+    """The first check that fails, or what there is too little of."""
     checks = stages.get("checks") or {}
-    failed = [name for name in ("order", "effect", "shape", "share") if checks.get(name) is False]
-    if not failed:  # nothing was computed: the data or the decoder are too small
-        failed = ["layers" if " layers; " in str((stages.get("reasons") or [""])[0]) else "images"]
-    return ADVICE[failed[0]]
+    failed = [name for name in CHECK_ORDER[stages["verdict"] == "other"] if checks.get(name) is False]
+    if failed or stages["verdict"] == "other":
+        return failed[0] if failed else "effect"
+    return "layers" if " layers; " in str((stages.get("reasons") or [""])[0]) else "images"

@@ -86,7 +86,7 @@ def attention_values(mllm: MLLM, records: list[ShapesRecord], batch_size: int) -
         with torch.no_grad(), AttentionProbe(mllm) as probe:
             mllm.model(**batch)
         for measure, curve in values:
-            values[measure, curve].append(probe.stats.curve(curve, measure).mean(-1).numpy())
+            values[measure, curve].append(probe.stats.mean_curve(curve, measure).numpy())
     return {name: np.concatenate(parts) for name, parts in values.items()}
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from dyvte.gates.metrics import cluster_interval, first_exit
+from dyvte.gates.metrics import cluster_interval, difference_interval, first_exit
 from dyvte.gates.module import QUESTION, SHIPPED_GATES, load_gates
 from dyvte.gates.training import exit_probabilities
 from dyvte.instrument.sweep.criteria import exit_depth, lucky_exit_depth
@@ -96,16 +97,15 @@ def exits_by_hops(answers: pd.DataFrame, reference: LabelSet) -> pd.DataFrame | 
     images = answers["image_id"].to_numpy()
     rows = []
     for measure, depth in depths.items():
-        before: tuple[float, float, float] | None = None
+        before: npt.NDArray[np.bool_] | None = None
         for number in sorted(set(hops)):
             chosen = torch.from_numpy(hops == number)
             mean, low, high = cluster_interval(depth[chosen], images[chosen.numpy()])
             row = {"measure": measure, "hops": int(number), "questions": int(chosen.sum())}
             row |= {"depth": mean, "low": low, "high": high}
-            if before is not None:  # normal intervals of two means, taken as independent
-                half = float(np.hypot(high - mean, before[2] - before[0]))
-                step = mean - before[0]
-                row |= {"step": step, "step_low": step - half, "step_high": step + half}
+            if before is not None:
+                step, step_low, step_high = difference_interval(depth, hops == number, before, images)
+                row |= {"step": step, "step_low": step_low, "step_high": step_high}
             rows.append(row)
-            before = (mean, low, high)
+            before = hops == number
     return pd.DataFrame(rows)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from scipy.stats import beta, norm
@@ -200,11 +201,44 @@ def cluster_interval(values: Tensor, clusters: Sequence[Any], level: float = 0.9
     """
     numbers = values.double().numpy()
     mean = float(numbers.mean())
+    half = _half_width((numbers - mean) / len(numbers), clusters, level)
+    return mean, mean - half, mean + half
+
+
+def difference_interval(
+    values: Tensor,
+    first: npt.ArrayLike,
+    second: npt.ArrayLike,
+    clusters: Sequence[Any] | npt.NDArray[Any],
+    level: float = 0.95,
+) -> tuple[float, float, float]:
+    """Mean of [n] values over `first` less that over `second`, with a two-sided interval.
+
+    Both groups may hold samples of one cluster (image), which makes their means dependent: the interval is normal, with
+    the variance between cluster totals of what each sample adds to the difference.
+
+    Args:
+        values: [n].
+        first, second: [n] boolean, the samples of each group; no sample is in both.
+        clusters: length n.
+        level: confidence.
+    """
+    numbers, one, other = values.double().numpy(), np.asarray(first), np.asarray(second)
+    means = numbers[one].mean(), numbers[other].mean()
+    influence = np.zeros(len(numbers))
+    influence[one] = (numbers[one] - means[0]) / one.sum()
+    influence[other] = -(numbers[other] - means[1]) / other.sum()
+    either = one | other
+    half = _half_width(influence[either], np.asarray(clusters)[either], level)
+    step = float(means[0] - means[1])
+    return step, step - half, step + half
+
+
+def _half_width(influence: npt.NDArray[np.float64], clusters: Sequence[Any] | npt.NDArray[Any], level: float) -> float:
+    """Half width of the normal interval of an estimate from what each sample adds to its error; NaN for one cluster."""
     _, index = np.unique(np.asarray(clusters).astype(str), return_inverse=True)
     num_clusters = int(index.max()) + 1
     if num_clusters < 2:
-        return mean, float("nan"), float("nan")
-    totals = np.bincount(index, weights=numbers - mean)
-    error = float(np.sqrt(num_clusters / (num_clusters - 1) * (totals @ totals))) / len(numbers)
-    half = float(norm.ppf(0.5 + level / 2)) * error
-    return mean, mean - half, mean + half
+        return float("nan")
+    totals = np.bincount(index, weights=influence)
+    return float(norm.ppf(0.5 + level / 2) * np.sqrt(num_clusters / (num_clusters - 1) * (totals @ totals)))

@@ -53,8 +53,9 @@ class AttentionStats:
     - `mass`: mean over queries of the probability summed over the keys of a role.
     - `mean_score`: total probability over the pairs that the mask allows, divided by their number (NaN if 0).
     - `enrichment`: mass divided by the mass that attention spread evenly over all allowed keys would give.
-    - `..._no_sink`: without the first token that is not padding as a key, rows renormalised. Queries that see nothing
-      else are left out.
+    - `..._no_sink`: without the first token that is not padding as a key, as a ratio of sums over queries: probability
+      on the keys of a role over what is not on the sink, so that a query with 99% on the sink counts a hundredth of one
+      with nothing on it. Over heads likewise (`mean_over_heads`). Queries that see nothing else are left out.
 
     Of the question, [B, L, H], mean over the instruction queries after the last image, in nats:
 
@@ -73,6 +74,8 @@ class AttentionStats:
         layout: role of every position.
         cross_queries: the six measures for the queries of the question only, [B, L, H, 6, 5] in the order of `MEASURES`
             (with one image the same as the instruction's rows); the fifth key group is all text.
+        not_on_sink: attention that the queries of each role, and of the question, do not give the sink, summed,
+            [B, L, H, 5]: the weights of the heads in means without the sink.
         maps: [B, L, N, N] attention averaged over heads, None unless the probe was told to keep it.
     """
 
@@ -84,6 +87,7 @@ class AttentionStats:
     mean_score_no_sink: Tensor
     enrichment_no_sink: Tensor
     cross_queries: Tensor
+    not_on_sink: Tensor
     total_entropy: Tensor
     text_entropy: Tensor
     text_entropy_normalised: Tensor
@@ -106,6 +110,24 @@ class AttentionStats:
             return getattr(self, measure)[..., VISUAL, VISUAL]
         return self.cross_queries[..., MEASURES.index(measure), VISUAL if name == "cross" else ALL_TEXT]
 
+    def mean_over_heads(self, values: Tensor, measure: str, query: int) -> Tensor:
+        """Mean [...] over heads of a measure [..., H], of which those without the sink are ratios of sums.
+
+        Args:
+            values: [B, L, H].
+            measure: one of `MEASURES`.
+            query: role of the queries, or `QUESTION`.
+        """
+        if not measure.endswith("_no_sink"):
+            return values.mean(-1)
+        weights = self.not_on_sink[..., query]
+        return (values.nan_to_num() * weights).sum(-1).where(values.isfinite().any(-1), torch.nan) / weights.sum(-1)
+
+    def mean_curve(self, name: str, measure: str = "mass") -> Tensor:
+        """Like `curve`, over all heads: [B, L]."""
+        query = VISUAL if name == "visual" else QUESTION
+        return self.mean_over_heads(self.curve(name, measure), measure, query)
+
     def to_frame(self, by_head: bool = False) -> pd.DataFrame:
         """A row per sample and layer (and head), mean over heads otherwise.
 
@@ -114,16 +136,18 @@ class AttentionStats:
         """
         import pandas as pd
 
-        values = {f"{name}_{measure}": self.curve(name, measure) for measure in MEASURES for name in CURVES}
+        curve = self.curve if by_head else self.mean_curve
+        values = {f"{name}_{measure}": curve(name, measure) for measure in MEASURES for name in CURVES}
         for measure in MEASURES:
             table = getattr(self, measure)
             for query, query_role in enumerate(ROLES):
                 for key, key_role in enumerate(ROLES):
-                    values[f"{measure}_{query_role}_{key_role}"] = table[..., query, key]
-        values |= {name: getattr(self, name) for name in ENTROPIES}
+                    value = table[..., query, key]
+                    name = f"{measure}_{query_role}_{key_role}"
+                    values[name] = value if by_head else self.mean_over_heads(value, measure, query)
+        entropies = {name: getattr(self, name) for name in ENTROPIES}
+        values |= entropies if by_head else {name: value.mean(-1) for name, value in entropies.items()}
         axes = ["sample", "layer", "head"] if by_head else ["sample", "layer"]
-        if not by_head:
-            values = {name: value.mean(-1) for name, value in values.items()}
         index = pd.MultiIndex.from_product([range(size) for size in values["cross_mass"].shape], names=axes)
         return pd.DataFrame({name: value.flatten().numpy() for name, value in values.items()}, index).reset_index()
 
@@ -155,7 +179,12 @@ def _assemble(layout: TokenLayout, sums: list[RoleSums], geometries: list[Geomet
     for suffix, (probabilities, counts, keys) in versions.items():
         has_key = _with_all_text(keys).sum(1) > 0
         absent = ~((queries > 0)[:, :, None] & has_key[:, None]).cpu()[:, None, None]
-        total = _with_all_text(_stack(probabilities)).masked_fill(absent, torch.nan)  # [B, L, H, 5, 5]
+        sums_over_queries = _stack(probabilities)
+        if suffix:  # what the queries would give if none of it went to the sink
+            not_on_sink = sums_over_queries.sum(-1)
+            seen = _stack(each.queries for each in counts)[:, :, None] / not_on_sink.clamp_min(1e-30)
+            sums_over_queries = sums_over_queries * seen[..., None]
+        total = _with_all_text(sums_over_queries).masked_fill(absent, torch.nan)  # [B, L, H, 5, 5]
         divisors = {
             "mass": _stack(each.queries[..., None] for each in counts),
             "mean_score": _with_all_text(_stack(each.pairs for each in counts)),
@@ -169,6 +198,7 @@ def _assemble(layout: TokenLayout, sums: list[RoleSums], geometries: list[Geomet
     maps = [each.mean_map for each in sums if each.mean_map is not None]
     return AttentionStats(
         layout=layout.to("cpu"),
+        not_on_sink=not_on_sink,
         cross_queries=torch.stack([measures[name][..., QUESTION, :] for name in MEASURES], dim=-2),
         received_last=received[..., 0, :],
         received_instruction=received[..., 1, :] / queries[:, INSTRUCTION].cpu()[:, None, None, None],

@@ -122,7 +122,6 @@ class Geometry:
         blocks: the pieces in which the attention matrix is made.
         counts: with the sink.
         counts_no_sink: without.
-        query_weights_no_sink: [B, 5, N] membership of the queries that see another key than the sink.
     """
 
     groups: Groups
@@ -131,7 +130,6 @@ class Geometry:
     blocks: list[Block]
     counts: PairCounts
     counts_no_sink: PairCounts
-    query_weights_no_sink: Tensor
 
     @classmethod
     def of(cls, groups: Groups, allowed: Tensor | None, bias: Tensor | None, num_heads: int) -> Geometry:
@@ -150,7 +148,6 @@ class Geometry:
             blocks=list(_blocks(groups, allowed, num_heads)),
             counts=PairCounts.of(groups.merge_sink(by_key), groups, groups.queries),
             counts_no_sink=PairCounts.of(no_sink, groups, groups.queries),
-            query_weights_no_sink=groups.queries * (no_sink.sum(-1) > 0)[:, None],
         )
 
 
@@ -179,7 +176,8 @@ class RoleSums:
 
     Attributes:
         probability: [B, H, 5, R] total probability.
-        probability_no_sink: [B, H, 5, R] the same with the sink left out and every row renormalised.
+        probability_no_sink: [B, H, 5, R] the same without what the sink receives; not renormalised, so its sum over key
+            roles is what the queries do not give the sink.
         entropy: [B, H, 5] for the question's queries, summed: total entropy; entropy over text keys, with the same
             divided by the log of the number of text keys; and these two without the sink. In nats.
         received: [B, H, 2, N] attention on every key from the last prompt token, and summed over instruction queries.
@@ -217,8 +215,7 @@ def role_sums(
     groups = geometry.groups
     batch, num_groups, length = groups.queries.shape
     new = groups.queries.new_zeros
-    probability = new(batch, num_heads, num_groups, len(ROLES))
-    probability_no_sink = torch.zeros_like(probability)
+    probability = new(batch, num_heads, num_groups, 1 + len(ROLES))
     entropy = new(batch, num_heads, len(ENTROPIES))
     received = new(batch, num_heads, 2, length)
     mean_map = new(batch, length, length) if keep_map else None
@@ -230,10 +227,7 @@ def role_sums(
         attention = rows_of(block)
         keys = groups.keys[:, None, columns]
         by_key = attention @ keys
-        probability += groups.queries[:, None, :, rows] @ groups.merge_sink(by_key)
-        rest = by_key[..., 1:]
-        share = rest / rest.sum(-1, keepdim=True).clamp_min(torch.finfo(rest.dtype).tiny)
-        probability_no_sink += geometry.query_weights_no_sink[:, None, :, rows] @ share
+        probability += groups.queries[:, None, :, rows] @ by_key
         if block.text:
             by_key_entropy = torch.special.entr(attention) @ keys
             row_entropies = _row_entropies(by_key, by_key_entropy, groups)
@@ -243,7 +237,7 @@ def role_sums(
             mean_map[:, rows, columns] = attention.mean(1)
     if mean_map is not None:
         mean_map.masked_fill_(groups.padding[:, :, None], 0.0)
-    return RoleSums(probability, probability_no_sink, entropy, received, mean_map)
+    return RoleSums(groups.merge_sink(probability), probability[..., 1:], entropy, received, mean_map)
 
 
 def _row_entropies(by_key: Tensor, by_key_entropy: Tensor, groups: Groups) -> Tensor:

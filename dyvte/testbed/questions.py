@@ -318,24 +318,27 @@ class ShapesQuestions(Sequence[ShapesRecord]):
 
     def _mixed(self, per_scene: int, low: int, high: int) -> Iterator[ShapesRecord]:
         owed = dict.fromkeys(self.kinds, 0)  # questions asked so far: the kind that lags behind is asked next
+        # Fewer kinds than questions an image: each is asked again, in other words if the first ones come up twice.
+        rounds = 1 if len(self.kinds) >= per_scene else 3 * per_scene
         index = 0
         while True:
             scene = sample_scene(self.split, self.seed, index, low, high)
             rng = scene_generator(self.split, self.seed, index, purpose=2)
             asked: set[str] = set()
-            least = min(owed.values())
-            for kind in sorted(self.kinds, key=lambda k: (owed[k], self.kinds.index(k))):
-                if len(asked) == per_scene or owed[kind] > least:
-                    break
-                if kind == "caption":
-                    question: Question | None = Question("existence", CAPTION_PROMPT, caption(scene, rng))
-                else:
-                    question = ask(scene, kind, rng)
-                if question is None or question.text in asked:
-                    continue
-                owed[kind] += 1
-                asked.add(question.text)
-                yield ShapesRecord(scene, f"{scene.image_id}-{len(asked)}", kind, question.text, question.answer)
+            for _ in range(rounds):
+                least = min(owed.values())
+                for kind in sorted(self.kinds, key=lambda k: (owed[k], self.kinds.index(k))):
+                    if len(asked) == per_scene or owed[kind] > least:
+                        break
+                    if kind == "caption":
+                        question: Question | None = Question("existence", CAPTION_PROMPT, caption(scene, rng))
+                    else:
+                        question = ask(scene, kind, rng)
+                    if question is None or question.text in asked:
+                        continue
+                    owed[kind] += 1
+                    asked.add(question.text)
+                    yield ShapesRecord(scene, f"{scene.image_id}-{len(asked)}", kind, question.text, question.answer)
             index += 1
 
     def _matched(self, low: int, high: int) -> Iterator[ShapesRecord]:
