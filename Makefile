@@ -15,7 +15,7 @@ help: ## Show this list
 install: $(STAMP) ## Create .venv and install the package with the versions in constraints.txt
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,notebooks]'
+	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,notebooks,docs]'
 	touch $@
 
 stages: $(STAMP) ## Layer-by-layer attention of the shipped model: tables and figures in outputs/stages/
@@ -65,7 +65,6 @@ figures: $(STAMP) ## Draw every picture of README.md and docs/ again
 	$(BIN)/python -m docs.tooling.gallery
 
 site: $(STAMP) ## The documentation as a web site, in site/ (a broken link or directive is an error)
-	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/mkdocs build --strict
 
 # One thread a process: the testbed is too small for more.

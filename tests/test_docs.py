@@ -1,11 +1,14 @@
-"""The documentation says what is there: links lead somewhere, commands compose, the API reference is the code's."""
+"""The documentation says what is there: links lead somewhere, commands compose, names and messages exist."""
 
 from __future__ import annotations
 
 import ast
 import itertools
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -24,6 +27,7 @@ from dyvte.runs.config import HYDRA_VERSION, config_folder, missing_settings
 ROOT = Path(__file__).parents[1]
 TOP = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
 PAGES = [*TOP, *sorted((ROOT / "docs").rglob("[!.]*.md"))]
+OURS = r"dyvte|analysis|benchmarks|docs\.tooling"
 PLACEHOLDER = re.compile(r"\b[A-Z][A-Z_]+\b|\.\.\.")
 """What stands for a value of the reader's in running text: FOLDER, NAME, ..."""
 
@@ -99,7 +103,7 @@ def test_the_map_names_every_page():
 def commands_in(text: str) -> Iterator[str]:
     """Lines that run a module, however it is started, with continuation lines joined."""
     for line in text.replace("\\\n", " ").splitlines():
-        if re.search(r"(^|\s)-m (dyvte|analysis)\b", line):
+        if re.search(rf"(^|\s)-m ({OURS})\b", line):
             yield line.strip().removeprefix("$ ")
 
 
@@ -125,9 +129,7 @@ def inline_commands() -> list[tuple[Path, str]]:
 def module_and_words(line: str) -> tuple[str, list[str]]:
     """The module that a line runs, and its arguments: `accelerate launch -m dyvte.train x=1` -> dyvte.train, [x=1]."""
     words = shlex.split(line, comments=True)
-    start = (
-        next(i for i, word in enumerate(words[1:]) if word == "-m" and re.match(r"dyvte|analysis", words[i + 2])) + 1
-    )
+    start = next(i for i, word in enumerate(words[1:]) if word == "-m" and re.match(OURS, words[i + 2])) + 1
     return words[start + 1], words[start + 2 :]
 
 
@@ -245,10 +247,11 @@ def is_command(path: Path) -> bool:
 
 def test_every_command_is_documented():
     documented = {module_and_words(line)[0] for _, line in [*block_commands(), *inline_commands()]}
-    alone = {"dyvte.conversion.export_visual_tokens"}  # copied into another environment and run there as a file
-    for folder in ("dyvte", "analysis"):
+    # copied into another environment and run there as a file; the console command, `dyvte`
+    alone = {"dyvte.conversion.export_visual_tokens", "dyvte.cli"}
+    for folder in ("dyvte", "analysis", "benchmarks", "docs/tooling"):
         for path in (ROOT / folder).rglob("*.py"):
-            module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
             assert not is_command(path) or module in documented | alone, f"no page says python -m {module}"
 
 
@@ -277,26 +280,71 @@ def test_python_examples_parse_and_use_names_that_exist(page: Path):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dyvte":
                 assert hasattr(dyvte, node.attr) or find_spec(f"dyvte.{node.attr}"), f"no dyvte.{node.attr}"
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("dyvte", "analysis")):
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                ("dyvte", "analysis", "benchmarks")
+            ):
                 assert node.module
                 defined = source_of(node.module)
                 for alias in node.names:
                     assert re.search(rf"\b{alias.name}\b", defined), f"{node.module} has no {alias.name}"
 
 
-# ------------------------------------------------------------- change log, citations
+@pytest.mark.parametrize("page", [ROOT / "docs" / "hidden_state.md"], ids=page_id)
+def test_what_a_block_changes_is_restored_as_the_page_shows(page: Path, capsys: pytest.CaptureFixture[str]):
+    (example,) = [block for language, block in blocks(page) if language == "python"]
+    exec(compile(example, page.name, "exec"), {})
+    shown = [comment.split() for comment in re.findall(r"# ((?:True|False) (?:True|False))$", example, re.MULTILINE)]
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == shown
 
 
-def test_the_change_log_follows_its_format():
-    text = (ROOT / "CHANGELOG.md").read_text()
-    versions = re.findall(r"^## (.+)$", text, re.MULTILINE)
-    assert versions
-    assert all(re.fullmatch(r"Unreleased|\[?\d+\.\d+\.\d+\]? - \d{4}-\d\d-\d\d", version) for version in versions), (
-        versions
+# -------------------------------------------------------------- reference, messages, site
+
+
+def test_the_reference_holds_every_public_name():
+    listed = set(re.findall(r"^::: [\w.]*?(\w+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE))
+    assert set(dyvte.__all__) - {"__version__"} <= listed
+
+
+def texts_of(folder: Path) -> str:
+    """Every piece of text in the code below a folder, with `...` where a value goes."""
+    found = []
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(str(v.value) if isinstance(v, ast.Constant) else "..." for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_messages_on_the_page_of_pitfalls_are_those_of_the_code():
+    """Who searches the page for what a terminal said finds it; capitals and numbers there stand for a value."""
+    said = texts_of(ROOT / "dyvte") + texts_of(ROOT / "analysis")
+    rows = re.findall(r"^\| (`.+?`.*?) \|", (ROOT / "docs" / "pitfalls.md").read_text(), re.MULTILINE)
+    assert len(rows) > 40
+    for row in rows:
+        for message in re.findall(r"`([^`]+)`", row):
+            parts = re.split(r"'?\b[A-Z_]{3,}\b'?|\.\.\.|'\w+'|\b\d+(?:\.\.\d+)?\b|\w*Cache\b|[()]", message)
+            longest = max((part.strip(" ':;,`") for part in parts), key=len)
+            assert longest in said, f"no message says {longest!r} ({message})"
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path):
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")]
+    done = subprocess.run(
+        build, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     )
-    assert versions[0] == "Unreleased" or dyvte.__version__ in versions[0]
-    kinds = set(re.findall(r"^### (.+)$", text, re.MULTILINE))
-    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "dyvte.policies.exits.fixed_exit.FixedExit" in (tmp_path / "site" / "reference" / "index.html").read_text()
+
+
+def test_the_readme_is_short_and_shows_a_picture_first():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 120
+    assert any("](docs/images/hero.png)" in line for line in lines[:10])
+
+
+# ---------------------------------------------------------------------------- citations
 
 
 def test_every_method_can_be_cited():

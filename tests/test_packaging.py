@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tarfile
 import tomllib
+import venv
 import zipfile
 from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from importlib.util import find_spec
@@ -18,54 +21,125 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from dyvte import cli
 from dyvte.runs.config import compose, config_folder
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 README = (ROOT / "README.md").read_text()
 FOLDERS = {"analysis", "dyvte", "conf", "notebooks", "outputs", "tests", "docs", ".ci"}
-FILES = {"pyproject.toml", "Makefile", "README.md", "LICENSE", "CITATION.cff", "CHANGELOG.md", "constraints.txt"}
+FILES = {
+    "pyproject.toml",
+    "Makefile",
+    "mkdocs.yml",
+    "README.md",
+    "LICENSE",
+    "CITATION.cff",
+    "CHANGELOG.md",
+    "constraints.txt",
+}
 TOOL_FILES = {".gitignore", ".pre-commit-config.yaml"}
 
 
+def build(kind: str, root: Path, into: Path) -> Path:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(into)]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    (built,) = into.glob("*.whl" if kind == "wheel" else "*.tar.gz")
+    return built
+
+
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> Path:
-    """The wheel, unpacked as `pip install --target` would."""
-    folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = folder.glob("*.whl")
-    assert wheel.stat().st_size < 25e6
+def wheel(tmp_path_factory) -> Path:
+    built = build("wheel", ROOT, tmp_path_factory.mktemp("wheel"))
+    assert built.stat().st_size < 25e6
+    return built
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory) -> Path:
+    """An empty environment with the wheel in it; other packages are those that the tests run with."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "packages_of_the_tests.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    python = folder / "bin" / "python"
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def installed(environment: Path) -> Path:
+    """Where the wheel's files are."""
+    (site,) = environment.glob("lib/python*/site-packages")
+    return site
+
+
+def test_configurations_and_weights_travel_in_the_wheel(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder / "site")
-    return folder / "site"
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    tracked = subprocess.run(["git", "ls-files", "dyvte", "analysis", "conf"], cwd=ROOT, capture_output=True, text=True)
+    moved = {"analysis": "dyvte/analysis", "conf": "dyvte/_conf", "dyvte": "dyvte"}
+    for file in filter(lambda file: (ROOT / file).is_file(), tracked.stdout.splitlines()):
+        top, _, rest = file.partition("/")
+        assert f"{moved[top]}/{rest}" in names, file
+    assert {name.partition("/")[0] for name in names} == {"dyvte"}  # no analysis, conf, tests or benchmarks of ours
 
 
-def test_configurations_and_weights_travel_in_the_wheel(installed: Path):
-    conf = {path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.yaml")}
-    assert conf == {path.relative_to(installed / "dyvte/_conf") for path in (installed / "dyvte/_conf").rglob("*.yaml")}
-    tracked = subprocess.run(["git", "ls-files", "dyvte", "analysis"], cwd=ROOT, capture_output=True, text=True)
-    for file in tracked.stdout.splitlines():
-        assert (installed / file).is_file(), file
-    assert {path.name for path in installed.iterdir()} <= {"analysis", "dyvte", f"dyvte-{version(installed)}.dist-info"}
+def test_the_wheel_can_be_built_from_the_sdist(wheel: Path, tmp_path: Path):
+    with tarfile.open(build("sdist", ROOT, tmp_path / "sdist")) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.glob("dyvte-*")
+    assert {path.name for path in source.iterdir()} >= {"tests", "README.md", "LICENSE", "pyproject.toml"}
+    again = build("wheel", source, tmp_path / "again")
+    with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(again) as other:
+        assert sorted(one.namelist()) == sorted(other.namelist())
 
 
-def version(installed: Path) -> str:
-    (metadata,) = installed.glob("dyvte-*.dist-info")
-    return metadata.name.removeprefix("dyvte-").removesuffix(".dist-info")
+def test_the_main_job_runs_where_it_is_installed(environment: Path, tmp_path: Path):
+    """From a folder with an `analysis/` of its own, as a sweep of two jobs."""
+    (tmp_path / "analysis").mkdir()
+    for file in ("__init__.py", "stages.py"):
+        (tmp_path / "analysis" / file).write_text("raise SystemExit('somebody else')")
+    job = ["stages", "--multirun", "data.limit=2,3", "output_dir=out/${data.limit}", "bootstrap=20", "permutations=19"]
+    variables = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    done = subprocess.run(
+        [str(environment / "bin" / "dyvte"), *job, "maps.count=1"],
+        cwd=tmp_path,
+        env={**variables, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for limit in (2, 3):
+        summary = json.loads((tmp_path / f"out/{limit}/summary.json").read_text())
+        assert summary["num_samples"] == limit
+        assert list((tmp_path / f"out/{limit}/figures").glob("*.png"))
+        overrides = (tmp_path / f"out/{limit}/overrides.yaml").read_text()
+        assert f"- data.limit={limit}\n" in overrides
 
 
-def test_commands_of_an_installed_package_find_their_configurations(installed: Path, tmp_path: Path):
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
+def test_commands_of_an_installed_package_find_their_configurations(environment: Path, installed: Path, tmp_path: Path):
     code = (
         "from dyvte.runs.config import config_folder, compose; "
         "print(config_folder()); print(compose('stages').output_dir)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    command = [str(environment / "bin" / "python"), "-c", code]
+    variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert done.stdout.splitlines() == [str(installed / "dyvte/_conf"), "outputs/stages/llava_shapes/shapes"], (
         done.stderr
     )
     assert config_folder() == ROOT / "conf"  # while a checkout reads its own
+
+
+def test_every_command_exists_and_is_listed():
+    listed = cli.usage()
+    cli.make_experiments_importable()
+    for name, (module, what) in cli.COMMANDS.items():
+        assert f"{name} " in listed
+        assert what in listed
+        assert find_spec(module), module
 
 
 # ---------------------------------------------------------------- declared and pinned

@@ -198,8 +198,9 @@ def shown_by(root: Path, images: Path) -> dict[str, set[str]]:
 
 def entry(name: str, alt: str, cfg: DictConfig, sources: Mapping[str, Any], page: Path) -> str:
     """A picture with its caption, as Markdown for `page`."""
-    up = "../" * len(page.parent.parts)
-    caption = re.sub(r"\]\((?![a-z]+:)", f"]({up}", sources[name]["caption"])  # links there are from the repository
+    caption = re.sub(  # links there are from the repository
+        r"\]\((?![a-z]+:)([^)]+)", lambda link: f"]({os.path.relpath(link[1], page.parent)}", sources[name]["caption"]
+    )
     link = Path(os.path.relpath(Path(cfg.images) / name, page.parent)).as_posix()
     return f"![{alt}]({link})\n\n*{caption}*"
 
