@@ -14,6 +14,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
+import dyvte
 from dyvte.testbed.smol import assemble as assembling
 from dyvte.testbed.smol import base, phrases
 from dyvte.testbed.smol.batches import EnglishBatches
@@ -29,7 +30,7 @@ from dyvte.testbed.smol.questions import (
     noun,
 )
 from dyvte.testbed.smol.records import EnglishQuestions
-from dyvte.testbed.smol.train import add_adapter, phase_settings
+from dyvte.testbed.smol.train import add_adapter, phase_settings, start_from_parts
 from dyvte.testbed.world import ATTRIBUTES, VALUES, sample_scene
 
 ROOT = Path(__file__).parents[1]
@@ -214,6 +215,20 @@ def test_what_is_trained_equals_what_is_assembled(tokenizer, language_model, tmp
         parameter.data = parameter.data.bfloat16().float()
     assembling.export_parts(trained.model.multi_modal_projector, adapter, 3, tmp_path / "parts", {"log": []})
 
+    again = add_adapter(
+        base.join(LlamaForCausalLM.from_pretrained(tmp_path / "language"), tower.config, *ids), 3, seed=1
+    )
+    fresh_projector = torch.nn.Module()
+    fresh_projector.load_state_dict = lambda state: None
+    start_from_parts(tmp_path / "parts", fresh_projector, again)
+    for name, matrix in again.state_dict().items():
+        assert torch.equal(matrix, adapter.state_dict()[name]), name
+    other = add_adapter(
+        base.join(LlamaForCausalLM.from_pretrained(tmp_path / "language"), tower.config, *ids), 2, seed=1
+    )
+    with pytest.raises(dyvte.errors.DyvteError, match="set rank to its own"):
+        start_from_parts(tmp_path / "parts", fresh_projector, other)
+
     def fetch(folder: Path):
         return LlamaForCausalLM.from_pretrained(tmp_path / "language").eval(), tokenizer, "a test"
 
@@ -273,8 +288,6 @@ def test_the_model_is_asked_its_own_task_unless_another_is_named():
 
 
 def test_before_it_is_put_together_loading_says_what_to_do(tmp_path, monkeypatch):
-    import dyvte
-
     monkeypatch.setenv("DYVTE_CACHE", str(tmp_path))
     monkeypatch.setattr(assembling, "is_assembled", lambda: False)
     with pytest.raises(dyvte.ModelError, match="run `make smol`, or `dyvte smol`"):

@@ -18,6 +18,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -220,6 +221,31 @@ def read_or_write_replay(cfg: DictConfig, folder: Path, model: Any, tokenizer: A
     return json.loads(path.read_text())
 
 
+def start_from_parts(parts: Path, projector: nn.Module, adapter: nn.Module | None) -> None:
+    """Load what another run exported, such as the parts that ship, into a fresh projector and adapter.
+
+    Raises:
+        ConfigError: the folder lacks a part, or its adapter has another rank.
+    """
+    files = [parts / "projector.safetensors", *([parts / "adapter" / "adapter_model.safetensors"] if adapter else [])]
+    if missing := [str(path) for path in files if not path.is_file()]:
+        raise ConfigError(f"init_from={parts} lacks {', '.join(missing)}; name the `parts` folder of a run")
+    projector.load_state_dict(load_file(files[0]))
+    if not isinstance(adapter, nn.ModuleDict):
+        return
+    tensors = load_file(files[1])
+    for name, pair in adapter.items():
+        assert isinstance(pair, nn.ModuleDict)
+        for side in ("A", "B"):
+            (matrix,) = pair[side].parameters()
+            stored = tensors[f"base_model.model.model.{name.replace('/', '.')}.lora_{side}.weight"]
+            if stored.shape != matrix.shape:
+                raise ConfigError(
+                    f"init_from={parts} holds an adapter of shape {list(stored.shape)}; set rank to its own"
+                )
+            matrix.data.copy_(stored)
+
+
 def phase_settings(cfg: DictConfig, name: str) -> DictConfig:
     """What all phases share, and what one of them changes.
 
@@ -258,7 +284,10 @@ def train(cfg: DictConfig, folder: Path) -> None:
         projector.load_state_dict(torch.load(folder / "projector.pt", weights_only=True))
     modules: dict[str, nn.Module] = {"projector": projector}
     if cfg.rank:
-        modules["adapter"] = add_adapter(model, cfg.rank, cfg.seed)
+        adapter = add_adapter(model, cfg.rank, cfg.seed)
+        modules["adapter"] = adapter
+    if cfg.init_from:
+        start_from_parts(Path(cfg.init_from), projector, modules.get("adapter"))
     model = model.to(device)
     if precision == "bf16" and cfg.rank:
         train_in_bfloat16(model, cfg.compile)
@@ -303,9 +332,9 @@ def train(cfg: DictConfig, folder: Path) -> None:
         ALL_ATTENTION_FUNCTIONS["sdpa"] = original
     logs = [json.loads(line) for name in cfg.order for line in (folder / f"{name}.jsonl").read_text().splitlines()]
     record = {"settings": OmegaConf.to_container(cfg, resolve=True), "log": logs}
-    adapter = modules.get("adapter")
-    assert adapter is None or isinstance(adapter, nn.ModuleDict)
-    export_parts(projector, adapter, cfg.rank, folder / "parts", record)
+    trained = modules.get("adapter")
+    assert trained is None or isinstance(trained, nn.ModuleDict)
+    export_parts(projector, trained, cfg.rank, folder / "parts", record)
 
 
 @command("smol")
