@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig
+from planted import planted
 from scipy.special import entr
 from torch import Tensor, nn
 
@@ -35,7 +36,6 @@ from dyvte.mllm import MLLM
 from dyvte.policies.exits.fixed_exit import FixedExit
 from dyvte.runs.config import compose
 from dyvte.testbed.model import TestbedSizes, build_model
-from dyvte.testbed.planted import planted
 from dyvte.testbed.tokenizer import build_processor
 
 NUM_LAYERS = 4

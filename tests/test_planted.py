@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 from families import FAMILIES, random_batch
+from planted import planted
 
 from dyvte import AttentionProbe, FixedExit, exit_sweep
 from dyvte.batch import Batch
 from dyvte.mllm import MLLM
-from dyvte.testbed.planted import planted
 
 NUM_LAYERS, PLANTED = 4, 2
 

@@ -17,9 +17,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from planted import planted
 
 from analysis import stages
-from analysis.measuring.attention import choose_samples, file_name, measure_attention
+from analysis.measuring.attention import measure_attention
 from analysis.plots import attention as plots
 from analysis.plots import style
 from analysis.statistics.bands import Band
@@ -30,7 +31,6 @@ from dyvte.instrument.attention import CURVES, MEASURES, AttentionProbe
 from dyvte.instrument.views import view
 from dyvte.runs.config import compose, load_model
 from dyvte.testbed.model import TestbedSizes, build_model
-from dyvte.testbed.planted import planted
 from dyvte.testbed.tokenizer import build_processor
 from tests.families import build, random_batch
 
