@@ -21,7 +21,7 @@ from analysis.measuring.attention import attention_map
 from analysis.plots.attention import relative_maps
 from analysis.report import build as report_module
 from analysis.report.build import write_report
-from analysis.report.numbers import interval_text, written
+from analysis.report.cells import interval_text, written
 from analysis.report.runs import OVERRIDES, REPORT_STEPS, FinishedRun, find_runs, lookup, pointer
 from analysis.report.samples import Samples, gates_for, look_at_samples
 from analysis.report.tables import tables_of
@@ -327,7 +327,7 @@ def test_every_number_is_that_of_the_summary(page: Path, root: Path):
             value = lookup(content[each.attributes["data-run"]], each.attributes[f"data-{end}-key"])
             assert each.attributes[f"data-{end}"] == ("" if value is None else repr(value))
     text = {each.attributes["data-key"]: each.text for each in shown if each.attributes["data-run"] == "exits"}
-    assert text["/findings/contribution_stops/estimates/gain/0"] == "+40.0 points"
+    assert text["/findings/contribution_stops/estimates/gain/0"] == "+40.0 points [30.0, 50.0]"
     assert text["/findings/contribution_stops/verdict"] == "found"
     assert text["/findings/exit_depth_depends_on_kind/verdict"] == "not found"
     assert text["/k_star_details/0/layer"].startswith("4")

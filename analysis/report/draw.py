@@ -19,9 +19,8 @@ from ..plots.policies import (
     first_exit_examples,
 )
 from ..plots.style import figure_style
+from .cells import policy_label, written
 from .figures import PageFigure, describe_figure
-from .findings import policy_label
-from .numbers import written
 from .runs import FinishedRun
 
 Drawn = tuple[str, Figure, str, str]
@@ -56,7 +55,7 @@ def _draw_policies(runs: Sequence[FinishedRun]) -> Iterator[Drawn]:
         except RunFolderError:  # these runs are not compared there
             continue
         points = [
-            f"{policy_label(str(run.value('/policy')))} {written(run.value('/accuracy'), 'share')} right and "
+            f"{policy_label(run.value('/policy'))} {written(run.value('/accuracy'), 'share')} right and "
             f"{written(run.value('/agreement'), 'share')} unchanged at {written(run.value('/cost'), 'ratio')}"
             for run in runs
             if run.path.parent == folder
@@ -78,13 +77,13 @@ def _draw_policies(runs: Sequence[FinishedRun]) -> Iterator[Drawn]:
 def _draw_examples(run: FinishedRun) -> Iterator[Drawn]:
     samples = RunFolder(run.path).read_table("samples")
     try:
-        dataset = build_dataset(OmegaConf.create(run.config["data"]))
+        dataset = build_dataset(OmegaConf.create(run.config["data"]), stored=True)
         examples = first_exit_examples(samples, dataset, images=4)
     except (DyvteError, KeyError):  # the data have moved since; the tables stay
         return
     if not examples:
         return
-    title = f"{run.value('/model')} on {run.value('/data')}: {policy_label(str(run.value('/policy')))}"
+    title = f"{run.value('/model')} on {run.value('/data')}: {policy_label(run.value('/policy'))}"
     lines = [
         f"“{row['question']}” answered “{row['answer']}”, image left after {row['exit_layer']} layers"
         for example in examples

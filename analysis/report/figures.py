@@ -15,8 +15,7 @@ from typing import Any
 from ..measuring.attention import file_name
 from ..plots.style import Summary
 from ..statistics.verdicts import verdict_in_words
-from .findings import policy_label
-from .numbers import written
+from .cells import policy_label, written
 from .runs import FinishedRun
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -6,9 +6,9 @@ Every number is a place in a run's `summary.json`; nothing is computed here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
-from ..measuring.methods import LABELS
+from .cells import Cell, number_cell, policy_label, words_cell
 from .runs import FinishedRun, Limits, band_places, limits_of, pointer
 
 BAND = "95%, bootstrap over images"
@@ -20,25 +20,6 @@ QUARTILES = "quartiles of the repeats"
 
 
 @dataclass(frozen=True)
-class Effect:
-    """A number with its interval.
-
-    Attributes:
-        label: what it is.
-        unit: how it is written: `share`, `points`, `layer`, `log`, `ratio`, `nats` or `plain`.
-        estimate: where it stands in the run's summary, a JSON pointer.
-        limits: where its limits stand, None where there are none.
-        interval: what kind of interval it is.
-    """
-
-    label: str
-    unit: str
-    estimate: str
-    limits: Limits | None = None
-    interval: str = ""
-
-
-@dataclass(frozen=True)
 class RunFinding:
     """What one run says about one question.
 
@@ -47,14 +28,14 @@ class RunFinding:
         title: the question, or what was measured.
         verdict: JSON pointer of the verdict, None where there is nothing to decide.
         reasons: why the verdict is what it is.
-        effects: the numbers behind it.
+        effects: the numbers behind it, a row each: what it is, the estimate with its limits, and what those are.
     """
 
     run: FinishedRun
     title: str
     verdict: str | None = None
     reasons: Sequence[str] = ()
-    effects: list[Effect] = field(default_factory=list)
+    effects: Sequence[list[Cell]] = ()
 
 
 def findings_of(runs: Sequence[FinishedRun]) -> list[RunFinding]:
@@ -67,28 +48,32 @@ def findings_of(runs: Sequence[FinishedRun]) -> list[RunFinding]:
         "tables": _tables,
         "cost": _tables,  # experiments that measure time are asked for with either command
     }
-    return [_with_known(finding) for run in runs for finding in of_step[run.step](run)]
+    found = [finding for run in runs for finding in of_step[run.step](run)]
+    # Without the effects that a run could not estimate.
+    return [replace(each, effects=[row for row in each.effects if row[1].order is not None]) for each in found]
 
 
-def _with_known(finding: RunFinding) -> RunFinding:
-    """Without the effects that this run could not estimate."""
-    known = [effect for effect in finding.effects if finding.run.value(effect.estimate) is not None]
-    return RunFinding(finding.run, finding.title, finding.verdict, finding.reasons, known)
+def _effect(
+    run: FinishedRun, label: str, unit: str, place: str, limits: Limits | None = None, interval: str = ""
+) -> list[Cell]:
+    """A row of effects: `interval` says what kind of limits these are."""
+    cell = number_cell(run, unit, place, limits)
+    return [words_cell(label), cell, words_cell(interval if cell.limits else "")]
 
 
-def _triple(label: str, unit: str, place: str, interval: str) -> Effect:
+def _triple(run: FinishedRun, label: str, unit: str, place: str, interval: str) -> list[Cell]:
     """An effect that is stored as `[estimate, lower, upper]`."""
-    return Effect(label, unit, f"{place}/0", (f"{place}/1", f"{place}/2"), interval)
+    return _effect(run, label, unit, f"{place}/0", (f"{place}/1", f"{place}/2"), interval)
 
 
-def _band(label: str, unit: str, place: str, index: int | None = None) -> Effect:
+def _band(run: FinishedRun, label: str, unit: str, place: str, index: int | None = None) -> list[Cell]:
     """An effect that is stored as `{mean, low, high}`, of numbers or lists."""
-    return Effect(label, unit, *band_places(place, index), BAND)
+    return _effect(run, label, unit, *band_places(place, index), BAND)
 
 
 def _stages(run: FinishedRun) -> Iterator[RunFinding]:
     effects = [
-        _triple(label, unit, f"/stages/{key}", SIMULTANEOUS)
+        _triple(run, label, unit, f"/stages/{key}", SIMULTANEOUS)
         for label, unit, key in (
             ("fall of attention on the image into the middle stage (0.69 = halved)", "log", "fall"),
             ("its rise out of the middle stage (0.69 = doubled)", "log", "rise"),
@@ -98,7 +83,7 @@ def _stages(run: FinishedRun) -> Iterator[RunFinding]:
     ]
     for index, name in enumerate(("second", "third")):
         place, limits = f"/stages/boundaries/{index}", limits_of(f"/stages/boundaries_ci/{index}")
-        effects.append(Effect(f"first layer of the {name} stage", "layer", place, limits, "95%, bootstrap"))
+        effects.append(_effect(run, f"first layer of the {name} stage", "layer", place, limits, "95%, bootstrap"))
     yield RunFinding(
         run,
         "Attention falls into three stages: early fusion, intra-modality modelling, multimodal reasoning",
@@ -116,8 +101,8 @@ def _stages(run: FinishedRun) -> Iterator[RunFinding]:
             run,
             "Attention of the question on the image, relative to evenly spread attention, without the sink",
             effects=[
-                _band(f"where it is lowest, layer {least}", "plain", place, least),
-                _band(f"where it is highest, layer {most}", "plain", place, most),
+                _band(run, f"where it is lowest, layer {least}", "plain", place, least),
+                _band(run, f"where it is highest, layer {most}", "plain", place, most),
             ],
         )
 
@@ -134,13 +119,13 @@ ESTIMATES = {
 def _exits(run: FinishedRun) -> Iterator[RunFinding]:
     for name, finding in (run.value("/findings") or {}).items():
         place = pointer("findings", name)
-        effects = [Effect("exit layer of the finding", "layer", f"{place}/exit_layer")]
+        effects = [_effect(run, "exit layer of the finding", "layer", f"{place}/exit_layer")]
         for key, value in finding["estimates"].items():
             label, unit, interval = ESTIMATES.get(key, (key.replace("_", " "), "plain", ""))
             if isinstance(value, list):
-                effects.append(_triple(label, unit, f"{place}/estimates/{key}", interval))
+                effects.append(_triple(run, label, unit, f"{place}/estimates/{key}", interval))
             elif not isinstance(value, dict) and key != "exit_layer":
-                effects.append(Effect(label, unit, f"{place}/estimates/{key}"))
+                effects.append(_effect(run, label, unit, f"{place}/estimates/{key}"))
         statement = finding["statement"]
         yield RunFinding(run, statement[0].upper() + statement[1:], f"{place}/verdict", finding["reasons"], effects)
     last = run.summary["num_layers"]
@@ -149,11 +134,14 @@ def _exits(run: FinishedRun) -> Iterator[RunFinding]:
         run,
         "Answers with and without the image",
         effects=[
-            _band("right answers of the full model", "share", f"{bands}/accuracy", last),
-            _band("right answers if the decoder sees no image", "share", f"{bands}/accuracy", 0),
-            _band("answers that stay the same without the image", "share", f"{bands}/agreement", 0),
+            _band(run, "right answers of the full model", "share", f"{bands}/accuracy", last),
+            _band(run, "right answers if the decoder sees no image", "share", f"{bands}/accuracy", 0),
+            _band(run, "answers that stay the same without the image", "share", f"{bands}/agreement", 0),
             _band(
-                "mean exit depth (first layer from which answer and cross-entropy stay)", "layer", "/overall/exit_depth"
+                run,
+                "mean exit depth (first layer from which answer and cross-entropy stay)",
+                "layer",
+                "/overall/exit_depth",
             ),
         ],
     )
@@ -162,7 +150,8 @@ def _exits(run: FinishedRun) -> Iterator[RunFinding]:
         run,
         "KL criterion: first exit layer whose divergence from the full model is at most η",
         effects=[
-            Effect(
+            _effect(
+                run,
                 f"K* at η = {each['eta']:g} nats",
                 "layer",
                 f"/k_star_details/{index}/layer",
@@ -174,12 +163,13 @@ def _exits(run: FinishedRun) -> Iterator[RunFinding]:
     )
 
 
-COSTS = (
-    Effect("mean exit layer", "layer", "/mean_exit_layer"),
-    Effect("decoder FLOPs of the prefill (full model = 1)", "ratio", "/cost"),
-    Effect("the same of fixed exits with the same agreement", "ratio", "/cost_of_fixed_exits"),
-)
-"""What gates cost, trained or in use."""
+def _costs(run: FinishedRun) -> list[list[Cell]]:
+    """What gates cost, trained or in use."""
+    return [
+        _effect(run, "mean exit layer", "layer", "/mean_exit_layer"),
+        _effect(run, "decoder FLOPs of the prefill (full model = 1)", "ratio", "/cost"),
+        _effect(run, "the same of fixed exits with the same agreement", "ratio", "/cost_of_fixed_exits"),
+    ]
 
 
 def _train(run: FinishedRun) -> Iterator[RunFinding]:
@@ -187,10 +177,10 @@ def _train(run: FinishedRun) -> Iterator[RunFinding]:
         run,
         f"Gates trained by recipe {run.value('/recipe')}, on {run.value('/validation_questions')} held-out questions",
         effects=[
-            Effect("same answer as the full model", "share", "/agreement"),
-            Effect("changed answers, upper 95% limit", "share", "/disagreement_upper_limit"),
-            *COSTS,
-            Effect("the same if every exit were chosen with hindsight", "ratio", "/cost_of_oracle"),
+            _effect(run, "same answer as the full model", "share", "/agreement"),
+            _effect(run, "changed answers, upper 95% limit", "share", "/disagreement_upper_limit"),
+            *_costs(run),
+            _effect(run, "the same if every exit were chosen with hindsight", "ratio", "/cost_of_oracle"),
         ],
     )
 
@@ -199,17 +189,17 @@ def _evaluate(run: FinishedRun) -> Iterator[RunFinding]:
     if run.value("/policy") == "none":
         return  # the full model: the table of policies has its accuracy
 
-    def with_interval(label: str, unit: str, key: str) -> Effect:
-        return Effect(label, unit, f"/{key}", limits_of(f"/{key}_ci"), CLUSTERED)
+    def with_interval(label: str, unit: str, key: str) -> list[Cell]:
+        return _effect(run, label, unit, f"/{key}", limits_of(f"/{key}_ci"), CLUSTERED)
 
     yield RunFinding(
         run,
-        f"Policy {policy_label(str(run.value('/policy')))}",
+        f"Policy {policy_label(run.value('/policy'))}",
         effects=[
             with_interval("right answers", "share", "accuracy"),
             with_interval("accuracy lost against the full model", "points", "accuracy_loss"),
             with_interval("same answer as the full model", "share", "agreement"),
-            *COSTS,
+            *_costs(run),
         ],
     )
 
@@ -228,6 +218,7 @@ def _tables(run: FinishedRun) -> Iterator[RunFinding]:
             reasons=[text],
             effects=[
                 _triple(
+                    run,
                     f"its lead over {policy_label(other)}",
                     "points",
                     pointer("verdicts", index, "lead", other),
@@ -246,7 +237,8 @@ def _tables(run: FinishedRun) -> Iterator[RunFinding]:
             run,
             f"Time of the prefill (full model = 1), on {run.value('/device')} with {run.value('/threads')} threads",
             effects=[
-                Effect(
+                _effect(
+                    run,
                     f"{policy_label(row['method'])}, batch {row['batch_size']}",
                     "ratio",
                     pointer("rows", index, "prefill_ratio"),
@@ -256,8 +248,3 @@ def _tables(run: FinishedRun) -> Iterator[RunFinding]:
                 for index, row in rows
             ],
         )
-
-
-def policy_label(policy: str) -> str:
-    """Name of a policy as the tables write it."""
-    return LABELS.get(policy, policy.replace("_", " "))

@@ -13,12 +13,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..statistics.verdicts import verdict_in_words, verdict_word
+from .cells import Cell, PageTable, spaced, words_cell, written
 from .figures import PageFigure
 from .findings import RunFinding
-from .numbers import interval_text, written
 from .runs import FinishedRun, settings_in
 from .samples import Samples, palette
-from .tables import Cell, PageTable, words_cell
 
 SETTINGS_ABOVE = ("model", "data", "policy", "experiment", "recipe")
 """Groups of settings that a table of settings lists first."""
@@ -127,8 +126,10 @@ def render_page(page: Page) -> str:
         findings=[_finding(each) for each in page.findings],
         slider={"palette": palette(), "records": samples.records} if samples and samples.records else None,
         sample_table=sample_table(samples) if samples and samples.records else None,
-        sources=[_source(run) for run in page.runs],
+        sources=sources_table(page.runs),
         versions=versions_table(page.runs),
+        settings=[settings_table(run) for run in page.runs if run.config],
+        commands=commands_of(page),
         verdicts=verdict_table(page.findings, page.owners),
     )
 
@@ -163,33 +164,16 @@ def verdict_table(findings: Sequence[RunFinding], owners: Mapping[str, str]) -> 
 
 def _finding(finding: RunFinding) -> dict[str, Any]:
     run = finding.run
-    effects = []
-    for effect in finding.effects:
-        limits = None if effect.limits is None else [run.value(each) for each in effect.limits]
-        if limits is not None and all(each is None for each in limits):
-            limits = None
-        effects.append(
-            {
-                "label": effect.label,
-                "key": effect.estimate,
-                "value": run.value(effect.estimate),
-                "text": written(run.value(effect.estimate), effect.unit),
-                "limits": None if limits is None else interval_text(limits[0], limits[1], effect.unit),
-                "limit_keys": effect.limits,
-                "limit_values": limits,
-                "interval": effect.interval if limits else "",
-            }
-        )
-    kinds = {each["interval"] for each in effects if each["limits"]}
+    columns = (
+        ["effect", "estimate", "interval"] if any(row[2].text for row in finding.effects) else ["effect", "estimate"]
+    )
     return {
         "run": run.name,
         "title": finding.title,
         "verdict": finding.verdict and run.value(finding.verdict),
         "key": finding.verdict,
         "reasons": list(finding.reasons),
-        "effects": effects,
-        "intervals": kinds.pop() if len(kinds) == 1 else None,
-        "has_limits": any(each["limits"] for each in effects),
+        "effects": PageTable("Effects", columns, [row[: len(columns)] for row in finding.effects]),
         "size": size_of(run),
     }
 
@@ -209,71 +193,57 @@ def sample_table(samples: Samples) -> PageTable:
         rows.append(
             [
                 words_cell(record["question"]),
-                words_cell(record["kind"].replace("_", " ")),
+                words_cell(spaced(record["kind"])),
                 words_cell(record["answer"]),
-                words_cell("–" if record["reference"] is None else record["reference"]),
+                words_cell(record["reference"]),
                 Cell(written(record["exit_layer"], "layer"), record["exit_layer"]),
-                words_cell("–" if record["exit_answer"] is None else record["exit_answer"]),
+                words_cell(record["exit_answer"]),
                 Cell(written(record["exit_depth"], "layer"), record["exit_depth"]),
                 Cell(f"{most} ({written(record['mass'][most], 'share')})", most),
             ]
         )
-    return PageTable(
-        "The samples",
-        [
-            "question",
-            "kind",
-            "answer",
-            "reference",
-            "exit layer",
-            "answer with exit",
-            "exit depth",
-            "looks most in layer",
-        ],
-        rows,
-        "Exit layer: where the gates took the image out. Exit depth: the first exit layer from which "
-        "answer and cross-entropy stay. "
-        "Last column: layer with most attention on the image, and how much of it.",
+    columns = ["question", "kind", "answer", "reference", "exit layer", "answer with exit", "exit depth"]
+    note = (
+        "Exit layer: where the gates took the image out. Exit depth: the first exit layer from which answer and "
+        "cross-entropy stay. Last column: layer with most attention on the image, and how much of it."
     )
+    return PageTable("The samples", [*columns, "looks most in layer"], rows, note)
 
 
-# ------------------------------------------------------------------------ where it is from
+def sources_table(runs: Sequence[FinishedRun]) -> PageTable:
+    """Where the runs lie, and what they were made of."""
+    rows = []
+    for run in runs:
+        date = datetime.fromtimestamp((run.path / "summary.json").stat().st_mtime, UTC)
+        counts = [run.value(f"/{key}") for key in ("num_samples", "num_failed", "seconds")]
+        row = [run.name, run.path, f"{date:%Y-%m-%d %H:%M} UTC", *counts, run.weights, run.data]
+        rows.append([words_cell(each) for each in row])
+    columns = ["run", "folder", "finished", "samples", "left out", "seconds", "weights", "data"]
+    note = "Weights and data: digests of what was loaded. Equal digests: the same model, the same questions."
+    return PageTable("Runs", columns, rows, note)
 
 
-def _source(run: FinishedRun) -> dict[str, Any]:
-    date = datetime.fromtimestamp((run.path / "summary.json").stat().st_mtime, UTC)
-    order = sorted(run.config, key=lambda key: (key not in SETTINGS_ABOVE, isinstance(run.config[key], dict)))
-    return {
-        "name": run.name,
-        "path": str(run.path),
-        "date": f"{date:%Y-%m-%d %H:%M} UTC",
-        "command": run.command
-        or f"# {run.name}: its overrides were not recorded, {run.path}/config.yaml holds its settings",
-        "samples": run.value("/num_samples"),
-        "failed": run.value("/num_failed"),
-        "seconds": run.value("/seconds"),
-        "weights": run.weights or "–",
-        "data": run.data or "–",
-        "settings": [
-            (name, "null" if value is None else str(value))
-            for name, value in settings_in({key: run.config[key] for key in order})
-        ],
-    }
-
-
-def versions_table(runs: Sequence[FinishedRun]) -> dict[str, Any]:
+def versions_table(runs: Sequence[FinishedRun]) -> PageTable:
     """One row a package; a column for each set of versions that runs were made with."""
-    sets: list[tuple[Mapping[str, str], list[str]]] = []
+    sets: dict[str, tuple[Mapping[str, str], list[str]]] = {}
     for run in runs:
         found = run.value("/versions") or {}
-        for known, names in sets:
-            if known == found:
-                names.append(run.name)
-                break
-        else:
-            sets.append((found, [run.name]))
-    packages = list(dict.fromkeys(package for found, _ in sets for package in found))
-    return {
-        "columns": [", ".join(names) for _, names in sets] if len(sets) > 1 else ["all runs"],
-        "rows": [(package, [found.get(package, "–") for found, _ in sets]) for package in packages],
-    }
+        sets.setdefault(repr(found), (found, []))[1].append(run.name)
+    packages = dict.fromkeys(package for found, _ in sets.values() for package in found)
+    columns = [", ".join(names) for _, names in sets.values()] if len(sets) > 1 else ["all runs"]
+    rows = [[words_cell(each), *(words_cell(found.get(each)) for found, _ in sets.values())] for each in packages]
+    return PageTable("Versions", ["package", *columns], rows)
+
+
+def settings_table(run: FinishedRun) -> PageTable:
+    """Every setting of a run, the groups that choose model and data first."""
+    order = sorted(run.config, key=lambda key: (key not in SETTINGS_ABOVE, isinstance(run.config[key], dict)))
+    settings = settings_in({key: run.config[key] for key in order})
+    rows = [[words_cell(name), words_cell("null" if value is None else str(value))] for name, value in settings]
+    return PageTable(f"Settings of {run.name}", ["setting", "value"], rows)
+
+
+def commands_of(page: Page) -> list[str]:
+    """What makes the runs of a page, and the page, again."""
+    unknown = "# {0.name}: its overrides were not recorded, {0.path}/config.yaml holds its settings"
+    return [*(run.command or unknown.format(run) for run in page.runs), page.command]

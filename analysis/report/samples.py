@@ -66,7 +66,8 @@ def look_at_samples(cfg: DictConfig, runs: Sequence[FinishedRun]) -> Samples:
     by_step = {run.step: run for run in runs}
     stages = by_step.get("stages")
     saved = None if stages is None else stages.config.get("data")
-    dataset = build_dataset(cfg.data if saved is None else OmegaConf.create(saved))
+    own = saved is None or saved.get("_target_") == cfg.data.get("_target_")  # a run folder may be somebody else's
+    dataset = build_dataset(cfg.data if saved is None else OmegaConf.create(saved), stored=not own)
     mllm = load_model(cfg)
     notes = []
     weights = model_fingerprint(mllm)["weights"]

@@ -1,71 +1,12 @@
-"""The tables of a report: each cell says which number of which `summary.json` it is."""
+"""The tables of each step's runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from .findings import policy_label
-from .numbers import interval_text, written
-from .runs import FinishedRun, Limits, band_places, limits_of, pointer
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell of a table.
-
-    Attributes:
-        text: what it shows.
-        order: what its column is sorted by; None sorts last.
-        run, key: the run, and the place in its summary, that `order` is from; empty for words.
-    """
-
-    text: str
-    order: float | str | None = None
-    run: str = ""
-    key: str = ""
-
-
-@dataclass(frozen=True)
-class PageTable:
-    """A table.
-
-    Attributes:
-        title: what its rows are.
-        columns: headings.
-        rows: as many cells each.
-        note: how to read it.
-    """
-
-    title: str
-    columns: list[str]
-    rows: list[list[Cell]]
-    note: str = ""
-
-
-def number_cell(run: FinishedRun, unit: str, place: str, limits: Limits | None = None) -> Cell:
-    """A number of a summary, with its limits in brackets."""
-    value = run.value(place)
-    text = written(value, unit)
-    if limits is not None and value is not None:
-        low, high = (run.value(each) for each in limits)
-        text += " " + interval_text(low, high, unit)
-    return Cell(text, value, run.name, place)
-
-
-def banded_cell(run: FinishedRun, unit: str, place: str, index: int | None = None) -> Cell:
-    """A number that is stored as `{mean, low, high}`, of numbers or lists."""
-    return number_cell(run, unit, *band_places(place, index))
-
-
-def words_cell(text: Any) -> Cell:
-    """A cell that is no number of a summary."""
-    return Cell(str(text), text if isinstance(text, (int, float)) else str(text))
-
-
-def _spaced(name: Any) -> str:
-    return str(name).replace("_", " ")
+from .cells import Cell, PageTable, banded_cell, number_cell, policy_label, spaced, words_cell
+from .runs import FinishedRun, limits_of, pointer
 
 
 def tables_of(run: FinishedRun) -> list[PageTable]:
@@ -107,10 +48,10 @@ def _stages(run: FinishedRun) -> Iterator[PageTable]:
         ["kind", "questions", "images", "stages"],
         [
             [
-                words_cell(_spaced(kind)),
+                words_cell(spaced(kind)),
                 number_cell(run, "count", pointer("kinds", kind, "num_samples")),
                 number_cell(run, "count", pointer("kinds", kind, "num_images")),
-                words_cell(_spaced(found["stages"]["verdict"])),
+                words_cell(spaced(found["stages"]["verdict"])),
             ]
             for kind, found in (run.value("/kinds") or {}).items()
         ],
@@ -140,12 +81,12 @@ def _exits(run: FinishedRun) -> Iterator[PageTable]:
         ["kind", "questions", "right, full model", "right, no image", "exit depth", "image stops contributing"],
         [
             [
-                words_cell(_spaced(kind)),
+                words_cell(spaced(kind)),
                 number_cell(run, "count", pointer("kinds", kind, "num_samples")),
                 banded_cell(run, "share", pointer("kinds", kind, "bands", "accuracy"), last),
                 banded_cell(run, "share", pointer("kinds", kind, "bands", "accuracy"), 0),
                 banded_cell(run, "layer", pointer("kinds", kind, "exit_depth")),
-                words_cell(_spaced(found["stops"]["verdict"])),
+                words_cell(spaced(found["stops"]["verdict"])),
             ]
             for kind, found in (run.value("/kinds") or {}).items()
         ],
@@ -171,7 +112,7 @@ def _train(run: FinishedRun) -> Iterator[PageTable]:
     yield PageTable(
         "One fixed exit a kind that reaches the gates' agreement on the held-out questions",
         ["kind", "exit layer"],
-        [[words_cell(_spaced(kind)), number_cell(run, "layer", pointer("fixed_exit_by_kind", kind))] for kind in kinds],
+        [[words_cell(spaced(kind)), number_cell(run, "layer", pointer("fixed_exit_by_kind", kind))] for kind in kinds],
     )
 
 
@@ -203,7 +144,7 @@ def policies_table(runs: Sequence[FinishedRun]) -> PageTable:
         ["policy", *POLICY_COLUMNS, "prefill, ms"],
         [
             [
-                words_cell(policy_label(str(run.value("/policy")))),
+                words_cell(policy_label(run.value("/policy"))),
                 *_policy_cells(run, ""),
                 number_cell(run, "plain", "/prefill_ms"),
             ]
@@ -218,12 +159,9 @@ def _evaluate(run: FinishedRun) -> Iterator[PageTable]:
     if run.value("/policy") == "none":
         return  # by kind, exits has it
     yield PageTable(
-        f"{policy_label(str(run.value('/policy')))}, by kind of question",
+        f"{policy_label(run.value('/policy'))}, by kind of question",
         ["kind", *POLICY_COLUMNS],
-        [
-            [words_cell(_spaced(kind)), *_policy_cells(run, pointer("kinds", kind))]
-            for kind in run.value("/kinds") or {}
-        ],
+        [[words_cell(spaced(kind)), *_policy_cells(run, pointer("kinds", kind))] for kind in run.value("/kinds") or {}],
         CLUSTERED,
     )
 
@@ -266,7 +204,7 @@ def _methods(run: FinishedRun) -> Iterator[PageTable]:
     settings = ["setting"] if any(row.get("setting") for row in rows) else []
     table = []
     for index, row in enumerate(rows):
-        cells = [words_cell(policy_label(str(row[name])) if name == "method" else row[name]) for name in names]
+        cells = [words_cell(policy_label(row[name]) if name == "method" else row[name]) for name in names]
         for unit, key, tails in columns.values():
             place = pointer("rows", index, key)
             cells.append(number_cell(run, unit, place, None if tails is None else (place + tails[0], place + tails[1])))
@@ -274,6 +212,4 @@ def _methods(run: FinishedRun) -> Iterator[PageTable]:
     note = (
         "Medians of the repeats, in brackets their quartiles; ratios are taken within a repeat." if measured else BANDED
     )
-    yield PageTable(
-        _spaced(run.value("/experiment") or "cost"), [*map(_spaced, names), *columns, *settings], table, note
-    )
+    yield PageTable(spaced(run.value("/experiment") or "cost"), [*map(spaced, names), *columns, *settings], table, note)

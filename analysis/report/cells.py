@@ -1,0 +1,108 @@
+"""Cells and tables of a report: each number says which place of which `summary.json` it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..measuring.methods import LABELS
+from .runs import FinishedRun, Limits, band_places
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table.
+
+    Attributes:
+        text: what it shows.
+        order: what its column is sorted by; None sorts last.
+        run, key: the run, and the place in its summary, that `order` is from; empty for words.
+        limits: places of the lower and the upper limit, each with its value; empty where there are none.
+    """
+
+    text: str
+    order: float | str | None = None
+    run: str = ""
+    key: str = ""
+    limits: tuple[tuple[str, float | None], ...] = ()
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """A table.
+
+    Attributes:
+        title: what its rows are.
+        columns: headings.
+        rows: as many cells each.
+        note: how to read it.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    note: str = ""
+
+
+def number_cell(run: FinishedRun, unit: str, place: str, limits: Limits | None = None) -> Cell:
+    """A number of a summary, with its limits in brackets where there are some.
+
+    Args:
+        run: whose.
+        unit: how it is written: `share`, `points`, `layer`, `log`, `ratio`, `count`, `nats` or `plain`.
+        place: JSON pointer.
+        limits: JSON pointers.
+    """
+    value, text = run.value(place), written(run.value(place), unit)
+    ends = () if limits is None or value is None else tuple((each, run.value(each)) for each in limits)
+    if all(end is None for _, end in ends):
+        return Cell(text, value, run.name, place)
+    return Cell(f"{text} {interval_text(ends[0][1], ends[1][1], unit)}", value, run.name, place, ends)
+
+
+def banded_cell(run: FinishedRun, unit: str, place: str, index: int | None = None) -> Cell:
+    """A number that is stored as `{mean, low, high}`, of numbers or lists."""
+    return number_cell(run, unit, *band_places(place, index))
+
+
+def words_cell(text: Any) -> Cell:
+    """A cell that is no number of a summary; a dash for None."""
+    if text is None:
+        return Cell("–")
+    return Cell(str(text), text if isinstance(text, (int, float)) else str(text))
+
+
+def spaced(name: Any) -> str:
+    """A name from a summary for readers."""
+    return str(name).replace("_", " ")
+
+
+def policy_label(policy: Any) -> str:
+    """Name of a policy as the tables write it."""
+    return LABELS.get(str(policy), spaced(policy))
+
+
+def written(value: Any, unit: str) -> str:
+    """A number as the page shows it; a dash where there is none."""
+    if value is None or value == "":
+        return "–"
+    if isinstance(value, str):
+        return value
+    text = {
+        "share": lambda: f"{100 * value:.1f}%",
+        "points": lambda: f"{100 * value:+.1f} points",
+        "layer": lambda: f"{value:g}" if float(value).is_integer() else f"{value:.1f}",
+        "log": lambda: f"{value:+.2f}",
+        "ratio": lambda: f"{value:.3f}",
+        "count": lambda: f"{value:,.0f}",
+        "nats": lambda: f"{value:.2g}",
+        "plain": lambda: f"{value:.3g}",
+    }[unit]()
+    return text.replace("-", "−") if text[0] == "-" else text
+
+
+def interval_text(low: Any, high: Any, unit: str) -> str:
+    """Limits in brackets; a limit that is not reached is a dash."""
+    short = "share" if unit == "points" else unit
+    low, high = (written(each, short).removesuffix("%") for each in (low, high))
+    return f"[{low}, {high}]"
