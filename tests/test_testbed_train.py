@@ -13,10 +13,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dyvte.errors import ConfigError
 from dyvte.runs.config import compose
-from dyvte.testbed import train as trainer
 from dyvte.testbed.model import TestbedSizes, build_model
 from dyvte.testbed.packing import IGNORE, Branch, pack
 from dyvte.testbed.train import export, train
+from dyvte.testbed.training import forward, loop
 from dyvte.testbed.training.batches import Batches, phases
 from dyvte.testbed.training.forward import (
     _matmul_attention,
@@ -88,7 +88,7 @@ def test_fast_attention_is_attention_and_is_taken_away_again() -> None:
             states = hidden_states(model, model.model.language_model, batch, visual_features(model, images))
         losses.append(packed_loss(model, states, batch).item())
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    assert trainer.ALL_ATTENTION_FUNCTIONS["sdpa"] is not _matmul_attention
+    assert forward.ALL_ATTENTION_FUNCTIONS["sdpa"] is not _matmul_attention
 
 
 def test_packed_accuracy_counts_whole_answers() -> None:
@@ -138,7 +138,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
             raise Killed
         return schedule(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(trainer, "learning_rate", killing)
+    monkeypatch.setattr(loop, "learning_rate", killing)
     with pytest.raises(Killed):
         train(cfg, tmp_path / "killed")
     monkeypatch.undo()

@@ -139,9 +139,9 @@ def _features(kind: str, text: str) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("kind", IMAGE_KINDS)
 def test_a_question_only_guesser_is_left_with_chance(kind: str) -> None:
-    """A naive-Bayes guesser trained on 4,000 questions of a kind gains at most six points on the chance rate."""
-    records = ShapesQuestions("probe", 5000, kinds=[kind], per_scene=1)
-    train, test = records[:4000], records[4000:]
+    """A naive-Bayes guesser trained on 2,300 questions of a kind gains at most six points on the chance rate."""
+    records = ShapesQuestions("probe", 3000, kinds=[kind])
+    train, test = records[:2300], records[2300:]
     prior: dict[str, Counter[str]] = defaultdict(Counter)
     likelihood: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for r in train:
@@ -166,7 +166,7 @@ def test_a_question_only_guesser_is_left_with_chance(kind: str) -> None:
 @pytest.mark.parametrize("kind", PATH_KINDS)
 def test_answers_do_not_depend_on_where_the_answer_lies(kind: str) -> None:
     by_cell: dict[tuple[int, int], Counter[str]] = defaultdict(Counter)
-    for r in ShapesQuestions("probe", 3000, kinds=[kind], per_scene=1):
+    for r in ShapesQuestions("probe", 2400, kinds=[kind]):
         if r.question.split()[-2] != "size":
             continue
         name = [w for w in r.question.split()[2:4] if w != "shape"]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dyvte.testbed.questions import IMAGE_KINDS, KINDS, PATH_KINDS, STAY, STEPS, ask, follow, unique_names
+from dyvte.testbed.questions import IMAGE_KINDS, KINDS, PATH_KINDS, STAY, STEPS, ask, follow, pick, unique_names
 from dyvte.testbed.world import ATTRIBUTES, COLUMNS, ROWS, Object, Scene
 
 PLACE = "at"
@@ -30,10 +30,6 @@ def place(item: Object) -> str:
     return f"{ROWS[item.row]} {COLUMNS[item.column]}"
 
 
-def _choice(rng: np.random.Generator, items):  # type: ignore[no-untyped-def]
-    return items[int(rng.integers(len(items)))]
-
-
 def look_up(
     scene: Scene, rng: np.random.Generator, steps: int, by_place: float = 0.3, ask_place: float = 0.2
 ) -> tuple[str, str] | None:
@@ -44,15 +40,15 @@ def look_up(
         by_place: share of the keys that are places.
         ask_place: share of the look-ups that ask where an object is.
     """
-    asked = PLACE if rng.random() < ask_place else str(_choice(rng, ATTRIBUTES))
+    asked = PLACE if rng.random() < ask_place else str(pick(rng, ATTRIBUTES))
     if rng.random() < by_place and (asked != PLACE or steps):
-        start: Object = _choice(rng, scene.objects)
+        start: Object = pick(rng, scene.objects)
         words = [PLACE, place(start)]
     else:
-        names = unique_names(scene, asked if asked != PLACE else str(_choice(rng, ATTRIBUTES)))
+        names = unique_names(scene, asked if asked != PLACE else str(pick(rng, ATTRIBUTES)))
         if not names:
             return None
-        start, name = _choice(rng, names)
+        start, name = pick(rng, names)
         words = [name]
     here = start
     for _ in range(steps):
@@ -60,7 +56,7 @@ def look_up(
         open_steps = [s for s in STEPS if s not in (STAY, f"same-{asked}") and follow(scene, here, s) is not None]
         if not open_steps:
             return None
-        step = str(_choice(rng, open_steps))
+        step = str(pick(rng, open_steps))
         words += ["go", step]
         here = follow(scene, here, step)  # type: ignore[assignment]
     return " ".join([*words, asked]), place(here) if asked == PLACE else here[asked]
@@ -69,7 +65,7 @@ def look_up(
 def brief(scene: Scene, rng: np.random.Generator, max_hops: int) -> tuple[str, str] | None:
     """A question that follows no path, of at most ``max_hops`` hops, in its telling words alone, with its answer."""
     kinds = [k for k in BRIEF_KINDS if KINDS[k] <= max_hops]
-    question = ask(scene, str(_choice(rng, kinds)), rng, tries=4)
+    question = ask(scene, str(pick(rng, kinds)), rng, tries=4)
     if question is None:
         return None
     return " ".join(w for w in question.text.split() if w not in FILLERS), question.answer

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -115,7 +116,8 @@ def follow(scene: Scene, start: Object, step: str) -> Object | None:
 
 
 # ---------------------------------------------------------------- one function a kind
-def _pick(rng: np.random.Generator, items: Sequence):  # type: ignore[no-untyped-def]
+def pick(rng: np.random.Generator, items: Sequence[Any]) -> Any:
+    """One of the items at random."""
     return items[int(rng.integers(len(items)))]
 
 
@@ -131,7 +133,7 @@ def _arithmetic(rng: np.random.Generator) -> Question:
 
 
 def _existence(scene: Scene, rng: np.random.Generator) -> Question | None:
-    omitted = _pick(rng, ATTRIBUTES)
+    omitted = pick(rng, ATTRIBUTES)
     first, second = (a for a in ("size", "color", "shape") if a != omitted)
     present = sorted({(o[first], o[second]) for o in scene.objects})
     # near misses: both words are true of something in the image, but not of one thing
@@ -139,45 +141,45 @@ def _existence(scene: Scene, rng: np.random.Generator) -> Question | None:
     if not near:
         return None
     yes = bool(rng.integers(2))
-    pair = _pick(rng, present if yes else near)
+    pair = pick(rng, present if yes else near)
     return Question("existence", f"is there a {pair[0]} {pair[1]} ?", YES if yes else NO)
 
 
 def _count(scene: Scene, rng: np.random.Generator) -> Question | None:
     target = int(rng.integers(MAX_COUNT + 1))
-    attribute = _pick(rng, ("color", "shape"))
+    attribute = pick(rng, ("color", "shape"))
     fitting = [v for v in VALUES[attribute] if sum(o[attribute] == v for o in scene.objects) == target]
     if not fitting or rng.random() > COUNT_KEEP[target]:
         return None
-    return Question("count", f"how many {_pick(rng, fitting)} objects are there ?", str(target))
+    return Question("count", f"how many {pick(rng, fitting)} objects are there ?", str(target))
 
 
 def _relation(scene: Scene, rng: np.random.Generator) -> Question | None:
-    omitted = _pick(rng, ATTRIBUTES)
+    omitted = pick(rng, ATTRIBUTES)
     pairs = [(a, b) for a, b in permutations(unique_names(scene, omitted), 2) if a[0] is not b[0]]
     if not pairs:
         return None
-    (a, first), (b, second) = _pick(rng, pairs)
+    (a, first), (b, second) = pick(rng, pairs)
     options = []
     if a.column != b.column:
         options.append("left" if a.column < b.column else "right")
     if a.row != b.row:
         options.append("above" if a.row < b.row else "below")
-    truth, yes = _pick(rng, options), bool(rng.integers(2))
+    truth, yes = pick(rng, options), bool(rng.integers(2))
     asked = truth if yes else OPPOSITE[truth]
     words = {"left": "left of", "right": "right of"}.get(asked, asked)
     return Question("relation", f"is the {first} {words} the {second} ?", YES if yes else NO)
 
 
 def _comparison(scene: Scene, rng: np.random.Generator) -> Question | None:
-    asked = _pick(rng, ATTRIBUTES)
+    asked = pick(rng, ATTRIBUTES)
     pairs = [(a, b) for a, b in permutations(unique_names(scene, asked), 2) if a[0] is not b[0]]
     same = [(a, b) for a, b in pairs if a[0][asked] == b[0][asked]]
     different = [(a, b) for a, b in pairs if a[0][asked] != b[0][asked]]
     if not same or not different:
         return None
     yes = bool(rng.integers(2))
-    (_, first), (_, second) = _pick(rng, same if yes else different)
+    (_, first), (_, second) = pick(rng, same if yes else different)
     text = f"do the {first} and the {second} have the same {asked} ?"
     return Question("comparison", text, YES if yes else NO)
 
@@ -189,10 +191,10 @@ def _steps(kind: str, asked: str, rng: np.random.Generator) -> tuple[str, str]:
         return STAY, STAY
     if kind == "two_hop":
         # two directions would add up to one displacement, a single hop in disguise
-        first = _pick(rng, same)
-        second = _pick(rng, [s for s in (*DIRECTIONS, *same) if s != first])
+        first = pick(rng, same)
+        second = pick(rng, [s for s in (*DIRECTIONS, *same) if s != first])
     else:
-        first, second = _pick(rng, same if kind == "same_attribute" else tuple(DIRECTIONS)), STAY
+        first, second = pick(rng, same if kind == "same_attribute" else tuple(DIRECTIONS)), STAY
     return (first, second) if rng.integers(2) else (second, first)
 
 
@@ -216,9 +218,9 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator, tries: int = 12) -> Q
         return _arithmetic(rng)
     if kind in PATH_KINDS:
         for _ in range(tries):
-            asked = _pick(rng, ATTRIBUTES)
+            asked = pick(rng, ATTRIBUTES)
             named = unique_names(scene, asked)
-            if named and (question := _path(scene, kind, _pick(rng, named), asked, rng, tries=1)):
+            if named and (question := _path(scene, kind, pick(rng, named), asked, rng, tries=1)):
                 return question
         return None
     functions = {"existence": _existence, "count": _count, "relation": _relation, "comparison": _comparison}
@@ -234,11 +236,11 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator, tries: int = 12) -> Q
 def ask_matched(scene: Scene, rng: np.random.Generator, tries: int = 24) -> dict[str, Question] | None:
     """One question of each path kind from the same start about the same attribute: matched in all but their hops."""
     for _ in range(tries):
-        asked = _pick(rng, ATTRIBUTES)
+        asked = pick(rng, ATTRIBUTES)
         named = unique_names(scene, asked)
         if not named:
             continue
-        start = _pick(rng, named)
+        start = pick(rng, named)
         group = {kind: _path(scene, kind, start, asked, rng, tries) for kind in PATH_KINDS}
         if all(group.values()):
             return group  # type: ignore[return-value]

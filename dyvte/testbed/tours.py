@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dyvte.testbed.questions import STAY, STEPS, follow
+from dyvte.testbed.questions import STAY, STEPS, follow, pick
 from dyvte.testbed.world import ATTRIBUTES, COLUMNS, ROWS, Object, Scene
 
 TOUR_PROMPT = "tour the image ."
@@ -43,19 +43,19 @@ def _steps_from(scene: Scene, item: Object) -> list[str]:
 def tour(scene: Scene, rng: np.random.Generator, stops: int, step_share: float = 0.6) -> list[TourWord]:
     """A tour of ``stops`` stops; ``step_share`` of the moves follow a step, the others start anew."""
     words: list[TourWord] = []
-    here = scene.objects[int(rng.integers(len(scene.objects)))]
+    here = pick(rng, scene.objects)
     fitting = list(scene.objects)  # the objects the tour may be at, as far as its words tell
     for stop in range(stops):
         if stop:
             steps = _steps_from(scene, here) if rng.random() < step_share else []
             if steps:
-                step = steps[int(rng.integers(len(steps)))]
+                step = pick(rng, steps)
                 words += [TourWord("go", False), TourWord(step, False)]
                 reached = [end for o in fitting if (end := follow(scene, o, step)) is not None]
                 here, fitting = follow(scene, here, step), list(dict.fromkeys(reached))  # type: ignore[assignment]
             else:
                 words.append(TourWord(",", False))
-                here, fitting = scene.objects[int(rng.integers(len(scene.objects)))], list(scene.objects)
+                here, fitting = pick(rng, scene.objects), list(scene.objects)
         number = int(rng.integers(FEWEST_FACTS, len(FACTS) + 1))
         for fact in rng.permutation(FACTS)[:number]:
             words.append(TourWord(str(fact), False))

@@ -13,7 +13,6 @@ A batch is a pure function of (seed, stage, step), so a killed and resumed run e
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,10 +40,7 @@ from dyvte.testbed.training.forward import (
 )
 from dyvte.testbed.training.loop import continue_from, load_stages, run_stage
 from dyvte.testbed.training.vision import PatchHeads, vision_batch
-from dyvte.testbed.world import (
-    IMAGE_SIZE,
-    sample_scene,
-)
+from dyvte.testbed.world import IMAGE_SIZE, sample_scene
 
 
 def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
@@ -112,27 +108,23 @@ def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
         on_object = labels["color"] > 0
         return {a: float((outputs[a].argmax(-1).cpu() == labels[a])[on_object].float().mean()) for a in outputs}
 
+    def run(name: str, settings: DictConfig, **modules: nn.Module) -> None:
+        """One stage, or one phase of instruction, with what it trains and how it is judged."""
+        stage = name if name in STAGES else "instruct"
+        steps = Batches(settings, sizes)
+        batch_of, loss_of, evaluate = {
+            "language": (lambda k, p: (steps.language(k, p, cfg.language.batch_size), None), loss, language_accuracy),
+            "vision": (lambda k, p: vision_batch(cfg, sizes, k, "vision"), patch_loss, patch_accuracy),
+            "align": (lambda k, p: steps.align(k, cfg.align.batch_size), loss, image_accuracy),
+            "instruct": (steps.instruct_or_text, loss, image_accuracy),
+        }[stage]
+        run_stage(name, folder, modules, settings[stage], batch_of, loss_of, evaluate, settings.seed, cfg.workers)
+
     for name in (s for s in STAGES if s in cfg.stages):
-        stage = cfg[name]
-        common: dict[str, Any] = {"folder": folder, "cfg": stage, "seed_everything": cfg.seed, "workers": cfg.workers}
         if name == "language":
-            run_stage(
-                name,
-                modules={"talk": talk},
-                batch_of=lambda step, progress: (batches.language(step, progress, cfg.language.batch_size), None),
-                loss_of=loss,
-                evaluate=language_accuracy,
-                **common,
-            )
+            run(name, cfg, talk=talk)
         elif name == "vision":
-            run_stage(
-                name,
-                modules={"tower": tower, "heads": heads},
-                batch_of=lambda step, progress: vision_batch(cfg, sizes, step, "vision"),
-                loss_of=patch_loss,
-                evaluate=patch_accuracy,
-                **common,
-            )
+            run(name, cfg, tower=tower, heads=heads)
         elif name == "align":
             tower.requires_grad_(False)
             talk.requires_grad_(False)
@@ -141,26 +133,12 @@ def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
                 fitted = [sample_scene("caption", cfg.seed, i) for i in range(cfg.align.projector_scenes)]
                 left = initialise_projector(model, fitted, batches)
                 tqdm.write(f"projector starts at the words of the patches, relative squared error {left:.3f}")
-            run_stage(
-                name,
-                modules={"projector": projector},
-                batch_of=lambda step, progress: batches.align(step, cfg.align.batch_size),
-                loss_of=loss,
-                evaluate=image_accuracy,
-                **common,
-            )
+            run(name, cfg, projector=projector)
             talk.requires_grad_(True)
         else:
             tower.requires_grad_(False)
             for phase, settings in phases(cfg):
-                run_stage(
-                    phase,
-                    modules={"projector": projector, "talk": talk},
-                    batch_of=Batches(settings, sizes).instruct_or_text,
-                    loss_of=loss,
-                    evaluate=image_accuracy,
-                    **{**common, "cfg": settings.instruct, "seed_everything": settings.seed},
-                )
+                run(phase, settings, projector=projector, talk=talk)
     return model
 
 
