@@ -1,17 +1,43 @@
-"""Settings of every test: deterministic, offline, on one thread."""
+"""Settings of every test: deterministic, offline, on one thread. What was not checked is said at the end."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # tests state what holds on the CPU in float32
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from dyvte.mllm import MLLM
 
 settings.register_profile(
     "dyvte", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("dyvte")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shapes() -> MLLM:
+    """The shipped model, loaded once; a test that changes it loads its own."""
+    from dyvte.loading import load
+
+    return load("llava_shapes", device="cpu")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name every test that skipped itself, with what it lacked: green means nothing for these."""
+    reasons: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        what = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reasons[f"{report.nodeid.partition('::')[0]}: {what.removeprefix('Skipped: ')}"] += 1
+    if reasons:
+        terminalreporter.section("NOT CHECKED HERE", sep="!", red=True, bold=True)
+        for reason, count in reasons.items():
+            terminalreporter.line(f"{count} tests of {reason}", red=True)

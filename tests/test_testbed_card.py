@@ -12,14 +12,13 @@ import torch
 from analysis.statistics.stages import stage_verdict
 from docs.tooling.testbed_card import (
     accuracy_markdown,
-    bar_sentence,
     documents,
     statements_markdown,
     verdicts_markdown,
 )
 from docs.tooling.testbed_probes import linear_probe, probe_report
 from docs.tooling.testbed_runs import accuracy_table, read_log
-from dyvte.loading import load
+from dyvte.mllm import MLLM
 from dyvte.testbed.questions import IMAGE_KINDS, KINDS, ShapesQuestions
 
 
@@ -64,18 +63,12 @@ def _result(accuracy: float) -> dict:
     }
 
 
-@pytest.mark.parametrize(("accuracy", "expected"), [(0.95, "It meets"), (0.7, "does **not** meet")])
-def test_the_card_says_whether_the_bar_is_met(accuracy: float, expected: str) -> None:
+@pytest.mark.parametrize(("accuracy", "met"), [(0.95, True), (0.7, False)])
+def test_card_and_page_hold_the_numbers_and_whether_the_bar_is_met(accuracy: float, met: bool) -> None:
     result = _result(accuracy)
-    assert expected in bar_sentence(result["bar"])
-    card, page = documents(result, {}, 4_400_000)
-    for text in (card, page):
-        assert expected in text
+    for text in documents(result, {}, 4_400_000):
         assert accuracy_markdown(result, None) in text
-        assert "{" not in text.replace("{color", "")
-    assert "say `0` to 55% of the image questions" in page.replace("\n", " ")
-    assert f"{accuracy:.3f}" in card
-    assert np.all([kind in page for kind in KINDS])
+        assert ("does **not** meet" not in text) == met
 
 
 def _run(cross: list[float], agreement: list[float], depths: list[float], neighbor: float = 0.3) -> dict:
@@ -145,8 +138,8 @@ def test_verdicts_of_the_training_stages_say_what_they_rest_on() -> None:
     assert row[3].partition("; fails ")[2] == ", ".join(failed)
 
 
-def test_probes_read_attributes_off_the_shipped_model() -> None:
-    report = probe_report(load("llava_shapes", device="cpu"), num_scenes=120, batch_size=24, seed=0)
+def test_probes_read_attributes_off_the_shipped_model(shapes: MLLM) -> None:
+    report = probe_report(shapes, num_scenes=120, batch_size=24, seed=0)
     assert report["its own color"]["low"] > 0.9
     assert report["its only neighbour's color"]["high"] < 0.6
     assert report["its own color"]["num"] > report["its only neighbour's color"]["num"] > 10
