@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, StrictUndefined
 
 from analysis.measuring.shipped import shipped_files
 from analysis.statistics.markdown import replace_between
@@ -20,6 +22,12 @@ from dyvte.runs.store import write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = Path("docs/generated.json")
+
+
+def fill(template: str, values: Mapping[str, Any]) -> str:
+    """The text of `docs/tooling/<template>.md.j2` with its values."""
+    text = Path(__file__).with_name(f"{template}.md.j2").read_text()
+    return Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(text).render(values)
 
 
 def write_generated(

@@ -25,7 +25,7 @@ from benchmarks.architectures import (
     prompt,
     small_copy,
 )
-from docs.tooling.generated import write_generated
+from docs.tooling.generated import fill, write_generated
 from docs.tooling.refusals import peculiar, verdict
 from dyvte.batch import Batch
 from dyvte.cost.flops import FlopCounter
@@ -147,7 +147,8 @@ def render(chosen: list[str]) -> str:
             f"{found['exit_none']:.0e} | {found['image_matters']:.1f} |"
         )
     refusals = [f"| {name} | {what} | {verdict(settings)} |" for name, what, settings in peculiar()]
-    return PAGE.format(models="\n".join(rows), checks="\n".join(checks), refusals="\n".join(refusals))
+    tables = {"models": rows, "checks": checks, "refusals": refusals}
+    return fill("models_page", {name: "\n".join(lines) for name, lines in tables.items()})
 
 
 def _way_in(name: str) -> str:
@@ -155,81 +156,6 @@ def _way_in(name: str) -> str:
     if "exported" in settings["defaults"]:
         return "export"
     return "convert" if settings["path"] == "???" else "Hub"
-
-
-PAGE = """# Models
-
-Written by `python -m docs.tooling.models`; do not edit.
-
-**Nothing on this page was run with real weights.** The models were built from their published hyper-parameters, in full
-size without weights (layers, visual tokens, FLOPs) and as narrow, shallow random copies (the comparisons). Numbers of a
-real model, its stages and exits, come from running the commands on it.
-
-## What there is
-
-`model=NAME` with every command. *Hub*: the weights are downloaded when the model is first used. *convert*: the
-checkpoint is of the LLaVA code base, `python -m dyvte.convert` turns it into a folder, `model.path=FOLDER` names it.
-*export*: its vision side runs in its own environment ([how to](how_to_llava_forks.md)). Any other image-text-to-text
-model of transformers: `model=hf model.path=OWNER/NAME`.
-
-Parameters in billions; TFLOPs of one prefill with the visual tokens given and 64 text tokens, decoder and last logits,
-without an exit and with the visual tokens leaving after half of the layers; then those of the vision side for one image
-(-: not counted, its code needs values).
-
-| model | way in | type | layers | visual tokens | parameters | TFLOPs | exit at half | vision |
-|---|---|---|--:|--:|--:|--:|--:|--:|
-{models}
-
-The processors of Qwen-VL, InternVL, LLaVA-OneVision, Mistral, GLM-V and SmolVLM need torchvision (SmolVLM also
-num2words): `pip install 'dyvte[models]'`. Without it, loading them says so.
-
-## Compared in small
-
-On a random copy with 4 to 6 narrow layers and the real geometry of images: the largest difference between the probe's
-attention mass and the maps of eager attention; between `exit_sweep` and one run per exit (logits); between exit L and
-no exit; between two images under exit 0 (must be 0); and, so that these mean something, how far another image moves the
-logits without an exit. The tests repeat this for smaller images, add generation under exits against a full
-recomputation with masked visual keys, and run stages, exits, train, evaluate and generate on a copy of every model
-below.
-
-| model | probe | sweep | exit L | exit 0 | image matters |
-|---|--:|--:|--:|--:|--:|
-{checks}
-
-## Decoders that are not plain
-
-- **Multimodal rotary positions** (Qwen-VL, GLM-V): text keeps the positions that the model gave it when visual tokens
-  leave.
-- **DeepStack** (Qwen3-VL): the visual features that are added after early layers go to visual positions only; after an
-  exit these no longer take part, so an exit before the last of these layers drops them too.
-- **Sliding windows** (Gemma 3): a window counts original positions, also after an exit.
-- **Attention in both directions** (Gemma 3 within an image, PaliGemma within the prompt): masks are cut from the
-  model's own. Where text before the image sees the image, `exit_sweep` carries that text in every branch and shares no
-  prefix.
-- **Image markers**: visual are the placeholders that image features replace, and nothing else. Tokens that stand
-  before, between or after them (`<|vision_start|>`, `[IMG_BREAK]`, `<end_of_image>`, a line break) are text: `system`
-  before the first placeholder, `instruction` after it. They stay when visual tokens leave. The line breaks that
-  LLaVA-NeXT puts among the features take placeholders and are visual.
-
-| family | what is peculiar | what happens |
-|---|---|---|
-{refusals}
-
-## Weights
-
-- **Safetensors only**, with one exception: many checkpoints of the LLaVA code base are `.bin` only, which
-  `dyvte.convert` and `model=exported` read as tensors alone (`torch.load(weights_only=True)`; a file that would run
-  code is refused).
-- **Pinned**: `model.revision=COMMIT` fixes what is downloaded. Without it the default branch is taken, and the
-  `config.yaml` of each run names the commit that this was ([how to](how_to_own_model.md#the-same-weights-again)).
-- **Offline**: with `HF_HUB_OFFLINE=1` nothing is asked of the Hub and what is cached is used.
-- **Remote code** is off: what comes with a repository runs only with `model.trust_remote_code=true`, and a model that
-  needs it says so.
-- **Gated models** (Gemma) need `hf auth login` after accepting their terms, and say so.
-- **Quantized**: `model.quantization_config` goes to transformers as it is (`'{{load_in_4bit: true}}'` with
-  `dyvte[quantization]`). Tested with a stand-in of 8-bit layers, not with bitsandbytes itself.
-- **Spread**: `model.device_map=auto` puts a model on several devices, memory and disk.
-"""
 
 
 if __name__ == "__main__":

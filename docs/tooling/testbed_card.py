@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from analysis.statistics.markdown import markdown_table
+from docs.tooling.generated import fill
 from docs.tooling.testbed_probes import NEIGHBOR, OWN
 from dyvte.testbed.questions import IMAGE_KINDS, KINDS, PATH_KINDS
 from dyvte.testbed.training.batches import STAGES
@@ -177,133 +178,6 @@ def bar_sentence(bar: dict[str, Any]) -> str:
     return f"It does **not** meet {wanted}" + (f"; kinds below it: {below}." if below else "; the mean is below it.")
 
 
-CARD = """---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags: [llava, dyvte, testbed]
----
-
-# llava_shapes
-
-A LLaVA of {millions:.1f} million parameters (CLIP-style tower, MLP projector, Llama decoder) that answers
-questions about drawn scenes. The dyvte toolkit trained it, by LLaVA's recipe, on images that it renders itself.
-It is an instrument for trying analyses on, **not evidence about LLaVA** or any other model.
-
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-## Accuracy
-
-{num_image} held-out image questions and {num_arithmetic} of arithmetic; greedy answers, exact match; 95% intervals by
-bootstrap over images. {bar}
-
-{accuracy}
-
-Training data: scenes of two to six objects drawn from seeds; no scene of one split occurs in another, and captioned
-scenes are never asked about. Made by `make testbed-eval` in {seconds:.0f} s; training runs and figures in
-`docs/testbed.md`.
-"""
-
-PAGE = """# The testbed
-
-`llava_shapes` is the small multimodal model that ships with the toolkit: an instrument with known ground truth, trained
-by LLaVA's recipe. **A finding on it is a finding on it**, not about LLaVA. `make testbed-eval` writes this page.
-
-![The world: scenes and their questions](testbed/world.png)
-
-## World and questions
-
-Two to six objects of a colour, a shape and a size lie in the cells of a 3 x 3 grid, moved, rotated and tinted, on grey
-textures with noise (`dyvte/testbed/world.py`). Questions (`dyvte/testbed/questions.py`) differ in how many
-look-ups they need, their *hops*. The path kinds (attribute, same_attribute, neighbor, two_hop) share one template,
-one length and one answer set, so that their exit depths compare without a confound.
-`tests/test_testbed_world.py` checks every answer with a second solver and holds a guesser that sees only the
-question to the chance rate.
-
-## Accuracy
-
-{num_image} held-out image questions; 95% intervals by bootstrap over images. {bar}
-
-{accuracy}
-
-The last two columns are what can be had without an image: a model of the same architecture trained on the questions
-alone, and the most frequent answer (told which attribute is asked). No training image was empty: the blank one makes
-the model say `{blank_answer}` to {blank_share:.0%} of the image questions, yes-or-no questions and colours among them,
-which is why that column can lie below guessing.
-
-Matched questions (same image, start, asked attribute and length; only the steps differ):
-
-{matched}
-
-## What the decoder is given
-
-A linear probe on the projected visual token under an object's centre:
-
-{probes}
-
-Where the second half stays near the majority rate, relations between objects are not in the decoder's input token by
-token: following them is the decoder's work.
-
-## Training
-
-`python -m dyvte.testbed.train` runs the four stages (language, vision, align, instruct); every batch is a function of
-the seed and the step, so a killed and resumed run equals an uninterrupted one.
-
-From a plain start the decoder stays for thousands of steps where it names attributes that are in the image, of the
-wrong object. What the recipe does about it:
-
-- Heads start as copiers: value times output matrix near the identity (Trockman and Kolter, "Mimetic Initialization of
-  Self-Attention Layers", ICML 2023), wider query and key matrices, a read-out that begins as the word embeddings
-  (`initialise_decoder`).
-- The projector starts where each patch says the words for what lies under it, the labels of the tower's own stage
-  (`initialise_projector`); then it trains on captions.
-- Tours and captions (`dyvte/testbed/tours.py`) teach stage 0 and alignment. From alignment on the projector moves
-  slowly: a faster one forgets where a patch lies, without which no relation can be learnt.
-- Instruction has four phases (`phases` in `conf/testbed.yaml`). Each begins with much practice in few words, about
-  caption scenes only (`dyvte/testbed/lookups.py`), and thins it out: finding an object by name or place; yes or no and
-  how many, as questions without their filler words; steps from one object to another; all of it again at a slowly
-  falling rate, most of all what was still wrong. In the first phase, which asks in whole sentences only, existence and
-  relation stay near chance; they rise in the second. That phase also asks them more often, and no run took these
-  changes one at a time.
-
-These starts make the testbed learnable on two cores. They also shape its attention, one more reason not to read its
-curves as LLaVA's.
-
-{runs}
-
-The smaller runs take the tower of main: `python -m dyvte.testbed.train name=seed1 seed=4 init_from=outputs/testbed/main
-'stages=[language,align,instruct]' 'instruct.phases=[find,judge,follow]' +phases.follow.settings.steps=2400`, seed2 with
-`seed=8`, and no_language with `seed=4` and without `language` among the stages.
-
-![Validation accuracy while instructing](testbed/training.png)
-
-## How the recipe shapes attention
-
-![Attention mass after each training stage](testbed/attention_mass.png)
-
-![Enrichment without sink after each training stage](testbed/attention_enrichment.png)
-
-The verdict on three stages ([what it asks for](stage_verdict.md)) after each training stage, on the questions behind
-the curves. Fall and rise are in log enrichment (0.69 = a factor of two) at the change points that fit best, with 95%
-bands that hold for all change points together; p: how often a random order of the layers, or of the steps between
-them, shows the signature as clearly, which for so few layers is often.
-
-{verdicts}
-
-Mean exit depth by kind with 95% intervals: decoder layers that must see the image for the answer to stay the same (the
-answer alone; `analysis.exits` also asks for its cross-entropy to stay, which takes more layers):
-
-{depths}
-
-## What holds in every run
-
-Statements about this testbed, each against 95% intervals within a run, and the runs in which they hold. What does not
-hold in all of them is a finding on the weights of the others.
-
-{statements}
-"""
-
-
 def documents(result: dict[str, Any], runs: dict[str, dict[str, Any]], parameters: int) -> tuple[str, str]:
     """The model card (``README.md`` beside the weights) and ``docs/testbed.md``."""
     matched = [[k, KINDS[k], interval(v)] for k, v in result["matched"].items() if k != "image"]
@@ -323,4 +197,4 @@ def documents(result: dict[str, Any], runs: dict[str, dict[str, Any]], parameter
         "blank_share": result["said_to_blank"]["share"],
         "seconds": result["seconds"],
     }
-    return CARD.format(**values), PAGE.format(**values)
+    return fill("testbed_card", values), fill("testbed_page", values)
