@@ -190,7 +190,3 @@ def page_of_several_models(
         missing=missing,
         command=_own_command(),
     )
-
-
-if __name__ == "__main__":
-    main()
