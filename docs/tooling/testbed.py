@@ -83,10 +83,7 @@ def evaluate(mllm: MLLM, cfg: DictConfig) -> dict[str, Any]:
     result["seconds"] = round(time.monotonic() - started, 1)
     image = result["accuracy"]["image"]
     low = {k: image[k]["accuracy"] for k in IMAGE_KINDS if KINDS[k] <= 2 and image[k]["accuracy"] < REQUIRED_KIND}
-    result["bar"] = {
-        "met": image["image"]["accuracy"] >= REQUIRED_OVERALL and not low,
-        "kinds_below": low,
-    }
+    result["bar"] = {"met": image["image"]["accuracy"] >= REQUIRED_OVERALL and not low, "kinds_below": low}
     return result
 
 
@@ -121,12 +118,7 @@ def attention_figure(runs: dict[str, dict[str, Any]], measure: str) -> Figure:
     runs = {name: run for name, run in runs.items() if run["attention"]}
     with plots.figure_style():
         figure, axes = plt.subplots(
-            len(runs),
-            len(columns),
-            figsize=(7.2, 1.75 * len(runs) + 0.9),
-            sharex=True,
-            sharey=True,
-            squeeze=False,
+            len(runs), len(columns), figsize=(7.2, 1.75 * len(runs) + 0.9), sharex=True, sharey=True, squeeze=False
         )
         for row, (name, run) in enumerate(runs.items()):
             for column, (stage, title) in enumerate(columns.items()):

@@ -34,15 +34,7 @@ MIN_OBJECTS, MAX_OBJECTS = 2, 6
 RADIUS = {"small": (5.0, 6.5), "large": (9.5, 12.0)}
 
 # Scenes of different splits, and of captions and questions, never share a seed: the split is part of it.
-SPLITS: dict[str, int] = {
-    "train": 0,
-    "validation": 1,
-    "test": 2,
-    "caption": 3,
-    "text": 4,
-    "vision": 5,
-    "probe": 6,
-}
+SPLITS: dict[str, int] = {"train": 0, "validation": 1, "test": 2, "caption": 3, "text": 4, "vision": 5, "probe": 6}
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,7 @@ from dyvte.testbed.packing import Branch, PackedBatch, pack
 from dyvte.testbed.questions import CAPTION_PROMPT, IMAGE_KINDS, KINDS, ask, caption
 from dyvte.testbed.tokenizer import ASSISTANT, BOS, EOS, IMAGE, SYSTEM_PROMPT, USER, build_processor
 from dyvte.testbed.tours import TOUR_PROMPT, tour
-from dyvte.testbed.world import (
-    MAX_OBJECTS,
-    MIN_OBJECTS,
-    Scene,
-    render,
-    sample_scene,
-    scene_generator,
-)
+from dyvte.testbed.world import MAX_OBJECTS, MIN_OBJECTS, Scene, render, sample_scene, scene_generator
 
 STAGES = ("language", "vision", "align", "instruct")
 MAX_HOPS = max(KINDS.values())

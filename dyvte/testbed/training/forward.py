@@ -16,15 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dyvte.testbed.packing import IGNORE, PackedBatch
 from dyvte.testbed.training.batches import Batches, pixels
-from dyvte.testbed.world import (
-    COLUMNS,
-    GRID,
-    IMAGE_SIZE,
-    ROWS,
-    VALUES,
-    Scene,
-    patch_labels,
-)
+from dyvte.testbed.world import COLUMNS, GRID, IMAGE_SIZE, ROWS, VALUES, Scene, patch_labels
 
 
 # ---------------------------------------------------------------- speed

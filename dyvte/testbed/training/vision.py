@@ -9,12 +9,7 @@ from torch import Tensor, nn
 
 from dyvte.testbed.model import TestbedSizes
 from dyvte.testbed.training.batches import pixels
-from dyvte.testbed.world import (
-    ATTRIBUTES,
-    VALUES,
-    patch_labels,
-    sample_scene,
-)
+from dyvte.testbed.world import ATTRIBUTES, VALUES, patch_labels, sample_scene
 
 
 class PatchHeads(nn.Module):
