@@ -52,7 +52,7 @@ def tour(scene: Scene, rng: np.random.Generator, stops: int, step_share: float =
                 step = pick(rng, steps)
                 words += [TourWord("go", False), TourWord(step, False)]
                 reached = [end for o in fitting if (end := follow(scene, o, step)) is not None]
-                here, fitting = follow(scene, here, step), list(dict.fromkeys(reached))  # type: ignore[assignment]
+                here, fitting = follow(scene, here, step), list(dict.fromkeys(reached))
             else:
                 words.append(TourWord(",", False))
                 here, fitting = pick(rng, scene.objects), list(scene.objects)
