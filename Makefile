@@ -6,6 +6,11 @@ WORKERS ?= 2
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 
+# Bytecode is kept, in .venv, whatever the environment says: else each process, and there are many, compiles torch and
+# transformers again, which takes longer than most tests.
+export PYTHONDONTWRITEBYTECODE :=
+export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/pycache
+
 .DEFAULT_GOAL := help
 .PHONY: help install stages smol smol-eval smol-stages test lint format types pytest notebooks figures comparison testbed-eval site test-lmms-eval clean
 
