@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import griffe
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,3 +54,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return f"[{text}]({os.path.relpath('index.md', here)})" if name == "README.md" else text
 
     return LINK.sub(replaced, markdown)
+
+
+class ExampleSections(griffe.Extension):
+    """A docstring's `Example:` is the same section as `Examples:`, and is shown as code."""
+
+    def on_object(self, *, obj: Any, **_: Any) -> None:
+        """Rename the section of anything that has one."""
+        if obj.docstring:
+            obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
