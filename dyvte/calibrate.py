@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dyvte.batch import Batch
@@ -30,6 +29,7 @@ from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy
 from dyvte.runs import distributed
 from dyvte.runs.store import model_fingerprint, plain, write_json
+from dyvte.runs.targets import build
 
 FILE = "calibration.json"
 
@@ -102,7 +102,7 @@ def _calibrate_or_read(mllm: MLLM, cfg: DictConfig, settings: list[str], file: P
         batches = list(_batches(mllm, samples, cfg.batch_size))
         calibrate: Any = OmegaConf.to_container(cfg.policy.calibrate, resolve=True)
         with torch.no_grad():
-            policy = instantiate(calibrate, _partial_=True, _convert_="all")(mllm, batches)
+            policy = build(calibrate, Policy, mllm, batches)
         found = plain({name: _plain_setting(getattr(policy, name)) for name in settings})
         write_json(file, {"num_samples": len(samples), "found": found, "made_of": made_of})
         how = f"calibrated on {len(samples)} prompts of {cfg.calibration.data.name}"
@@ -121,7 +121,7 @@ def _build(cfg: Any) -> Policy | None:
         settings.pop(not_of_the_policy, None)
     if "_target_" not in settings:
         return None
-    policy: Policy = instantiate(settings, _partial_=True, _convert_="all")()  # its errors are not wrapped in Hydra's
+    policy: Policy = build(settings, Policy)
     return policy
 
 

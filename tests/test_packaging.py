@@ -27,7 +27,7 @@ from dyvte.runs.config import compose, config_folder
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 README = (ROOT / "README.md").read_text()
-FOLDERS = {"analysis", "dyvte", "conf", "notebooks", "outputs", "tests", "docs", ".ci"}
+FOLDERS = {"analysis", "benchmarks", "dyvte", "conf", "notebooks", "outputs", "tests", "docs", ".ci"}
 FILES = {
     "pyproject.toml",
     "Makefile",

@@ -91,7 +91,7 @@ def build_dataset(cfg: DictConfig, stored: bool = False) -> Dataset:
     settings.pop("name", None)
     if "_target_" not in settings:
         raise ConfigError("data has no _target_: choose one of conf/data/, for instance data=llava_json")
-    dataset: Dataset = build(settings, Dataset, stored)
+    dataset: Dataset = build(settings, Dataset, stored=stored)
     return dataset
 
 

@@ -11,8 +11,10 @@ A command is a function of one configuration:
 
 from __future__ import annotations
 
+import errno
 import functools
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dyvte.errors import ConfigError, DyvteError
 from dyvte.runs import distributed
+from dyvte.runs.settings import check_settings
 
 if TYPE_CHECKING:
     from dyvte.mllm import MLLM
@@ -54,33 +57,43 @@ def compose(name: str, overrides: Sequence[str] = ()) -> DictConfig:
         overrides: As on the command line: `["model=llava7b", "data.limit=8"]`.
     """
     with hydra.initialize_config_dir(version_base=HYDRA_VERSION, config_dir=str(config_folder())):
-        return hydra.compose(config_name=name, overrides=list(overrides))
+        cfg = hydra.compose(config_name=name, overrides=list(overrides))
+    cfg.__dict__["dyvte_overrides"] = list(overrides)  # for the run folder, see `dyvte.runs.store.overrides_of`
+    return cfg
 
 
 def command(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[..., None]]:
     """Make a function a command whose settings are `conf/<name>.yaml` and the `key=value` words after it.
 
-    It prints the run folder first. The project's own errors (`DyvteError`) end the process with one line on stderr and
-    status 1, Ctrl-C with status 130. Called with a configuration, as in `main(compose("stages"))`, it is an ordinary
-    function and raises.
+    It checks the settings (`dyvte.runs.settings`) and prints the run folder first. The project's own errors
+    (`DyvteError`) and what libraries raise at the edges (files, disk, device) end the process with one line on stderr
+    and status 1, below it the stack with `debug=true`; Ctrl-C with status 130. Called with a configuration, as in
+    `main(compose("stages"))`, it is an ordinary function and raises.
     """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[..., None]:
         @functools.wraps(task)
         def run(cfg: DictConfig) -> None:
             if not HydraConfig.initialized():
+                check_settings(cfg)
                 return task(cfg)
             try:
                 if missing := missing_settings(cfg):
                     settings = " ".join(f"{key}=..." for key in missing)
                     raise ConfigError(f"needs a value: {settings} (conf/{name}.yaml says what it means)")
+                check_settings(cfg)
                 if "output_dir" in cfg:
                     print(f"run folder: {cfg.output_dir}", flush=True)
                 task(cfg)
-            except DyvteError as error:
+            except Exception as error:
+                line = one_line(error)
+                if line is None:
+                    raise  # a bug keeps its stack
+                if cfg.get("debug"):
+                    traceback.print_exc()
                 if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs of the sweep go on
-                    raise CompactHydraException(str(error)) from error
-                sys.exit(f"error: {error}")
+                    raise CompactHydraException(line) from error
+                sys.exit(f"error: {line}")
             except KeyboardInterrupt:
                 print(f"interrupted; what is finished is in {cfg.get('output_dir', '.')}", file=sys.stderr)
                 sys.exit(130)
@@ -91,6 +104,43 @@ def command(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[...,
         return decorated
 
     return decorate
+
+
+def one_line(error: BaseException) -> str | None:
+    """What a user has to know of an error, in one line; None for a bug, which is for its stack to tell."""
+    text = " ".join(str(error).split())
+    if isinstance(error, DyvteError):
+        return text
+    kind = f"{type(error).__module__}.{type(error).__name__}"
+    if isinstance(error, OSError):
+        if error.errno == errno.ENOSPC:
+            return f"no space left on the disk ({error.filename or text}); free some and start again: it continues"
+        if isinstance(error, PermissionError):
+            return f"no permission to write or read {error.filename or text}"
+        return text or type(error).__name__
+    if kind.startswith(("safetensors", "safetensors_rust")):
+        return f"a safetensors file is damaged or incomplete ({text}); copy or download it again"
+    if kind.startswith(("pyarrow", "omegaconf", "hydra", "PIL", "huggingface_hub", "json.decoder")):
+        return f"{type(error).__name__}: {text}"
+    if kind == "torch.OutOfMemoryError" or "CUDA out of memory" in text:
+        return "out of memory on the device: set batch_size= to a smaller number, or device=cpu"
+    if kind == "torch.AcceleratorError" or text.startswith(("CUDA error", "Found no NVIDIA driver", "No CUDA GPUs")):
+        return f"the device failed: {text[:200]}"
+    if isinstance(error, MemoryError):
+        return f"out of memory{': ' + text if text else ''}; set batch_size= or data.limit= to a smaller number"
+    return None
+
+
+def check_device(device: str) -> None:
+    """Raise a `ConfigError` where torch has no such device here."""
+    import torch
+
+    kind, _, number = device.partition(":")
+    count = {"cuda": torch.cuda.device_count, "mps": torch.mps.device_count}.get(kind, lambda: 1)()
+    if count == 0:
+        raise ConfigError(f"device={device}: torch sees none here; set device=cpu")
+    if number and int(number) >= count:
+        raise ConfigError(f"device={device}: there are {count} here, counted from 0")
 
 
 def missing_settings(cfg: DictConfig) -> list[str]:
@@ -124,6 +174,8 @@ def load_model(cfg: DictConfig) -> MLLM:
     if not path:
         raise ConfigError("no model to load: set model.path to a Hub id or a folder")
     device = None if cfg.device == "auto" else cfg.device
+    if device is not None:
+        check_device(device)
     if device is None and distributed.world_size() > 1:
         device = distributed.device()  # each process has a GPU of its own
     mllm = load(path, device=device, **settings)

@@ -11,20 +11,20 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
-from dyvte.errors import ConfigError
+from dyvte.errors import ConfigError, DyvteError
 
 KNOWN_PACKAGES = ("dyvte", "torch.optim")
 """Packages whose classes a stored configuration may name."""
 
 
-def build(settings: Mapping[str, Any], kind: type, stored: bool = False, **more: Any) -> Any:
+def build(settings: Mapping[str, Any], kind: type, *first: Any, stored: bool = False) -> Any:
     """Call what `_target_` names with the other settings, which may hold further `_target_` of the same kind.
 
     Args:
         settings: plain data; `_target_` is a class, or a class method such as `VTW.calibrate`.
         kind: class that the target must be, or come from.
+        *first: arguments before the settings.
         stored: whether the settings are from a file that somebody else may have written.
-        **more: further arguments.
 
     Raises:
         ConfigError: the target is missing, of another kind or not allowed, or it refuses its settings.
@@ -32,16 +32,21 @@ def build(settings: Mapping[str, Any], kind: type, stored: bool = False, **more:
     arguments = {key: _built(each, kind, stored) for key, each in settings.items() if key != "_target_"}
     target = find_target(settings["_target_"], kind, stored)
     try:
-        inspect.signature(target).bind(**arguments, **more)
+        inspect.signature(target).bind(*first, **arguments)
     except TypeError as error:
         raise ConfigError(f"{settings['_target_']}: {error}") from error
-    return target(**arguments, **more)
+    try:
+        return target(*first, **arguments)
+    except DyvteError:
+        raise
+    except (ValueError, TypeError) as error:  # a class says so of a setting that is out of range
+        raise ConfigError(f"{target.__qualname__}: {' '.join(str(error).split())}") from error
 
 
 def _built(value: Any, kind: type, stored: bool) -> Any:
     if isinstance(value, Mapping):
         if "_target_" in value:
-            return build(value, kind, stored)
+            return build(value, kind, stored=stored)
         return {key: _built(each, kind, stored) for key, each in value.items()}
     return [_built(each, kind, stored) for each in value] if isinstance(value, (list, tuple)) else value
 
@@ -97,4 +102,5 @@ def find_target(name: Any, kind: type, stored: bool = False) -> Callable[..., An
     foreign = stored and not f"{package}.".startswith(tuple(f"{known}." for known in KNOWN_PACKAGES))
     if owner is None or foreign or not issubclass(owner, kind) or not callable(found):
         raise ConfigError(f"_target_ {name} is not a {kind.__name__}")
-    return found  # type: ignore[no-any-return]
+    target: Callable[..., Any] = found
+    return target
