@@ -15,6 +15,7 @@ import dyvte
 COMMANDS: dict[str, tuple[str, str]] = {
     "stages": ("dyvte.analysis.stages", "attention between image and text in every layer, and the verdict on stages"),
     "exits": ("dyvte.analysis.exits", "what happens if the image leaves at exit layer k, for every k"),
+    "knockout": ("dyvte.analysis.knockout", "what an answer loses when a path through attention is cut"),
     "tables": ("dyvte.analysis.tables", "methods at matched cost"),
     "cost": ("dyvte.analysis.cost", "latency, FLOPs and memory of every method"),
     "kept-positions": ("dyvte.analysis.kept_positions", "which places of the image each method keeps"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -105,3 +105,21 @@ def check_donors(layout: TokenLayout, donors: Tensor) -> None:
                 f"donors: the visual tokens of rows {row} and {donor} do not stand at the same places "
                 f"({len(mine)} and {len(theirs)} tokens); swap images of one size under one system prompt"
             )
+
+
+def find_donors(layout: TokenLayout, images: Sequence[object]) -> list[int]:
+    """For each row the next one whose image is another and stands at the same places; the row itself where none is.
+
+    Args:
+        layout: of the batch.
+        images: [B] what tells the images of the rows apart.
+    """
+    position = torch.arange(layout.roles.shape[1], device=layout.roles.device)
+    place = position - layout.first_token[:, None]
+    places = [tuple(place[row][layout.visual[row]].tolist()) for row in range(len(place))]
+    donors = []
+    for row in range(len(places)):
+        order = [(row + step) % len(places) for step in range(1, len(places))]
+        fits = (each for each in order if images[each] != images[row] and places[each] == places[row])
+        donors.append(next(fits, row))
+    return donors

@@ -1,0 +1,175 @@
+"""Paths through attention cut in windows of layers: `python -m analysis.knockout`.
+
+For every path and window: how many answers change, by how much log p(answer) and the first token's probability fall;
+the same with the image's keys and values replaced, and with as many random keys cut; and the entry x exit map
+(`docs/causes.md`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from omegaconf import DictConfig, OmegaConf
+
+from dyvte.data import Dataset, build_dataset
+from dyvte.errors import ConfigError
+from dyvte.instrument.causal import all_windows
+from dyvte.instrument.hooks import check_model
+from dyvte.mllm import MLLM
+from dyvte.runs import distributed, runner, store
+from dyvte.runs.config import command, load_model
+
+from .measuring.knockout import KnockoutMeasurement
+from .plots import causal as plots
+from .statistics.bands import MIN_CLUSTERS, count_images
+from .statistics.causal import LEVEL, CausalGroup, over_control, sample_effects
+
+
+@command("knockout")
+def main(cfg: DictConfig) -> None:
+    """Measure, summarise and draw; continues where an earlier run of the same command was stopped."""
+    dataset = build_dataset(cfg.data)
+    run(cfg, load_model(cfg), dataset)
+
+
+def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any] | None:
+    """The command with a model and data that are loaded already.
+
+    Returns:
+        The summary; None in processes other than the main one.
+    """
+    check_model(mllm)
+    measure = KnockoutMeasurement.of(mllm, cfg)
+    names = ("max_new_tokens", "width", "paths", "replace", "control", "entry_exit")
+    settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(names)))
+    folder = store.RunFolder.open(
+        cfg.output_dir, store.fingerprint(mllm, dataset, cfg, **settings), cfg, overwrite=cfg.overwrite
+    )
+    batches = runner.consecutive_batches(len(dataset), cfg.batch_size)
+    runner.run(folder, dataset, batches, measure, f"{cfg.model.name} on {cfg.data.name}")
+    if not distributed.is_main():
+        return None
+    summary = summarise(cfg, folder, measure)
+    print(outline(summary))
+    print(f"{summary['num_samples']} samples; results in {folder.path}")
+    return summary
+
+
+def summarise(cfg: DictConfig, folder: store.RunFolder, measure: KnockoutMeasurement) -> dict[str, Any]:
+    """Everything that follows from the tables: bands, figures, summary."""
+    samples = folder.read_table("samples")
+    kept = samples["visual_tokens"] > 0
+    if cfg.only_right:
+        kept &= samples["right"].fillna(False).astype(bool)
+    samples = samples[kept]
+    if samples.empty:
+        raise ConfigError(
+            f"no question of data={cfg.data.name} has an image"
+            + (" and a right answer (only_right=true)" if cfg.only_right else "")
+        )
+    ids, images = samples["id"].to_numpy(), samples["image_id"].to_numpy()
+    effects = sample_effects(folder.read_table("knockouts"), ids, "cut", "window")
+    windows = all_windows(measure.mllm.num_layers)
+    entry_exit = None
+    if cfg.entry_exit:
+        table = folder.read_table("entry_exit")
+        number = {window: index for index, window in enumerate(windows)}
+        places = [number[pair] for pair in zip(table["start"], table["stop"], strict=True)]
+        entry_exit = sample_effects(table.assign(window=places), ids, "window")
+    names = [cut.name for cut in measure.cuts]
+
+    def group(mask: Any) -> CausalGroup:
+        some = None if entry_exit is None else {name: values[mask] for name, values in entry_exit.items()}
+        return CausalGroup.of(
+            {name: values[mask] for name, values in effects.items()}, some, images[mask], cfg.bootstrap, cfg.seed
+        )
+
+    kinds = samples["kind"].astype(str).to_numpy()
+    groups = {"all": group(np.ones(len(samples), bool))}
+    # A bootstrap over a few images means nothing: such kinds are left out.
+    groups |= {
+        kind: group(kinds == kind) for kind in sorted(set(kinds)) if count_images(images[kinds == kind]) >= MIN_CLUSTERS
+    }
+    folder.write_table("curves", curves_table(groups, names, measure.windows))
+    summary_of = {name: each.summary(names) for name, each in groups.items()}
+    content = store.plain(
+        {
+            "model": cfg.model.name,
+            "data": cfg.data.name,
+            "num_layers": measure.mllm.num_layers,
+            "num_questions": len(samples),
+            "num_images": count_images(images),
+            "accuracy": samples["right"].mean() if samples["right"].notna().any() else None,
+            "only_right": cfg.only_right,
+            "width": measure.windows[0][1] - measure.windows[0][0],
+            "windows": measure.windows,
+            "entry_exit_windows": windows if cfg.entry_exit else None,
+            "overall": summary_of.pop("all"),
+            "kinds": summary_of,
+            "over_control": over_control(effects, names, images, cfg.bootstrap, cfg.seed),
+            "settings": {"level": LEVEL, "bootstrap": cfg.bootstrap},
+        }
+    )
+    figures = draw(content)
+    for name, figure in figures.items():
+        folder.save_figure(name, figure)
+    return folder.write_summary(**content, figures=sorted(figures))
+
+
+def curves_table(groups: Mapping[str, CausalGroup], names: list[str], windows: list[tuple[int, int]]) -> pd.DataFrame:
+    """One row a group, path, window and measure."""
+    return pd.DataFrame(
+        [
+            {
+                "group": group_name,
+                "name": name,
+                "start": start,
+                "stop": stop,
+                "measure": measure,
+                "mean": band.mean[cut, window],
+                "low": band.low[cut, window],
+                "high": band.high[cut, window],
+            }
+            for group_name, group in groups.items()
+            for measure, band in group.effects.items()
+            for cut, name in enumerate(names)
+            for window, (start, stop) in enumerate(windows)
+        ]
+    )
+
+
+def draw(summary: Mapping[str, Any]) -> dict[str, plt.Figure]:
+    """All figures, by file name, from what `summary.json` will say."""
+    effects = summary["overall"]["effects"]
+    figures = {"knockout": plots.draw_knockouts(summary)}
+    if "instruction->visual" in effects and any(
+        f"instruction->visual ({what})" in effects for what in ("mean", "swap")
+    ):
+        figures["replacement"] = plots.draw_replacements(summary)
+    if any("(random)" in name for name in effects):
+        figures["controls"] = plots.draw_controls(summary)
+    if summary["overall"]["entry_exit"]:
+        figures["entry_exit"] = plots.draw_entry_exit(summary)
+    if len(summary["kinds"]) > 1:
+        figures["kinds"] = plots.draw_knockouts_by_kind(summary)
+    return figures
+
+
+def outline(summary: Mapping[str, Any]) -> str:
+    """For each path the windows that matter most, for the terminal."""
+    lines = [f"windows of {summary['width']} layers; change in answers (percentage points), most harmful window"]
+    for name, measures in summary["overall"]["effects"].items():
+        band = measures["agreement_points"]
+        worst = int(np.nanargmin(np.array(band["mean"], dtype=float)))
+        start, stop = summary["windows"][worst]
+        low, high = band["low"][worst], band["high"][worst]
+        lines.append(f"  {name:32} layers {start}-{stop - 1}: {band['mean'][worst]:6.1f} [{low:.1f}, {high:.1f}]")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Every path, window and replacement of some samples, as tables."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from dyvte.batch import Batch
+from dyvte.data import Sample
+from dyvte.data.metrics import exact_match
+from dyvte.errors import ConfigError
+from dyvte.instrument.causal import GROUPS, Knockout, all_windows, find_donors, knockout, windows_of_width
+from dyvte.instrument.causal.groups import group_masks
+from dyvte.instrument.sweep import greedy_answer_ids
+from dyvte.mllm import MLLM
+
+RANDOM = "as many random keys"
+ZHANG_WIDTH = 9 / 32
+"""Share of the layers in a window of Zhang et al. 2024 (arXiv 2411.18620)."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One line of the figures: a path, and what happens to it.
+
+    Attributes:
+        what: "cut", "mean", "swap", or "random" for as many random keys in place of the path's.
+    """
+
+    queries: str
+    keys: str
+    what: str
+
+    @property
+    def name(self) -> str:
+        """As in tables and `summary.json`."""
+        return f"{self.queries}->{self.keys}" + ("" if self.what == "cut" else f" ({self.what})")
+
+
+def cuts_of(cfg: DictConfig) -> list[Cut]:
+    """What a configuration asks for, controls behind the paths.
+
+    Raises:
+        ConfigError: unknown groups or replacements.
+    """
+    paths = [tuple(path) for path in cfg.paths]
+    if not paths:
+        raise ConfigError("paths is empty: give one or more, for instance paths=[[instruction,visual]]")
+    for path in paths:
+        if len(path) != 2 or not set(path) <= set(GROUPS):
+            raise ConfigError(f"paths: {list(path)} is not [queries, keys] from {', '.join(GROUPS)}")
+    if unknown := set(cfg.replace) - {"mean", "swap"}:
+        raise ConfigError(f"replace: {min(unknown)!r} is neither mean nor swap")
+    return [
+        *(Cut(*path, "cut") for path in paths),
+        *(Cut("instruction", "visual", what) for what in cfg.replace),
+        *(Cut(*path, "random") for path in paths if cfg.control),
+    ]
+
+
+@dataclass
+class KnockoutMeasurement:
+    """Turns the samples of a batch into the tables `samples`, `knockouts` and `entry_exit`."""
+
+    mllm: MLLM
+    cuts: list[Cut]
+    windows: list[tuple[int, int]]
+    entry_exit: bool
+    max_new_tokens: int
+    branch_tokens: int | None
+    seed: int
+
+    @classmethod
+    def of(cls, mllm: MLLM, cfg: DictConfig) -> KnockoutMeasurement:
+        """The measurement that a configuration asks for."""
+        width = max(1, round(ZHANG_WIDTH * mllm.num_layers)) if cfg.width is None else cfg.width
+        windows = windows_of_width(mllm.num_layers, width)
+        return cls(mllm, cuts_of(cfg), windows, cfg.entry_exit, cfg.max_new_tokens, cfg.branch_tokens, cfg.seed)
+
+    @torch.no_grad()
+    def __call__(self, samples: list[Sample]) -> dict[str, pd.DataFrame]:
+        """The tables of one batch."""
+        batch = self.mllm.encode([sample.image for sample in samples], [sample.question for sample in samples])
+        answers = greedy_answer_ids(self.mllm, batch, self.max_new_tokens)
+        text = self.mllm.decode([[token for token in row if token >= 0] for row in answers.tolist()])
+        ids = [sample.id for sample in samples]
+        found = {
+            "samples": pd.DataFrame(
+                {
+                    "id": ids,
+                    "image_id": [sample.image_id for sample in samples],
+                    "kind": [sample.kind for sample in samples],
+                    "question": [sample.question for sample in samples],
+                    "reference": [sample.answer for sample in samples],
+                    "answer": text,
+                    "right": pd.array(
+                        [
+                            None if sample.answer is None else exact_match(answer, sample.answer)
+                            for answer, sample in zip(text, samples, strict=True)
+                        ],
+                        dtype="boolean",
+                    ),
+                    "visual_tokens": batch.layout.visual.sum(1).tolist(),
+                }
+            ),
+            "knockouts": self._knockouts(samples, batch, answers),
+        }
+        if self.entry_exit:
+            windows = all_windows(self.mllm.num_layers)
+            cut = self._run(samples, batch, answers, [("instruction", "visual")], windows, invert=True)
+            found["entry_exit"] = _rows(ids, cut, [0], windows).drop(columns=["cut", "window"])
+        return found
+
+    def _run(
+        self,
+        samples: Sequence[Sample],
+        batch: Batch,
+        answers: Tensor,
+        paths: list[tuple[str, str]],
+        windows: Any,
+        **how: Any,
+    ) -> Knockout:
+        number = {image_id: index for index, image_id in enumerate(sample.image_id for sample in samples)}
+        return knockout(
+            self.mllm,
+            batch,
+            answers,
+            paths,
+            windows,
+            shared_image=[number[sample.image_id] for sample in samples],
+            keep_logits=False,
+            branch_tokens=self.branch_tokens,
+            **how,
+        ).up_to_ties()
+
+    def _knockouts(self, samples: list[Sample], batch: Batch, answers: Tensor) -> pd.DataFrame:
+        ids = [sample.id for sample in samples]
+        tables = []
+        for mode in ("cut", "mean", "swap"):
+            indices = [
+                index
+                for index, each in enumerate(self.cuts)
+                if each.what == mode or (each.what == "random" and mode == "cut")
+            ]
+            if not indices:
+                continue
+            chosen = [self.cuts[index] for index in indices]
+            sets = {each.name: self._random_keys(ids, batch, each) for each in chosen if each.what == "random"}
+            paths = [(each.queries, each.name if each.what == "random" else each.keys) for each in chosen]
+            donors = find_donors(batch.layout, [sample.image_id for sample in samples]) if mode == "swap" else None
+            cut = self._run(samples, batch, answers, paths, self.windows, mode=mode, donors=donors, key_sets=sets)
+            table = _rows(ids, cut, indices, self.windows)
+            if donors is not None:  # rows without a donor say nothing
+                alone = [ids[row] for row, donor in enumerate(donors) if donor == row]
+                table = table[~table["id"].isin(alone)]
+            tables.append(table)
+        joined = pd.concat(tables, ignore_index=True)
+        joined.insert(2, "name", [self.cuts[index].name for index in joined["cut"]])
+        return joined
+
+    def _random_keys(self, ids: Sequence[str], batch: Batch, cut: Cut) -> Tensor:
+        """As many positions of each prompt as the path's keys, drawn anew for each sample and path."""
+        wanted = group_masks(batch.layout)[cut.keys]
+        drawn = torch.zeros_like(wanted)
+        for row, name in enumerate(ids):
+            generator = np.random.default_rng([self.seed, zlib.crc32(f"{name} {cut.name}".encode())])
+            prompt = (~batch.layout.padding[row]).nonzero().flatten().cpu().numpy()
+            some = generator.choice(prompt, size=int(wanted[row].sum()), replace=False)
+            drawn[row, torch.as_tensor(some, device=drawn.device)] = True
+        return drawn
+
+
+def _rows(
+    ids: Sequence[str], cut: Knockout, indices: Sequence[int], windows: Sequence[tuple[int, int]]
+) -> pd.DataFrame:
+    """One row a sample, path and window."""
+    shape = cut.agree.shape
+    row, path, window = (axis.ravel() for axis in np.indices(shape))
+    starts, stops = np.array(windows).T
+    return pd.DataFrame(
+        {
+            "id": np.array(ids)[row],
+            "cut": np.array(indices)[path],
+            "window": window,
+            "start": starts[window],
+            "stop": stops[window],
+            "agree": cut.agree.flatten().cpu().numpy(),
+            "nats": cut.log_probability_change.flatten().float().cpu().numpy(),
+            "first_percent": cut.first_token_change.flatten().float().cpu().numpy(),
+        }
+    )

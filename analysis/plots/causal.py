@@ -1,0 +1,169 @@
+"""Figures of `analysis.knockout` and `analysis.lens`.
+
+As in `analysis.plots.exits`, functions take a summary and return a figure; nothing is computed here but layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..statistics.bands import Band
+from .style import CYCLE, GREY, Summary, add_legend, draw_band, figure_style, kind_panels, layer_axis, title_of
+
+SIMULTANEOUS = "bands: 95% over images, for all lines and windows at once"
+LABELS = {
+    "agreement_points": "questions whose answer changes\n(percentage points)",
+    "nats": "change of log p(answer) (nats)",
+    "first_token_percent": "change of p(first token) (%)",
+}
+REPLACED = {"mean": "replaced by their mean", "swap": "those of another image", "random": "as many random keys"}
+
+
+def cut_label(name: str) -> str:
+    """`question->visual (swap)` as the field writes it: queries on the left, where they look on the right."""
+    path, _, what = name.partition(" (")
+    queries, keys = path.replace("visual", "image").split("->")
+    label = f"{queries} \N{LEFTWARDS ARROW} {keys}"
+    return f"{label}, {REPLACED[what.rstrip(')')]}" if what else label
+
+
+def _note(group: Summary) -> str:
+    return f"n = {group['num_samples']:,} questions on {group['num_images']:,} images; {SIMULTANEOUS}"
+
+
+def _middles(summary: Summary) -> Any:
+    return np.array([(start + stop - 1) / 2 for start, stop in summary["windows"]])
+
+
+def _draw_lines(axis: Axes, summary: Summary, group: Summary, names: Sequence[str], measure: str) -> None:
+    for series, name in zip(CYCLE, names, strict=False):
+        band = Band.from_dict(group["effects"][name][measure])
+        draw_band(axis, _middles(summary), band, series.named(cut_label(name)))
+    axis.axhline(0, color=GREY, linewidth=0.8, zorder=0)
+
+
+def _panels(summary: Summary, names: Sequence[str], title: str) -> Figure:
+    with figure_style():
+        figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.2), layout="constrained")
+        for axis, measure in zip(axes, ("agreement_points", "first_token_percent"), strict=True):
+            _draw_lines(axis, summary, summary["overall"], names, measure)
+            layer_axis(axis, summary["num_layers"], f"middle of the {summary['width']} layers in which it is cut")
+            axis.set_ylabel(LABELS[measure])
+        figure.suptitle(f"{title}\n{title_of(summary)}")
+        add_legend(figure, axes[0], _note(summary["overall"]))
+        return figure
+
+
+def draw_knockouts(summary: Summary) -> Figure:
+    """One line a path over the windows of layers in which it is cut."""
+    names = [name for name in summary["overall"]["effects"] if " (" not in name]
+    return _panels(summary, names, "What an answer loses when a path through attention is cut")
+
+
+def draw_replacements(summary: Summary) -> Figure:
+    """The image cut off, replaced by its mean, swapped, and as many random keys cut."""
+    wanted = ["instruction->visual", *(f"instruction->visual ({what})" for what in REPLACED)]
+    names = [name for name in wanted if name in summary["overall"]["effects"]]
+    return _panels(summary, names, "Cutting the image off, and putting another in its place")
+
+
+def draw_controls(summary: Summary) -> Figure:
+    """Each path beside as many random keys, one panel a path."""
+    effects = summary["overall"]["effects"]
+    names = [name for name in effects if f"{name} (random)" in effects]
+    with figure_style():
+        columns = min(3, len(names))
+        rows = math.ceil(len(names) / columns)
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(3.2 * columns, 2.4 * rows + 1), layout="constrained", squeeze=False, sharey=True
+        )
+        for axis in axes.flat[len(names) :]:
+            axis.set_visible(False)
+        for axis, name in zip(axes.flat, names, strict=False):
+            for series, key, label in (
+                (CYCLE[0], name, "the path"),
+                (CYCLE[1], f"{name} (random)", REPLACED["random"]),
+            ):
+                draw_band(
+                    axis, _middles(summary), Band.from_dict(effects[key]["agreement_points"]), series.named(label)
+                )
+            axis.set_title(cut_label(name), fontsize=9)
+            layer_axis(axis, summary["num_layers"], ticks=6)
+        for axis in axes[:, 0]:
+            axis.set_ylabel(LABELS["agreement_points"], fontsize=8)
+        figure.suptitle(title_of(summary))
+        add_legend(figure, axes[0, 0], _note(summary["overall"]))
+        return figure
+
+
+def draw_knockouts_by_kind(summary: Summary) -> Figure:
+    """The image cut off from the question and from the last token, one panel a question kind."""
+    names = [name for name in ("question->visual", "last->visual") if name in summary["overall"]["effects"]]
+    names = names or [next(iter(summary["overall"]["effects"]))]
+    kinds: Mapping[str, Any] = summary["kinds"]
+    with figure_style():
+        counts = {kind: group["num_samples"] for kind, group in kinds.items()}
+        figure, panels = kind_panels(
+            counts, min(3, len(counts)), (3.0, 1.9), 1.3, summary["num_layers"], "middle of the window"
+        )
+        for kind, axis in panels.items():
+            _draw_lines(axis, summary, kinds[kind], names, "agreement_points")
+            axis.set_ylim(-105, 5)
+        figure.supylabel(LABELS["agreement_points"], fontsize=9)
+        figure.suptitle(title_of(summary))
+        add_legend(figure, next(iter(panels.values())), f"windows of {summary['width']} layers; {SIMULTANEOUS}")
+        return figure
+
+
+def draw_entry_exit(summary: Summary) -> Figure:
+    """Agreement when the instruction sees the image from layer `entry` up to layer `exit` only.
+
+    The top row is the exit sweep, the right column is late entry, and the stair is the diagonal of single layers.
+    """
+    layers = summary["num_layers"]
+    matrix = np.full((layers, layers), np.nan)
+    agreement = 100 + np.array(summary["overall"]["entry_exit"]["agreement_points"]["mean"], dtype=np.float64)
+    for (start, stop), value in zip(summary["entry_exit_windows"], agreement, strict=True):
+        matrix[start, stop - 1] = value
+    with figure_style():
+        figure, axis = plt.subplots(figsize=(6.2, 5.2), layout="constrained")
+        sns.heatmap(
+            matrix,
+            ax=axis,
+            cmap="cividis",
+            vmin=0,
+            vmax=100,
+            square=True,
+            annot=layers <= 14,
+            fmt=".0f",
+            annot_kws={"fontsize": 7},
+            cbar_kws={"label": "same answer as the full model (%)"},
+        )
+        stair = np.arange(layers + 1)
+        axis.step(stair, stair, where="post", color="#c65911", linewidth=1.8)
+        step = max(1, math.ceil(layers / 12))
+        ticks = np.arange(0, layers, step)
+        axis.set_xticks(ticks + 0.5, [str(each + 1) for each in ticks], rotation=0)
+        axis.set_yticks(ticks + 0.5, [str(each) for each in ticks], rotation=0)
+        axis.set(xlabel="exit: first layer that no longer sees it", ylabel="entry: first layer that sees the image")
+        axis.text(
+            0.03,
+            0.05,
+            "stair: one layer only\ntop row: exits\nright column: late entry",
+            transform=axis.transAxes,
+            fontsize=8.5,
+        )
+        group = summary["overall"]
+        axis.set_title(
+            f"{title_of(summary)}\nthe image is open to the instruction in [entry, exit) only; "
+            f"n = {group['num_samples']:,} on {group['num_images']:,} images"
+        )
+        return figure

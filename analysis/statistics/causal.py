@@ -1,0 +1,128 @@
+"""Effects of knock-outs with bands over images that cover all paths and windows at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from .bands import (
+    Array,
+    Band,
+    Clusters,
+    cluster_bootstrap,
+    cluster_mean,
+    count_images,
+    keyed_array,
+    simultaneous_band,
+    wilson_margin,
+)
+
+LEVEL = 0.95
+MEASURES = {"agreement_points": "agree", "nats": "nats", "first_token_percent": "first_percent"}
+"""Name of each effect, and its column: same answer in percentage points, log p(answer), p(first token) in percent."""
+
+
+def sample_effects(table: pd.DataFrame, ids: Clusters, *axes: str) -> dict[str, Array]:
+    """Each of `MEASURES` as `[n, ...]`: 0 where nothing changed, negative where the path was of use."""
+    values = {name: keyed_array(table, column, ids, *axes) for name, column in MEASURES.items()}
+    values["agreement_points"] = 100 * (values["agreement_points"] - 1)
+    return values
+
+
+def effect_band(values: Array, images: Clusters, n_boot: int, seed: int, points: bool = False) -> Band:
+    """Mean over samples of `values [n, ...]` with a band that covers every entry at once (sup-t over images).
+
+    Args:
+        values: effects of each sample.
+        images: length n.
+        n_boot: draws.
+        seed: of the draws.
+        points: the values are 0 or -100, so the band stays within and has a width where all samples agree (Wilson's,
+            Bonferroni over the entries).
+    """
+    replicates = cluster_bootstrap(values, images, n_boot, seed)
+    mean = cluster_mean(values)
+    band = simultaneous_band(mean, replicates, LEVEL)
+    if not points:
+        return band
+    margin = 100 * wilson_margin(count_images(images), 1 - (1 - LEVEL) / max(1, mean.size))
+    low = np.where(mean >= 0, np.minimum(band.low, -margin), band.low)
+    high = np.where(mean <= -100, np.maximum(band.high, margin - 100), band.high)
+    return Band(mean, np.maximum(low, -100.0), np.minimum(high, 0.0))
+
+
+@dataclass(frozen=True)
+class CausalGroup:
+    """A group of questions: all, or one kind.
+
+    Attributes:
+        effects: name -> band `[cuts, windows]`.
+        entry_exit: name -> band `[L(L+1)/2]`, or None.
+    """
+
+    num_samples: int
+    num_images: int
+    effects: dict[str, Band]
+    entry_exit: dict[str, Band] | None
+
+    @classmethod
+    def of(
+        cls,
+        effects: dict[str, Array],
+        entry_exit: dict[str, Array] | None,
+        images: npt.NDArray[Any],
+        n_boot: int,
+        seed: int,
+    ) -> CausalGroup:
+        """Bands of these samples."""
+
+        def bands(values: dict[str, Array]) -> dict[str, Band]:
+            return {
+                name: effect_band(each, images, n_boot, seed, name == "agreement_points")
+                for name, each in values.items()
+            }
+
+        return cls(
+            len(images),
+            count_images(images),
+            bands(effects),
+            None if entry_exit is None else bands(entry_exit),
+        )
+
+    def summary(self, names: Sequence[str]) -> dict[str, Any]:
+        """What `summary.json` says about it."""
+        return {
+            "num_samples": self.num_samples,
+            "num_images": self.num_images,
+            "effects": {
+                cut: {
+                    measure: Band(band.mean[index], band.low[index], band.high[index]).to_dict()
+                    for measure, band in self.effects.items()
+                }
+                for index, cut in enumerate(names)
+            },
+            "entry_exit": None
+            if self.entry_exit is None
+            else {measure: band.to_dict() for measure, band in self.entry_exit.items()},
+        }
+
+
+def over_control(
+    effects: dict[str, Array], names: Sequence[str], images: Clusters, n_boot: int, seed: int
+) -> dict[str, Any]:
+    """How much more each path does than as many random keys, question by question: name -> measure -> band."""
+    pairs = [(name, names.index(f"{name} (random)")) for name in names if f"{name} (random)" in names]
+    if not pairs:
+        return {}
+    found: dict[str, Any] = {name: {} for name, _ in pairs}
+    for measure, values in effects.items():
+        difference = np.stack([values[:, names.index(name)] - values[:, control] for name, control in pairs], axis=1)
+        band = effect_band(difference, images, n_boot, seed)
+        for index, (name, _) in enumerate(pairs):
+            found[name][measure] = Band(band.mean[index], band.low[index], band.high[index]).to_dict()
+    return found

@@ -1,0 +1,70 @@
+"""`python -m analysis.knockout` on a small random model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pandas as pd
+import pytest
+from omegaconf import DictConfig
+from test_exits import random_model
+
+from analysis import knockout
+from analysis.measuring.knockout import cuts_of
+from analysis.statistics.causal import effect_band
+from dyvte.data.shapes import ShapesDataset
+from dyvte.errors import ConfigError
+from dyvte.instrument.causal import all_windows
+from dyvte.runs.config import compose
+
+
+def config(folder: Path, *overrides: str) -> DictConfig:
+    settings = ["device=cpu", "max_new_tokens=3", "bootstrap=50", "batch_size=4", "model.name=random"]
+    return compose("knockout", [f"output_dir={folder}", *settings, *overrides])
+
+
+def test_tables_summary_and_figures(tmp_path: Path) -> None:
+    mllm, dataset = random_model(), ShapesDataset("test", 8)
+    knockout.run(config(tmp_path / "a"), mllm, dataset)
+    summary = json.loads((tmp_path / "a/summary.json").read_text())
+    table = pd.read_parquet(tmp_path / "a/knockouts.parquet")
+    assert summary["width"] == 1  # 9 of 32 layers of 4
+    with_image = summary["num_questions"]
+    of_path = table[(table["name"] == "instruction->visual") & (table["window"] == 2)]
+    asked = pd.read_parquet(tmp_path / "a/samples.parquet").query("visual_tokens > 0")["id"]
+    assert len(asked) == with_image
+    mean = 100 * (of_path[of_path["id"].isin(asked)]["agree"].mean() - 1)
+    found = summary["overall"]["effects"]["instruction->visual"]["agreement_points"]
+    assert found["mean"][2] == pytest.approx(mean)
+    assert all(
+        low <= middle <= high for low, middle, high in zip(*(found[k] for k in ("low", "mean", "high")), strict=True)
+    )
+    assert len(summary["entry_exit_windows"]) == len(all_windows(4))
+    assert summary["overall"]["entry_exit"]["agreement_points"]["mean"][3] == 0  # open from 0 to 4: the model itself
+    assert {path.stem for path in (tmp_path / "a/figures").glob("*.png")} == set(summary["figures"])
+
+    # killed after the first batch and started again: the same tables
+    killed = mock.patch.object(knockout.KnockoutMeasurement, "_random_keys", side_effect=[KeyboardInterrupt])
+    with killed, pytest.raises(KeyboardInterrupt):
+        knockout.run(config(tmp_path / "b"), mllm, dataset)
+    knockout.run(config(tmp_path / "b"), mllm, dataset)
+    assert (tmp_path / "b/knockouts.csv").read_bytes() == (tmp_path / "a/knockouts.csv").read_bytes()
+
+
+def test_bands_have_a_width_where_all_agree() -> None:
+    band = effect_band(np.zeros((20, 2, 3)), range(20), 100, 0, points=True)
+    assert (band.mean == 0).all()
+    assert (band.low < -10).all()
+    assert (band.high == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [("paths=[]", "paths is empty"), ("paths=[[last,sky]]", "is not"), ("replace=[zero]", "neither mean nor swap")],
+)
+def test_settings_that_do_not_fit(tmp_path: Path, override: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        cuts_of(config(tmp_path, override))
