@@ -5,10 +5,15 @@ The names below are imported when they are first used, so `import dyvte` itself 
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dyvte.version import __version__
+
+# Threads of OpenMP that wait shall sleep, not spin: beside a busy process spinning makes commands several times slower.
+# It has to be set before torch starts; a value of your own stays.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _PUBLIC = {
     "load": "dyvte.loading",
