@@ -13,7 +13,8 @@ from PIL import Image
 from dyvte.calibrate import calibrated_policy
 from dyvte.cost.flops import prefill_flops
 from dyvte.data.base import build_dataset
-from dyvte.errors import ConfigError
+from dyvte.data.reading import find_image, read_image, read_question
+from dyvte.errors import BrokenSample, ConfigError
 from dyvte.policies.exits.dynamic_exit import DynamicExit, exit_probabilities
 from dyvte.runs.config import command, load_model
 from dyvte.runs.figures import exit_of_one_question
@@ -76,11 +77,14 @@ def _what_to_ask(cfg: DictConfig) -> tuple[Image.Image, str]:
         return sample.image, cfg.question or sample.question
     if not cfg.question:
         raise ConfigError('no question: give question="..." with the image')
+    where = f"image={cfg.image}"
+    if not isinstance(cfg.image, str):
+        raise ConfigError(f"{where}: give a file name")
     try:
-        with Image.open(cfg.image) as file:
-            return file.convert("RGB"), cfg.question
-    except OSError as error:
-        raise ConfigError(f"image={cfg.image}: not an image file that can be read ({error})") from error
+        content = find_image(cfg.image, None, where, allow_outside=True)
+        return read_image(content, cfg.image, where), read_question(cfg.question, "question")
+    except BrokenSample as error:
+        raise ConfigError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -20,11 +20,13 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.models.registry_v2 import ModelManifest
+from PIL import Image
 from tqdm import tqdm
 
 from dyvte.batch import Batch
 from dyvte.calibrate import build_policy
 from dyvte.cost.flops import prefill_flops
+from dyvte.data.reading import find_image, read_image, read_question, to_rgb
 from dyvte.errors import ConfigError
 from dyvte.loading import load
 from dyvte.mllm import MLLM
@@ -122,17 +124,16 @@ class Dyvte(lmms):
         images, questions = [], []
         for request in requests:
             context, _, doc_to_visual, doc_id, task, split = request.args
-            visuals = doc_to_visual(self.task_dict[task][split][doc_id]) or []
-            if any(isinstance(each, str) for each in visuals):
-                raise ConfigError(f"task {task}, document {doc_id}: dyvte answers about images, not videos or audio")
-            images.append([each.convert("RGB") for each in visuals])
-            questions.append(context.replace("<image>", "").strip())
+            visuals = doc_to_visual(self.task_dict[task][split][doc_id])
+            images.append([_image(each, f"task {task}, document {doc_id}") for each in _flat(visuals)])
+            questions.append(read_question(context, f"task {task}, document {doc_id}"))
         batch = self.mllm.encode(images, questions)
         settings, stops = self._generation(requests[0].args[1])
         started = time.perf_counter()
         with self._active() as run:
             ids = self.mllm.generate_ids(batch, **settings)
             exits = (batch.layout.has_image * self.mllm.num_layers) if run is None else run.exit_layers
+        exits = exits[:: len(exits) // len(requests)]  # one a beam
         seconds = (time.perf_counter() - started) / len(requests)
         flops = self._flops(batch)
         answers = [_cut(text, stops) for text in self.mllm.decode(ids)]
@@ -193,6 +194,22 @@ class Dyvte(lmms):
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Not available: one prompt, one answer."""
         raise NotImplementedError("dyvte answers one prompt at a time; choose a generate_until task")
+
+
+def _flat(visuals: Any) -> list[Any]:
+    """What a task shows: one image, a list, lists in lists, gaps."""
+    if isinstance(visuals, (list, tuple)):
+        return [each for part in visuals for each in _flat(part)]
+    return [] if visuals is None else [visuals]
+
+
+def _image(visual: Any, where: str) -> Image.Image:
+    """An image of a task as RGB: a picture, a file name, a data URL."""
+    if isinstance(visual, Image.Image):
+        return to_rgb(visual)
+    if not isinstance(visual, str):
+        raise ConfigError(f"{where}: shows {type(visual).__name__}; dyvte answers about images, not videos or audio")
+    return read_image(find_image(visual, None, where, allow_outside=True), visual, where)
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
