@@ -23,7 +23,7 @@ from dyvte.mllm import MLLM
 from dyvte.runs import distributed, runner, store
 from dyvte.runs.config import command, load_model
 
-from .measuring.attention import LAYERS_TABLE, QUERIES, attention_map, choose_samples, file_name, measure_attention
+from .measuring.attention import LAYERS_TABLE, attention_map, choose_samples, file_name, measure_attention
 from .plots.attention import draw_attention_map, draw_measures, draw_stages_by_kind, draw_three_stages
 from .statistics.bands import Array, Band, keyed_array, mean_band
 from .statistics.stages import StageVerdict, stage_verdict
@@ -38,8 +38,6 @@ Bands = dict[str, Band]
 @command("stages")
 def main(cfg: DictConfig) -> None:
     """Measure, summarise and draw; continues where an earlier run of the same command was stopped."""
-    if cfg.maps.query not in QUERIES:
-        raise ConfigError(f"maps.query is {cfg.maps.query!r}; choose {' or '.join(QUERIES)}")
     dataset = build_dataset(cfg.data)
     mllm = load_model(cfg)
     folder = store.RunFolder.open(cfg.output_dir, store.fingerprint(mllm, dataset, cfg), cfg, overwrite=cfg.overwrite)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from PIL import Image
 from planted import planted
 
 from analysis import stages
-from analysis.measuring.attention import measure_attention
+from analysis.measuring.attention import file_name, measure_attention
 from analysis.plots import attention as plots
 from analysis.plots import style
 from analysis.statistics.bands import Band
@@ -249,7 +251,7 @@ def test_settings_of_the_figures_alone_do_not_need_another_run(
     assert (tmp_path / "run" / "layers.parquet").read_bytes() == before
     with pytest.raises(ConfigError, match=r"maps\.ids: no usable sample 'nobody'"):
         run(model_folder, tmp_path / "run", "maps.ids=[nobody]")
-    with pytest.raises(ConfigError, match=r"maps\.query is 'first'"):
+    with pytest.raises(ConfigError, match=r"maps\.query=first"):
         run(model_folder, tmp_path / "run", "maps.query=first")
 
 
@@ -413,3 +415,32 @@ def test_figures_of_any_depth(layers: int) -> None:
     shown = [axis.get_title() for axis in maps.axes if axis.get_title()]
     assert shown == ["image", *(f"layer {layer}: 50%" for layer in range(layers))]
     plots.plt.close("all")
+
+
+def test_ids_that_differ_give_files_that_differ() -> None:
+    ids = ["train/000001", "val/000001", "a b", "a-b", "a/b", "x" * 300, "x" * 301, "日本", "中国", "\ud800", "plain-1"]
+    names = [file_name(each) for each in ids]
+    assert len(set(names)) == len(ids)
+    assert names[-1] == "plain-1"
+    assert all(re.fullmatch(r"[\w-]{1,64}", name, re.ASCII) for name in names)
+
+
+def test_a_sample_without_an_answer_leaves_those_of_the_others(model_folder: Path) -> None:
+    cfg = compose("stages", ["model=hf", f"model.path={model_folder}", *SMALL])
+    mllm, dataset = load_model(cfg), build_dataset(cfg.data)
+    samples = [dataset[0], replace(dataset[1], answer=None), dataset[2]]
+    table = measure_attention(mllm, samples)["layers"]
+    known = table.groupby("id")["answer_cross_mass"].apply(lambda values: bool(values.notna().all()))
+    assert known.loc[[sample.id for sample in samples]].tolist() == [True, False, True]
+    alone = measure_attention(mllm, [dataset[0]])["layers"]
+    found = table[table["id"] == dataset[0].id]
+    for column in ("cross_mass", "answer_cross_mass", "text_enrichment_no_sink"):
+        np.testing.assert_allclose(found[column], alone[column], atol=1e-5)
+
+
+def test_curves_do_not_depend_on_the_order_of_rows(finished: Path) -> None:
+    table = pd.read_parquet(finished / "layers.parquet")
+    by_sample = stages.LayerTable(table)
+    shuffled = stages.LayerTable(table.sample(frac=1, random_state=0))
+    rows = shuffled.samples["id"].map({each: row for row, each in enumerate(by_sample.samples["id"])})
+    np.testing.assert_array_equal(shuffled.by_layer("cross_mass"), by_sample.by_layer("cross_mass")[rows])

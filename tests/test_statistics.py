@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from analysis.statistics import segments
-from analysis.statistics.bands import cluster_bootstrap, mean_band, simultaneous_band
+from analysis.statistics.bands import cluster_bootstrap, generator, mean_band, rate_band, simultaneous_band
 from analysis.statistics.stages import StageVerdict, stage_verdict
 
 DEPTHS = (12, 24, 32)
@@ -310,3 +310,18 @@ def test_bic_prefers_the_family_that_made_the_curve() -> None:
     for name, curve in made.items():
         scores = segments.fit_bic(curve + 0.03 * rng.normal(size=24), sampling_variance=0.03**2)
         assert min(scores, key=scores.__getitem__) == name, name
+
+
+@given(st.integers(1, 40), st.integers(1, 3), st.sampled_from([0.0, 1.0]))
+def test_a_rate_of_none_or_all_has_an_interval(images: int, per_image: int, rate: float) -> None:
+    """Wilson's, for as many draws as there are images: what more questions an image add cannot be seen there."""
+    clusters = np.repeat(np.arange(images), per_image)
+    band = rate_band(np.full(len(clusters), rate), clusters, n_boot=20)
+    expected = binomtest(int(rate) * images, images).proportion_ci(0.95, method="wilson")
+    assert (band.low, band.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_what_is_drawn_beside_the_images_is_independent_of_them() -> None:
+    draws = [np.random.default_rng(7).random(2000), *(generator(7, purpose).random(2000) for purpose in ("a", "b"))]
+    assert np.abs(np.corrcoef(draws) - np.eye(3)).max() < 0.1
+    assert (generator(7, "a").random(5) == draws[1][:5]).all()

@@ -11,6 +11,7 @@ from .exits import (
     draw_token_depths,
 )
 from .policies import (
+    ExitExample,
     draw_exit_examples,
     draw_gate_curves,
     draw_policies_against_fixed_exits,
@@ -19,6 +20,7 @@ from .policies import (
 from .style import figure_style
 
 __all__ = [
+    "ExitExample",
     "draw_attention_map",
     "draw_attention_scores",
     "draw_exit_curves",

@@ -159,7 +159,7 @@ def draw_attention_scores(summaries: Sequence[Summary]) -> Figure:
             axis.set_ylim(bottom=0)
         for axis in axes[2]:
             ratio_axis(axis)
-        add_legend(figure, axes[0, 0], BANDS_NOTE, 3 if len(summaries) > 1 else 1)
+        add_legend(figure, axes[0, 0], BANDS_NOTE, 3 if len(summaries) > 2 else 1)
         return figure
 
 
