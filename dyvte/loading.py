@@ -46,7 +46,8 @@ def load(
     (With `exported`, also from the `.bin` files of a fork's checkpoint: tensors alone, no code.)
 
     Args:
-        name_or_path: a shipped model ("llava_shapes", or "llava_smol" after `make smol`), a local folder in Hub layout, or a Hub id.
+        name_or_path: a shipped model ("llava_shapes"; "llava_smol" after `make smol`), a local folder in Hub layout, or
+            a Hub id.
         device: where the model goes; default the GPU if there is one. Leave it out with `device_map`.
         dtype: floating-point type ("auto": as stored).
         device_map: passed to `from_pretrained`, for models spread over devices.

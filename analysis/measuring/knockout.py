@@ -60,9 +60,9 @@ def cuts_of(cfg: DictConfig) -> list[Cut]:
     if unknown := set(cfg.replace) - {"mean", "swap"}:
         raise ConfigError(f"replace: {min(unknown)!r} is neither mean nor swap")
     return [
-        *(Cut(*path, "cut") for path in paths),
+        *(Cut(path[0], path[1], "cut") for path in paths),
         *(Cut("instruction", "visual", what) for what in cfg.replace),
-        *(Cut(*path, "random") for path in paths if cfg.control),
+        *(Cut(path[0], path[1], "random") for path in paths if cfg.control),
     ]
 
 

@@ -17,7 +17,6 @@ processes may work in one folder: what one has finished the others take, and nob
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -42,14 +41,14 @@ from safetensors.torch import save
 
 from dyvte.errors import RunFolderError
 from dyvte.runs import distributed
+from dyvte.runs.fingerprint import fingerprint as fingerprint
+from dyvte.runs.fingerprint import model_fingerprint as model_fingerprint
 from dyvte.runs.locks import TEMPORARY, locked, temporary_name, use, write_atomic
 from dyvte.version import __version__
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from dyvte.data.base import Dataset
-    from dyvte.mllm import MLLM
 
 _OWN_FOLDERS = ("shards", "figures", "gates", "tensorboard")
 _OWN_FILES = (
@@ -61,8 +60,6 @@ _OWN_FILES = (
 _LINE_BREAK = re.compile(r"\n\s*")
 _INNERMOST_LIST = re.compile(r"\[\n\s*([^\[\]{}]*?)\n\s*\]")
 ROWS_PER_GROUP = 1 << 17
-HASHED_ELEMENTS = 1 << 16
-"""Elements of each parameter that enter the model's fingerprint; smaller parameters enter whole."""
 
 
 # -------------------------------------------------------------------------- JSON
@@ -90,62 +87,6 @@ def plain(value: Any) -> Any:
 
 
 # ------------------------------------------------------------------ fingerprints
-
-
-def model_fingerprint(mllm: MLLM) -> dict[str, str]:
-    """Class, configuration and weights of a model, the latter two as digests.
-
-    Large parameters are sampled at even strides, which tells a fine-tuned copy from its origin in seconds for a model
-    of any size. Parameters that an offloading device map keeps elsewhere enter with their shape.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(mllm.model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if not tensor.is_meta and tensor.numel():
-            flat = tensor.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // HASHED_ELEMENTS)].contiguous().cpu()
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
-    config = mllm.model.config.to_dict()
-    for key in ("_name_or_path", "transformers_version"):
-        config.pop(key, None)
-    return {
-        "class": type(mllm.model).__name__,
-        "config": _digest(config),
-        "weights": digest.hexdigest()[:16],
-    }
-
-
-def fingerprint(mllm: MLLM, dataset: Dataset, cfg: DictConfig, **settings: Any) -> dict[str, Any]:
-    """What a run's tables depend on: the model, the data, and the settings that enter every command's results.
-
-    Args:
-        mllm: the model, loaded.
-        dataset: its samples.
-        cfg: the composed configuration; `model` (without its path), `data`, `seed` and `batch_size` are taken.
-        **settings: whatever else the command's tables depend on.
-    """
-    model = OmegaConf.to_container(cfg.model, resolve=True)
-    data = OmegaConf.to_container(cfg.data, resolve=True)
-    assert isinstance(model, dict)
-    assert isinstance(data, dict)
-    for key in ("name", "path", "revision"):  # the digests say what was loaded, wherever it lies
-        model.pop(key, None)
-    return {
-        "model": {**model, **model_fingerprint(mllm)},
-        "data": {**data, "samples": len(dataset), "content": dataset.fingerprint},
-        "versions": {"dyvte": __version__, "torch": torch.__version__.partition("+")[0]},
-        "settings": {
-            "command": cfg.command,
-            "seed": cfg.seed,
-            "batch_size": cfg.batch_size,
-            "device": mllm.device.type,
-            **settings,
-        },
-    }
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,276 @@
+"""Methods that rank visual tokens: one function `score`, the rest is shared.
+
+    @dataclass
+    class Brightest(ScorerPolicy):
+        def score(self, tokens: VisualTokens) -> Tensor:
+            return tokens.hidden.norm(dim=-1)
+
+A method is asked image by image, for every image of every row, so that batches, padding and several images need no
+thought. An image is a run of visual positions without text in between; its budget is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyvte.cost.flops import overhead
+from dyvte.errors import ConfigError, UnsupportedError
+from dyvte.instrument.attention_calls import AttentionCall, watch_attention
+from dyvte.instrument.vision_tower import TowerNeeds, TowerTokens, TowerWatch, VisionTower
+from dyvte.layout import TokenLayout
+from dyvte.mllm import MLLM
+from dyvte.policies.attention_policy import LayerAttention
+from dyvte.policies.base import Policy, PolicyRun, Prefill
+from dyvte.policies.positions import check_positions, make_contiguous, shifted_decoding
+from dyvte.policies.token_scores import grid_sides, images
+
+
+@dataclass
+class VisualTokens:
+    """The n visual tokens of one image that are left when a method is asked.
+
+    Attributes:
+        layer: the decoder layer about to run.
+        hidden: [n, d] its input states; before layer 0 what the projector made.
+        text: [t, d] input states of the text after the row's last image.
+        text_seen: [t] as `seen`, for that text.
+        place: [n] number of the token in the whole image, 0 for its first.
+        size: number of tokens of the whole image.
+        seen: [n] what `look` gave for the tokens in the last layer looked at; None where none was.
+        tower: what the vision tower says about them; None where nothing was asked for.
+        mllm: the model.
+    """
+
+    layer: int
+    hidden: Tensor
+    text: Tensor
+    place: Tensor
+    size: int
+    seen: Tensor | None
+    text_seen: Tensor | None
+    tower: TowerTokens | None
+    mllm: MLLM
+
+    @property
+    def grid(self) -> tuple[Tensor, Tensor, int, int]:
+        """Row [n] and column [n] of every token, and height and width: a square where the size is one.
+
+        Raises:
+            UnsupportedError: the image has no square grid.
+        """
+        height, width = grid_sides(self.size)
+        if height == 1 < width:
+            raise UnsupportedError(
+                f"this method needs images with a square grid of visual tokens; one has {self.size} in a row"
+            )
+        return self.place // width, self.place % width, height, width
+
+    @property
+    def view(self) -> Tensor:
+        """[n] number of the tile that a token is of, -1 for separators; all 0 where the tower was not looked at."""
+        return torch.zeros_like(self.place) if self.tower is None else self.tower.view
+
+    def of_tower(self) -> TowerTokens:
+        """What the vision tower says; never None where `tower_needs` asks for something."""
+        assert self.tower is not None
+        return self.tower
+
+
+def top(scores: Tensor, number: int) -> Tensor:
+    """[n] boolean: the `number` highest of the scores [n]; of equal ones the earlier."""
+    order = scores.argsort(descending=True, stable=True)[: max(number, 0)]
+    return torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, order, True)
+
+
+def number_kept(keep: float, size: int) -> int:
+    """Tokens that a budget leaves of an image: a share (float, rounded, halves up) or a number (int)."""
+    return min(keep, size) if isinstance(keep, int) else int(keep * size + 0.5)
+
+
+@dataclass
+class ScorerPolicy(Policy):
+    """Keep the visual tokens of every image that score highest.
+
+    Override `score`, or `choose` where a rank does not say who stays.
+
+    Attributes:
+        keep: share (0..1, with a decimal point) or number of the tokens of an image that stay.
+        positions: "kept" leaves the tokens that stay their position ids; "contiguous" counts anew, as if the others had
+            never been there (only for what leaves before layer 0).
+    """
+
+    keep: float = 0.5
+    positions: str = "kept"
+
+    def __post_init__(self) -> None:
+        check_budget(f"{type(self).__name__}: keep", self.keep)
+
+    # ------------------------------------------------------------------ what a method is
+
+    def stages(self, mllm: MLLM) -> Mapping[int, float]:
+        """The decoder layers before which tokens leave, with the budget left of the whole image; by default 0."""
+        return {0: self.keep}
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        """[n] the higher, the sooner a token stays."""
+        raise NotImplementedError
+
+    def choose(self, tokens: VisualTokens, number: int) -> Tensor:
+        """[n] boolean, which tokens stay; by default the `number` highest scores, separators after all others."""
+        scores = self.score(tokens)
+        return top(scores.masked_fill(tokens.view < 0, float(scores.min()) - 1), number)
+
+    def merge(self, tokens: VisualTokens, stay: Tensor) -> Tensor | None:
+        """[n, d] states in which tokens that stay have taken others in; None where nothing is merged."""
+        return None
+
+    def tower_needs(self, mllm: MLLM) -> TowerNeeds:
+        """What to take from the vision tower; by default nothing."""
+        return TowerNeeds()
+
+    def watched_layers(self, mllm: MLLM) -> Collection[int]:
+        """Decoder layers whose attention the method looks at."""
+        return ()
+
+    def look(self, layer: int, prefill: Prefill, attention: LayerAttention) -> Tensor:
+        """[b, n] one value for every position that a watched layer runs on; becomes `VisualTokens.seen`."""
+        raise NotImplementedError
+
+    # -------------------------------------------------------------------------- the engine
+
+    def check(self, mllm: MLLM) -> None:
+        """Refuse stages outside of the decoder and positions that the model has no exact meaning for."""
+        stages = self.stages(mllm)
+        for layer in stages:
+            if not 0 <= layer < mllm.num_layers:
+                raise ConfigError(
+                    f"{type(self).__name__}: acts before layer {layer}, this model has 0..{mllm.num_layers - 1}"
+                )
+        check_positions(type(self).__name__, self.positions, mllm)
+        if self.positions == "contiguous" and 0 not in stages:
+            raise ConfigError(f"{type(self).__name__}: positions='contiguous' is for what leaves before layer 0")
+
+    @contextmanager
+    def __call__(self, mllm: MLLM, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
+        """As `Policy.__call__`; also refuses vision towers that are not mapped exactly, where one is needed."""
+        with super().__call__(mllm, layout) as run, ExitStack() as stack:
+            needs = self.tower_needs(mllm)
+            if needs:
+                watch = stack.enter_context(VisionTower(mllm).watch(needs))
+                stack.enter_context(_handing_over(self, mllm, run, watch))
+            watched = frozenset(self.watched_layers(mllm))
+            if watched:
+                stack.enter_context(watch_attention(mllm, self._seeing(watched, run)))
+            if self.positions == "contiguous":
+                stack.enter_context(shifted_decoding(mllm, run))
+            yield run
+
+    def _seeing(self, watched: frozenset[int], run: PolicyRun) -> Any:
+        @torch.no_grad()
+        def see(layer: int, call: AttentionCall) -> None:
+            prefill = run.prefill
+            if layer in watched and prefill is not None and prefill.running is not None:
+                attention = LayerAttention(call, prefill.running)
+                with overhead():
+                    values = attention.unpacked(self.look(layer, prefill, attention), prefill.kept)
+                key = (id(self), "seen")
+                before = prefill.state.get(key, (layer, 0.0))
+                prefill.state[key] = (layer, values + before[1] if before[0] == layer else values)
+
+        return see
+
+    @torch.no_grad()
+    def before_layer(self, layer: int, prefill: Prefill) -> None:
+        """Ask the method image by image."""
+        budget = self.stages(prefill.mllm).get(layer)
+        if budget is None:
+            return
+        leaving, hidden = torch.zeros_like(prefill.kept), prefill.hidden
+        for at, tokens in self._images(layer, prefill):
+            stay = self.choose(tokens, number_kept(budget, tokens.size))
+            merged = self.merge(tokens, stay)
+            if merged is not None:
+                hidden = hidden.clone() if hidden is prefill.hidden else hidden
+                hidden[at] = merged.to(hidden.dtype)
+            leaving[at[0], at[1][~stay]] = True
+        prefill.hidden = hidden
+        prefill.drop(leaving)
+        if layer == 0 and self.positions == "contiguous":
+            make_contiguous(prefill)
+
+    def _images(self, layer: int, prefill: Prefill) -> Iterator[tuple[tuple[int, Tensor], VisualTokens]]:
+        """(row, positions) and tokens of every image that has tokens left."""
+        visual = prefill.layout.visual
+        image, left = images(visual), prefill.kept & visual
+        number = (visual.flatten().cumsum(0) - 1).view_as(image)  # of a token among all of the batch
+        text = prefill.layout.text_status_positions
+        tower = self._tower(prefill) if self.tower_needs(prefill.mllm) else None
+        found = prefill.state.get((id(self), "seen"))
+        for row, most in enumerate((image.amax(1) + 1).tolist()):
+            for index in range(most):
+                whole = (image[row] == index).nonzero().flatten()
+                at = whole[left[row, whole]]
+                if len(at):
+                    yield (
+                        (row, at),
+                        VisualTokens(
+                            layer=layer,
+                            hidden=prefill.hidden[row, at],
+                            text=prefill.hidden[row, text[row]],
+                            place=at - whole[0],
+                            size=len(whole),
+                            seen=None if found is None else found[1][row, at],
+                            text_seen=None if found is None else found[1][row, text[row]],
+                            tower=None if tower is None else tower.at(number[row, at]),
+                            mllm=prefill.mllm,
+                        ),
+                    )
+
+    def _tower(self, prefill: Prefill) -> TowerTokens | None:
+        tokens = prefill.state.get((id(self), "tower"))
+        expected = int(prefill.layout.visual.sum())
+        if expected == 0:
+            return None
+        if tokens is None or len(tokens.view) != expected:
+            got = "did not run" if tokens is None else f"gave {len(tokens.view)} visual tokens for {expected} positions"
+            raise UnsupportedError(
+                f"{type(self).__name__} looks at the vision tower, which {got} in this prefill; pass images as "
+                "pixel_values, without videos or beams"
+            )
+        return tokens
+
+
+def check_budget(name: str, keep: float) -> None:
+    """Refuse what is neither a share 0..1 nor a number of tokens.
+
+    Raises:
+        ConfigError: out of range.
+    """
+    if isinstance(keep, bool) or keep < 0 or (isinstance(keep, float) and keep > 1):
+        raise ConfigError(f"{name} is a share 0..1 (with a decimal point) or a number of tokens, got {keep}")
+
+
+@contextmanager
+def _handing_over(policy: Policy, mllm: MLLM, run: PolicyRun, watch: TowerWatch) -> Iterator[None]:
+    """Within the block every prefill gets what was seen of the tower that made its visual tokens."""
+    decoder = mllm.decoder
+
+    def begin(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        given = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if module is mllm.model and (given is None or getattr(given, "last_hidden_state", None) is not watch.seen):
+            watch.tokens = watch.seen = None  # of another batch; a run within this call replaces it
+
+    def hand_over(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if module is decoder and run.prefill is not None:
+            run.prefill.state[id(policy), "tower"] = watch.tokens
+
+    with ExitStack() as stack:
+        stack.callback(mllm.model.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        stack.callback(decoder.register_forward_pre_hook(hand_over, with_kwargs=True).remove)
+        yield

@@ -1,0 +1,270 @@
+"""Methods that rank visual tokens: the policies' matrix for each, and the numbers that their papers' rules give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from naive import with_generated
+from test_policies import EXACT, LAYERS, batch_of, generate, kept_under, model, pristine, with_keys_hidden
+from torch import Tensor, tensor
+
+from dyvte.cost.measure import kv_cache_bytes
+from dyvte.errors import ConfigError, DyvteError, UnsupportedError
+from dyvte.policies.base import Policy
+from dyvte.policies.scorer import ScorerPolicy, VisualTokens, number_kept, top
+from dyvte.policies.vision.fastervlm import FasterVLM
+from dyvte.policies.vision.shares import shared_out, top_in_views
+
+FAMILIES = ("llava", "llava_next", "internvl", "qwen2_5_vl", "gemma3")
+
+
+@dataclass
+class Longest(ScorerPolicy):
+    """Test method: the states of largest norm."""
+
+    layer: int = 0
+
+    def stages(self, mllm: Any) -> dict[int, float]:
+        return {self.layer: self.keep}
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return tokens.hidden.norm(dim=-1)
+
+
+DROPPING: dict[str, Callable[[], Policy]] = {
+    "longest": lambda: Longest(keep=0.5),
+    "longest_after_2": lambda: Longest(keep=0.5, layer=2),
+    "fastervlm": lambda: FasterVLM(keep=0.5),
+}
+"""Methods that leave positions out and change nothing else, by what they are configured as."""
+
+MERGING: dict[str, Callable[[], Policy]] = {}
+"""Methods that change the states of what stays."""
+
+METHODS = {**DROPPING, **MERGING}
+SQUARE: set[str] = set()
+"""Methods that need a square grid."""
+
+
+def fits(name: str, family: str) -> None:
+    if name in SQUARE and family in ("llava_next", "qwen2_5_vl"):
+        pytest.skip("no square grid")
+
+
+# -------------------------------------------------------------------------- the matrix
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", DROPPING)
+def test_equals_the_full_model_with_the_dropped_keys_hidden(name: str, family: str) -> None:
+    fits(name, family)
+    mllm = model(family)
+    batch = batch_of(mllm)
+    logits, kept = kept_under(DROPPING[name](), mllm, batch)
+    text = batch.layout.text
+    torch.testing.assert_close(logits[text], with_keys_hidden(mllm, batch, kept)[text], atol=EXACT, rtol=0)
+    assert kept[:, text].all(), "text never leaves"
+    left = (kept[-1] & batch.layout.visual).sum(1)
+    assert (left[:2] < batch.layout.visual.sum(1)[:2]).all()
+    assert (left[:2] > 0).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", METHODS)
+def test_generated_tokens_attend_to_what_stayed_and_the_cache_is_smaller(name: str, family: str) -> None:
+    fits(name, family)
+    mllm = model(family)
+    batch = batch_of(mllm)
+    plain = generate(mllm, batch)
+    with METHODS[name]()(mllm):
+        cached = generate(mllm, batch)
+    logits, prompt = torch.stack(cached.logits, dim=1), batch["input_ids"].shape[1]
+    if name in DROPPING:
+        _, kept = kept_under(METHODS[name](), mllm, batch)
+        new_ids = cached.sequences[:, prompt:]
+        kept = torch.cat([kept, torch.ones(LAYERS, *new_ids.shape, dtype=torch.bool)], dim=2)
+        expected = with_keys_hidden(mllm, with_generated(mllm, batch, new_ids), kept)[:, prompt - 1 : -1]
+        torch.testing.assert_close(logits, expected, atol=EXACT, rtol=0)
+    else:
+        with METHODS[name]()(mllm):
+            first = mllm.model(**batch).logits[:, -1]
+        torch.testing.assert_close(logits[:, 0], first, atol=EXACT, rtol=0)
+    if family != "gemma3":  # layers with a sliding window store little anyway
+        assert kv_cache_bytes(cached.past_key_values) < kv_cache_bytes(plain.past_key_values)
+    assert pristine(mllm)
+    assert "get_image_features" not in mllm.model.base_model.__dict__
+    after = generate(mllm, batch)
+    assert torch.equal(torch.stack(plain.logits), torch.stack(after.logits)), "the model is as it was"
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_rows_do_not_depend_on_their_batch_or_padding(name: str) -> None:
+    mllm = model("llava")
+    left, right = (batch_of(mllm, (1, 2, 0), side) for side in ("left", "right"))
+    with METHODS[name]()(mllm):
+        together, padded_right = mllm.model(**left).logits, mllm.model(**right).logits
+        first = 0
+        for row, images in enumerate((1, 2, 0)):
+            kept = ~left.layout.padding[row]
+            pixels = {"pixel_values": left["pixel_values"][first : first + images]} if images else {}
+            first += images
+            alone = mllm.model(input_ids=left["input_ids"][row : row + 1, kept], **pixels).logits[0]
+            text = left.layout.text[row][kept]
+            torch.testing.assert_close(together[row, kept][text], alone[text], atol=EXACT, rtol=0)
+            other = padded_right[row, ~right.layout.padding[row]]
+            torch.testing.assert_close(other[text], alone[text], atol=EXACT, rtol=0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_it_changes_prompts_with_an_image_only(name: str) -> None:
+    mllm = model("llava")
+    batch = batch_of(mllm)
+    plain = mllm.model(**batch).logits[:, -1]
+    with METHODS[name]()(mllm):
+        changed = mllm.model(**batch).logits[:, -1]
+    difference = (plain - changed).abs().amax(1)
+    assert (difference[:2] > 10 * EXACT).all()
+    assert difference[2] < EXACT
+
+
+# ----------------------------------------------------------------- budgets and positions
+
+
+@pytest.mark.parametrize(
+    ("keep", "size", "number"), [(0.5, 9, 5), (0.25, 16, 4), (4, 16, 4), (20, 16, 16), (1.0, 7, 7)]
+)
+def test_a_budget_is_a_share_or_a_number(keep: float, size: int, number: int) -> None:
+    assert number_kept(keep, size) == number
+
+
+def test_every_image_has_its_own_budget() -> None:
+    mllm = model("llava")
+    batch = batch_of(mllm)
+    for keep, left in ((0.25, [4, 8, 0]), (3, [3, 6, 0])):
+        _, kept = kept_under(Longest(keep=keep), mllm, batch)
+        assert (kept[0] & batch.layout.visual).sum(1).tolist() == left
+
+
+@pytest.mark.parametrize("family", ["llava", "internvl"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_contiguous_positions_are_those_of_a_prompt_without_the_dropped_tokens(family: str, side: str) -> None:
+    mllm = model(family)
+    batch = batch_of(mllm, (1, 2, 0), side)
+    policy = Longest(keep=0.5, positions="contiguous")
+    logits, kept = kept_under(policy, mllm, batch)
+    seen: list[Tensor] = []
+    handle = mllm.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    mllm.model(**batch)
+    handle.remove()
+    with policy(mllm):
+        generated = generate(mllm, batch.left_padded())
+    steps = torch.stack(generated.logits, dim=1)
+    for row in range(3):
+        stay = kept[0, row]
+        short = mllm.model(inputs_embeds=seen[0][row : row + 1, stay]).logits[0]
+        text = batch.layout.text[row, stay]
+        torch.testing.assert_close(logits[row, stay][text], short[text], atol=EXACT, rtol=0)
+        new = mllm.model.get_input_embeddings()(generated.sequences[row, batch["input_ids"].shape[1] :])
+        longer = mllm.model(inputs_embeds=torch.cat([seen[0][row, stay], new])[None]).logits[0]
+        torch.testing.assert_close(steps[row], longer[-len(new) - 1 : -1], atol=EXACT, rtol=0)
+    assert not mllm.decoder.rotary_emb._forward_pre_hooks
+
+
+def test_contiguous_positions_are_refused_where_they_have_no_exact_meaning() -> None:
+    for family, reason in (("qwen2_5_vl", "position axes"), ("gemma3", "sliding windows")):
+        with pytest.raises(UnsupportedError, match=reason), Longest(positions="contiguous")(model(family)):
+            pass
+    with pytest.raises(ConfigError, match="before layer 0"), Longest(positions="contiguous", layer=1)(model("llava")):
+        pass
+    with pytest.raises(ConfigError, match="kept, contiguous"), Longest(positions="new")(model("llava")):
+        pass
+
+
+def test_wrong_settings_are_refused() -> None:
+    for keep in (1.5, -0.1, -3, True):
+        with pytest.raises(ConfigError, match="share"):
+            Longest(keep=keep)
+    with pytest.raises(ConfigError, match=r"0[.][.]3"), Longest(layer=4)(model("llava")):
+        pass
+
+
+@torch.no_grad()
+def test_a_tower_that_did_not_run_or_ran_for_another_batch_is_refused() -> None:
+    mllm = model("llava")
+    batch, other = batch_of(mllm, (1,)), batch_of(mllm, (1,), system_length=5)
+    output = mllm.model.base_model.get_image_features(batch["pixel_values"])
+    plain = {name: value for name, value in other.items() if name != "pixel_values"}
+    with FasterVLM()(mllm):
+        with pytest.raises(UnsupportedError, match="did not run"):
+            mllm.model(**plain, mm_encoder_outputs={"image": output})
+        mllm.model(**batch)
+        with pytest.raises(UnsupportedError, match="did not run"):
+            mllm.model(**plain, mm_encoder_outputs={"image": output})
+    with pytest.raises(DyvteError, match="not mapped"), FasterVLM()(model("mistral3")):
+        pass
+
+
+# ---------------------------------------------------------------------- shared pieces
+
+
+def test_top_takes_the_earlier_of_equals() -> None:
+    assert top(tensor([1.0, 3.0, 3.0, 2.0]), 1).tolist() == [False, True, False, False]
+    assert top(tensor([1.0, 3.0]), 5).all()
+    view = tensor([0, 0, 0, 0, -1, 1, 1, -1])
+    scores = tensor([5.0, 6.0, 7.0, 8.0, 9.0, 1.0, 2.0, 9.0])
+    assert top_in_views(scores, view, 3).nonzero().flatten().tolist() == [2, 3, 6]
+
+
+def test_a_number_is_shared_out_by_weights_and_room() -> None:
+    plenty = tensor([99] * 4)
+    weights = tensor([0.5, 0.3, 0.15, 0.05])
+    assert shared_out(6, weights, plenty) == [4, 2, 0, 0]
+    assert shared_out(10, weights, plenty) == [6, 3, 1, 0]
+    assert sum(shared_out(10, weights, tensor([4] * 4))) == 10
+    assert shared_out(10, weights, tensor([4] * 4))[0] == 4
+    assert shared_out(5, tensor([0.0, 0.0]), tensor([2, 2])) == [2, 2]
+
+
+# ----------------------------------------------------------------- each method's numbers
+
+
+def picture(**fields: Any) -> VisualTokens:
+    """Tokens of one image, made up."""
+    count = len(next(iter(value for value in fields.values() if isinstance(value, Tensor))))
+    defaults: dict[str, Any] = {
+        "layer": 0,
+        "hidden": torch.zeros(count, 2),
+        "text": torch.zeros(1, 2),
+        "place": torch.arange(count),
+        "size": count,
+        "seen": None,
+        "text_seen": None,
+        "tower": None,
+        "mllm": model("llava"),
+    }
+    return VisualTokens(**{**defaults, **fields})
+
+
+def kept_of(stay: Tensor) -> list[int]:
+    return stay.nonzero().flatten().tolist()
+
+
+@torch.no_grad()
+def test_fastervlm_keeps_what_the_class_token_attends_to_most() -> None:
+    mllm = model("llava", "eager")
+    batch = batch_of(mllm, (1, 1))
+    output = mllm.model.base_model.get_image_features(batch["pixel_values"], output_attentions=True)
+    rows = output.attentions[-2].mean(1)[:, 0, 1:]
+    _, kept = kept_under(FasterVLM(keep=5), mllm, batch)
+    for row in range(2):
+        visual = batch.layout.visual[row]
+        assert kept_of(kept[0, row, visual]) == sorted(rows[row].topk(5).indices.tolist())
