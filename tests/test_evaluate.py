@@ -439,7 +439,7 @@ def test_generate_answers_one_question_and_draws_its_exit(
     assert summary["exit_layer"] == int(active.exit_layers[0])
     assert (tmp_path / "out" / "figures" / "exit.png").is_file()
     for wrong, message in (
-        (["image=nowhere.png", "question=x"], "not an image"),
+        (["image=nowhere.png", "question=x"], "not found"),
         ([image], "no question"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -36,7 +36,8 @@ from dyvte.runs.config import compose, config_folder, load_model
 CONFIGS = sorted(
     file.stem
     for file in (config_folder() / "model").glob("[!_]*.yaml")
-    if file.stem not in ("hf", "exported", "llava_shapes")  # any model, any export, and the one that ships
+    if file.stem
+    not in ("hf", "exported", "llava_shapes", "llava_smol")  # any model, any export, and those of this project
 )
 
 
