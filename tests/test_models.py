@@ -36,8 +36,7 @@ from dyvte.runs.config import compose, config_folder, load_model
 CONFIGS = sorted(
     file.stem
     for file in (config_folder() / "model").glob("[!_]*.yaml")
-    if file.stem
-    not in ("hf", "exported", "llava_shapes", "llava_smol")  # any model, any export, and those of this project
+    if file.stem not in ("hf", "exported", "llava_shapes", "llava_smol")  # any model or export, and our own
 )
 
 

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from dyvte.data.base import Dataset, Sample
-from dyvte.errors import BrokenSample, ConfigError, DataError, DyvteError, RunFolderError, UnsupportedError
+from dyvte.errors import BrokenSample, ConfigError, DataError, DyvteError, ModelError, RunFolderError, UnsupportedError
 from dyvte.runs import distributed
 from dyvte.runs.store import RunFolder, serialised
 
@@ -146,6 +146,8 @@ def _computed(
             raise
         except Exception as error:
             unusable.append((index, error))
+    if not good and all(isinstance(error, ModelError) for _, error in unusable):
+        raise unusable[0][1]  # the model fails on all of them alike, such as one with NaN among its weights
     if not unusable:  # each works alone: an error of the batch, raised as it is
         attempt(read)
     return attempt(good), len(good), unusable
