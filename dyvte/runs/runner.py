@@ -146,8 +146,8 @@ def _computed(
             raise
         except Exception as error:
             unusable.append((index, error))
-    if not good and all(isinstance(error, ModelError) for _, error in unusable):
-        raise unusable[0][1]  # the model fails on all of them alike, such as one with NaN among its weights
+    if not good and all(isinstance(error, ModelError) and "NaN" in str(error) for _, error in unusable):
+        raise unusable[0][1]  # the weights are broken, not the samples
     if not unusable:  # each works alone: an error of the batch, raised as it is
         attempt(read)
     return attempt(good), len(good), unusable
