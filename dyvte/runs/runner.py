@@ -146,7 +146,9 @@ def _computed(
             raise
         except Exception as error:
             unusable.append((index, error))
-    if not good and all(isinstance(error, ModelError) and "NaN" in str(error) for _, error in unusable):
+    if not good and all(
+        isinstance(error, ModelError) and "NaN among the logits of row" in str(error) for _, error in unusable
+    ):
         raise unusable[0][1]  # the weights are broken, not the samples
     if not unusable:  # each works alone: an error of the batch, raised as it is
         attempt(read)
