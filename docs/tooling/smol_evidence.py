@@ -32,9 +32,9 @@ from dyvte.runs.store import write_atomic, write_json
 from dyvte.testbed.packing import Branch, pack
 from dyvte.testbed.smol.assemble import PARTS, SETTINGS, assembled_folder
 from dyvte.testbed.smol.base import ASSISTANT, EOS, HEAD, IMAGE
-from dyvte.testbed.smol.batches import pixels
 from dyvte.testbed.smol.questions import IMAGE_KINDS, KINDS
 from dyvte.testbed.smol.records import EnglishQuestions, EnglishRecord
+from dyvte.testbed.training.batches import pixels
 from dyvte.testbed.training.forward import hidden_states, visual_features
 
 PAGE = Path("docs/testbed_smol.md")

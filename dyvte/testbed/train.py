@@ -131,7 +131,7 @@ def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
             if not (folder / "align.pt").exists():
                 torch.manual_seed(cfg.seed)
                 fitted = [sample_scene("caption", cfg.seed, i) for i in range(cfg.align.projector_scenes)]
-                left = initialise_projector(model, fitted, batches)
+                left = initialise_projector(model, fitted, batches.ids)
                 tqdm.write(f"projector starts at the words of the patches, relative squared error {left:.3f}")
             run(name, cfg, projector=projector)
             talk.requires_grad_(True)

@@ -19,7 +19,8 @@ from dyvte.testbed.smol import phrases
 from dyvte.testbed.smol.base import ASSISTANT, EOS, HEAD, IMAGE
 from dyvte.testbed.smol.practice import caption, look_up
 from dyvte.testbed.smol.questions import IMAGE_KINDS, KINDS, ask, choose_frame
-from dyvte.testbed.world import Scene, render, sample_scene, scene_generator
+from dyvte.testbed.training.batches import pixels
+from dyvte.testbed.world import Scene, sample_scene, scene_generator
 
 CAPTION_SCENES = 2 * 10**7  # look-ups and captions are about scenes that no question is ever asked about
 
@@ -123,12 +124,6 @@ class EnglishBatches:
             rows.append((self.prefix, [self.branch(q.kind, q.text, q.answer) for q in asked]))
             scenes.append(scene)
         return pack(rows, int(self.phase.length) + 64, self.pad_id), None if self.blind else pixels(scenes)
-
-
-def pixels(scenes: Sequence[Scene]) -> Tensor:
-    """Images as the processor prepares them: float32 [B, 3, H, W] in [-1, 1]."""
-    images = torch.from_numpy(np.stack([render(s) for s in scenes]))
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 # fmt: off

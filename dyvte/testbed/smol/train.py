@@ -20,7 +20,6 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -28,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dyvte.errors import ConfigError
 from dyvte.runs.config import command
 from dyvte.runs.store import write_atomic
-from dyvte.testbed.packing import IGNORE, PackedBatch
+from dyvte.testbed.packing import PackedBatch
 from dyvte.testbed.smol.assemble import HELD_OUT_TEXT, export_parts
 from dyvte.testbed.smol.base import (
     GGUF_FILE,
@@ -39,11 +38,18 @@ from dyvte.testbed.smol.base import (
     load_language_model,
     perplexity,
 )
-from dyvte.testbed.smol.batches import EnglishBatches, pixels, write_replay
+from dyvte.testbed.smol.batches import EnglishBatches, write_replay
 from dyvte.testbed.smol.questions import IMAGE_KINDS
-from dyvte.testbed.training.forward import choose_precision, packed_accuracy, visual_features
+from dyvte.testbed.training.forward import (
+    choose_precision,
+    hidden_states,
+    initialise_projector,
+    packed_accuracy,
+    packed_loss,
+    visual_features,
+)
 from dyvte.testbed.training.loop import run_stage
-from dyvte.testbed.world import COLUMNS, GRID, IMAGE_SIZE, ROWS, VALUES, patch_labels, sample_scene
+from dyvte.testbed.world import sample_scene
 
 
 def grouped_matmul_attention(  # type: ignore[no-untyped-def]
@@ -86,66 +92,6 @@ def build_model(cfg: DictConfig) -> tuple[LlavaForConditionalGeneration, Any]:
     return model.requires_grad_(False), tokenizer
 
 
-def words_of_patches(
-    model: LlavaForConditionalGeneration, tokenizer: Any, scenes: list[Any], patch_size: int
-) -> Tensor:
-    """For every patch the sum of the embeddings of the words for what lies under it and where it is: [B, V, width].
-
-    A word of several tokens stands for itself by their sum.
-    """
-    table = model.get_input_embeddings().weight.detach()
-
-    def word(text: str) -> Tensor:
-        return table[torch.tensor(tokenizer(f" {text}", add_special_tokens=False)["input_ids"])].sum(0)
-
-    named = {**VALUES, "row": ROWS, "column": COLUMNS}
-    words = {a: torch.stack([word(v) for v in values]) for a, values in named.items()}
-    labels = [patch_labels(s, patch_size) for s in scenes]
-    side = IMAGE_SIZE // patch_size
-    total = torch.zeros(len(scenes), side * side, table.shape[1])
-    for name, known in words.items():
-        label = torch.from_numpy(np.stack([x[name] for x in labels]))
-        if name in VALUES:  # class 0 is background, of which there is nothing to say
-            known = torch.cat([torch.zeros_like(known[:1]), known])
-        else:
-            label = label * GRID // side
-        total += known[label]
-    return total
-
-
-def initialise_projector(
-    model: LlavaForConditionalGeneration,
-    tokenizer: Any,
-    scenes: list[Any],
-    patch_size: int,
-    steps: int,
-    lr: float = 3e-3,
-) -> float:
-    """Fit the projector to `words_of_patches` by least squares; returns the relative squared error left."""
-    projector = model.model.multi_modal_projector.requires_grad_(True)
-    with torch.no_grad():
-        chunks = [pixels(scenes[i : i + 50]) for i in range(0, len(scenes), 50)]
-        features = torch.cat([visual_features(model, chunk) for chunk in chunks]).flatten(0, 1)
-        mean, deviation = features.mean(0), features.std(0).clamp_min(1e-6)
-        first = projector.linear_1
-        nn.init.normal_(first.weight, std=first.in_features**-0.5)
-        first.weight.div_(deviation)
-        first.bias.copy_(-first.weight @ mean)
-        nn.init.zeros_(projector.linear_2.bias)
-    target = words_of_patches(model, tokenizer, scenes, patch_size).flatten(0, 1)
-    optimizer = torch.optim.Adam(projector.parameters(), lr=lr)
-    scale, left = float(target.square().mean()), float("nan")
-    for step in tqdm(range(steps), desc="projector", mininterval=5.0):
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-        chosen = torch.randint(len(features), (4096,))
-        error = (projector(features[chosen]) - target[chosen]).square().mean() / scale
-        optimizer.zero_grad(set_to_none=True)
-        error.backward()
-        optimizer.step()
-        left = float(error.detach())
-    return left
-
-
 def add_adapter(model: LlavaForConditionalGeneration, rank: int, seed: int) -> nn.ModuleDict:
     """Put LoRA into every linear layer of the decoder; returns its trainable matrices as a module of their own."""
     torch.manual_seed(seed)
@@ -183,31 +129,6 @@ def _adapted_linear(module: Any, x: Tensor) -> Tensor:
     flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
     low = flat @ down.to(weight.dtype).T
     return torch.addmm(flat @ weight.T, low, up.to(weight.dtype).T).view(*x.shape[:-1], -1)
-
-
-def english_hidden_states(model: LlavaForConditionalGeneration, batch: PackedBatch, images: Tensor | None) -> Tensor:
-    """Final hidden states [B, N, width] of packed sequences, the images' features at their positions."""
-    embeds = model.get_input_embeddings()(batch.input_ids)
-    if images is not None:
-        with torch.no_grad():
-            features = visual_features(model, images)
-        projected = model.model.multi_modal_projector(features)
-        at_image = (batch.input_ids == model.config.image_token_id).unsqueeze(-1)
-        embeds = embeds.masked_scatter(at_image, projected.to(embeds.dtype))
-    autocast = torch.is_autocast_enabled(embeds.device.type)
-    mask = batch.attention_mask(torch.bfloat16 if autocast else torch.float32)
-    return model.model.language_model(
-        inputs_embeds=embeds, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
-    ).last_hidden_state
-
-
-def english_loss(model: LlavaForConditionalGeneration, states: Tensor, batch: PackedBatch) -> Tensor:
-    """Weighted mean cross-entropy (nats) over the labelled positions."""
-    chosen = batch.labels != IGNORE
-    logits = model.lm_head(states[chosen]).float()
-    losses = cross_entropy(logits, batch.labels[chosen], reduction="none")
-    weights = batch.weights[chosen]
-    return (losses * weights).sum() / weights.sum()
 
 
 def read_or_write_replay(cfg: DictConfig, folder: Path, model: Any, tokenizer: Any) -> list[list[int]]:
@@ -267,7 +188,6 @@ def train(cfg: DictConfig, folder: Path) -> None:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     model, tokenizer = build_model(cfg)
-    patch_size = model.config.vision_config.patch_size
     tokens = model.config.image_seq_length
     replay = read_or_write_replay(cfg, folder, model, tokenizer)
     if not (folder / "perplexity.json").is_file():
@@ -277,7 +197,11 @@ def train(cfg: DictConfig, folder: Path) -> None:
     projector = model.model.multi_modal_projector.requires_grad_(True)
     if not list(folder.glob("*.pt")):
         scenes = [sample_scene("caption", cfg.seed, i) for i in range(cfg.projector.scenes)]
-        left = initialise_projector(model, tokenizer, scenes, patch_size, cfg.projector.steps)
+
+        def word_ids(word: str) -> list[int]:
+            return list(tokenizer(f" {word}", add_special_tokens=False)["input_ids"])
+
+        left = initialise_projector(model, scenes, word_ids, cfg.projector.steps)
         tqdm.write(f"projector starts at the words of the patches, relative squared error {left:.3f}")
         write_atomic(folder / "projector.pt", lambda out: torch.save(projector.state_dict(), out))
     elif (folder / "projector.pt").is_file():
@@ -298,8 +222,10 @@ def train(cfg: DictConfig, folder: Path) -> None:
     def loss(packed: tuple[PackedBatch, Tensor | None]) -> Tensor:
         batch, images = packed[0].to(device), packed[1]
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            states = english_hidden_states(model, batch, None if images is None else images.to(device))
-            return english_loss(model, states, batch)
+            with torch.no_grad():
+                features = None if images is None else visual_features(model, images.to(device))
+            states = hidden_states(model, model.model.language_model, batch, features)
+            return packed_loss(model, states, batch)
 
     held_out: list[tuple[PackedBatch, Tensor | None]] = []
 

@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dyvte.testbed.packing import IGNORE, PackedBatch
-from dyvte.testbed.training.batches import Batches, pixels
+from dyvte.testbed.training.batches import pixels
 from dyvte.testbed.world import COLUMNS, GRID, IMAGE_SIZE, ROWS, VALUES, Scene, patch_labels
 
 
@@ -60,13 +60,19 @@ def visual_features(model: LlavaForConditionalGeneration, images: Tensor) -> Ten
     return model.model.vision_tower(images).last_hidden_state[:, 1:]
 
 
-def words_of_patches(model: LlavaForConditionalGeneration, scenes: list[Scene], batches: Batches) -> Tensor:
-    """For every patch the sum of the embeddings of the words for what lies under it and where it is: [B, V, width]."""
+def words_of_patches(
+    model: LlavaForConditionalGeneration, scenes: list[Scene], ids: Callable[[str], list[int]]
+) -> Tensor:
+    """For every patch the sum of the embeddings of the words for what lies under it and where it is: [B, V, width].
+
+    `ids` gives a word's token ids; a word of several tokens stands for itself by their sum.
+    """
     table = model.get_input_embeddings().weight.detach()
     named = {**VALUES, "row": ROWS, "column": COLUMNS}
-    words = {a: table[torch.tensor(batches.ids(" ".join(values)))] for a, values in named.items()}
-    labels = [patch_labels(s, batches.sizes.patch_size) for s in scenes]
-    side = IMAGE_SIZE // batches.sizes.patch_size
+    words = {a: torch.stack([table[torch.tensor(ids(v))].sum(0) for v in values]) for a, values in named.items()}
+    patch_size = model.config.vision_config.patch_size
+    labels = [patch_labels(s, patch_size) for s in scenes]
+    side = IMAGE_SIZE // patch_size
     total = torch.zeros(len(scenes), side * side, table.shape[1], device=table.device)
     for name, known in words.items():
         label = torch.from_numpy(np.stack([x[name] for x in labels])).to(table.device)
@@ -79,7 +85,11 @@ def words_of_patches(model: LlavaForConditionalGeneration, scenes: list[Scene], 
 
 
 def initialise_projector(
-    model: LlavaForConditionalGeneration, scenes: list[Scene], batches: Batches, steps: int = 300, lr: float = 3e-3
+    model: LlavaForConditionalGeneration,
+    scenes: list[Scene],
+    ids: Callable[[str], list[int]],
+    steps: int = 300,
+    lr: float = 3e-3,
 ) -> float:
     """Start the projector where each patch says its words: the sum of their embeddings (``words_of_patches``).
 
@@ -97,7 +107,7 @@ def initialise_projector(
         first.weight.div_(deviation)
         first.bias.copy_(-first.weight @ mean)
         nn.init.zeros_(projector.linear_2.bias)
-    target = words_of_patches(model, scenes, batches).flatten(0, 1)
+    target = words_of_patches(model, scenes, ids).flatten(0, 1)
     optimizer = torch.optim.Adam(projector.parameters(), lr=lr)
     scale, left = float(target.square().mean()), float("nan")
     for step in range(steps):
