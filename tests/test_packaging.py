@@ -51,7 +51,7 @@ def build(kind: str, root: Path, into: Path) -> Path:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     built = build("wheel", ROOT, tmp_path_factory.mktemp("wheel"))
-    assert built.stat().st_size < 25e6
+    assert built.stat().st_size < 50e6  # what ships of the testbeds: at most 20 MB and 30 MB
     return built
 
 
