@@ -21,16 +21,23 @@ _PUBLIC = {
     "MLLM": "dyvte.mllm",
     "Batch": "dyvte.batch",
     "ModelError": "dyvte.errors",
+    "DyvteError": "dyvte.errors",
+    "UnsupportedError": "dyvte.errors",
     "ROLES": "dyvte.layout",
     "TokenLayout": "dyvte.layout",
     "AttentionProbe": "dyvte.instrument.attention",
     "AttentionStats": "dyvte.instrument.attention",
     "exit_sweep": "dyvte.instrument.sweep",
+    "ExitSweep": "dyvte.instrument.sweep",
     "knockout": "dyvte.instrument.causal.knockout",
     "Knockout": "dyvte.instrument.causal.knockout",
     "logit_lens": "dyvte.instrument.causal.lens",
     "LogitLens": "dyvte.instrument.causal.lens",
     "Policy": "dyvte.policies.base",
+    "PolicyRun": "dyvte.policies.base",
+    "Prefill": "dyvte.policies.base",
+    "AttentionPolicy": "dyvte.policies.attention_policy",
+    "ScorerPolicy": "dyvte.policies.scorer",
     "FixedExit": "dyvte.policies.exits.fixed_exit",
     "DynamicExit": "dyvte.policies.exits.dynamic_exit",
     "VTW": "dyvte.policies.exits.vtw",
@@ -39,6 +46,7 @@ _PUBLIC = {
     "ToMe": "dyvte.policies.merging.tome",
     "FitPrune": "dyvte.policies.pruning.fitprune",
     "DivPrune": "dyvte.policies.pruning.divprune",
+    "FasterVLM": "dyvte.policies.vision.fastervlm",
     "RandomDrop": "dyvte.policies.pruning.drop",
     "UniformDrop": "dyvte.policies.pruning.drop",
     "AveragePool": "dyvte.policies.merging.pooling",
@@ -46,17 +54,55 @@ _PUBLIC = {
     "SkipAttention": "dyvte.policies.skip_attention",
     "Compose": "dyvte.policies.compose",
     "Gates": "dyvte.gates",
+    "exit_probabilities": "dyvte.policies.exits.dynamic_exit",
+    "exit_flops": "dyvte.cost.exit_flops",
+    "FlopCounter": "dyvte.cost.flops",
 }
 
 __all__ = ["__version__", *_PUBLIC]
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what a type checker sees; a test holds it to the names above
     from dyvte.batch import Batch as Batch
+    from dyvte.cost.exit_flops import exit_flops as exit_flops
+    from dyvte.cost.flops import FlopCounter as FlopCounter
+    from dyvte.errors import DyvteError as DyvteError
+    from dyvte.errors import ModelError as ModelError
+    from dyvte.errors import UnsupportedError as UnsupportedError
+    from dyvte.gates import Gates as Gates
+    from dyvte.instrument.attention import AttentionProbe as AttentionProbe
+    from dyvte.instrument.attention import AttentionStats as AttentionStats
+    from dyvte.instrument.causal.knockout import Knockout as Knockout
+    from dyvte.instrument.causal.knockout import knockout as knockout
+    from dyvte.instrument.causal.lens import LogitLens as LogitLens
+    from dyvte.instrument.causal.lens import logit_lens as logit_lens
+    from dyvte.instrument.sweep import ExitSweep as ExitSweep
+    from dyvte.instrument.sweep import exit_sweep as exit_sweep
     from dyvte.layout import ROLES as ROLES
     from dyvte.layout import TokenLayout as TokenLayout
     from dyvte.loading import load as load
     from dyvte.loading import wrap as wrap
     from dyvte.mllm import MLLM as MLLM
+    from dyvte.policies.attention_policy import AttentionPolicy as AttentionPolicy
+    from dyvte.policies.base import Policy as Policy
+    from dyvte.policies.base import PolicyRun as PolicyRun
+    from dyvte.policies.base import Prefill as Prefill
+    from dyvte.policies.compose import Compose as Compose
+    from dyvte.policies.exits.dynamic_exit import DynamicExit as DynamicExit
+    from dyvte.policies.exits.dynamic_exit import exit_probabilities as exit_probabilities
+    from dyvte.policies.exits.fixed_exit import FixedExit as FixedExit
+    from dyvte.policies.exits.vtw import VTW as VTW
+    from dyvte.policies.merging.pooling import AveragePool as AveragePool
+    from dyvte.policies.merging.pooling import DownsampleImage as DownsampleImage
+    from dyvte.policies.merging.tome import ToMe as ToMe
+    from dyvte.policies.pruning.divprune import DivPrune as DivPrune
+    from dyvte.policies.pruning.drop import RandomDrop as RandomDrop
+    from dyvte.policies.pruning.drop import UniformDrop as UniformDrop
+    from dyvte.policies.pruning.fastv import FastV as FastV
+    from dyvte.policies.pruning.fitprune import FitPrune as FitPrune
+    from dyvte.policies.pruning.pyramid_drop import PyramidDrop as PyramidDrop
+    from dyvte.policies.scorer import ScorerPolicy as ScorerPolicy
+    from dyvte.policies.skip_attention import SkipAttention as SkipAttention
+    from dyvte.policies.vision.fastervlm import FasterVLM as FasterVLM
 
 
 def __getattr__(name: str) -> Any:

@@ -2,32 +2,144 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dyvte.layout import TokenLayout
+from dyvte.errors import UnsupportedError
+from dyvte.layout import PADDING, TokenLayout
 
 IGNORE_INDEX = -100
 """Padding of answer ids and labels, as in `torch.nn.CrossEntropyLoss`."""
 
 Image = Any  # PIL.Image.Image; Pillow is only needed by whoever opens the images
 
+Rows = int | slice | Sequence[int] | Tensor
+
 
 class Batch(dict[str, Any]):
-    """Model inputs, to be passed as `model(**batch)`, with the role of every position in `layout`."""
+    """Model inputs, to be passed as `model(**batch)`, with the role of every position in `layout`.
+
+    `batch["input_ids"]` is an input; `batch[2:5]`, `batch[[0, 3]]` and `batch[mask]` are batches of some of the rows,
+    their images included; `Batch.cat` puts batches together again.
+
+    Attributes:
+        layout: role of every position.
+        images: number of images of each row, where it is known (from `MLLM.encode`), else None.
+
+    Example:
+        >>> ids = torch.tensor([[1, 7, 7, 5], [1, 7, 7, 6]])
+        >>> batch = Batch({"input_ids": ids}, TokenLayout.from_input_ids(ids, None, [7]))
+        >>> batch[1:]["input_ids"].tolist()
+        [[1, 7, 7, 6]]
+    """
 
     layout: TokenLayout
+    images: tuple[int, ...] | None
 
-    def __init__(self, inputs: dict[str, Any], layout: TokenLayout) -> None:
+    def __init__(self, inputs: dict[str, Any], layout: TokenLayout, images: Sequence[int] | None = None) -> None:
         super().__init__(inputs)
         self.layout = layout
+        self.images = None if images is None else tuple(images)
+
+    def __getitem__(self, key: Any) -> Any:
+        """An input by its name, or some rows as a batch.
+
+        Raises:
+            UnsupportedError: an input cannot be told apart by rows.
+        """
+        return super().__getitem__(key) if isinstance(key, str) else self._rows(key)
+
+    def _rows(self, key: Rows) -> Batch:
+        everything = torch.arange(len(self.layout.roles))
+        chosen = everything[key.cpu() if isinstance(key, Tensor) else key].reshape(-1)
+        inputs = {name: self._rows_of(name, value, chosen) for name, value in self.items()}
+        if not self.layout.visual[chosen.to(self.layout.roles.device)].any():  # models take no empty images
+            inputs = {n: v for n, v in inputs.items() if not (isinstance(v, Tensor) and v.numel() == 0)}
+        images = None if self.images is None else [self.images[row] for row in chosen.tolist()]
+        return Batch(inputs, TokenLayout(self.layout.roles[chosen.to(self.layout.roles.device)]), images)
+
+    def _rows_of(self, name: str, value: Any, chosen: Tensor) -> Any:
+        """One input of the chosen rows: its lines are told apart by rows, images, or shares of the visual tokens."""
+        shape = self["input_ids"].shape
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if not isinstance(value, Tensor):
+            raise UnsupportedError(f"rows of a batch cannot be taken: {name} is a {type(value).__name__}, not a tensor")
+        at = chosen.to(value.device)
+        if value.shape[:2] == shape:
+            return value[at]
+        if value.ndim == 3 and value.shape[1:] == shape:  # positions in several dimensions
+            return value[:, at]
+        parts = self._lines_of_rows(value) if value.ndim else None
+        if parts is None:
+            raise UnsupportedError(
+                f"rows of a batch cannot be taken: which of the {tuple(value.shape)} of {name} belong to which row is "
+                "unknown; encode the rows with MLLM.encode"
+            )
+        lines = value.split(parts)
+        return torch.cat([lines[row] for row in chosen.tolist()]) if len(chosen) else value[:0]
+
+    def _lines_of_rows(self, value: Tensor) -> list[int] | None:
+        """How many of an input's lines belong to each row; None if that cannot be told."""
+        visual, length = self.layout.visual, len(value)
+        starts = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
+        images = list(self.images) if self.images is not None else starts.sum(1).tolist()
+        stacked = value.ndim > 4 and value.shape[:2] == (len(visual), max(images)) and "image_sizes" not in self
+        if stacked:  # [B, images, ...], as Idefics and SmolVLM have them
+            return [1] * length
+        if sum(images) == length:
+            return images
+        tokens = visual.sum(1).tolist()
+        total = max(sum(tokens), 1)
+        if all(length * count % total == 0 for count in tokens) and sum(tokens):
+            return [length * count // total for count in tokens]
+        return [1] * length if length == len(visual) else None
+
+    @classmethod
+    def cat(cls, batches: Sequence[Batch]) -> Batch:
+        """The rows of several batches of one model as one batch, the shorter ones padded on the left.
+
+        Raises:
+            ValueError: no batch, or batches with different inputs.
+        """
+        names = [name for batch in batches for name in batch]
+        for batch in batches:  # a batch without images lacks their inputs
+            if (missing := set(names) - set(batch)) and batch.layout.visual.any():
+                raise ValueError(
+                    f"Batch.cat takes batches with the same inputs; one lacks {', '.join(sorted(missing))}"
+                )
+        if not batches:
+            raise ValueError("Batch.cat needs at least one batch")
+        length = max(batch["input_ids"].shape[1] for batch in batches)
+        padded = [batch._padded_to(length) for batch in batches]
+        inputs: dict[str, Any] = {}
+        for name in dict.fromkeys(names):
+            owners = [batch for batch in padded if name in batch]
+            first, shape = owners[0][name], owners[0]["input_ids"].shape
+            positions = isinstance(first, Tensor) and first.ndim == 3 and first.shape[1:] == shape
+            values = [batch[name] for batch in owners]
+            inputs[name] = torch.cat(values, dim=1 if positions else 0) if isinstance(first, Tensor) else first
+        images = [batch.images for batch in batches]
+        known = None if any(each is None for each in images) else [count for each in images for count in each or ()]
+        return cls(inputs, TokenLayout(torch.cat([batch.layout.roles for batch in padded])), known)
+
+    def _padded_to(self, length: int) -> Batch:
+        shape = self["input_ids"].shape
+        missing = length - shape[1]
+        inputs = dict(self)
+        inputs.setdefault("attention_mask", torch.ones_like(self["input_ids"]))
+        for name, value in inputs.items():
+            if missing and isinstance(value, Tensor) and shape == value.shape[-2:] and value.ndim < 4:
+                inputs[name] = torch.nn.functional.pad(value, (missing, 0))
+        return Batch(inputs, TokenLayout(torch.nn.functional.pad(self.layout.roles, (missing, 0), value=PADDING)))
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.items()}
-        return Batch(moved, self.layout.to(device))
+        return Batch(moved, self.layout.to(device), self.images)
 
     def left_padded(self) -> Batch:
         """The same batch with its padding moved to the left, where `generate` needs it."""
@@ -47,4 +159,4 @@ class Batch(dict[str, Any]):
         for name, value in self.items():
             if isinstance(value, Tensor) and value.shape == self["input_ids"].shape:
                 rolled[name] = value.gather(1, columns.to(value.device))
-        return Batch(rolled, TokenLayout(self.layout.roles.gather(1, columns)))
+        return Batch(rolled, TokenLayout(self.layout.roles.gather(1, columns)), self.images)

@@ -13,7 +13,7 @@ SYSTEM, VISUAL, INSTRUCTION, ANSWER = range(len(ROLES))
 PADDING = -1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenLayout:
     """Role of every position of a batch.
 
@@ -127,6 +127,14 @@ class TokenLayout:
     def first_token(self) -> Tensor:
         """[B] index of the first position that is not padding: the attention sink."""
         return (self.roles != PADDING).int().argmax(1)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether every position has the same role, on whatever device."""
+        if not isinstance(other, TokenLayout):
+            return NotImplemented
+        return torch.equal(self.roles.cpu(), other.roles.cpu())
+
+    __hash__ = None  # type: ignore[assignment]
 
     def to(self, device: torch.device | str) -> TokenLayout:
         """The same layout on another device."""

@@ -95,9 +95,10 @@ def load(
             model_kwargs.setdefault("device_map", {"": place})
         model_kwargs.setdefault("use_safetensors", True)
         with _OneLineErrors(str(name_or_path)):
-            model = AutoModelForImageTextToText.from_pretrained(
-                source, config=config, dtype=dtype, **hub_kwargs, **model_kwargs
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                source, config=config, dtype=dtype, output_loading_info=True, **hub_kwargs, **model_kwargs
             )
+            _check_weights(str(name_or_path), report)
             processor = _load_processor(source, hub_kwargs)
     if "device_map" not in model_kwargs:
         model = model.to(place)
@@ -119,7 +120,8 @@ class _OneLineErrors:
         return None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ModelError) or not isinstance(error, (OSError, ValueError, KeyError, ImportError)):
+        expected = (OSError, ValueError, KeyError, ImportError, RuntimeError)
+        if isinstance(error, ModelError) or not isinstance(error, expected):
             return
         raise ModelError(f"cannot load {self.name!r}: {_explain(error)}") from None
 
@@ -263,6 +265,21 @@ def _check_config(name: str, config: Any) -> None:
     )
 
 
+def _check_weights(name: str, report: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose weights are not the model's: what is missing would be random numbers."""
+    for kind, consequence in (
+        ("missing_keys", "they would be random"),
+        ("unexpected_keys", "the model has no place for them"),
+        ("mismatched_keys", "they have another shape"),
+    ):
+        if keys := sorted(str(key) for key in report.get(kind) or ()):
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ModelError(
+                f"cannot load {name!r}: {kind.replace('_keys', '')} weights, {keys[0]}{more} ({consequence}); the "
+                "checkpoint and its config.json do not belong together"
+            )
+
+
 def _load_processor(source: str, hub_kwargs: dict[str, Any]) -> Any:
     """The processor, or None where the model comes without one."""
     from transformers import AutoProcessor
@@ -292,6 +309,8 @@ def _complete_processor(processor: Any, model: nn.Module) -> None:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     config: Any = model.config
+    if not getattr(processor, "chat_template", None) and getattr(tokenizer, "chat_template", None):
+        processor.chat_template = tokenizer.chat_template
     if getattr(processor, "patch_size", 0) is None:
         processor.patch_size = config.vision_config.patch_size
     if getattr(processor, "vision_feature_select_strategy", "") is None:

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from dyvte.batch import IGNORE_INDEX, Batch, Image
 from dyvte.errors import ModelError, UnsupportedError
 from dyvte.layout import TokenLayout
+from dyvte.model_parts import find_decoder, inner_models, self_attention_of, text_config_of, visual_token_ids_of
 
 
 class MLLM:
@@ -41,10 +44,10 @@ class MLLM:
     def __init__(self, model: Any, processor: Any = None) -> None:
         self.model: Any = model.eval()
         self.processor = processor
-        self.text_config = _text_config(model)
-        self.visual_token_ids = _visual_token_ids(model, processor)
+        self.text_config = text_config_of(model)
+        self.visual_token_ids = visual_token_ids_of(model, processor)
         self.image_token_id = self.visual_token_ids[0]
-        self.decoder, self.layers = _find_decoder(model, self.text_config)
+        self.decoder, self.layers = find_decoder(model, self.text_config)
         self.lm_head = model.get_output_embeddings()
         if self.lm_head is None:
             raise ModelError(
@@ -54,6 +57,10 @@ class MLLM:
     def __repr__(self) -> str:
         name = type(self.model).__name__
         return f"MLLM({name}, {self.num_layers} layers, {self.num_heads} heads, hidden size {self.hidden_size})"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward pass: `mllm(**batch)`."""
+        return self.model(*args, **kwargs)
 
     @property
     def tokenizer(self) -> Any:
@@ -77,8 +84,15 @@ class MLLM:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device of the input embeddings."""
-        return self.model.get_input_embeddings().weight.device
+        """Where inputs go: the device of the input embeddings, or the one that runs them where they are offloaded."""
+        embeddings = self.model.get_input_embeddings()
+        device = embeddings.weight.device
+        if device.type != "meta":
+            return device
+        runs_on = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+        if runs_on is not None:
+            return torch.device(runs_on)
+        return next((p.device for p in self.model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,7 +108,7 @@ class MLLM:
         """
         found = []
         for index, layer in enumerate(self.layers):
-            module = _self_attention(layer)
+            module = self_attention_of(layer)
             if module is None:
                 raise UnsupportedError(
                     f"{type(self.model).__name__}: decoder layer {index} ({type(layer).__name__}) has no "
@@ -149,6 +163,7 @@ class MLLM:
             return_tensors="pt",
         )
         batch = self.batch(**inputs)
+        batch.images = tuple(len(row) for row in rows)
         expected = torch.tensor([bool(row) for row in rows], device=batch.layout.roles.device)
         if not torch.equal(batch.layout.has_image, expected):
             raise ModelError(
@@ -201,20 +216,46 @@ class MLLM:
         """
         if batch.layout.answer.any():
             raise ValueError("generate() needs a batch encoded without answers")
-        settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 64}
-        end_ids = _end_token_ids(self.model)
-        if self.model.generation_config.pad_token_id is None:  # else transformers chooses one, warning at every call
-            pad_id = getattr(self.tokenizer, "pad_token_id", None)
-            settings["pad_token_id"] = pad_id if pad_id is not None else end_ids[0] if end_ids else 0
-        settings.update(kwargs)
+        settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 64} | kwargs
+        given = kwargs.get("generation_config")
+        end_ids = _as_ids(kwargs.get("eos_token_id", getattr(given, "eos_token_id", None)))
+        end_ids = end_ids or _as_ids(self.model.generation_config.eos_token_id)
         inputs = dict(batch.left_padded())
         if "mm_encoder_outputs" in inputs:  # beam search repeats in place what these hold
             inputs["mm_encoder_outputs"] = {
                 kind: copy.copy(output) for kind, output in inputs["mm_encoder_outputs"].items()
             }
-        generated = self.model.generate(**inputs, **settings)
+        with self._plain_generation():
+            generated = self.model.generate(**inputs, **settings)
         sequences = getattr(generated, "sequences", generated)[:, inputs["input_ids"].shape[1] :]
         return [_cut_after_end(row.tolist(), [*end_ids, *self.visual_token_ids]) for row in sequences]
+
+    @contextmanager
+    def _plain_generation(self) -> Iterator[None]:
+        """Within the block nothing of the checkpoint's generation settings is left but its special tokens.
+
+        A repetition penalty, beams or suppressed tokens that a Hub checkpoint brings are not the user's wishes: greedy
+        is the most likely token of the model itself, which is what labels and agreement compare with.
+        """
+        own = self.model.generation_config
+        pad_id = own.pad_token_id
+        if pad_id is None:  # else transformers chooses one, warning at every call
+            ends = _as_ids(own.eos_token_id)
+            pad_id = getattr(self.tokenizer, "pad_token_id", None)
+            pad_id = pad_id if pad_id is not None else ends[0] if ends else 0
+        special = {
+            name: getattr(own, name, None) for name in ("bos_token_id", "eos_token_id", "decoder_start_token_id")
+        }
+        plain = GenerationConfig(pad_token_id=pad_id, **special)
+        owners = [self.model, *inner_models(self.model)]
+        before = [owner.generation_config for owner in owners]
+        for owner in owners:
+            owner.generation_config = plain
+        try:
+            yield
+        finally:
+            for owner, config in zip(owners, before, strict=True):
+                owner.generation_config = config
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """Generated ids as text, without special tokens."""
@@ -240,7 +281,12 @@ class MLLM:
             if answer is not None:
                 messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
             return self.processor.apply_chat_template(messages, add_generation_prompt=answer is None)
-        # The prompt format of LLaVA-1.5, for processors without a template.
+        if self.model.config.model_type != "llava":
+            raise ModelError(
+                f"{type(self.processor).__name__} has no chat template, so how {self.model.config.model_type} is asked "
+                "is unknown: put the chat_template.jinja of the original checkpoint into the model's folder"
+            )
+        warnings.warn("the processor has no chat template: asking in the format of LLaVA-1.5", stacklevel=2)
         images = f"{self.processor.image_token}\n" * num_images
         return f"USER: {images}{question} ASSISTANT:" + ("" if answer is None else f" {answer}")
 
@@ -276,7 +322,7 @@ class MLLM:
         layout = TokenLayout.from_input_ids(
             inputs["input_ids"], inputs["attention_mask"], self.visual_token_ids, answer_start=prompt_length
         )
-        return Batch(inputs, layout)
+        return Batch(inputs, layout, batch.images)
 
     def _warn_if_question_precedes_image(
         self, prompts: Sequence[str], questions: Sequence[str], rows: Sequence[Sequence[Image]]
@@ -294,77 +340,6 @@ class MLLM:
                 return
 
 
-# ------------------------------------------------------------ parts of the model
-
-
-def _text_config(model: nn.Module) -> Any:
-    config: Any = getattr(model, "config", None)
-    if config is None or not hasattr(config, "get_text_config"):
-        raise ModelError(f"{type(model).__name__} is not a transformers model")
-    return config.get_text_config(decoder=True)
-
-
-def _visual_token_ids(model: nn.Module, processor: Any) -> tuple[int, ...]:
-    """Placeholder ids, the image's first: from the config, else from the processor."""
-    config: Any = model.config
-    found = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
-    found.append(getattr(processor, "image_token_id", None))
-    image_ids = [each for each in found if isinstance(each, int) and each >= 0]
-    if not image_ids:
-        raise ModelError(
-            f"{type(model).__name__} (model type {config.model_type!r}) has no image token: dyvte needs a multimodal "
-            "LLM that puts visual tokens into the sequence of its decoder"
-        )
-    video = [getattr(config, name, None) for name in ("video_token_id", "video_token_index")]
-    video_ids = [each for each in video if isinstance(each, int) and each >= 0]
-    return tuple(dict.fromkeys([image_ids[0], *video_ids]))
-
-
-def _find_decoder(model: nn.Module, text_config: Any) -> tuple[nn.Module, nn.ModuleList]:
-    """The text decoder stack and its layers.
-
-    `get_decoder()` may return the stack, a causal LM around it, or the whole model with its vision tower, so the list
-    of `num_hidden_layers` decoder layers is looked for below it, first where the config is the decoder's.
-    """
-    get_decoder = getattr(model, "get_decoder", None)
-    root = get_decoder() if get_decoder is not None else model
-    candidates = [
-        (module, child)
-        for module in root.modules()
-        for child in module.children()
-        if isinstance(child, nn.ModuleList) and len(child) == text_config.num_hidden_layers and _is_decoder(child)
-    ]
-    if not candidates:
-        raise ModelError(
-            f"{type(model).__name__}: found no list of {text_config.num_hidden_layers} decoder layers below "
-            f"{type(root).__name__}"
-        )
-    text_type = text_config.model_type
-    of_text = [pair for pair in candidates if getattr(getattr(pair[0], "config", None), "model_type", "") == text_type]
-    decoder, layers = (of_text or candidates)[0]
-    for index, layer in enumerate(layers):
-        crossing = [name for name, _ in layer.named_children() if "cross_attn" in name or "crossattention" in name]
-        if crossing:
-            raise ModelError(
-                f"{type(model).__name__}: decoder layer {index} reads the image through {crossing[0]}; dyvte needs "
-                "visual tokens in the sequence of the decoder"
-            )
-    return decoder, layers
-
-
-def _is_decoder(layers: nn.ModuleList) -> bool:
-    return any(_self_attention(layer) is not None for layer in layers)
-
-
-def _self_attention(layer: nn.Module) -> nn.Module | None:
-    """The self-attention module among the children of a decoder layer."""
-    for name in ("self_attn", "self_attention", "attention", "attn"):
-        module = getattr(layer, name, None)
-        if isinstance(module, nn.Module):
-            return module
-    return None
-
-
 # -------------------------------------------------------------- inputs and outputs
 
 
@@ -378,9 +353,25 @@ def _image_rows(images: Sequence[Image | Sequence[Image] | None] | None, questio
     return [[] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in images]
 
 
-def _end_token_ids(model: Any) -> list[int]:
-    end = model.generation_config.eos_token_id
-    return [] if end is None else list(end) if isinstance(end, (list, tuple)) else [end]
+def _as_ids(end: Any) -> list[int]:
+    """Ids of end tokens, given as None, a number, a list or a tensor."""
+    return [] if end is None else [int(each) for each in torch.as_tensor(end).flatten()]
+
+
+def as_mllm(model: Any) -> MLLM:
+    """An `MLLM` as it is; a transformers model, compiled or of PEFT or plain, wrapped and left in its mode.
+
+    Raises:
+        ModelError: it is neither.
+    """
+    if isinstance(model, MLLM):
+        return model
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected an MLLM or a transformers model, got {type(model).__name__}")
+    training = model.training
+    mllm = MLLM(model)
+    model.train(training)
+    return mllm
 
 
 def _cut_after_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:

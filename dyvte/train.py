@@ -33,7 +33,7 @@ from dyvte.gates.metrics import (
     upper_limit,
 )
 from dyvte.gates.module import QUESTION, Gates
-from dyvte.gates.training import GateData, Recipe, average_gates, evaluate_loss, exit_probabilities, train_gates
+from dyvte.gates.training import GateData, Recipe, average_gates, evaluate_loss, gate_probabilities, train_gates
 from dyvte.runs import distributed
 from dyvte.runs.config import command, load_model
 from dyvte.runs.store import RunFolder
@@ -211,7 +211,7 @@ def fit_gates(
     if writer is not None:
         writer.close()
     gates = average_gates(members)
-    probability = exit_probabilities(gates, validation.status)
+    probability = gate_probabilities(gates, validation.status)
     agree, cost = split.labels.agree[split.validation], split.labels.cost[split.validation]
     images = split.column("image_id", split.validation)
     threshold, caution = cfg.recipe.threshold, cfg.recipe.caution
@@ -243,7 +243,7 @@ def _write_scalars(
     """Losses and the report by layer, to TensorBoard."""
     for name, value in losses.items():
         writer.add_scalar(f"{prefix}/{name}", value, epoch)
-    probability = exit_probabilities(gates, validation.status)
+    probability = gate_probabilities(gates, validation.status)
     table = layer_report(probability, validation.labels[:, 1:-1], [0.5] * len(gates))
     for row in table.to_dict("records"):
         for column, number in row.items():

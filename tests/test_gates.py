@@ -38,7 +38,7 @@ from dyvte.gates.training import (
     average_gates,
     evaluate_loss,
     exit_distribution,
-    exit_probabilities,
+    gate_probabilities,
     label_loss,
     stopping_loss,
     train_gates,
@@ -169,7 +169,7 @@ def test_training_finds_a_planted_rule() -> None:
     gates = Gates(5, 6, width=16, bias=True)
     recipe = Recipe(epochs=30, patience=5, batch_size=32)
     result = train_gates(gates, train, validation, recipe, ADAM)
-    exits = first_exit(exit_probabilities(gates, validation.status), [0.5] * 4)
+    exits = first_exit(gate_probabilities(gates, validation.status), [0.5] * 4)
     wanted = validation.labels.int().argmax(1)
     assert at_exit(validation.labels, exits).double().mean() > 0.9
     assert (exits - wanted).abs().double().mean() < 0.2

@@ -25,7 +25,7 @@ from dyvte.evaluate import reference_labels
 from dyvte.gates.labels import LabelSet, LabelSettings, collect_labels
 from dyvte.gates.metrics import at_exit, first_exit
 from dyvte.gates.module import Gates, load_gates
-from dyvte.gates.training import exit_probabilities
+from dyvte.gates.training import gate_probabilities
 from dyvte.instrument.states import STATUS_PARTS
 from dyvte.mllm import MLLM
 from dyvte.runs import distributed
@@ -132,7 +132,7 @@ def train_variant(mllm: MLLM, variant: Variant, split: Split, cfg: DictConfig) -
 def exits_of(gates: Gates, asked: LabelSet) -> pd.DataFrame:
     """Where gates let every question's visual tokens leave, and what that makes of the answer and the cost."""
     status = asked.status(list(gates.status))
-    exits = first_exit(exit_probabilities(gates, status), gates.thresholds())
+    exits = first_exit(gate_probabilities(gates, status), gates.thresholds())
     return pd.DataFrame(
         {
             "id": asked.samples["id"],

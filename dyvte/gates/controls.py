@@ -15,7 +15,7 @@ from torch.nn.functional import one_hot
 
 from dyvte.gates.metrics import cluster_interval, difference_interval, first_exit
 from dyvte.gates.module import QUESTION, SHIPPED_GATES, load_gates
-from dyvte.gates.training import exit_probabilities
+from dyvte.gates.training import gate_probabilities
 from dyvte.instrument.sweep.criteria import exit_depth, lucky_exit_depth
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def control_exits(
     folder = Path(SHIPPED_GATES.get(str(source), source)) / QUESTION_GATES
     if folder.is_dir():
         gates = load_gates(folder)
-        probability = exit_probabilities(gates, reference.status([QUESTION])[rows])
+        probability = gate_probabilities(gates, reference.status([QUESTION])[rows])
         controls["question only"] = certain(first_exit(probability, gates.thresholds()))
     return controls
 

@@ -237,7 +237,7 @@ def evaluate_loss(gates: Gates, data: GateData, recipe: Recipe, batch_size: int 
 
 
 @torch.no_grad()
-def exit_probabilities(gates: Gates, status: Tensor, batch_size: int = 1024) -> Tensor:
+def gate_probabilities(gates: Gates, status: Tensor, batch_size: int = 1024) -> Tensor:
     """[n, L - 1] exit probability of every gate for statuses [n, L - 1, P * d], on the CPU."""
     device = gates.inner.device
     return torch.cat([gates(rows.to(device)).softmax(-1)[..., 1].cpu() for rows in status.split(batch_size)])

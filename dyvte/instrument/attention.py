@@ -27,6 +27,8 @@ from dyvte.instrument.role_attention import (
     role_sums,
 )
 from dyvte.layout import INSTRUCTION, ROLES, VISUAL, TokenLayout
+from dyvte.mllm import MLLM, as_mllm
+from dyvte.model_parts import inner_models
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -247,16 +249,16 @@ class AttentionProbe:
         history: statistics of every prefill seen, in order.
     """
 
-    def __init__(self, mllm: MLLM, layout: TokenLayout | None = None, maps: bool = False) -> None:
+    def __init__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None, maps: bool = False) -> None:
         """Prepare a probe.
 
         Args:
-            mllm: the model.
+            model: an `MLLM`, or a transformers model (compiled, of PEFT, or plain).
             layout: roles of the positions, to tell a teacher-forced answer from the instruction; by default found from
                 the ids of each call.
             maps: also keep attention maps averaged over heads, [B, L, N, N].
         """
-        self.mllm = mllm
+        self.mllm = as_mllm(model)
         self.history: list[AttentionStats] = []
         self._layout = layout
         self._maps = maps
@@ -274,21 +276,23 @@ class AttentionProbe:
     def __enter__(self) -> AttentionProbe:
         if self._exit is not None:
             raise RuntimeError("this probe is active already; make a second one to nest")
-        model = self.mllm.model
+        # PEFT's forward runs the inner model's without its hooks, and its generate calls the inner model
+        watched = [self.mllm.model, *inner_models(self.mllm.model)]
 
         # Plain functions that check identity: on a deep copy of the model they do nothing.
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module is model:
+            if any(module is each for each in watched):
                 self._begin(args, kwargs)
 
         def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if module is model:
+            if any(module is each for each in watched):
                 self._end()
 
         with ExitStack() as stack:
             stack.enter_context(watch_attention(self.mllm, self._see))
-            stack.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
-            stack.callback(model.register_forward_hook(end).remove)
+            for module in watched:
+                stack.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(end).remove)
             self._exit = stack.pop_all()
         return self
 

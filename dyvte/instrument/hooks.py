@@ -139,7 +139,6 @@ class LayerCall:
 
     index: int
     forward: Callable[..., Any]
-    hidden_name: str
     hidden: Tensor
     arguments: dict[str, Any]
     uses_flash: bool
@@ -157,7 +156,8 @@ class LayerCall:
     def run(self, hidden: Tensor | None = None, **replaced: Any) -> Any:
         """Call the layer, with other input states or arguments where given; returns what the layer returns."""
         states = self.hidden if hidden is None else hidden
-        return self.forward(**{self.hidden_name: states}, **{**self.arguments, **replaced})
+        arguments = {**self.arguments, **replaced}
+        return self.forward(states, **arguments)  # by position: checkpointing looks for gradients there
 
     def packed(
         self, selection: Selection, key_bias: Tensor | None = None, places: Selection | None = None
@@ -287,7 +287,7 @@ def drive_layers(mllm: MLLM, run: Callable[[LayerCall], Any]) -> Iterator[None]:
         def call(*args: Any, **kwargs: Any) -> Any:
             arguments = dict(zip(names, args, strict=False)) | kwargs
             hidden = arguments.pop(names[0])
-            return run(LayerCall(index, forward, names[0], hidden, arguments, uses_flash))
+            return run(LayerCall(index, forward, hidden, arguments, uses_flash))
 
         return call
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dyvte.cost.flops import overhead
 from dyvte.instrument.attention_calls import AttentionCall, watch_attention
 from dyvte.instrument.hooks import Selection
 from dyvte.instrument.role_attention import allowed_pairs
 from dyvte.layout import TokenLayout
-from dyvte.mllm import MLLM
+from dyvte.mllm import MLLM, as_mllm
 from dyvte.policies.base import Policy, PolicyRun, Prefill
 from dyvte.policies.token_scores import attention_rows
 
@@ -105,8 +105,9 @@ class AttentionPolicy(Policy):
         raise NotImplementedError
 
     @contextmanager
-    def __call__(self, mllm: MLLM, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
+    def __call__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
         """As `Policy.__call__`; also refuses models whose attention cannot be watched."""
+        mllm = as_mllm(model)
         with super().__call__(mllm, layout) as run:
             watched = frozenset(self.watched_layers(mllm))
 

@@ -20,7 +20,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -41,6 +41,8 @@ from dyvte.instrument.hooks import (
     with_states,
 )
 from dyvte.layout import TokenLayout
+from dyvte.mllm import as_mllm
+from dyvte.model_parts import inner_models
 
 if TYPE_CHECKING:
     from dyvte.mllm import MLLM
@@ -159,13 +161,13 @@ class Policy:
         raise NotImplementedError
 
     @contextmanager
-    def __call__(self, mllm: MLLM, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
+    def __call__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
         """Run the model under this policy within the block.
 
         Args:
-            mllm: the model.
-            layout: roles of the positions of the next prefills, where ids alone do not tell (teacher-forced answers);
-                by default found from the ids of each forward call.
+            model: an `MLLM`, or a transformers model (compiled, of PEFT, or plain).
+            layout: roles of the positions of the one prefill of the block, where ids alone do not tell (teacher-forced
+                answers); by default found from the ids of each forward call.
 
         Yields:
             A `PolicyRun`, whose `exit_layers` are those of the last prefill.
@@ -173,6 +175,7 @@ class Policy:
         Raises:
             UnsupportedError: the model, its cache or the way of generating cannot be driven exactly.
         """
+        mllm = as_mllm(model)
         self.check(mllm)
         with _Engine.of(mllm).running(self, layout) as run:
             yield run
@@ -242,18 +245,21 @@ class _Engine:
         with ExitStack() as stack:
             stack.enter_context(drive_layers(self.mllm, self._run_layer))
             stack.enter_context(override_method(model, "generate", checked_generate))
-            stack.callback(model.register_forward_pre_hook(self._hook(self._begin), with_kwargs=True).remove)
-            stack.callback(model.register_forward_hook(self._hook(self._end), always_call=True).remove)
+            # PEFT's forward runs the inner model's without its hooks, and its generate calls the inner model
+            for module in (model, *inner_models(model)):
+                begin = self._hook(module, self._begin)
+                stack.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(self._hook(module, self._end), always_call=True).remove)
             self._engines[model] = self
             stack.callback(self._engines.pop, model)
             yield
 
-    def _hook(self, function: Callable[..., None]) -> Callable[..., None]:
+    @staticmethod
+    def _hook(watched: nn.Module, function: Callable[..., None]) -> Callable[..., None]:
         """A plain function that does nothing on a deep copy of the model."""
-        model = self.mllm.model
 
         def hook(module: nn.Module, *rest: Any) -> None:
-            if module is model:
+            if module is watched:
                 function(*rest)
 
         return hook
@@ -291,26 +297,38 @@ class _Engine:
             run.prefill = self.prefill
 
     def _layout(self, input_ids: Tensor, mask: Tensor | None) -> TokenLayout:
-        for _, layout, _ in self.policies:
-            if layout is not None and layout.roles.shape == input_ids.shape:
-                return layout.to(input_ids.device)
-        return self.mllm.layout(input_ids, mask)
+        found = self.mllm.layout(input_ids, mask)
+        for _, layout, run in self.policies:
+            if layout is None:
+                continue
+            if run.prefill is not None:
+                raise UnsupportedError("a layout belongs to one prefill: enter the block anew for the next batch")
+            given = layout.to(input_ids.device)
+            if given.roles.shape != found.roles.shape or not torch.equal(given.padding, found.padding):
+                raise UnsupportedError(
+                    f"the layout given to the policy is of another batch: its shape is {tuple(given.roles.shape)} and "
+                    f"that of the inputs {tuple(found.roles.shape)}, or their padding differs"
+                )
+            if (given.visual & ~found.visual).any():
+                raise UnsupportedError("the layout given to the policy has visual positions where the inputs have none")
+            return given
+        return found
 
     def _check_continued(self, cache: Cache, input_ids: Tensor, pixel_values: Tensor | None) -> None:
-        filled_under = getattr(cache, "dyvte_policies", None)
-        if filled_under != self._signature():
+        filled_under = getattr(cache, "dyvte_policies", [])
+        active = [policy for policy, _, _ in self.policies]
+        if not same_settings(filled_under, active):
+            names, now = (", ".join(map(repr, each)) or "no policy" for each in (filled_under, active))
+            weights = "; their weights differ" if names == now else ""
             raise UnsupportedError(
-                f"the KV cache was filled under {filled_under or 'no policy'}, which is not the policy of this block "
-                f"({self._signature()}); prefill again"
+                f"the KV cache was filled under {names}, which is not the policy of this block ({now}{weights}); "
+                "prefill again"
             )
         # A single token was generated; that it is the image token (of a model with random weights) does not matter.
         if pixel_values is not None or (input_ids.shape[1] > 1 and self.mllm.layout(input_ids).visual.any()):
             raise UnsupportedError(
                 "images in a later part of a prompt (chunked prefill, a further turn) are not supported"
             )
-
-    def _signature(self) -> str:
-        return ", ".join(repr(policy) for policy, _, _ in self.policies)
 
     def _end(self, *_: Any) -> None:
         if self.prefill is not None:
@@ -345,7 +363,7 @@ class _Engine:
         if call.index == 0 and call.cache is not None:
             check_cache(call.cache)
             restore_layers(call.cache)
-            call.cache.dyvte_policies = self._signature()
+            call.cache.dyvte_policies = [copy.copy(policy) for policy, _, _ in self.policies]
         prefill.hidden = call.hidden
         with overhead():
             for policy, _, _ in self.policies:
@@ -374,10 +392,37 @@ class _Engine:
         return getattr(self.mllm.attentions[layer], "layer_idx", layer)
 
 
+DYNAMIC_CACHES = ("dynamic", "dynamic_full", "hybrid")
+"""Cache implementations that are dynamic; "hybrid" is what transformers itself takes for dynamic (its #40039)."""
+
+
+def same_settings(one: Any, other: Any) -> bool:
+    """Whether two settings, or lists of policies, are equal in type, values and weights."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return one.shape == other.shape and torch.equal(one, other.to(one.device))
+    if isinstance(one, nn.Module):
+        return same_settings(dict(one.state_dict()), dict(other.state_dict()))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_settings(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same_settings, one, other))
+    if is_dataclass(one) and not isinstance(one, type):
+        return all(same_settings(getattr(one, each.name), getattr(other, each.name)) for each in fields(one))
+    return bool(one == other)
+
+
 def _check_generation(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse ways of generating that do not go through one prefill and single steps on a dynamic cache."""
     config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
     settings = {**copy.copy(config).to_dict(), **kwargs}
+    if model.training and getattr(model, "is_gradient_checkpointing", False):
+        raise UnsupportedError(
+            "gradient checkpointing in train mode generates without a KV cache: call model.eval() before generating"
+        )
     if settings.get("prefill_chunk_size") is not None:
         raise UnsupportedError("chunked prefill (prefill_chunk_size) is not supported: a policy needs the whole prompt")
     assistant = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
@@ -387,5 +432,5 @@ def _check_generation(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
                 f"assisted decoding ({name}) is not supported: it takes tokens back from the KV cache"
             )
     implementation = settings.get("cache_implementation")
-    if implementation is not None and implementation not in ("dynamic", "dynamic_full"):
+    if implementation is not None and implementation not in DYNAMIC_CACHES:
         raise UnsupportedError(f"a KV cache of kind {implementation!r} is not supported under a policy; use 'dynamic'")

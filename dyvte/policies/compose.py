@@ -7,9 +7,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 
+from torch import nn
+
 from dyvte.errors import UnsupportedError
 from dyvte.layout import TokenLayout
-from dyvte.mllm import MLLM
+from dyvte.mllm import MLLM, as_mllm
 from dyvte.policies.base import Policy, PolicyRun, Prefill
 from dyvte.policies.exits.dynamic_exit import DynamicExit
 from dyvte.policies.exits.fixed_exit import FixedExit
@@ -63,8 +65,9 @@ class Compose(Policy):
                 )
 
     @contextmanager
-    def __call__(self, mllm: MLLM, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
+    def __call__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
         """As `Policy.__call__`."""
+        mllm = as_mllm(model)
         self.check(mllm)
         with ExitStack() as stack:
             runs = [stack.enter_context(policy(mllm, layout)) for policy in self.policies]

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dyvte.cost.flops import overhead
 from dyvte.errors import ConfigError, UnsupportedError
 from dyvte.instrument.attention_calls import AttentionCall, watch_attention
 from dyvte.instrument.vision_tower import TowerNeeds, TowerTokens, TowerWatch, VisionTower
 from dyvte.layout import TokenLayout
-from dyvte.mllm import MLLM
+from dyvte.mllm import MLLM, as_mllm
 from dyvte.policies.attention_policy import LayerAttention
 from dyvte.policies.base import Policy, PolicyRun, Prefill
 from dyvte.policies.positions import check_positions, make_contiguous, shifted_decoding
@@ -157,8 +157,9 @@ class ScorerPolicy(Policy):
             raise ConfigError(f"{type(self).__name__}: positions='contiguous' is for what leaves before layer 0")
 
     @contextmanager
-    def __call__(self, mllm: MLLM, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
+    def __call__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
         """As `Policy.__call__`; also refuses vision towers that are not mapped exactly, where one is needed."""
+        mllm = as_mllm(model)
         with super().__call__(mllm, layout) as run, ExitStack() as stack:
             needs = self.tower_needs(mllm)
             if needs:

@@ -15,14 +15,14 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dyvte.batch import Batch
 from dyvte.errors import DataError, UnsupportedError
 from dyvte.instrument.hooks import LayerCall, drive_layers, is_driven, output_states, override_method, with_states
 from dyvte.instrument.sweep.criteria import kl_to_full
 from dyvte.layout import TokenLayout
-from dyvte.mllm import MLLM
+from dyvte.mllm import MLLM, as_mllm
 from dyvte.policies.base import Policy, PolicyRun, Prefill
 
 
@@ -47,8 +47,9 @@ class SkipAttention(Policy):
             )
 
     @contextmanager
-    def __call__(self, mllm: MLLM, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
+    def __call__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
         """As `Policy.__call__`."""
+        mllm = as_mllm(model)
         with super().__call__(mllm, layout) as run, skipped_attention(mllm, self.layers):
             yield run
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dyvte.errors import UnsupportedError
 from dyvte.layout import TokenLayout
-from dyvte.mllm import MLLM
+from dyvte.mllm import MLLM, as_mllm
 from dyvte.policies.base import Policy, PolicyRun, Prefill
 from dyvte.policies.token_scores import images, place_in_image
 
@@ -88,13 +88,14 @@ class DownsampleImage(AveragePool):
     """
 
     @contextmanager
-    def __call__(self, mllm: MLLM, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
+    def __call__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
         """As `Policy.__call__`."""
-        model = mllm.model
-        names = list(inspect.signature(model.forward).parameters)
+        mllm = as_mllm(model)
+        owner = mllm.model
+        names = list(inspect.signature(owner.forward).parameters)
 
         def coarsen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if module is not model:
+            if module is not owner:
                 return None
             inputs = dict(zip(names, args, strict=False)) | kwargs
             pixels = inputs.get("pixel_values")
@@ -103,7 +104,7 @@ class DownsampleImage(AveragePool):
             return (), {**inputs, "pixel_values": self._coarser(pixels)}
 
         with super().__call__(mllm, layout) as run:
-            handle = model.register_forward_pre_hook(coarsen, with_kwargs=True)
+            handle = owner.register_forward_pre_hook(coarsen, with_kwargs=True)
             try:
                 yield run
             finally:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dyvte.errors import UnsupportedError
 from dyvte.layout import TokenLayout
-from dyvte.mllm import MLLM
+from dyvte.mllm import MLLM, as_mllm
 from dyvte.policies.base import Policy, PolicyRun, Prefill
 from dyvte.policies.pruning.fastv import check_share
 from dyvte.policies.token_scores import images, tokens_in_image
@@ -126,8 +126,9 @@ class ToMe(Policy):
         return [layer - 1 for layer, number in enumerate(self.schedule(mllm.num_layers)) if number and layer]
 
     @contextmanager
-    def __call__(self, mllm: MLLM, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
+    def __call__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
         """As `Policy.__call__`."""
+        mllm = as_mllm(model)
         with super().__call__(mllm, layout) as run, ExitStack() as stack:
             for layer in self._keys_of(mllm):
                 projection: Any = mllm.attentions[layer].k_proj

@@ -1,0 +1,84 @@
+"""Finding the parts of a multimodal LLM: its text decoder, attention modules, image placeholders, inner models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from dyvte.errors import ModelError
+
+
+def text_config_of(model: nn.Module) -> Any:
+    """The configuration of the text decoder."""
+    config: Any = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise ModelError(f"{type(model).__name__} is not a transformers model")
+    return config.get_text_config(decoder=True)
+
+
+def visual_token_ids_of(model: nn.Module, processor: Any) -> tuple[int, ...]:
+    """Placeholder ids, the image's first: from the config, else from the processor."""
+    config: Any = model.config
+    found = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
+    found.append(getattr(processor, "image_token_id", None))
+    image_ids = [each for each in found if isinstance(each, int) and each >= 0]
+    if not image_ids:
+        raise ModelError(
+            f"{type(model).__name__} (model type {config.model_type!r}) has no image token: dyvte needs a multimodal "
+            "LLM that puts visual tokens into the sequence of its decoder"
+        )
+    video = [getattr(config, name, None) for name in ("video_token_id", "video_token_index")]
+    video_ids = [each for each in video if isinstance(each, int) and each >= 0]
+    return tuple(dict.fromkeys([image_ids[0], *video_ids]))
+
+
+def find_decoder(model: nn.Module, text_config: Any) -> tuple[nn.Module, nn.ModuleList]:
+    """The text decoder stack and its layers.
+
+    `get_decoder()` may return the stack, a causal LM around it, or the whole model with its vision tower, so the list
+    of `num_hidden_layers` decoder layers is looked for below it, first where the config is the decoder's.
+    """
+    get_decoder = getattr(model, "get_decoder", None)
+    root = get_decoder() if get_decoder is not None else model
+    candidates = [
+        (module, child)
+        for module in root.modules()
+        for child in module.children()
+        if isinstance(child, nn.ModuleList) and len(child) == text_config.num_hidden_layers and _is_decoder(child)
+    ]
+    if not candidates:
+        raise ModelError(
+            f"{type(model).__name__}: found no list of {text_config.num_hidden_layers} decoder layers below "
+            f"{type(root).__name__}"
+        )
+    text_type = text_config.model_type
+    of_text = [pair for pair in candidates if getattr(getattr(pair[0], "config", None), "model_type", "") == text_type]
+    decoder, layers = (of_text or candidates)[0]
+    for index, layer in enumerate(layers):
+        crossing = [name for name, _ in layer.named_children() if "cross_attn" in name or "crossattention" in name]
+        if crossing:
+            raise ModelError(
+                f"{type(model).__name__}: decoder layer {index} reads the image through {crossing[0]}; dyvte needs "
+                "visual tokens in the sequence of the decoder"
+            )
+    return decoder, layers
+
+
+def _is_decoder(layers: nn.ModuleList) -> bool:
+    return any(self_attention_of(layer) is not None for layer in layers)
+
+
+def self_attention_of(layer: nn.Module) -> nn.Module | None:
+    """The self-attention module among the children of a decoder layer."""
+    for name in ("self_attn", "self_attention", "attention", "attn"):
+        module = getattr(layer, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    return None
+
+
+def inner_models(model: Any) -> list[Any]:
+    """The model that a PEFT wrapper's `generate` calls directly, as a list; empty for other models."""
+    inner = getattr(model, "get_base_model", None)
+    return [] if inner is None or inner() is model else [inner()]
