@@ -25,7 +25,7 @@ from dyvte.data.base import Dataset, Sample, build_dataset
 from dyvte.data.metrics import exact_match
 from dyvte.gates.controls import control_exits, exits_by_hops
 from dyvte.gates.labels import LabelSet, LabelSettings, collect_labels, label_fingerprint
-from dyvte.gates.metrics import at_exit, cluster_interval, mixture_cost
+from dyvte.gates.metrics import at_exit, cluster_interval, mixture_cost, share_interval
 from dyvte.gates.module import QUESTION
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy
@@ -78,7 +78,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any] | None:
         folder.write_table("controls", control_table(policy, cfg.policy.gates, answers, reference))
     if (hops := exits_by_hops(answers, reference)) is not None:
         folder.write_table("hops", hops)
-    kinds = {str(kind): figures(rows, reference) for kind, rows in answers.groupby("kind")}
+    kinds = {str(kind): figures(rows, reference) for kind, rows in answers.fillna({"kind": ""}).groupby("kind")}
     folder.write_table("kinds", pd.DataFrame([{"kind": kind, **_scalars(each)} for kind, each in kinds.items()]))
     summary = folder.write_summary(
         model=cfg.model.name,
@@ -179,16 +179,10 @@ def expected_figures(share: Tensor, answers: pd.DataFrame, reference: LabelSet) 
         "flops_decoder": float(expected(reference.flops).mean()),
         "cost": float(expected(reference.flops).mean() / reference.flops[rows, -1].double().mean()),
     }
-    correct = reference.correct[rows]
-    measured = {
-        "accuracy": expected(reference.correct),
-        "accuracy_loss": correct[:, -1] - expected(reference.correct),
-        "agreement": expected(reference.agree),
-    }
-    for column, values in measured.items():
-        interval = cluster_interval if column == "accuracy_loss" else _share_interval
-        row[column], row[f"{column}_low"], row[f"{column}_high"] = interval(values, images)
-    row["full_accuracy"] = float(correct[:, -1].mean())
+    agreement = share_interval(expected(reference.agree), images)
+    correctness = _correctness(expected(reference.correct), reference.correct[rows, -1].double(), images)
+    correctness |= {"agreement": agreement[0], "agreement_ci": agreement[1:]}
+    row |= _flat_intervals(correctness)
     flops, agree = reference.flops[rows].double().mean(0), reference.agree[rows].double().mean(0)
     row["cost_of_fixed_exits"] = mixture_cost(flops / flops[-1], agree, row["agreement"])
     row["cost_ratio"] = row["cost"] / row["cost_of_fixed_exits"]
@@ -276,26 +270,53 @@ def _flops(
 # -------------------------------------------------------------------------- figures
 
 
-def _share_interval(values: Tensor, images: Sequence[str]) -> tuple[float, float, float]:
-    """Mean of [n] values from 0 to 1 with its interval, which ends there too."""
-    mean, low, high = cluster_interval(values, images)
-    return mean, max(low, 0.0), min(high, 1.0)  # in this order NaN stays
+def _flat_intervals(found: dict[str, Any]) -> dict[str, Any]:
+    """Every `name_ci` as the columns `name_low` and `name_high`."""
+    flat = {name: value for name, value in found.items() if not name.endswith("_ci")}
+    for name in found.keys() - flat.keys():
+        flat[f"{name[:-3]}_low"], flat[f"{name[:-3]}_high"] = found[name] or (None, None)
+    return flat
+
+
+def _correctness(correct: Tensor, full_correct: Tensor, images: Sequence[str]) -> dict[str, Any]:
+    """Accuracy, the full model's and the loss, over the questions that have a reference; None where none has one.
+
+    Args:
+        correct: [n] share of right answers, NaN without a reference.
+        full_correct: [n] the same of the full model.
+        images: length n.
+    """
+    known = ~(correct.isnan() | full_correct.isnan())
+    found: dict[str, Any] = {"num_references": int(known.sum())}
+    if not known.any():
+        return found | dict.fromkeys(["accuracy", "accuracy_ci", "full_accuracy", "accuracy_loss", "accuracy_loss_ci"])
+    correct, full_correct = correct[known], full_correct[known]
+    images = [image for image, there in zip(images, known.tolist(), strict=True) if there]
+    accuracy = share_interval(correct, images)
+    loss = cluster_interval(full_correct - correct, images, largest=1.0)
+    return found | {
+        "accuracy": accuracy[0],
+        "accuracy_ci": accuracy[1:],
+        "full_accuracy": float(full_correct.mean()),
+        "accuracy_loss": loss[0],
+        "accuracy_loss_ci": loss[1:],
+    }
 
 
 def figures(answers: pd.DataFrame, reference: LabelSet) -> dict[str, Any]:
     """What some questions' answers and costs come to, beside fixed exits and the oracle on the same questions.
 
     `cost` is decoder FLOPs over the full model's, `cost_of_fixed_exits` that of the best mixture of fixed exits with
-    the same agreement, `oracle` the cheapest exit of every question that keeps its answer. Intervals are two-sided 95%,
-    clustered by image.
+    the same agreement, `oracle` the cheapest exit of every question that keeps its answer. Accuracies are over the
+    `num_references` questions that have a reference, and None without any. Intervals are two-sided 95%, clustered by
+    image.
     """
     rows = reference_rows(answers, reference)
     images = answers["image_id"].tolist()
     agree, full_flops = reference.agree[rows], float(reference.flops[rows, -1].double().mean())
     cost = reference.flops[rows].double() / full_flops
-    agreement = _share_interval(_tensor(answers["agree"]), images)
-    loss = cluster_interval(_tensor(answers["full_correct"] - answers["correct"]), images)
-    accuracy = _share_interval(_tensor(answers["correct"]), images)
+    agreement = share_interval(_tensor(answers["agree"]), images)
+    correctness = _correctness(_tensor(answers["correct"]), _tensor(answers["full_correct"]), images)
     exits = answers["exit_layer"].to_numpy()
     flops = float(answers["flops_decoder"].mean())
     own_cost = flops / full_flops
@@ -303,11 +324,7 @@ def figures(answers: pd.DataFrame, reference: LabelSet) -> dict[str, Any]:
     lucky = agree.int().argmax(1)
     return {
         "num_questions": len(answers),
-        "accuracy": accuracy[0],
-        "accuracy_ci": accuracy[1:],
-        "full_accuracy": float(answers["full_correct"].mean()),
-        "accuracy_loss": loss[0],
-        "accuracy_loss_ci": loss[1:],
+        **correctness,
         "agreement": agreement[0],
         "agreement_ci": agreement[1:],
         "mean_exit_layer": float(exits.mean()),
@@ -321,7 +338,7 @@ def figures(answers: pd.DataFrame, reference: LabelSet) -> dict[str, Any]:
             "flops_decoder": float(at_exit(reference.flops[rows], lucky).double().mean()),
             "cost": float(at_exit(cost, lucky).mean()),
             "mean_exit_layer": float(lucky.double().mean()),
-            "accuracy": float(answers["full_correct"].mean()),
+            "accuracy": correctness["full_accuracy"],
             "agreement": 1.0,
         },
         "new_tokens": float(answers["new_tokens"].mean()),
@@ -374,12 +391,18 @@ def write_answer_file(path: Path, answers: pd.DataFrame, model: str) -> None:
 
 
 def _print(summary: dict[str, Any]) -> None:
-    columns = ["accuracy", "agreement", "mean_exit_layer", "cost", "cost_of_fixed_exits"]
-    rows = {"all": summary, **summary["kinds"]}
-    table = pd.DataFrame({name: {column: each[column] for column in columns} for name, each in rows.items()}).T
-    print(table.to_string(float_format=lambda value: f"{value:.3f}"))
+    columns = ["num_questions", "accuracy", "agreement", "mean_exit_layer", "cost", "cost_of_fixed_exits"]
+    rows = [("all questions", summary), *((f"kind {kind!r}", each) for kind, each in summary["kinds"].items())]
+    table = pd.DataFrame(
+        [[each[column] for column in columns] for _, each in rows], [name for name, _ in rows], columns
+    )
+    print(table.to_string(float_format=lambda value: f"{value:.3f}", na_rep="-"))
+    if summary["accuracy_loss_ci"] is None:
+        print("accuracy: no question has a reference answer; agreement is with the full model's answers")
+        return
     low, high = summary["accuracy_loss_ci"]
-    print(f"accuracy loss {summary['accuracy_loss']:.4f}, 95% interval [{low:.4f}, {high:.4f}]")
+    of = f"{summary['num_references']} of {summary['num_questions']} questions with a reference"
+    print(f"accuracy loss {summary['accuracy_loss']:.4f}, 95% interval [{low:.4f}, {high:.4f}], over {of}")
 
 
 # ----------------------------------------------------------------------- comparison
@@ -400,14 +423,16 @@ def compare(path: Path, reference: LabelSet, fixed: pd.DataFrame) -> pd.DataFram
         if summary.get("reference") != reference.folder.path.name:
             continue
         row = {column: summary[column] for column in COMPARED}
-        for column in ("accuracy", "accuracy_loss", "agreement"):
-            row[f"{column}_low"], row[f"{column}_high"] = summary[f"{column}_ci"]
-        rows.append(row)
+        intervals = {name: summary[name] for name in ("accuracy_ci", "accuracy_loss_ci", "agreement_ci")}
+        rows.append(row | _flat_intervals(intervals))
         oracle = summary["oracle"]
         if (controls := file.with_name("controls.parquet")).is_file():
             of_policy = pd.read_parquet(controls)
             rows += of_policy.assign(policy=f"{row['policy']}: " + of_policy["policy"]).to_dict("records")
     table = pd.DataFrame(rows).sort_values("flops_decoder", ignore_index=True)
+    measured = table.columns.drop("policy")
+    table[measured] = table[measured].apply(pd.to_numeric)  # without any reference, columns of None
+    oracle = {key: float("nan") if value is None else value for key, value in oracle.items()}
     folder = RunFolder(path)
     folder.write_table("comparison", table)
     title = f"{len(reference)} questions, {reference.num_layers} layers; intervals 95%, clustered by image"

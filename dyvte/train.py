@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import math
 import shutil
 import time
 from dataclasses import dataclass
@@ -12,7 +14,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -29,6 +30,7 @@ from dyvte.gates.metrics import (
     first_exit,
     layer_report,
     mixture_cost,
+    questions_for,
     thresholds_by_depth,
     upper_limit,
 )
@@ -37,6 +39,10 @@ from dyvte.gates.training import GateData, Recipe, average_gates, evaluate_loss,
 from dyvte.runs import distributed
 from dyvte.runs.config import command, load_model
 from dyvte.runs.store import RunFolder
+from dyvte.runs.targets import build, find_target
+
+STOPPING_SHARE = 0.1
+"""Share of the images, of those that the threshold is not chosen on, that say when training stops."""
 
 
 @command("train")
@@ -73,6 +79,7 @@ def train(cfg: DictConfig) -> Gates | None:
         return None
     started = time.perf_counter()
     split = split_labels(labels, cfg)
+    _check_bound(split, cfg)
     fit = fit_gates(mllm.num_layers, mllm.hidden_size, split, cfg, list(cfg.recipe.status), mllm.device, folder)
     fit.gates.facts = {
         "model": cfg.model.name,
@@ -111,17 +118,20 @@ def train(cfg: DictConfig) -> Gates | None:
 
 @dataclass(frozen=True)
 class Split:
-    """A label set in two parts that share no image.
+    """A label set in three parts that share no image.
 
     Attributes:
         labels: the set.
         rule: [n, L + 1] labels after the recipe's rule.
-        train, validation: rows of the set.
+        train: rows of the set that gates learn from.
+        stopping: rows that say when to stop.
+        validation: rows that the threshold is chosen on; nothing that they could have shaped is measured on them.
     """
 
     labels: LabelSet
     rule: Tensor
     train: Tensor
+    stopping: Tensor
     validation: Tensor
 
     def data(self, rows: Tensor, status: Tensor) -> GateData:
@@ -136,6 +146,8 @@ class Split:
 def split_labels(labels: LabelSet, cfg: DictConfig) -> Split:
     """Questions with an image, split by image; the part that an image falls into depends on its id and the seed alone.
 
+    The threshold takes `validation_share` of the images, early stopping `STOPPING_SHARE` of the others.
+
     Raises:
         DataError: one of the parts is empty.
         ConfigError: `validation_share` is not between 0 and 1.
@@ -143,16 +155,38 @@ def split_labels(labels: LabelSet, cfg: DictConfig) -> Split:
     if not 0 < cfg.validation_share < 1:
         raise ConfigError(f"validation_share is {cfg.validation_share}; give a number between 0 and 1")
     share = torch.tensor([_hash_share(f"{cfg.seed} {image}") for image in labels.samples["image_id"]])
-    held_out = share < cfg.validation_share
-    train = (~held_out & labels.has_image).nonzero().flatten()
+    learning = cfg.validation_share + (1 - cfg.validation_share) * STOPPING_SHARE
+    validation, stopping, train = (
+        (part & labels.has_image).nonzero().flatten()
+        for part in (
+            share < cfg.validation_share,
+            (cfg.validation_share <= share) & (share < learning),
+            learning <= share,
+        )
+    )
     if cfg.train_samples is not None:
         train = train[: cfg.train_samples]
-    validation = (held_out & labels.has_image).nonzero().flatten()
-    if not len(train) or not len(validation):
+    if not (len(train) and len(stopping) and len(validation)):
         raise DataError(
-            f"{len(train)} questions to train on and {len(validation)} to validate on; both need some with an image"
+            f"{len(train)} questions to train on, {len(stopping)} to stop on and {len(validation)} to choose the "
+            f"threshold on; each part needs some with an image: give more questions (data.limit)"
         )
-    return Split(labels, labels.labels(cfg.recipe.rule, cfg.recipe.ratio, cfg.recipe.eps), train, validation)
+    rule = labels.labels(cfg.recipe.rule, cfg.recipe.ratio, cfg.recipe.eps)
+    return Split(labels, rule, train, stopping, validation)
+
+
+def _check_bound(split: Split, cfg: DictConfig) -> None:
+    """Raise where no threshold could keep the recipe's bound, whatever the gates: too few questions to show it."""
+    n, recipe = len(split.validation), cfg.recipe
+    if recipe.threshold != "auto" or n >= (needed := questions_for(recipe.bound, recipe.confidence)):
+        return
+    asked = math.ceil(needed * len(split.labels) / n)
+    reachable = upper_limit(torch.zeros(n, dtype=torch.bool), range(n), recipe.confidence)
+    raise DataError(
+        f"gates not trained: {n} validation questions cannot show that at most {recipe.bound:.3g} of the answers "
+        f"change (recipe.bound); {needed} can, about {asked} questions in all (data.limit); or set recipe.bound="
+        f"{math.ceil(1000 * reachable) / 1000:.3g} or a recipe.threshold of your own, such as 0.9"
+    )
 
 
 def _hash_share(text: str) -> float:
@@ -182,9 +216,14 @@ def fit_gates(
 
     `cfg.recipe` and `cfg.seed` say how.
     """
-    recipe: Recipe = instantiate(cfg.recipe.training)
+    settings: Any = OmegaConf.to_container(cfg.recipe, resolve=True)
+    recipe: Recipe = build(settings["training"], Recipe)
+    optimizer = {key: value for key, value in settings["optimizer"].items() if key != "_partial_"}
+    make_optimizer = functools.partial(find_target(optimizer.pop("_target_"), torch.optim.Optimizer), **optimizer)
     status = split.labels.status(parts)
-    validation = split.data(split.validation, status)
+    train_data, stopping, validation = (
+        split.data(rows, status) for rows in (split.train, split.stopping, split.validation)
+    )
     history: list[dict[str, float]] = []
     writer = None
     if folder is not None:
@@ -202,11 +241,9 @@ def fit_gates(
                 progress.update()
                 progress.set_postfix({name: f"{value:.4f}" for name, value in losses.items()})
                 if writer is not None:
-                    _write_scalars(writer, f"member_{member}", epoch, losses, gates, validation)
+                    _write_scalars(writer, f"member_{member}", epoch, losses, gates, stopping)
 
-            train_data = split.data(split.train, status)
-            make_optimizer = instantiate(cfg.recipe.optimizer)
-            results.append(train_gates(gates, train_data, validation, recipe, make_optimizer, cfg.seed + member, log))
+            results.append(train_gates(gates, train_data, stopping, recipe, make_optimizer, cfg.seed + member, log))
             members.append(gates)
     if writer is not None:
         writer.close()
@@ -217,6 +254,12 @@ def fit_gates(
     threshold, caution = cfg.recipe.threshold, cfg.recipe.caution
     if threshold == "auto":
         threshold, _ = choose_threshold(probability, agree, images, cfg.recipe.bound, cfg.recipe.confidence, caution)
+        if threshold >= 1 and folder is not None:
+            raise DataError(
+                f"gates not saved, they would never exit: under no threshold do {len(split.validation)} validation "
+                f"questions show that at most {cfg.recipe.bound:.3g} of the answers change; train on more questions "
+                f"(data.limit) or set a larger recipe.bound"
+            )
     gates.threshold = thresholds_by_depth(float(threshold), num_layers, caution)
     exits = first_exit(probability, gates.thresholds())
     agreement = float(at_exit(agree, exits).double().mean())
@@ -224,6 +267,7 @@ def fit_gates(
         "epochs": sum(each["epochs"] for each in results),
         "validation_loss": evaluate_loss(gates, validation, recipe),
         "train_questions": len(split.train),
+        "stopping_questions": len(split.stopping),
         "validation_questions": len(split.validation),
         "threshold": float(threshold),
         "agreement": agreement,

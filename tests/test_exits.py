@@ -170,12 +170,7 @@ def naive_summary(mllm: MLLM, dataset: Dataset, max_new_tokens: int, flip: bool)
         entropies.append(np.stack([entropy for _, _, entropy in runs]))
         prompt = mllm.encode([sample.image], [sample.question])["input_ids"][0]
         total, text = len(prompt), int((prompt != mllm.image_token_id).sum())
-        flops.append(
-            [
-                plan_decoder_flops(mllm.text_config, [total] * k + [text] * (num_layers - k))
-                for k in range(num_layers + 1)
-            ]
-        )
+        flops.append([plan_decoder_flops(mllm, [total] * k + [text] * (num_layers - k)) for k in range(num_layers + 1)])
     names = {"accuracy": correct, "agreement": agreement, "kl": kl, "kl_reverse": reverse, "flops_decoder": flops}
     summary: dict[str, Any] = {name: np.mean(values, axis=0) for name, values in names.items()}
     summary["entropy"] = np.mean(entropies, axis=0)

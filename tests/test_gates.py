@@ -28,6 +28,7 @@ from dyvte.gates.metrics import (
     first_exit,
     layer_report,
     mixture_cost,
+    share_interval,
     thresholds_by_depth,
     upper_limit,
 )
@@ -294,6 +295,24 @@ def test_a_difference_of_means_on_shared_images_is_paired() -> None:
     apart = difference_interval(values, second, ~second, np.arange(400))  # images of their own: as of two samples
     halves = [np.ptp(cluster_interval(values[each], np.arange(200))[1:]) / 2 for each in (second, ~second)]
     assert (apart[2] - apart[1]) / 2 == pytest.approx(np.hypot(*halves), rel=1e-2)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.02, 0.5, 0.98, 1.0])
+@pytest.mark.parametrize(("num_images", "per_image"), [(1, 1), (1, 8), (7, 1), (20, 3), (200, 2)])
+def test_an_interval_of_a_rate_has_a_width_and_covers_it(rate: float, num_images: int, per_image: int) -> None:
+    rng = np.random.default_rng(0)
+    images = np.repeat(np.arange(num_images), per_image)
+    covered = 0
+    for _ in range(200):
+        values = torch.from_numpy(rng.random(len(images)) < rate).double()
+        mean, low, high = share_interval(values, images)
+        assert 0 <= low <= mean <= high <= 1
+        assert high > low
+        covered += low <= rate <= high
+        mean, low, high = cluster_interval(values - values, images, largest=1.0)
+        assert low < 0 == mean < high
+    # with a handful of draws Wilson's interval covers a rate of 0.02 in 87% only: one success of seven excludes it
+    assert covered >= {1: 1, 7: 160}.get(num_images, 180)
 
 
 def test_cluster_interval_covers_the_mean() -> None:

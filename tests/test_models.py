@@ -338,6 +338,7 @@ def run_every_command(
                 "validation_share=0.5",
                 "labels.max_new_tokens=2",
                 "recipe.training.epochs=1",
+                "recipe.bound=0.95",
             ],
         )
     )

@@ -94,7 +94,7 @@ def test_planned_lengths_cost_what_the_counter_counts() -> None:
     with dyvte.FastV(layer=2, keep=0.5)(mllm), seen(mllm):
         counted = prefill_flops(mllm, batch).decoder
         counts = torch.stack(seen.masks, dim=1).sum(2).tolist()
-    assert sum(plan_decoder_flops(mllm.text_config, row) for row in counts) == counted
+    assert sum(plan_decoder_flops(mllm, row) for row in counts) == counted
 
 
 def test_settings_in_a_few_words() -> None:

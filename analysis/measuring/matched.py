@@ -100,14 +100,13 @@ class Calibration:
         mean = self.full / len(self.lengths)
         until = [[*shares[:k], *[0.0] * (layers - k)] for k in range(layers + 1)]
         rows = [
-            [plan_decoder_flops(self.mllm.text_config, _layer_lengths(text, visual, each)) for each in until]
+            [plan_decoder_flops(self.mllm, _layer_lengths(text, visual, each)) for each in until]
             for text, visual in self.lengths.tolist()
         ]
         return torch.tensor(rows, dtype=torch.float64) / mean
 
     def _flops(self, shares: Sequence[float]) -> float:
-        config = self.mllm.text_config
-        return float(sum(plan_decoder_flops(config, _layer_lengths(t, v, shares)) for t, v in self.lengths.tolist()))
+        return float(sum(plan_decoder_flops(self.mllm, _layer_lengths(t, v, shares)) for t, v in self.lengths.tolist()))
 
 
 def _layer_lengths(text: int, visual: int, shares: Sequence[float]) -> list[int]:

@@ -169,7 +169,7 @@ def answer(
             "id": sample.id,
             "answer": text,
             "correct": float("nan") if sample.answer is None else float(exact_match(text, sample.answer)),
-            "flops_decoder": float(plan_decoder_flops(mllm.text_config, count)),
+            "flops_decoder": float(plan_decoder_flops(mllm, count)),
             "exit_layer": exit_layer,
         }
         for sample, text, exit_layer, count in zip(samples, answers, exits, counts, strict=True)

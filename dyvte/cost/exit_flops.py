@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
     from dyvte.batch import Batch
     from dyvte.mllm import MLLM
-from dyvte.cost.flops import FlopCount, FlopCounter
+from dyvte.cost.flops import FlopCount, FlopCounter, layer_tally
 
 
 def exit_flops(mllm: MLLM, batch: Batch) -> list[FlopCount]:
@@ -30,23 +30,9 @@ def exit_flops(mllm: MLLM, batch: Batch) -> list[FlopCount]:
     return counts[::-1]
 
 
+@torch.no_grad()
 def _prefill_layer_flops(mllm: MLLM, batch: Batch) -> tuple[FlopCount, list[int]]:
     """`prefill_flops`, and the part of every decoder layer in it."""
-    counter = FlopCounter(mllm)
-    layers = [0] * mllm.num_layers
-
-    def tally(index: int, sign: int) -> Any:
-        def hook(*_: Any) -> None:
-            layers[index] += sign * counter.count.total
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(tally(index, -1)) for index, layer in enumerate(mllm.layers)]
-    handles += [layer.register_forward_hook(tally(index, 1)) for index, layer in enumerate(mllm.layers)]
-    try:
-        with torch.no_grad(), counter:
-            mllm.model(**batch, use_cache=True, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with FlopCounter(mllm) as counter, layer_tally(mllm, counter) as layers:
+        mllm.model(**batch, use_cache=True, logits_to_keep=1)
     return counter.count, layers

@@ -1,19 +1,25 @@
-"""Floating-point operations of a forward pass: counted as it runs, and planned from a config.
+"""Floating-point operations of a forward pass: counted as it runs, and planned from what was counted.
 
 A multiply-add is two operations. Attention is counted without its causal mask, as kernels for dense attention would
-compute it, so that sdpa, eager and meta tensors give the same number (and so do published ones).
+compute it, so that sdpa, eager and meta tensors give the same number (and so do published ones). What multiplies
+matrices out of the counter's sight is refused by name: a number that is too small is worse than none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from dyvte.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from dyvte.batch import Batch
@@ -41,14 +47,15 @@ class FlopCounter:
         counter.count
 
     Works inside and around policies, and in `generate`. Not reentrant.
+
+    Raises:
+        UnsupportedError: the model runs kernels whose operations cannot be seen, or (during the forward pass) an
+            operation whose cost is unknown.
     """
 
     def __init__(self, mllm: MLLM) -> None:
         self._decoder = mllm.decoder
-        # PyTorch's table lacks the kernel that scaled_dot_product_attention takes on the CPU
-        self._mode = FlopCounterMode(
-            display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-        )
+        self._mode = _StrictFlopCounter()
         self._handles: list[Any] = []
         self._entered_at: int | None = None
         self._decoder_flops = 0
@@ -59,6 +66,7 @@ class FlopCounter:
         return FlopCount(self._mode.get_total_flops(), self._decoder_flops)
 
     def __enter__(self) -> FlopCounter:
+        _refuse_unseen_kernels(self._decoder)
         self._decoder_flops, self._entered_at = 0, None
         self._handles = [
             self._decoder.register_forward_pre_hook(self._enter_decoder),
@@ -108,22 +116,142 @@ def prefill_flops(mllm: MLLM, batch: Batch) -> FlopCount:
     return counter.count
 
 
-def plan_decoder_flops(text_config: Any, lengths: Sequence[int]) -> int:
-    """Operations of one sequence's prefill in a decoder of Llama's form, from its config alone.
+def plan_decoder_flops(mllm: MLLM, lengths: Sequence[int]) -> int:
+    """Operations of one sequence's prefill in the decoder, from the number of positions that each layer runs on.
+
+    Every layer costs `a n + b n^2` for n positions; `a` and `b` come from counting the decoder at two lengths, once a
+    model, so the plan knows nothing about the kind of decoder and is in the counter's own unit.
 
     Args:
-        text_config: Config of a decoder with (grouped-query) attention and a gated MLP in every layer.
+        mllm: The model.
         lengths: Positions that each of the L layers runs on. A visual-token exit at layer k of V visual and T text
             tokens is `[V + T] * k + [T] * (L - k)`.
+
+    Raises:
+        UnsupportedError: the decoder's cost is not of that form to 1% (recurrent layers that work in chunks), or cannot
+            be counted.
     """
-    hidden, heads = text_config.hidden_size, text_config.num_attention_heads
-    head_dim = getattr(text_config, "head_dim", None) or hidden // heads
-    queries, keys = heads * head_dim, text_config.num_key_value_heads * head_dim
-    weights = hidden * (2 * queries + 2 * keys) + 3 * hidden * text_config.intermediate_size
-    return sum(2 * length * weights + 4 * length**2 * queries for length in lengths)
+    layers = _planned.get(mllm.decoder)
+    if layers is None:
+        layers = _planned[mllm.decoder] = _fit_layers(mllm)
+    return round(sum(a * n + b * n**2 for n, (a, b) in zip(lengths, layers, strict=True)))
+
+
+_planned: Any = WeakIdKeyDictionary()
+"""(a, b) of every layer, by decoder."""
+
+
+def _fit_layers(mllm: MLLM) -> list[tuple[float, float]]:
+    short, long, between = 32, 64, 45
+    at_short, at_long, at_between = (_layer_flops(mllm, length) for length in (short, long, between))
+    layers = []
+    for one, two in zip(at_short, at_long, strict=True):
+        b = (two / long - one / short) / (long - short)
+        layers.append((one / short - b * short, b))
+    for index, ((a, b), counted) in enumerate(zip(layers, at_between, strict=True)):
+        planned = a * between + b * between**2
+        if not math.isclose(planned, counted, rel_tol=0.01):
+            raise UnsupportedError(
+                f"layer {index} of {type(mllm.decoder).__name__} costs {counted} FLOPs for {between} positions, not "
+                f"{planned:.0f} as a layer linear or quadratic in their number would: its cost cannot be planned"
+            )
+    return layers
+
+
+@torch.no_grad()
+def _layer_flops(mllm: MLLM, length: int) -> list[int]:
+    """Operations of each decoder layer for one sequence of so many positions."""
+    weight = next(mllm.decoder.parameters())
+    embeddings = torch.zeros(1, length, mllm.hidden_size, device=weight.device, dtype=weight.dtype)
+    with FlopCounter(mllm) as counter, layer_tally(mllm, counter) as layers:
+        mllm.decoder(inputs_embeds=embeddings, use_cache=True)
+    return layers
+
+
+@contextmanager
+def layer_tally(mllm: MLLM, counter: FlopCounter) -> Iterator[list[int]]:
+    """Within an entered counter: the operations of each decoder layer, in a list of L that fills as they run."""
+    layers = [0] * mllm.num_layers
+
+    def tally(index: int, sign: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            layers[index] += sign * counter.count.total
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(tally(index, -1)) for index, layer in enumerate(mllm.layers)]
+    handles += [layer.register_forward_hook(tally(index, 1)) for index, layer in enumerate(mllm.layers)]
+    try:
+        yield layers
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ------------------------------------------------------------------ what PyTorch's table of operations lacks
+
+
+class _StrictFlopCounter(FlopCounterMode):
+    """PyTorch's counter with the operations it lacks, which refuses those that neither knows."""
+
+    def __init__(self) -> None:
+        aten, ours = torch.ops.aten, torch.ops.transformers
+        mapping: dict[Any, Any] = {
+            aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+            aten.mv: lambda matrix, vector, **_: 2 * math.prod(matrix),
+            aten.addmv: lambda bias, matrix, vector, **_: 2 * math.prod(matrix),
+            aten.dot: lambda one, other, **_: 2 * math.prod(one),
+        }
+        for namespace, name in ((aten, "_grouped_mm"), (ours, "grouped_mm_fallback")):
+            if hasattr(namespace, name):  # by version of torch and transformers
+                mapping[getattr(namespace, name)] = _grouped_flops
+        super().__init__(display=False, custom_mapping=mapping)
+
+    def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
+        if func_packet not in self.flop_registry:
+            name = getattr(func_packet, "_qualified_op_name", None) or getattr(
+                func_packet, "__name__", str(func_packet)
+            )
+            namespace, _, operation = str(name).rpartition("::")
+            if namespace not in _ELEMENTWISE_NAMESPACES or _MULTIPLIES.search(operation):
+                raise UnsupportedError(
+                    f"FLOPs of the operation {name} are unknown and would be left out; load the model with "
+                    f"attn_implementation='sdpa' and without quantization or custom kernels to count it"
+                )
+        return super()._count_flops(func_packet, out, args, kwargs)
+
+
+_ELEMENTWISE_NAMESPACES = {"aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", "torchvision"}
+_MULTIPLIES = re.compile(r"(^|_)(\w*mm|\w*mv|dot|matmul|linear|conv\d*d?|convolution|attention|rnn|lstm|gru|gemm)(_|$)")
+_KERNEL_PACKAGES = {"fla", "causal_conv1d", "mamba_ssm", "flash_attn", "liger_kernel", "deep_gemm", "sonicmoe"}
+_COUNTED_EXPERTS = {None, "eager", "batched_mm", "grouped_mm"}
+
+
+def _refuse_unseen_kernels(decoder: torch.nn.Module) -> None:
+    """Raise for kernels that run outside of PyTorch's dispatcher, where no counter sees them."""
+    experts = getattr(getattr(decoder, "config", None), "_experts_implementation", None)
+    if experts not in _COUNTED_EXPERTS:
+        raise UnsupportedError(
+            f"FLOPs of experts_implementation={experts!r} cannot be counted; load the model with "
+            f"experts_implementation='grouped_mm'"
+        )
+    for module in decoder.modules():
+        for value in vars(module).values():
+            package = str(getattr(value, "__module__", "")).partition(".")[0] if callable(value) else ""
+            if package in _KERNEL_PACKAGES:
+                raise UnsupportedError(
+                    f"FLOPs of {type(module).__name__} cannot be counted: it runs kernels of the package {package}; "
+                    f"uninstall it or switch it off to count them"
+                )
+
+
+def _grouped_flops(rows: Sequence[int], weights: Sequence[int], *_: Any, **__: Any) -> int:
+    """Rows [S, in], each times the matrix of its own group, [groups, in, out]."""
+    return 2 * math.prod(rows) * weights[-1]
 
 
 def _attention_flops(
     query_shape: Sequence[int], key_shape: Sequence[int], value_shape: Sequence[int], *_: Any, **__: Any
 ) -> int:
-    return sdpa_flop_count(query_shape, key_shape, value_shape)
+    """Queries [B, H, N, d], keys [B, G, M, d], values [B, G, M, e]; heads may share keys (G < H)."""
+    return 2 * math.prod(query_shape[:-1]) * key_shape[-2] * (query_shape[-1] + value_shape[-1])

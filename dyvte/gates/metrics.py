@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,6 +85,23 @@ def upper_limit(failures: Tensor, clusters: Sequence[Any], level: float = 0.95) 
         level: confidence.
     """
     values = failures.double().numpy()
+    rate, effective = float(values.mean()), _effective_number(values, clusters)
+    failed = rate * effective
+    return 1.0 if failed >= effective else float(beta.ppf(level, failed + 1, effective - failed))
+
+
+def questions_for(bound: float, level: float = 0.95) -> int:
+    """The fewest independent samples that can show a failure rate of at most `bound`: all of them must succeed.
+
+    Example:
+        >>> questions_for(0.01)
+        299
+    """
+    return math.ceil(math.log(1 - level) / math.log(1 - bound))
+
+
+def _effective_number(values: npt.NDArray[np.float64], clusters: Sequence[Any] | npt.NDArray[Any]) -> float:
+    """Number of [n] values from 0 to 1 over the design effect of their clusters (1 where it cannot be estimated)."""
     n, rate = len(values), float(values.mean())
     _, index = np.unique(np.asarray(clusters).astype(str), return_inverse=True)
     num_clusters = int(index.max()) + 1
@@ -92,9 +110,27 @@ def upper_limit(failures: Tensor, clusters: Sequence[Any], level: float = 0.95) 
         residuals = np.bincount(index, weights=values - rate)
         variance = num_clusters / (num_clusters - 1) * float(residuals @ residuals) / n**2
         design = max(1.0, variance / (rate * (1 - rate) / (n - 1)))
-    effective = n / design
-    failed = rate * effective
-    return 1.0 if failed >= effective else float(beta.ppf(level, failed + 1, effective - failed))
+    return n / design
+
+
+def share_interval(values: Tensor, clusters: Sequence[Any], level: float = 0.95) -> tuple[float, float, float]:
+    """Mean of [n] values from 0 to 1 with Wilson's two-sided interval, samples of one cluster (image) being dependent.
+
+    The sample size is divided by the design effect of the clusters; where the mean is 0 or 1, which shows nothing of
+    it, the clusters themselves are counted. Never of zero width, never outside of 0 and 1.
+
+    Example:
+        >>> [round(each, 2) for each in share_interval(torch.ones(7), range(7))]
+        [1.0, 0.65, 1.0]
+    """
+    numbers = values.double().numpy()
+    mean = float(numbers.mean())
+    num_clusters = len(np.unique(np.asarray(clusters).astype(str)))
+    n = _effective_number(numbers, clusters) if 0 < mean < 1 and num_clusters > 1 else float(num_clusters)
+    z2 = float(norm.ppf(0.5 + level / 2)) ** 2
+    centre = (mean + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * mean * (1 - mean) / n + z2**2 / (4 * n**2)) / (1 + z2 / n)
+    return mean, max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half))
 
 
 def thresholds_by_depth(threshold: float, num_layers: int, caution: float) -> list[float]:
@@ -194,14 +230,21 @@ def exit_by_kind(agree: Tensor, cost: Tensor, kinds: Sequence[str], wanted: floa
     return chosen
 
 
-def cluster_interval(values: Tensor, clusters: Sequence[Any], level: float = 0.95) -> tuple[float, float, float]:
+def cluster_interval(
+    values: Tensor, clusters: Sequence[Any], level: float = 0.95, largest: float = 0.0
+) -> tuple[float, float, float]:
     """Mean of [n] values with a two-sided confidence interval, samples of one cluster (image) being dependent.
 
-    The interval is normal, with the variance between cluster totals.
+    The interval is normal, with the variance between cluster totals. Values that are all 0 show no variance: with
+    `largest`, the largest absolute value that a sample could have had, the interval then reaches as far as Wilson's
+    does from a rate of 0.
     """
     numbers = values.double().numpy()
     mean = float(numbers.mean())
     half = _half_width((numbers - mean) / len(numbers), clusters, level)
+    if largest:  # one cluster says nothing about others
+        least = largest * share_interval(torch.zeros(len(numbers)), clusters, level)[2]
+        half = largest if math.isnan(half) else max(half, least)
     return mean, mean - half, mean + half
 
 

@@ -144,8 +144,8 @@ def plan(mllm: MLLM, statistics: Statistics, keep: Sequence[float]) -> float:
     """Decoder FLOPs of a recipe over those of the full model, at the mean prompt of the statistics."""
     text, visual = float(statistics.text_tokens.double().mean()), float(statistics.visual_tokens.double().mean())
     lengths = [round(text + visual * share) for share in keep]
-    full = plan_decoder_flops(mllm.text_config, [round(text + visual)] * len(keep))
-    return plan_decoder_flops(mllm.text_config, lengths) / full
+    full = plan_decoder_flops(mllm, [round(text + visual)] * len(keep))
+    return plan_decoder_flops(mllm, lengths) / full
 
 
 @dataclass(frozen=True)
