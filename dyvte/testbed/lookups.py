@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from dyvte.testbed.questions import IMAGE_KINDS, KINDS, PATH_KINDS, STAY, STEPS, ask, follow, pick, unique_names
+from dyvte.testbed.facts import pick
+from dyvte.testbed.questions import IMAGE_KINDS, KINDS, PATH_KINDS, STAY, STEPS, ask, follow, unique_names
 from dyvte.testbed.world import ATTRIBUTES, COLUMNS, ROWS, Object, Scene
 
 PLACE = "at"

@@ -19,12 +19,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import permutations
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from dyvte.testbed.facts import (
+    draw_attribute,
+    draw_comparison,
+    draw_count,
+    draw_existence,
+    draw_relation,
+    pick,
+)
 from dyvte.testbed.world import (
     ATTRIBUTES,
     COLUMNS,
@@ -32,7 +38,6 @@ from dyvte.testbed.world import (
     MAX_OBJECTS,
     MIN_OBJECTS,
     ROWS,
-    VALUES,
     Object,
     Scene,
     render,
@@ -41,12 +46,10 @@ from dyvte.testbed.world import (
 )
 
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
-OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 STAY = "stay"
 SAME = {f"same-{attribute}": attribute for attribute in ATTRIBUTES}
 STEPS = (STAY, *DIRECTIONS, *SAME)
 MAX_NUMBER = 9
-MAX_COUNT = 3
 
 KINDS: dict[str, int] = {
     "arithmetic": 0,
@@ -62,10 +65,6 @@ KINDS: dict[str, int] = {
 IMAGE_KINDS: tuple[str, ...] = tuple(k for k, hops in KINDS.items() if hops)
 PATH_KINDS: tuple[str, ...] = ("attribute", "same_attribute", "neighbor", "two_hop")
 YES, NO = "yes", "no"
-
-# Probability with which a count question with a given answer is kept, so that the four answers come equally often:
-# inverse to how often a scene admits them (measured over 20,000 scenes; a test holds the outcome to balance).
-COUNT_KEEP = {0: 0.26, 1: 0.345, 2: 0.443, 3: 1.0}
 
 
 @dataclass(frozen=True)
@@ -116,11 +115,6 @@ def follow(scene: Scene, start: Object, step: str) -> Object | None:
 
 
 # ---------------------------------------------------------------- one function a kind
-def pick(rng: np.random.Generator, items: Sequence[Any]) -> Any:
-    """One of the items at random."""
-    return items[int(rng.integers(len(items)))]
-
-
 def _arithmetic(rng: np.random.Generator) -> Question:
     result, plus = int(rng.integers(MAX_NUMBER + 1)), bool(rng.integers(2))
     if plus:
@@ -133,55 +127,30 @@ def _arithmetic(rng: np.random.Generator) -> Question:
 
 
 def _existence(scene: Scene, rng: np.random.Generator) -> Question | None:
-    omitted = pick(rng, ATTRIBUTES)
-    first, second = (a for a in ("size", "color", "shape") if a != omitted)
-    present = sorted({(o[first], o[second]) for o in scene.objects})
-    # near misses: both words are true of something in the image, but not of one thing
-    near = sorted({(o[first], p[second]) for o in scene.objects for p in scene.objects} - set(present))
-    if not near:
-        return None
-    yes = bool(rng.integers(2))
-    pair = pick(rng, present if yes else near)
-    return Question("existence", f"is there a {pair[0]} {pair[1]} ?", YES if yes else NO)
+    fact = draw_existence(scene, rng)
+    return fact and Question("existence", f"is there a {' '.join(fact[0].values())} ?", YES if fact[1] else NO)
 
 
 def _count(scene: Scene, rng: np.random.Generator) -> Question | None:
-    target = int(rng.integers(MAX_COUNT + 1))
-    attribute = pick(rng, ("color", "shape"))
-    fitting = [v for v in VALUES[attribute] if sum(o[attribute] == v for o in scene.objects) == target]
-    if not fitting or rng.random() > COUNT_KEEP[target]:
-        return None
-    return Question("count", f"how many {pick(rng, fitting)} objects are there ?", str(target))
+    fact = draw_count(scene, rng)
+    return fact and Question("count", f"how many {fact[1]} objects are there ?", str(fact[2]))
 
 
 def _relation(scene: Scene, rng: np.random.Generator) -> Question | None:
-    omitted = pick(rng, ATTRIBUTES)
-    pairs = [(a, b) for a, b in permutations(unique_names(scene, omitted), 2) if a[0] is not b[0]]
-    if not pairs:
+    fact = draw_relation(unique_names(scene, draw_attribute(rng)), rng)
+    if fact is None:
         return None
-    (a, first), (b, second) = pick(rng, pairs)
-    options = []
-    if a.column != b.column:
-        options.append("left" if a.column < b.column else "right")
-    if a.row != b.row:
-        options.append("above" if a.row < b.row else "below")
-    truth, yes = pick(rng, options), bool(rng.integers(2))
-    asked = truth if yes else OPPOSITE[truth]
-    words = {"left": "left of", "right": "right of"}.get(asked, asked)
-    return Question("relation", f"is the {first} {words} the {second} ?", YES if yes else NO)
+    words = {"left": "left of", "right": "right of"}.get(fact.asked, fact.asked)
+    return Question("relation", f"is the {fact.first[1]} {words} the {fact.second[1]} ?", YES if fact.yes else NO)
 
 
 def _comparison(scene: Scene, rng: np.random.Generator) -> Question | None:
-    asked = pick(rng, ATTRIBUTES)
-    pairs = [(a, b) for a, b in permutations(unique_names(scene, asked), 2) if a[0] is not b[0]]
-    same = [(a, b) for a, b in pairs if a[0][asked] == b[0][asked]]
-    different = [(a, b) for a, b in pairs if a[0][asked] != b[0][asked]]
-    if not same or not different:
+    asked = draw_attribute(rng)
+    fact = draw_comparison(unique_names(scene, asked), asked, rng)
+    if fact is None:
         return None
-    yes = bool(rng.integers(2))
-    (_, first), (_, second) = pick(rng, same if yes else different)
-    text = f"do the {first} and the {second} have the same {asked} ?"
-    return Question("comparison", text, YES if yes else NO)
+    text = f"do the {fact.first[1]} and the {fact.second[1]} have the same {asked} ?"
+    return Question("comparison", text, YES if fact.yes else NO)
 
 
 def _steps(kind: str, asked: str, rng: np.random.Generator) -> tuple[str, str]:

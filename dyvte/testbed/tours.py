@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dyvte.testbed.questions import STAY, STEPS, follow, pick
+from dyvte.testbed.facts import pick
+from dyvte.testbed.questions import STAY, STEPS, follow
 from dyvte.testbed.world import ATTRIBUTES, COLUMNS, ROWS, Object, Scene
 
 TOUR_PROMPT = "tour the image ."
@@ -52,7 +53,8 @@ def tour(scene: Scene, rng: np.random.Generator, stops: int, step_share: float =
                 step = pick(rng, steps)
                 words += [TourWord("go", False), TourWord(step, False)]
                 reached = [end for o in fitting if (end := follow(scene, o, step)) is not None]
-                here, fitting = follow(scene, here, step), list(dict.fromkeys(reached))
+                here = follow(scene, here, step) or here  # the step was chosen among those that lead somewhere
+                fitting = list(dict.fromkeys(reached))
             else:
                 words.append(TourWord(",", False))
                 here, fitting = pick(rng, scene.objects), list(scene.objects)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from dyvte.testbed.facts import pick
 from dyvte.testbed.smol import phrases
-from dyvte.testbed.smol.questions import choose_frame, fill, pick, unique_nouns
+from dyvte.testbed.smol.questions import choose_frame, fill, unique_nouns
 from dyvte.testbed.world import ATTRIBUTES, COLUMNS, ROWS, Object, Scene
 
 

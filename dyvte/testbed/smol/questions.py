@@ -14,16 +14,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import permutations
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 
-from dyvte.testbed.questions import COUNT_KEEP, DIRECTIONS, MAX_NUMBER, OPPOSITE, SAME, STAY, follow
+from dyvte.testbed.facts import (
+    PairFact,
+    draw_attribute,
+    draw_comparison,
+    draw_count,
+    draw_existence,
+    draw_relation,
+    pick,
+)
+from dyvte.testbed.questions import DIRECTIONS, MAX_NUMBER, SAME, STAY, follow
 from dyvte.testbed.smol import phrases
-from dyvte.testbed.world import ATTRIBUTES, VALUES, Object, Scene
+from dyvte.testbed.world import ATTRIBUTES, Object, Scene
 
-T = TypeVar("T")
 Paraphrases = Literal["known", "held_out", "all"]
 
 KINDS: dict[str, int] = {
@@ -48,7 +55,6 @@ MATCHED_KINDS: tuple[str, ...] = ("attribute", "neighbor", "two_hop", "three_hop
 
 NUM_PATHS_STEPS = 3
 YES, NO = "yes", "no"
-MAX_COUNT = 3
 
 
 @dataclass(frozen=True)
@@ -74,11 +80,6 @@ class EnglishQuestion:
     def hops(self) -> int:
         """Look-ups in the image that the answer takes."""
         return KINDS.get(self.kind, 1)
-
-
-def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
-    """One of the items, each as likely."""
-    return items[int(rng.integers(len(items)))]
 
 
 def choose_frame(frames: Sequence[str], rng: np.random.Generator, paraphrases: Paraphrases) -> tuple[int, str]:
@@ -155,65 +156,47 @@ def _knowledge(scene: Scene, rng: np.random.Generator, paraphrases: Paraphrases)
 
 
 def _existence(scene: Scene, rng: np.random.Generator, paraphrases: Paraphrases) -> EnglishQuestion | None:
-    omitted = pick(rng, ATTRIBUTES)
-    first, second = (a for a in ("size", "color", "shape") if a != omitted)
-    present = sorted({(o[first], o[second]) for o in scene.objects})
-    # near misses: both words are true of something in the image, but not of one thing
-    near = sorted({(o[first], p[second]) for o in scene.objects for p in scene.objects} - set(present))
-    if not near:
+    fact = draw_existence(scene, rng)
+    if fact is None:
         return None
-    yes = bool(rng.integers(2))
-    pair = pick(rng, present if yes else near)
-    words = " ".join(pair) + ("" if second == "shape" else " shape")
+    values, yes = fact
+    words = " ".join([*values.values(), *([] if "shape" in values else ["shape"])])
     index, frame = choose_frame(phrases.EXISTENCE, rng, paraphrases)
-    target = tuple(cell(o) for o in scene.objects if (o[first], o[second]) == pair)
+    target = tuple(cell(o) for o in scene.objects if all(o[a] == v for a, v in values.items()))
     return EnglishQuestion("existence", fill(frame, a=f"a {words}"), YES if yes else NO, "", index, (), target)
 
 
 def _count(scene: Scene, rng: np.random.Generator, paraphrases: Paraphrases) -> EnglishQuestion | None:
-    target = int(rng.integers(MAX_COUNT + 1))
-    attribute = pick(rng, ("color", "shape"))
-    fitting = [v for v in VALUES[attribute] if sum(o[attribute] == v for o in scene.objects) == target]
-    if not fitting or rng.random() > COUNT_KEEP[target]:
+    fact = draw_count(scene, rng)
+    if fact is None:
         return None
-    value = pick(rng, fitting)
+    attribute, value, number = fact
     plural = {"cross": "crosses"}.get(value, f"{value}s") if attribute == "shape" else f"{value} shapes"
     index, frame = choose_frame(phrases.COUNT, rng, paraphrases)
     cells = tuple(cell(o) for o in scene.objects if o[attribute] == value)
-    return EnglishQuestion("count", fill(frame, x=plural), str(target), "", index, (), cells)
+    return EnglishQuestion("count", fill(frame, x=plural), str(number), "", index, (), cells)
+
+
+def _of_a_pair(kind: str, fact: PairFact | None, frames: Sequence[str], slot: str, rng: np.random.Generator,
+               paraphrases: Paraphrases) -> EnglishQuestion | None:  # fmt: skip
+    if fact is None:
+        return None
+    words = {"left": "to the left of", "right": "to the right of"}.get(fact.asked, fact.asked)
+    index, frame = choose_frame(frames, rng, paraphrases)
+    text = fill(frame, x=fact.first[1], y=fact.second[1], **{slot: words})
+    cells = (cell(fact.first[0]), cell(fact.second[0]))
+    return EnglishQuestion(kind, text, YES if fact.yes else NO, "", index, (), cells)
 
 
 def _relation(scene: Scene, rng: np.random.Generator, paraphrases: Paraphrases) -> EnglishQuestion | None:
-    omitted = pick(rng, ATTRIBUTES)
-    pairs = [(a, b) for a, b in permutations(unique_nouns(scene, omitted), 2) if a[0] is not b[0]]
-    if not pairs:
-        return None
-    (a, first), (b, second) = pick(rng, pairs)
-    options = []
-    if a.column != b.column:
-        options.append("left" if a.column < b.column else "right")
-    if a.row != b.row:
-        options.append("above" if a.row < b.row else "below")
-    truth, yes = pick(rng, options), bool(rng.integers(2))
-    asked = truth if yes else OPPOSITE[truth]
-    where = {"left": "to the left of", "right": "to the right of"}.get(asked, asked)
-    index, frame = choose_frame(phrases.RELATION, rng, paraphrases)
-    text = fill(frame, x=first, y=second, where=where)
-    return EnglishQuestion("relation", text, YES if yes else NO, "", index, (), (cell(a), cell(b)))
+    fact = draw_relation(unique_nouns(scene, draw_attribute(rng)), rng)
+    return _of_a_pair("relation", fact, phrases.RELATION, "where", rng, paraphrases)
 
 
 def _comparison(scene: Scene, rng: np.random.Generator, paraphrases: Paraphrases) -> EnglishQuestion | None:
-    asked = pick(rng, ATTRIBUTES)
-    pairs = [(a, b) for a, b in permutations(unique_nouns(scene, asked), 2) if a[0] is not b[0]]
-    same = [(a, b) for a, b in pairs if a[0][asked] == b[0][asked]]
-    different = [(a, b) for a, b in pairs if a[0][asked] != b[0][asked]]
-    if not same or not different:
-        return None
-    yes = bool(rng.integers(2))
-    (a, first), (b, second) = pick(rng, same if yes else different)
-    index, frame = choose_frame(phrases.COMPARISON, rng, paraphrases)
-    text = fill(frame, x=first, y=second, asked=asked)
-    return EnglishQuestion("comparison", text, YES if yes else NO, "", index, (), (cell(a), cell(b)))
+    asked = draw_attribute(rng)
+    fact = draw_comparison(unique_nouns(scene, asked), asked, rng)
+    return _of_a_pair("comparison", fact, phrases.COMPARISON, "asked", rng, paraphrases)
 
 
 def _recall_look(scene: Scene, rng: np.random.Generator, paraphrases: Paraphrases) -> EnglishQuestion | None:
