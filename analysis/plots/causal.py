@@ -20,7 +20,7 @@ from .style import CYCLE, GREY, Summary, add_legend, draw_band, figure_style, ki
 
 SIMULTANEOUS = "bands: 95% over images, for all lines and windows at once"
 LABELS = {
-    "agreement_points": "questions whose answer changes\n(percentage points)",
+    "agreement_points": "change of agreement with the full model\n(percentage points)",
     "nats": "change of log p(answer) (nats)",
     "first_token_percent": "change of p(first token) (%)",
 }

@@ -218,11 +218,16 @@ def kind_panels(
 def add_legend(figure: Figure, axis: Axes, footnote: str, columns: int = 3) -> None:
     """The legend of `axis` under the figure, headed by sample size and what the bands mean."""
     handles, labels = axis.get_legend_handles_labels()
+    labels = [wrapped(label, 60) for label in labels]
+    widest = max((len(line) for label in labels for line in label.splitlines()), default=1)
+    fitting = int(12 * figure.get_figwidth()) // (
+        widest + 8
+    )  # characters of the small font, and the line of each entry
     figure.legend(
         handles,
-        [wrapped(label, 60) for label in labels],
+        labels,
         loc="outside lower center",
-        ncols=columns,
+        ncols=max(1, min(columns, fitting)),
         handlelength=3,
         columnspacing=1.2,
         title=wrapped(footnote, int(15 * figure.get_figwidth()), lines=3),
