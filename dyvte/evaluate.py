@@ -403,6 +403,7 @@ def _print(summary: dict[str, Any]) -> None:
     low, high = summary["accuracy_loss_ci"]
     of = f"{summary['num_references']} of {summary['num_questions']} questions with a reference"
     print(f"accuracy loss {summary['accuracy_loss']:.4f}, 95% interval [{low:.4f}, {high:.4f}], over {of}")
+    print("accuracy is exact match; a benchmark's official metric is lmms-eval's (docs/how_to_own_data.md)")
 
 
 # ----------------------------------------------------------------------- comparison

@@ -68,7 +68,7 @@ class EnglishBatches:
     def _look_ups(self, scene: Scene, rng: np.random.Generator, number: int) -> list[Branch]:
         found: dict[str, str] = {}
         for _ in range(2 * number):
-            if len(found) < number and (one := look_up(scene, rng)) is not None:
+            if len(found) < number and (one := look_up(scene, rng, self.phase.step_share)) is not None:
                 found[one[0]] = one[1]
         return [self.branch("look_up", question, answer) for question, answer in found.items()]
 

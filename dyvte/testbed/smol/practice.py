@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from dyvte.testbed.facts import pick
+from dyvte.testbed.questions import DIRECTIONS, SAME, follow
 from dyvte.testbed.smol import phrases
-from dyvte.testbed.smol.questions import choose_frame, fill, unique_nouns
+from dyvte.testbed.smol.questions import choose_frame, fill, tell, unique_nouns
 from dyvte.testbed.world import ATTRIBUTES, COLUMNS, ROWS, Object, Scene
 
 
@@ -21,8 +22,29 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return " ".join(f"A {o.size} {o.color} {o.shape} at the {place(o)}." for o in order)
 
 
-def look_up(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    """The shortest practice in finding one object: a name or a place, and what is asked for; with its answer."""
+def _step(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    asked = pick(rng, ATTRIBUTES)
+    named = unique_nouns(scene, asked)
+    if not named:
+        return None
+    item, name = pick(rng, named)
+    # a step through the asked attribute would give the answer away
+    steps = [s for s in (*DIRECTIONS, *SAME) if SAME.get(s) != asked]
+    open_steps = [(s, end) for s in steps if (end := follow(scene, item, s)) is not None]
+    if not open_steps:
+        return None
+    step, end = pick(rng, open_steps)
+    told = tell(name, [step])
+    return f"{told[0].upper()}{told[1:]}: which {asked}?", end[asked]
+
+
+def look_up(scene: Scene, rng: np.random.Generator, step_share: float = 0.0) -> tuple[str, str] | None:
+    """The shortest practice in finding one object: a name or a place, and what is asked for; with its answer.
+
+    A `step_share` of them go one step on from the object that is named.
+    """
+    if step_share and rng.random() < step_share:
+        return _step(scene, rng)
     if rng.random() < 0.3:
         item, asked = pick(rng, scene.objects), pick(rng, ATTRIBUTES)
         return f"The shape at the {place(item)}: which {asked}?", item[asked]
