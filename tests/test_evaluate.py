@@ -379,6 +379,31 @@ def test_missing_references_and_odd_kinds_change_nothing_else(
     assert printed[2].startswith(f"kind {str(kind)!r}")
 
 
+@pytest.mark.parametrize("answered", [0, 3])
+def test_a_whole_evaluation_without_references_or_with_some(
+    answered: int, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From LLaVA's own evaluation file, which holds no answers, to the comparison of two policies."""
+    lines = []
+    for index, sample in enumerate(ShapesDataset("test", 6)):
+        sample.image.save(tmp_path / f"{index}.png")
+        line = {"question_id": index, "image": f"{index}.png", "text": sample.question}
+        lines.append(json.dumps(line | ({"answer": sample.answer} if index < answered else {})))
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    data = ["data=llava_json", f"data.file={tmp_path}/questions.jsonl", f"data.image_folder={tmp_path}", "data.limit=6"]
+    for policy in ([], ["policy=fixed_exit", "policy.layer=2"]):
+        summary = evaluate(evaluate_config(tmp_path / "runs", model_folder, *data, *policy))
+        assert summary is not None
+        assert (summary["num_samples"], summary["num_references"]) == (6, answered)
+        assert (summary["accuracy"] is None) == (answered == 0)
+        assert 0 <= summary["agreement"] <= 1
+    text = (tmp_path / "runs" / "fixed_exit_2" / "summary.json").read_text()
+    assert "NaN" not in text
+    assert len(pd.read_csv(tmp_path / "runs" / "comparison.csv")) >= 2
+    printed = capsys.readouterr().out
+    assert ("no question has a reference" in printed) == (answered == 0)
+
+
 def test_a_fixed_exit_is_a_point_of_the_fixed_exits(evaluated: Path) -> None:
     summary = summary_of(evaluated, "fixed_exit_2")
     row = pd.read_csv(evaluated / "fixed_exit_2" / "fixed_exits.csv").iloc[2]

@@ -426,6 +426,23 @@ def test_layers_offloaded_to_disk_give_the_same_numbers(tmp_path: Path) -> None:
     torch.testing.assert_close(one.stats.mass, two.stats.mass, rtol=0, atol=0, equal_nan=True)
 
 
+def test_offloaded_embeddings_take_inputs_where_they_run(tmp_path: Path) -> None:
+    BUILDERS["llava"](0, num_layers=3).model.save_pretrained(tmp_path / "model")
+    plain = dyvte.load(tmp_path / "model", device="cpu")
+    places = dict.fromkeys(("model.vision_tower", "model.multi_modal_projector", "lm_head"), "cpu")
+    places |= {"model.language_model": "disk"}
+    spread = dyvte.load(tmp_path / "model", device_map=places, offload_folder=str(tmp_path / "offload"))
+    assert spread.model.get_input_embeddings().weight.is_meta
+    assert spread.device == torch.device("cpu")
+    batch = models_batch(plain)
+    for exit_layer in (1, 3):
+        with torch.no_grad(), dyvte.FixedExit(exit_layer)(plain):
+            wanted = plain(**batch).logits
+        with torch.no_grad(), dyvte.FixedExit(exit_layer)(spread):
+            assert torch.equal(spread(**spread.batch(**batch)).logits, wanted)
+            assert spread.generate_ids(spread.batch(**batch), max_new_tokens=2)
+
+
 def test_every_command_runs_with_layers_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     BUILDERS["llava"](0, num_layers=3).model.save_pretrained(tmp_path / "model")
     mllm = with_layers_on_disk(tmp_path)
