@@ -12,6 +12,7 @@ import torch
 
 import dyvte
 from benchmarks import architectures
+from benchmarks import busy_machine as bench_busy_machine
 from benchmarks import dynamic_exit as bench_dynamic_exit
 from benchmarks import fitprune as bench_fitprune
 from benchmarks import full_width as bench_full_width
@@ -147,3 +148,9 @@ def test_a_model_of_full_width_is_one_that_commands_take(tmp_path: Path) -> None
     runs = [bench_full_width.Run("analysis.stages", 4, 12.0, 5.0, 3 * 2**30)]
     text = "\n".join(bench_full_width.report("llava7b", 2, facts, runs))
     assert "| `analysis.stages` | 4 | 12 | 5 | 3.0 |" in text
+
+
+def test_commands_are_timed_alone_and_beside_a_busy_process() -> None:
+    found = bench_busy_machine.busy_ratios(["-c", "import time; time.sleep(0.05)"], repeats=1)
+    assert len(found) == 2
+    assert all(second > 0.05 for alone, beside in found.values() for second in (*alone, *beside))
