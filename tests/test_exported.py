@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -182,7 +183,7 @@ def test_what_is_written(setting: SimpleNamespace) -> None:
     assert about["hidden_size"] == TEXT["hidden_size"]
     assert about["num_samples"] == 4
     assert about["prompt"]["answer"] == [" ", "</s>"]
-    with safe_open(setting.export / "shards" / "00000.safetensors", framework="pt") as file:
+    with safe_open(setting.export / "shards" / f"{about['shards'][0]}.safetensors", framework="pt") as file:
         ids, positions = file.get_tensor("0.input_ids"), file.get_tensor("0.visual_positions")
         embeddings = file.get_tensor("0.visual_embeddings")
         assert file.get_tensor("0.thumbnail").shape == (12, 20, 3)
@@ -260,11 +261,21 @@ def test_beam_search_leaves_the_batch_as_it_was(setting: SimpleNamespace, policy
 def test_continues_after_an_interruption(setting: SimpleNamespace, tmp_path: Path) -> None:
     run_export(setting, tmp_path, "--limit", "4")
     before = {file.name: file.read_bytes() for file in (tmp_path / "shards").iterdir()}
-    (tmp_path / "shards" / "00001.safetensors").unlink()
+    next((tmp_path / "shards").glob("00001-*.safetensors")).unlink()
     with pytest.raises(DataError, match="3 of 4 samples: the export was interrupted"):
         ExportedDataset(str(tmp_path))
     run_export(setting, tmp_path, "--limit", "4")
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "shards").iterdir()}
+
+
+def test_the_language_model_of_another_checkpoint_is_refused(setting: SimpleNamespace, tmp_path: Path) -> None:
+    shutil.copytree(setting.export, tmp_path / "export")
+    about = json.loads((tmp_path / "export" / "export.json").read_text())
+    for row in about["text_embeddings"].values():
+        row[0] += 0.1
+    (tmp_path / "export" / "export.json").write_text(json.dumps(about))
+    with pytest.raises(ModelError, match="is not the model whose visual tokens are in"):
+        dyvte.load(setting.fork.folder, exported=tmp_path / "export", device="cpu")
 
 
 def test_the_same_start_gives_the_same_weights(setting: SimpleNamespace) -> None:
@@ -336,11 +347,11 @@ def test_stages_command(setting: SimpleNamespace, tmp_path: Path) -> None:
 def many(setting: SimpleNamespace) -> SimpleNamespace:
     """The same checkpoint with an export of enough questions to train on."""
     words = ("red", "blue", "green", "square", "circle", "left")
-    lines = [
-        {"question_id": f"{image}-{word}", "image": f"{image}.png", "text": f"what is {word} ?", "answer": word}
-        for image in ("red", "blue")
-        for word in words
-    ]
+    lines = []
+    for number in range(30):
+        Image.new("RGB", (20, 12), (8 * number, 30, 200)).save(setting.folder / f"{number}.png")
+        word = words[number % len(words)]
+        lines.append({"question_id": number, "image": f"{number}.png", "text": f"what is {word} ?", "answer": word})
     (setting.folder / "many.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     made = SimpleNamespace(**{**vars(setting), "export": setting.folder / "many"})
     run_export(made, made.export, questions="many.jsonl")
@@ -357,12 +368,12 @@ def test_exits_train_and_evaluate_commands(many: SimpleNamespace, tmp_path: Path
     exits(compose("exits", [*settings, "bootstrap=20", "permutations=19", "captions=0", "max_new_tokens=2"]))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["model"] == "eagle_x5_7b"
-    assert summary["num_samples"] == 12
+    assert summary["num_samples"] == 30
     assert len(summary["accuracy"]) == len(summary["kl"]) == 4
     assert summary["kl"][-1] == 0
 
     of_train = [f"output_dir={tmp_path}/train", f"labels.dir={tmp_path}/labels", "labels.max_new_tokens=2"]
-    fit = ["recipe.training.epochs=1", "validation_share=0.5"]
+    fit = ["recipe.training.epochs=1", "validation_share=0.5", "recipe.threshold=0.9"]
     assert train(compose("train", [*command_settings(many, tmp_path), "batch_size=6", *of_train, *fit])) is not None
 
     common = [*command_settings(many, tmp_path)[:-1], "batch_size=6", "max_new_tokens=2"]
@@ -370,7 +381,7 @@ def test_exits_train_and_evaluate_commands(many: SimpleNamespace, tmp_path: Path
     gates = ["policy=dynamic_exit", f"policy.gates={tmp_path}/train/gates"]
     found = evaluate(compose("evaluate", [*common, *gates]))
     assert found is not None
-    assert found["num_questions"] == 12
+    assert found["num_questions"] == 30
     assert 0 <= found["accuracy"] <= 1
 
     calibrated = ["policy=vtw", "policy.calibrate.eta=100", "policy.calibrate.start=1"]

@@ -9,23 +9,28 @@ and run it there:
 It loads the checkpoint through the fork's own `model.builder.load_pretrained_model`, prepares prompts and images with
 its `conversation` and `mm_utils`, calls `prepare_inputs_labels_for_multimodal`, and writes
 
-    EXPORT/export.json                  what was exported, with the fork's prompt format
-    EXPORT/shards/00000.safetensors     of each sample input_ids (-200 at visual tokens), visual_positions,
-                                        visual_embeddings and a thumbnail of the image
-    EXPORT/shards/00000.jsonl           of each sample id, question, answer, ...
+    EXPORT/export.json                      what was exported, with the fork's prompt format and the names of the shards
+    EXPORT/shards/00000-<key>.safetensors   of each sample input_ids (-200 at visual tokens), visual_positions,
+                                            visual_embeddings and a thumbnail of the image
+    EXPORT/shards/00000-<key>.jsonl         of each sample id, question, answer, ...
 
-Run it again to continue after an interruption. dyvte reads the folder with `model=exported data=exported`.
+Run it again to continue after an interruption. The key says what a shard was made of (weights, settings, questions,
+images), so what another checkpoint has left there is never taken. export.json is replaced when all shards are there; an
+earlier export stays whole until then. dyvte reads the folder with `model=exported data=exported`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import inspect
 import json
 import os
+import re
 import struct
 import sys
+import uuid
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
@@ -41,6 +46,8 @@ QUESTION = "QUESTION-GOES-HERE"
 ANSWER = "ANSWER-GOES-HERE"
 IMAGE = "<image>"
 THUMBNAIL = 336
+SHARD_NAME = re.compile(r"[0-9]{5,}(-[0-9a-f]+)?$")
+SUFFIXES = (".jsonl", ".safetensors")
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
 
 Record = Dict[str, Any]
@@ -65,6 +72,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             "prompt": fork.prompt_format(),
         },
         shard_size=options.shard_size,
+        image_folder=options.image_folder,
     )
 
 
@@ -174,8 +182,9 @@ def export(
     output: Path,
     describe: Record,
     shard_size: int = 64,
+    image_folder: str = "",
 ) -> None:
-    """Write the samples in shards; shards that are there already are kept.
+    """Write the samples in shards; shards that are there already are kept if they were made of the same.
 
     Args:
         model: the fork's model, with `prepare_inputs_labels_for_multimodal`.
@@ -185,6 +194,7 @@ def export(
         output: folder to write.
         describe: goes into `export.json`.
         shard_size: samples a file.
+        image_folder: where `image` of a question lies: a shard of images that have changed is made again.
     """
     if not hasattr(model, "prepare_inputs_labels_for_multimodal"):
         sys.exit(
@@ -196,32 +206,94 @@ def export(
     shards.mkdir(parents=True, exist_ok=True)
     embedding = model.get_input_embeddings().weight
     config = getattr(model, "config", None)
-    write_json(
-        output / "export.json",
-        {
-            "format": FORMAT,
-            "hidden_size": embedding.shape[1],
-            "shard_size": shard_size,
-            "num_samples": len(questions),
-            "visual_tokens_by_column": "downsample" in str(getattr(config, "mm_projector_type", "")),
-            "torch": torch.__version__,
-            **describe,
-        },
-    )
-    for first in range(0, len(questions), shard_size):
-        name = "{:05d}".format(first // shard_size)
-        if (shards / (name + ".safetensors")).exists():
-            continue
-        tensors: Record = {}
-        lines: List[str] = []
-        for number, question in enumerate(questions[first : first + shard_size]):
-            sample, line = export_sample(model, question, prepare(question))
-            line["embeddings"] = share(tensors, sample.pop("visual_embeddings"), number)
-            tensors.update({"{}.{}".format(number, key): value for key, value in sample.items()})
-            lines.append(json.dumps(line, ensure_ascii=False))
-        write(shards / (name + ".jsonl"), partial(write_text, text="\n".join(lines) + "\n"))
-        write(shards / (name + ".safetensors"), partial(write_safetensors, tensors=tensors))
-        print("{} of {} samples".format(min(first + shard_size, len(questions)), len(questions)), flush=True)
+    about = {
+        "format": FORMAT,
+        "hidden_size": embedding.shape[1],
+        "shard_size": shard_size,
+        "num_samples": len(questions),
+        "visual_tokens_by_column": "downsample" in str(getattr(config, "mm_projector_type", "")),
+        "torch": torch.__version__,
+        "text_embeddings": some_rows(embedding),
+        **describe,
+    }
+    made_of = [digest_of_weights(model), str(about["torch"]), json.dumps(describe, sort_keys=True)]
+    parts = [questions[first : first + shard_size] for first in range(0, len(questions), shard_size)]
+    names = [
+        "{:05d}-{}".format(number, digest_of_questions(part, Path(image_folder), made_of))
+        for number, part in enumerate(parts)
+    ]
+    while missing := [number for number, name in enumerate(names) if not is_there(shards, name)]:
+        for number in missing:
+            write_shard(model, parts[number], prepare, shards, names[number])
+            done = min((number + 1) * shard_size, len(questions))
+            print("{} of {} samples".format(done, len(questions)), flush=True)
+    replaced = shards_of(output)
+    write_json(output / "export.json", {**about, "shards": names})
+    for name in replaced:
+        if name not in names:
+            for suffix in SUFFIXES:
+                file = shards / (name + suffix)
+                if file.exists():
+                    file.unlink()
+
+
+def write_shard(
+    model: Any, questions: List[Record], prepare: Callable[[Record], Record], shards: Path, name: str
+) -> None:
+    """Write the two files of a shard, the tensors last."""
+    tensors: Record = {}
+    lines: List[str] = []
+    for number, question in enumerate(questions):
+        sample, line = export_sample(model, question, prepare(question))
+        line["embeddings"] = share(tensors, sample.pop("visual_embeddings"), number)
+        tensors.update({"{}.{}".format(number, key): value for key, value in sample.items()})
+        lines.append(json.dumps(line, ensure_ascii=False))
+    write(shards / (name + ".jsonl"), partial(write_text, text="\n".join(lines) + "\n"))
+    write(shards / (name + ".safetensors"), partial(write_safetensors, tensors=tensors))
+
+
+def is_there(shards: Path, name: str) -> bool:
+    """Whether a shard is finished."""
+    return all((shards / (name + suffix)).is_file() for suffix in SUFFIXES)
+
+
+def shards_of(output: Path) -> List[str]:
+    """Names of the shards that belong to the export in a folder; those of others, perhaps being written, do not."""
+    try:
+        listed = json.loads((output / "export.json").read_text()).get("shards")
+    except (OSError, ValueError, AttributeError):
+        return []
+    if isinstance(listed, list):
+        return [name for name in listed if isinstance(name, str) and SHARD_NAME.match(name)]
+    numbered = (file.stem for file in (output / "shards").glob("*.safetensors"))  # what older versions wrote
+    return sorted(name for name in numbered if SHARD_NAME.match(name))
+
+
+def digest_of_weights(model: Any) -> str:
+    """SHA-256 of every weight and buffer."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update("{} {} {}\n".format(name, getattr(tensor, "dtype", ""), getattr(tensor, "shape", "")).encode())
+        if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+            digest.update(bytes_of(tensor.detach()))
+    return digest.hexdigest()
+
+
+def digest_of_questions(questions: List[Record], image_folder: Path, made_of: List[str]) -> str:
+    """What a shard is made of, in 16 hexadecimal digits: the given texts, the questions and their image files."""
+    digest = hashlib.sha256("\n".join(made_of).encode())
+    for question in questions:
+        digest.update(json.dumps(question, sort_keys=True).encode())
+        file = image_folder / str(question["image"])
+        if question["image"] and file.is_file():
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def some_rows(embedding: torch.Tensor) -> Record:
+    """The first numbers of a few rows of the text embeddings, by which dyvte knows the language model again."""
+    rows = range(0, len(embedding), max(len(embedding) // 8, 1))
+    return {str(row): embedding[row, :4].detach().float().cpu().tolist() for row in rows}
 
 
 def share(tensors: Record, embeddings: torch.Tensor, number: int) -> str:
@@ -306,10 +378,14 @@ def write_json(path: Path, content: Record) -> None:
 
 def write(path: Path, fill: Callable[[Any], Any]) -> None:
     """Write a file under a temporary name, then rename it."""
-    temporary = path.with_name(".tmp-" + path.name)
-    with temporary.open("wb") as out:
-        fill(out)
-    os.replace(str(temporary), str(path))
+    temporary = path.with_name(".tmp-" + uuid.uuid4().hex)
+    try:
+        with temporary.open("wb") as out:
+            fill(out)
+        os.replace(str(temporary), str(path))
+    finally:
+        if temporary.exists():
+            temporary.unlink()
 
 
 def write_text(out: Any, text: str) -> None:
@@ -332,7 +408,12 @@ def write_safetensors(out: Any, tensors: Record) -> None:
     text += b" " * (-len(text) % 8)
     out.write(struct.pack("<Q", len(text)) + text)
     for tensor in tensors.values():
-        out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        out.write(bytes_of(tensor))
+
+
+def bytes_of(tensor: torch.Tensor) -> Any:
+    """The content of a tensor."""
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 if __name__ == "__main__":

@@ -8,24 +8,27 @@ vision tower and projector are not needed, so any of them will do. What the visi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dyvte.conversion.export_visual_tokens import FORMAT, IMAGE, IMAGE_SENTINEL
+from dyvte.conversion.export_visual_tokens import FORMAT, IMAGE, IMAGE_SENTINEL, SHARD_NAME, SUFFIXES, shards_of
 from dyvte.conversion.source import checkpoint_folder, read_language_model
 from dyvte.conversion.tokenizer import read_tokenizer
 from dyvte.data.base import Dataset, Sample, check_limit, text_fingerprint, unique_ids
 from dyvte.errors import BrokenSample, DataError, ModelError
 
+PROMPT_KINDS = ("image", "text", "answer")
+_LINE_KEYS = ("id", "question", "answer", "kind", "image_id", "prompt", "embeddings")
 INFO_KEY = "dyvte_visual_tokens"
 """Where the images of `ExportedDataset` carry their visual tokens (in `PIL.Image.Image.info`, which copies keep)."""
 
@@ -49,26 +52,16 @@ class Export:
     """A folder that `dyvte/conversion/export_visual_tokens.py` wrote.
 
     Raises:
-        DataError: it is no such folder, or the export is not finished.
+        DataError: it is no such folder, the export is not finished, or a file of it is damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
-        try:
-            self.about: dict[str, Any] = json.loads((self.folder / "export.json").read_text())
-        except OSError as error:
-            raise DataError(
-                f"{self.folder} holds no export.json: give the folder that "
-                "dyvte/conversion/export_visual_tokens.py wrote"
-            ) from error
-        if self.about.get("format") != FORMAT:
-            raise DataError(f"{self.folder}: export format {self.about.get('format')!r}, this dyvte reads {FORMAT}")
+        self.about = _read_about(self.folder)
         self.lines: list[dict[str, Any]] = []
-        for file in sorted((self.folder / "shards").glob("*.safetensors")):
-            with file.with_suffix(".jsonl").open(encoding="utf-8") as lines:
-                self.lines += [
-                    {**json.loads(line), "file": file, "number": number} for number, line in enumerate(lines)
-                ]
+        for name in shards_of(self.folder):
+            if all((self.folder / "shards" / (name + suffix)).is_file() for suffix in SUFFIXES):
+                self.lines += _read_shard(self.folder / "shards" / f"{name}.safetensors", self.hidden_size)
         if len(self.lines) != self.about["num_samples"]:
             raise DataError(
                 f"{self.folder} holds {len(self.lines)} of {self.about['num_samples']} samples: the export was "
@@ -102,6 +95,85 @@ class Export:
         return found
 
 
+def _read_about(folder: Path) -> dict[str, Any]:
+    file = folder / "export.json"
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        unfinished = next((folder / "shards").glob("*"), None) is not None
+        raise DataError(
+            f"{folder} holds no export.json: "
+            + (
+                "the export was interrupted; run it again to continue"
+                if unfinished
+                else "give the folder that dyvte/conversion/export_visual_tokens.py wrote"
+            )
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: not JSON ({' '.join(str(error).split())}); run the export again") from error
+    if not isinstance(about, dict):
+        raise DataError(f"{file}: not an export; give the folder that dyvte/conversion/export_visual_tokens.py wrote")
+    if about.get("format") != FORMAT:
+        raise DataError(f"{folder}: export format {about.get('format')!r}, this dyvte reads {FORMAT}")
+    prompt = about.get("prompt")
+    wrong = [
+        key
+        for key, right in (
+            ("hidden_size", isinstance(about.get("hidden_size"), int)),
+            ("num_samples", isinstance(about.get("num_samples"), int)),
+            ("prompt", isinstance(prompt, Mapping) and all(_is_pair(prompt.get(kind)) for kind in PROMPT_KINDS)),
+            ("text_embeddings", isinstance(about.get("text_embeddings", {}), Mapping)),
+        )
+        if not right
+    ]
+    if wrong:
+        raise DataError(f"{file}: {wrong[0]!r} is missing or wrong; run the export again")
+    for name in about.get("shards") or ():
+        if not isinstance(name, str) or not SHARD_NAME.match(name):
+            raise DataError(f"{file}: names a shard {name!r} that is no file of {folder / 'shards'}; it is not read")
+    return about
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(each, str) for each in value)
+
+
+def _read_shard(file: Path, width: int) -> list[dict[str, Any]]:
+    """The lines of a shard, its tensors checked by name, type and shape; what is in them is not read.
+
+    Raises:
+        DataError: one of its two files is damaged, or they do not belong together.
+    """
+    lines, text = [], file.with_suffix(".jsonl")
+    try:
+        for number, row in enumerate(text.read_text(encoding="utf-8").split("\n")[:-1]):
+            lines.append({**json.loads(row), "file": file, "number": number})
+            wrong = [key for key in _LINE_KEYS if not isinstance(lines[-1].get(key, 0), (str, NoneType))]
+            if wrong or not all(lines[-1][key] for key in ("prompt", "embeddings")):
+                raise ValueError(f"line {number + 1} has no text as {(wrong or ['prompt'])[0]!r}")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{text}: damaged ({' '.join(str(error).split())}); delete it and export again") from error
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            found = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            shapes = {name: (each.get_dtype(), each.get_shape()) for name, each in found.items()}
+    except SafetensorError as error:
+        raise DataError(f"{file}: damaged ({' '.join(str(error).split())}); delete it and export again") from error
+    for line in lines:
+        number, embeddings = line["number"], shapes.get(str(line["embeddings"]), ("missing", []))
+        positions = shapes.get(f"{number}.visual_positions", ("missing", []))
+        ids = shapes.get(f"{number}.input_ids", ("missing", []))
+        picture = shapes.get(f"{number}.thumbnail", ("U8", [1, 1, 3]))
+        fits = ids[0] == positions[0] == "I64" and embeddings[0] in ("F16", "BF16", "F32")
+        fits = fits and len(ids[1]) == len(positions[1]) == 1 and embeddings[1] == [positions[1][0], width]
+        if not fits or picture[0] != "U8" or len(picture[1]) != 3 or picture[1][2] != 3:
+            raise DataError(
+                f"{file}: sample {number} holds embeddings {embeddings}, ids {ids}; expected numbers of width {width} "
+                "as export.json says; delete it and export again"
+            )
+    return lines
+
+
 class ExportedDataset(Dataset):
     """The samples of an export; their images are thumbnails that carry the visual tokens.
 
@@ -124,6 +196,10 @@ class ExportedDataset(Dataset):
         tokens, picture = self.export.tokens(index)
         if not torch.isfinite(tokens.embeddings).all():
             raise BrokenSample(f"{line['file']} sample {line['number']}", "visual tokens that are not finite numbers")
+        if int((tokens.input_ids == IMAGE_SENTINEL).sum()) != len(tokens.embeddings):
+            raise BrokenSample(
+                f"{line['file']} sample {line['number']}", "another number of visual tokens than its ids"
+            )
         if picture is not None:
             picture.info[INFO_KEY] = tokens
         return Sample(
@@ -282,10 +358,25 @@ def load_language_model(
     missing = [name for name in report["missing_keys"] if not name.startswith(_STAND_INS)]
     if missing:
         raise ModelError(f"{path}: {len(missing)} tensors of the language model are missing, the first: {missing[0]}")
+    _check_embeddings(model.get_input_embeddings().weight, export, path)
     for name, parameter in model.named_parameters():
         if name.startswith(_STAND_INS) and not parameter.is_meta:
             torch.nn.init.zeros_(parameter)  # the same at every start, so that runs can be continued
     return model, ExportedProcessor(export, tokenizer, config.image_token_id)
+
+
+def _check_embeddings(weight: Tensor, export: Export, path: str) -> None:
+    """Refuse a language model of the right width whose text embeddings are not those of the exported model."""
+    for row, numbers in export.about.get("text_embeddings", {}).items():
+        if weight.is_meta:
+            return
+        expected = torch.tensor(numbers, dtype=torch.float64)
+        own = weight[int(row), : len(numbers)].cpu().double() if int(row) < len(weight) else torch.tensor(torch.inf)
+        if not torch.allclose(own, expected, rtol=0.01, atol=1e-6):  # either may be rounded to half precision
+            raise ModelError(
+                f"{path} is not the model whose visual tokens are in {export.folder} (exported from "
+                f"{export.about.get('model_path')}): the embeddings of token {row} differ; give that checkpoint"
+            )
 
 
 def _placeholder(tokenizer: Any, rows: int, export: Export) -> int:
