@@ -126,6 +126,20 @@ def sample_scene(
     return Scene(split, seed, index, tuple(objects))
 
 
+def scene_of(image_id: str) -> Scene | None:
+    """The scene that an `image_id` of the built-in tasks names, None for the images of others.
+
+    Example:
+        >>> scene_of(sample_scene("test", 0, 12).image_id).index
+        12
+    """
+    split, _, rest = image_id.rpartition("-")[0].rpartition("-")
+    index = image_id.rpartition("-")[2]
+    if split not in SPLITS or not (rest.isdigit() and index.isdigit() and len(index) >= 7):
+        return None
+    return sample_scene(split, int(rest), int(index))
+
+
 def signed_distance(shape: str, x: NDArray[np.float64], y: NDArray[np.float64], radius: float) -> NDArray[np.float64]:
     """Distance in pixels from the outline of a shape centred at the origin, negative inside."""
     if shape == "circle":

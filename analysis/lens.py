@@ -1,0 +1,140 @@
+"""The logit lens, layer by layer: `python -m analysis.lens`.
+
+When the answer appears at the end of the prompt, with and without an exit; what each patch of the image says, and on
+the built-in tasks how often that is true of the object under it (`docs/causes.md`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib import pyplot as plt
+from omegaconf import DictConfig
+
+from dyvte.data import Dataset, build_dataset
+from dyvte.errors import ConfigError
+from dyvte.instrument.hooks import check_model
+from dyvte.mllm import MLLM
+from dyvte.runs import distributed, runner, store
+from dyvte.runs.config import command, load_model
+
+from .measuring.attention import file_name
+from .measuring.lens import LensMeasurement, patch_words
+from .plots import lens as plots
+from .statistics.bands import count_images, keyed_array, mean_band
+
+
+@command("lens")
+def main(cfg: DictConfig) -> None:
+    """Measure, summarise and draw; continues where an earlier run of the same command was stopped."""
+    dataset = build_dataset(cfg.data)
+    run(cfg, load_model(cfg), dataset)
+
+
+def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any] | None:
+    """The command with a model and data that are loaded already.
+
+    Returns:
+        The summary; None in processes other than the main one.
+    """
+    check_model(mllm)
+    if cfg.exit_layer is not None and not 0 <= cfg.exit_layer <= mllm.num_layers:
+        raise ConfigError(f"exit_layer is {cfg.exit_layer}; this model has exit layers 0..{mllm.num_layers}")
+    made_of = store.fingerprint(mllm, dataset, cfg, exit_layer=cfg.exit_layer)
+    folder = store.RunFolder.open(cfg.output_dir, made_of, cfg, overwrite=cfg.overwrite)
+    batches = runner.consecutive_batches(len(dataset), cfg.batch_size)
+    measure = LensMeasurement(mllm, cfg.exit_layer, cfg.seed)
+    runner.run(folder, dataset, batches, measure, f"{cfg.model.name} on {cfg.data.name}")
+    if not distributed.is_main():
+        return None
+    content = store.plain(summarise_lens(cfg, folder, mllm.num_layers))
+    figures = draw(content, mllm, dataset, cfg.grids)
+    for name, figure in figures.items():
+        folder.save_figure(name, figure)
+    summary = folder.write_summary(**content, figures=sorted(figures))
+    print(outline(summary))
+    print(f"{summary['num_samples']} samples; results in {folder.path}")
+    return summary
+
+
+def summarise_lens(cfg: DictConfig, folder: store.RunFolder, num_layers: int) -> dict[str, Any]:
+    """Curves over layers 0..L with bands over images."""
+    answers = folder.read_table("answers")
+    curves = {}
+    for exit_layer, rows in answers.groupby("exit_layer"):
+        name = "no exit" if exit_layer == num_layers else f"exit at {exit_layer}"
+        ids = rows["id"].unique()
+        images = rows.drop_duplicates("id").set_index("id").loc[ids, "image_id"].to_numpy()
+        curves[name] = {
+            column: mean_band(
+                keyed_array(rows, column, ids, "layer"),
+                images,
+                n_boot=cfg.bootstrap,
+                seed=cfg.seed,
+            ).to_dict()
+            for column in ("answer_probability", "is_answer")
+        }
+    content = {
+        "model": cfg.model.name,
+        "data": cfg.data.name,
+        "num_layers": num_layers,
+        "num_questions": int(answers["id"].nunique()),
+        "num_images": count_images(answers["image_id"].unique()),
+        "answer": curves,
+        "patches": {},
+    }
+    if (folder.path / "patches.parquet").is_file():  # only where the generator of the images tells what they show
+        patches = folder.read_table("patches")
+        for attribute, rows in patches.groupby("attribute"):
+            images = rows["image_id"].unique()
+            content["patches"][attribute] = {
+                column: mean_band(
+                    keyed_array(rows.rename(columns={"image_id": "id"}), column, images, "layer"),
+                    images,
+                    n_boot=cfg.bootstrap,
+                    seed=cfg.seed,
+                ).to_dict()
+                for column in ("share", "control")
+            }
+    return content
+
+
+def draw(content: dict[str, Any], mllm: MLLM, dataset: Dataset, grids: int) -> dict[str, plt.Figure]:
+    """All figures, by file name."""
+    figures = {"answer": plots.draw_answer_lens(content)}
+    if content["patches"]:
+        figures["patches"] = plots.draw_patch_lens(content)
+    seen: set[str] = set()
+    for index in range(len(dataset)):
+        if len(seen) >= grids:
+            break
+        try:
+            sample = dataset[index]
+        except Exception:  # a sample that cannot be read is in failures.jsonl already
+            continue
+        if sample.image is not None and sample.image_id not in seen:
+            seen.add(sample.image_id)
+            words, probabilities = patch_words(mllm, sample)
+            if (grid := plots.draw_lens_grid(sample.image, words, probabilities.numpy())) is not None:
+                figures[f"grid_{file_name(sample.image_id)}"] = grid
+    return figures
+
+
+def outline(summary: dict[str, Any]) -> str:
+    """In words, for the terminal: from which layer on the answer is the likeliest token, and what patches say."""
+    lines = []
+    for name, curves in summary["answer"].items():
+        shares = curves["is_answer"]["mean"]
+        first = next((layer for layer in range(len(shares)) if min(shares[layer:]) >= 0.5), None)
+        words = "in no layer" if first is None else f"from layer {first} of {summary['num_layers']} on"
+        lines.append(f"{name}: the answer is the likeliest token at the prompt's end for half of the questions {words}")
+    for attribute, curves in summary["patches"].items():
+        best = max(range(len(curves["share"]["mean"])), key=lambda layer: curves["share"]["mean"][layer])
+        share, control = curves["share"]["mean"][best], curves["control"]["mean"][best]
+        chance = f"{share:.0%} ({control:.0%} by chance)"
+        lines.append(f"patches of an object name its {attribute} most often after layer {best}: {chance}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Figures of `analysis.lens`: functions of a summary; nothing is computed here but layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from ..statistics.bands import Band
+from .style import CYCLE, Summary, add_legend, draw_band, figure_style, share_axis, title_of
+
+SHOWN_LAYERS = 4
+DIMMEST = 0.25
+
+
+def _note(summary: Summary) -> str:
+    return f"n = {summary['num_questions']:,} questions on {summary['num_images']:,} images; bands: 95% over images"
+
+
+def _layers(summary: Summary) -> np.ndarray:
+    return np.arange(summary["num_layers"] + 1)
+
+
+def draw_answer_lens(summary: Summary) -> Figure:
+    """When the model's own answer appears at the end of the prompt."""
+    with figure_style():
+        figure, axes = plt.subplots(1, 2, figsize=(9.2, 3.8), layout="constrained", sharex=True)
+        labels = {
+            "answer_probability": "probability of the answer",
+            "is_answer": "answer is the likeliest token (share)",
+        }
+        for axis, (column, label) in zip(axes, labels.items(), strict=True):
+            for series, (name, curves) in zip(CYCLE, summary["answer"].items(), strict=False):
+                draw_band(axis, _layers(summary), Band.from_dict(curves[column]), series.named(name))
+            axis.set(xlabel="after layer (0: the decoder's input)", ylabel=label)
+            share_axis(axis)
+        figure.suptitle(f"When the answer appears at the end of the prompt\n{title_of(summary)}")
+        add_legend(figure, axes[0], _note(summary))
+        return figure
+
+
+def draw_patch_lens(summary: Summary) -> Figure:
+    """How often the likeliest token at a patch names the object that it shows."""
+    with figure_style():
+        figure, axis = plt.subplots(figsize=(6.6, 4.0), layout="constrained")
+        for series, (attribute, curves) in zip(CYCLE, summary["patches"].items(), strict=False):
+            draw_band(axis, _layers(summary), Band.from_dict(curves["share"]), series.named(f"its {attribute}"))
+            control = np.array(curves["control"]["mean"])
+            axis.plot(_layers(summary), control, color=series.color, linewidth=0.9, linestyle=":")
+        axis.set(
+            xlabel="after layer (0: the decoder's input)",
+            ylabel="patches of an object whose\nlikeliest token names ...",
+        )
+        share_axis(axis)
+        figure.suptitle(f"What the patches say\n{title_of(summary)}")
+        note = f"{summary['num_images']:,} images; bands: 95% over images; dotted: names of the image's other objects"
+        add_legend(figure, axis, note)
+        return figure
+
+
+def draw_lens_grid(image: Any, words: list[list[str]], probabilities: np.ndarray) -> Figure | None:
+    """The likeliest word of every patch over the image, after some layers; None where patches form no square grid.
+
+    Args:
+        image: the image, of PIL.
+        words: [L + 1][V].
+        probabilities: [L + 1, V]; a word is the darker the surer.
+    """
+    side = int(len(words[0]) ** 0.5)
+    if side * side != len(words[0]):
+        return None
+    chosen = np.unique(np.linspace(0, len(words) - 1, SHOWN_LAYERS).round().astype(int))
+    with figure_style():
+        figure, axes = plt.subplots(
+            1, len(chosen), figsize=(4.2 * len(chosen), 4.6), layout="constrained", squeeze=False
+        )
+        for axis, layer in zip(axes[0], chosen, strict=True):
+            axis.imshow(image, extent=(0, side, side, 0), alpha=0.45)
+            for place, word in enumerate(words[layer]):
+                row, column = divmod(place, side)
+                strength = DIMMEST + (1 - DIMMEST) * float(probabilities[layer, place])
+                shown = word if len(word) <= 6 else f"{word[:5]}\N{HORIZONTAL ELLIPSIS}"
+                axis.text(
+                    column + 0.5, row + 0.5, shown, ha="center", va="center", fontsize=72 / side, alpha=strength,
+                    parse_math=False,
+                )  # fmt: skip
+            axis.set_title(f"after layer {layer}" if layer else "decoder's input")
+            axis.set_axis_off()
+        return figure
