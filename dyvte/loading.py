@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from dyvte.errors import ModelError
 from dyvte.mllm import MLLM
+from dyvte.stored_files import check_model_folder
 
 SHIPPED_MODELS = {"llava_shapes": Path(__file__).parent / "testbed" / "weights"}
 """Models that come with the package, by the name that `load` knows them under."""
@@ -87,10 +89,14 @@ def load(
     else:
         source, hub_kwargs = _resolve_source(str(name_or_path), revision, token)
         hub_kwargs["trust_remote_code"] = trust_remote_code
+        if Path(source).is_dir():
+            check_model_folder(Path(source))
         with _OneLineErrors(str(name_or_path)):
             _refuse_forks(str(name_or_path), source, hub_kwargs)
             config = AutoConfig.from_pretrained(source, **hub_kwargs)
         _check_config(str(name_or_path), config)
+        if attn_implementation is None:
+            _refuse_kernels(str(name_or_path), config)
         if getattr(config, "quantization_config", None) is not None:  # stored that way
             model_kwargs.setdefault("device_map", {"": place})
         model_kwargs.setdefault("use_safetensors", True)
@@ -120,7 +126,9 @@ class _OneLineErrors:
         return None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        expected = (OSError, ValueError, KeyError, ImportError, RuntimeError)
+        from huggingface_hub.errors import StrictDataclassError
+
+        expected = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
         if isinstance(error, ModelError) or not isinstance(error, expected):
             return
         raise ModelError(f"cannot load {self.name!r}: {_explain(error)}") from None
@@ -147,6 +155,10 @@ def _explain(error: BaseException) -> str:
         )
     if any(isinstance(each, HFValidationError) for each in chain):
         return "no such folder here, and it is not a Hub id of the form owner/name"
+    if isinstance(error, SafetensorError):
+        return f"a file of its weights is damaged ({text}); download it again"
+    if "ignore_mismatched_sizes" in text:
+        return "its weights have other shapes than its config.json asks for; the two do not belong together"
     if "no file named" in text or "with `safetensors`" in text:
         return f"the weights are missing (safetensors files, no others are read); {_first_sentence(text)}"
     return _first_sentence(text)
@@ -263,6 +275,17 @@ def _check_config(name: str, config: Any) -> None:
         f"cannot load {name!r}: model type {config.model_type!r} is not an image-text-to-text model of transformers; "
         "dyvte needs a multimodal LLM such as llava-hf/llava-1.5-7b-hf"
     )
+
+
+def _refuse_kernels(name: str, config: Any) -> None:
+    """Refuse a config that names attention code on the Hub, which transformers would fetch and run."""
+    for each in (config, *(getattr(config, part, None) for part in getattr(config, "sub_configs", ()))):
+        kernel = getattr(each, "_attn_implementation", None)
+        if isinstance(kernel, str) and "/" in kernel:
+            raise ModelError(
+                f"cannot load {name!r}: its config.json names attention code to fetch and run, {kernel!r}; take the "
+                "line out, or say what to use (on the command line model.attn_implementation=sdpa)"
+            )
 
 
 def _check_weights(name: str, report: dict[str, Any]) -> None:

@@ -38,6 +38,7 @@ from dyvte.gates.module import QUESTION, Gates
 from dyvte.gates.training import GateData, Recipe, average_gates, evaluate_loss, gate_probabilities, train_gates
 from dyvte.runs import distributed
 from dyvte.runs.config import command, load_model
+from dyvte.runs.locks import replace_folder, temporary_name
 from dyvte.runs.store import RunFolder
 from dyvte.runs.targets import build, find_target
 
@@ -88,11 +89,12 @@ def train(cfg: DictConfig) -> Gates | None:
         "validation": fit.validation,
         "controls": _fixed_exits(split, fit.validation["agreement"]),
     }
-    _save(fit.gates, folder, "gates")
+    control = None
     if QUESTION in settings.status:
-        control = fit_gates(mllm.num_layers, mllm.hidden_size, split, cfg, [QUESTION], mllm.device)
-        control.gates.facts = {**fit.gates.facts, "validation": control.validation}
-        _save(control.gates, folder, f"gates/{QUESTION_GATES}")
+        fit_control = fit_gates(mllm.num_layers, mllm.hidden_size, split, cfg, [QUESTION], mllm.device)
+        control = fit_control.gates
+        control.facts = {**fit.gates.facts, "validation": fit_control.validation}
+    save_gates(folder.path / "gates", fit.gates, control)
     folder.write_table("layers", fit.report)
     folder.write_table("history", fit.history)
     training = time.perf_counter() - started
@@ -329,14 +331,16 @@ def _short_recipe(cfg: DictConfig) -> dict[str, Any]:
     }
 
 
-def _save(gates: Gates, folder: RunFolder, name: str) -> None:
-    """Write a folder of gates that is complete or not there."""
-    final = folder.path / name
-    temporary = final.with_name(f".tmp-{final.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    gates.save_pretrained(temporary)
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
+def save_gates(folder: Path, gates: Gates, control: Gates | None = None) -> None:
+    """Write a folder of gates, with the control that saw the question only: complete or not there."""
+    temporary = temporary_name(folder)
+    try:
+        gates.save_pretrained(temporary)
+        if control is not None:
+            control.save_pretrained(temporary / QUESTION_GATES)
+        replace_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -211,7 +211,7 @@ class Fork:
         )
 
     def _write_joint(self, file_kind: str, tower_inside: Weights) -> None:
-        tower_folder = self.folder.parent / f"{self.folder.name}-tower"
+        tower_folder = self.folder / "tower"
         write_weights(tower_folder, self.tower, file_kind)
         (tower_folder / "config.json").write_text(json.dumps(self.tower_config))
         config = {
@@ -220,7 +220,7 @@ class Fork:
             "model_type": "llava",
             "architectures": ["LlavaLlamaForCausalLM"],
             "mm_projector_type": self.projector_kind,
-            "mm_vision_tower": str(tower_folder),
+            "mm_vision_tower": "tower",
         }
         at = "model.mm_projector."
         weights = {**self.text, **{at + name: each for name, each in self.projector.items()}, **tower_inside}

@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from families import IMAGE_SIZE
 from forks import TEXT, VOCABULARY, Fork, random_ids
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dyvte
@@ -166,6 +169,7 @@ def large_checkpoint(small: Fork, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, **changed}))
     for file in small.folder.glob("tokenizer*"):
         (folder / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(small.folder / "tower", folder / "tower")
     shapes = {name: tuple(each.shape) for name, each in small.text.items() if ".layers." not in name}
     shapes |= {name: tuple(each.shape) for name, each in small.text.items() if ".layers.0." in name}
     for name in shapes:
@@ -222,7 +226,7 @@ def test_command_line(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "3 decoder layers, 16 visual tokens" in done.stdout
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["my target", "source", "source-tower"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["my target", "source"]
     with pytest.raises(ConfigError, match="exists: give another target, or overwrite=true"):
         convert(source.folder, tmp_path / "my target")
     assert name_positional(["a b", "c", "x=1", "--help"]) == ['source="a b"', 'target="c"', "x=1", "--help"]
@@ -234,6 +238,56 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not a safetensors file that can be read"):
         convert(source.folder, tmp_path / "target")
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_conversions_into_one_folder_at_once_leave_a_whole_one(overwrite: bool, tmp_path: Path) -> None:
+    sources = [fork(tmp_path / f"source-{number}", "llava-1.5-safetensors") for number in range(3)]
+    for number, source in enumerate(sources):  # tell them apart by their projector
+        file = source.folder / "config.json"
+        weights = {f"model.mm_projector.{name}": each + number for name, each in source.projector.items()}
+        save_file(weights, source.folder / "projector.safetensors")
+        index = source.folder / "model.safetensors.index.json"
+        content = json.loads(index.read_text())
+        content["weight_map"] |= dict.fromkeys(weights, "projector.safetensors")
+        index.write_text(json.dumps(content))
+        file.write_text(json.dumps({**json.loads(file.read_text()), "max_position_embeddings": 500 + number}))
+    target, barrier = tmp_path / "target", threading.Barrier(3)
+
+    def job(source: Fork) -> bool:
+        barrier.wait()
+        try:
+            convert(source.folder, target, overwrite=overwrite)
+        except ConfigError as error:
+            return "exists" not in str(error)
+        return True
+
+    with ThreadPoolExecutor(3) as pool:
+        done = list(pool.map(job, sources))
+    assert sum(done) == (3 if overwrite else 1)
+    winner = json.loads((target / "config.json").read_text())["text_config"]["max_position_embeddings"] - 500
+    with safe_open(target / "model.safetensors", framework="pt") as file:
+        bias = file.get_tensor("model.multi_modal_projector.linear_1.bias")
+    assert torch.equal(bias, sources[0].projector["0.bias"] + winner)
+    assert {each.name for each in tmp_path.iterdir()} == {"target", *(source.folder.name for source in sources)}
+
+
+OUTSIDE = ["../other", "/etc", "~", "sub/../../other", "..", "here"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_tower_that_the_config_names_outside_is_read_only_if_the_user_names_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = fork(tmp_path / "source")
+    monkeypatch.chdir(tmp_path)
+    for other in ("other", "here"):
+        shutil.copytree(source.folder / "tower", tmp_path / other)
+    file = source.folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "mm_vision_tower": name}))
+    with pytest.raises(ModelError, match=r"source/config\.json names a vision tower outside .*vision_tower="):
+        convert(source.folder, tmp_path / "target")
+    assert convert(source.folder, tmp_path / "target", vision_tower=str(tmp_path / "other")).is_dir()
 
 
 REFUSED = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,9 @@ from dyvte.conversion.source import Source, checkpoint_folder, read_source
 from dyvte.conversion.target import plan, target_config
 from dyvte.conversion.tokenizer import IMAGE_TOKEN, add_image_token, read_tokenizer
 from dyvte.conversion.weights import write_shards
-from dyvte.errors import ConfigError
+from dyvte.errors import ConfigError, ModelError
+from dyvte.runs.locks import replace_folder, temporary_name
+from dyvte.stored_files import read_json, reason_of
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -86,24 +87,28 @@ def convert(
     entries = plan(checkpoint, config, to)
     processor = build_processor(checkpoint, config, tokenizer, _template(chat_template, checkpoint))
 
-    unfinished = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    total = sum(entry.nbytes for entry in entries)
-    with tqdm(total=total, desc="weights", unit="B", unit_scale=True, dynamic_ncols=True) as progress:
-        for done in write_shards(unfinished, entries, int(shard_gigabytes * 2**30)):
-            progress.update(done)
     config.architectures = [
         "LlavaDownsampleForConditionalGeneration"
         if config.model_type == "llava_downsample"
         else "LlavaForConditionalGeneration"
     ]
-    config.save_pretrained(unfinished)
-    _generation_config(tokenizer).save_pretrained(unfinished)
-    processor.save_pretrained(unfinished)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(unfinished, folder)
+    total = sum(entry.nbytes for entry in entries)
+    unfinished = temporary_name(folder)
+    try:
+        unfinished.mkdir(parents=True)
+        with tqdm(total=total, desc="weights", unit="B", unit_scale=True, dynamic_ncols=True) as progress:
+            for done in write_shards(unfinished, entries, int(shard_gigabytes * 2**30)):
+                progress.update(done)
+        config.save_pretrained(unfinished)
+        _generation_config(tokenizer).save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+        replace_folder(unfinished, folder, overwrite)
+    except FileExistsError as error:
+        raise ConfigError(f"{folder} exists by now: another process has written it meanwhile") from error
+    except OSError as error:
+        raise ConfigError(f"target={folder} cannot be written ({reason_of(error)}): give another folder") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     print(
         f"{folder}: {config.model_type}, {config.text_config.num_hidden_layers} decoder layers, "
         f"{config.image_seq_length} visual tokens an image; use it with model=hf model.path={folder}"
@@ -127,8 +132,8 @@ def _template(path: str | None, source: Source) -> str:
     if path is not None:
         try:
             return Path(path).read_text()
-        except OSError as error:
-            raise ConfigError(f"chat_template={path}: {error.strerror}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"chat_template={path}: {reason_of(error)}") from error
     if source.text_config.model_type != "llama":
         raise ConfigError(
             f"{source.folder}: no prompt is known for a {source.text_config.model_type} language model; "
@@ -186,8 +191,11 @@ def _normalisation(source: Source, model_type: str) -> tuple[list[float], list[f
     mean, std = defaults[model_type]
     file = None if source.tower_folder is None else source.tower_folder / "preprocessor_config.json"
     if file is not None and file.is_file():
-        stored = json.loads(file.read_text())
+        stored = read_json(file)
         mean, std = stored.get("image_mean", mean), stored.get("image_std", std)
+        for given in (mean, std):
+            if not isinstance(given, (list, tuple)) or not all(isinstance(each, (int, float)) for each in given):
+                raise ModelError(f"{file}: image_mean and image_std must be lists of numbers, got {given!r}")
     return list(mean), list(std)
 
 

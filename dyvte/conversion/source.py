@@ -7,7 +7,6 @@ Three layouts are known. LLaVA-1.5, VILA-1.0 and InternVL-Chat keep everything i
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import CONFIG_MAPPING
 
 from dyvte.conversion.weights import WeightFile, weight_files
 from dyvte.errors import ModelError
+from dyvte.stored_files import read_json
 
 PROJECTORS = ("linear", "mlp2x_gelu", "mlp_downsample")
 EXPORT_HINT = "export its visual tokens instead (docs/how_to_llava_forks.md)"
@@ -207,9 +207,15 @@ def _tower_folder(folder: Path, config: dict[str, Any], given: str | None) -> Pa
     name = given or config.get("mm_vision_tower") or config.get("vision_tower")
     if not name:
         raise ModelError(f"{folder}: the config names no vision tower; give vision_tower=FOLDER or a Hub id")
-    for candidate in (Path(name).expanduser(), folder / name):
-        if candidate.is_dir():
-            return candidate
+    if not given:  # by a file that somebody else may have written
+        leads_out = Path(str(name)).is_absolute() or str(name).startswith("~") or ".." in Path(str(name)).parts
+        if leads_out or not isinstance(name, str) or (Path(name).is_dir() and not (folder / name).is_dir()):
+            raise ModelError(
+                f"{folder / 'config.json'} names a vision tower outside of its folder, {name!r}: say that it may be "
+                f"read with vision_tower={name}"
+            )
+        if (folder / name).is_dir():
+            return folder / name
     try:
         return checkpoint_folder(name)
     except ModelError as error:
@@ -249,10 +255,6 @@ def _without_prefix(tensors: dict[str, SourceTensor], prefix: str) -> dict[str, 
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except OSError as error:
-        raise ModelError(f"{path} is missing: not a checkpoint of the LLaVA code base") from error
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{path} line {error.lineno}: not JSON ({error.msg})") from error
-    return content
+    if not path.is_file():
+        raise ModelError(f"{path} is missing: not a checkpoint of the LLaVA code base")
+    return read_json(path)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from dyvte.errors import ModelError
+from dyvte.stored_files import check_safetensors, indexed_files
 
 _DTYPES = {
     "F64": torch.float64,
@@ -44,12 +45,11 @@ class WeightFile:
         """
         if self.path.suffix != ".safetensors":
             return {name: (tuple(each.shape), each.dtype) for name, each in self._load().items()}
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                return {name: (tuple(each.get_shape()), _DTYPES[each.get_dtype()]) for name, each in slices.items()}
-        except (SafetensorError, KeyError) as error:
-            raise ModelError(f"{self.path}: not a safetensors file that can be read ({error})") from error
+        found = check_safetensors(self.path)
+        unknown = [f"{name} is {dtype}" for name, (dtype, _) in found.items() if dtype not in _DTYPES]
+        if unknown:
+            raise ModelError(f"{self.path}: numbers of a type that is not known here ({unknown[0]})")
+        return {name: (tuple(shape), _DTYPES[dtype]) for name, (dtype, shape) in found.items()}
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
@@ -72,7 +72,9 @@ class WeightFile:
             except Exception as error:
                 reason = " ".join(str(error).split())[:120]
                 raise ModelError(f"{self.path}: not a file of weights alone ({reason})") from error
-            self._tensors = {name: each for name, each in content.items() if isinstance(each, Tensor)}
+            if not isinstance(content, dict):
+                raise ModelError(f"{self.path}: holds a {type(content).__name__}, not weights by name")
+            self._tensors = {str(name): each for name, each in content.items() if isinstance(each, Tensor)}
         return self._tensors
 
 
@@ -80,12 +82,10 @@ def weight_files(folder: Path, stem: str = "") -> list[WeightFile]:
     """The weight files of a folder in Hub layout, safetensors where there are both kinds.
 
     Raises:
-        ModelError: there are none, or some that the index names are missing.
+        ModelError: there are none, or some that the index names are missing or outside of the folder.
     """
-    for index in (*folder.glob(f"{stem}*.safetensors.index.json"), *folder.glob(f"{stem}*.bin.index.json")):
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise ModelError(f"{folder}: {missing[0]} is missing ({index.name} names it); download it again")
+    indices = [*folder.glob(f"{stem}*.safetensors.index.json"), *folder.glob(f"{stem}*.bin.index.json")]
+    for files in [indexed_files(index) for index in indices]:
         return [WeightFile(file) for file in files]
     for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin", "*.bin"):
         found = sorted(file for file in folder.glob(pattern) if file.name != "training_args.bin")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,9 @@ from torch.nn import functional as F  # noqa: N812
 
 from dyvte.errors import ModelError
 from dyvte.instrument.states import STATUS_PARTS, TEXT_STATUS
-from dyvte.runs.store import write_atomic, write_json
+from dyvte.runs.locks import one_at_a_time, write_atomic
+from dyvte.runs.store import write_json
+from dyvte.stored_files import check_safetensors, read_json, reason_of, short
 
 if TYPE_CHECKING:
     from dyvte.mllm import MLLM
@@ -162,6 +165,28 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
         card = str(self.generate_model_card())
         write_atomic(save_directory / "README.md", lambda out: out.write(card.encode()))
 
+    def save_pretrained(self, save_directory: str | Path, **settings: Any) -> str | None:
+        """Write the gates into a folder, or push them to the Hub (see `huggingface_hub.ModelHubMixin`)."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(Path(save_directory)):  # or the weights of one could end beside the config of another
+            return super().save_pretrained(save_directory, **settings)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **settings: Any) -> Gates:
+        """Read gates from a folder or from the Hub.
+
+        Raises:
+            ModelError: a file is missing or damaged, or the files do not belong together.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir():
+            if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
+                raise ModelError(
+                    f"no gates in {folder}: {' and '.join(missing)} missing, which `python -m dyvte.train` writes"
+                )
+            read_json(folder / CONFIG)
+        return super().from_pretrained(pretrained_model_name_or_path, **settings)
+
     @classmethod
     def _from_pretrained(
         cls,
@@ -177,10 +202,6 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
     ) -> Gates:
         if Path(model_id).is_dir():
             file = Path(model_id) / WEIGHTS
-            if not file.is_file() or "num_layers" not in settings:
-                raise ModelError(
-                    f"no gates in {model_id}: need {CONFIG} and {WEIGHTS}, as `python -m dyvte.train` writes"
-                )
         else:
             file = Path(
                 hf_hub_download(
@@ -193,19 +214,59 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
                     local_files_only=local_files_only,
                 )
             )
+        _check_settings(f"{model_id}/{CONFIG}", settings)
+        shapes = {name: shape for name, (_, shape) in check_safetensors(file).items()}
+        with torch.device("meta"):  # numbers from a file may ask for any amount of memory
+            expected = {name: list(tensor.shape) for name, tensor in cls(**settings).state_dict().items()}
+        for name in sorted({**expected, **shapes}):
+            if expected.get(name) != shapes.get(name):
+                raise ModelError(
+                    f"cannot load the gates in {model_id}: {WEIGHTS} and {CONFIG} disagree ({name} has shape "
+                    f"{shapes.get(name, 'none')}, {CONFIG} asks for {expected.get(name, 'none')})"
+                )
         gates = cls(**settings)
-        try:
-            gates.load_state_dict(load_file(file, device=map_location))
-        except (RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())
+        gates.load_state_dict(load_file(file, device=map_location))
+        if broken := [name for name, tensor in gates.state_dict().items() if not tensor.isfinite().all()]:
             raise ModelError(
-                f"cannot load the gates in {model_id}: {WEIGHTS} and {CONFIG} disagree ({reason})"
-            ) from None
+                f"{file} is damaged ({broken[0]} holds numbers that are not finite): train the gates again"
+            )
         return gates.to(map_location).eval()
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The README of a folder of gates, from `facts`."""
         return ModelCard(model_card(self))
+
+
+def _check_settings(file: str, settings: Mapping[str, Any]) -> None:
+    """Refuse a `config.json` that is not one of gates, by name of the entry."""
+
+    def whole(value: Any, least: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**20
+
+    layers, width, status = (settings.get(name) for name in ("num_layers", "width", "status"))
+    thresholds = settings.get("threshold", 0.5)
+    numbers = thresholds if isinstance(thresholds, list) else [thresholds]
+    gates = layers - 1 if isinstance(layers, int) else 0
+    right = {
+        "num_layers": (whole(layers, 2), "a whole number of at least 2"),
+        "hidden_size": (whole(settings.get("hidden_size"), 1), "a whole number of at least 1"),
+        "width": (width is None or whole(width, 1), "a whole number of at least 1"),
+        "status": (
+            "status" not in settings or (isinstance(status, list) and all(isinstance(each, str) for each in status)),
+            "a list of texts",
+        ),
+        "bias": (isinstance(settings.get("bias", False), bool), "true or false"),
+        "threshold": (
+            all(isinstance(each, (int, float)) and math.isfinite(each) for each in numbers)
+            and (thresholds is not numbers or len(numbers) == gates),
+            "a number, or one for each layer but the last",
+        ),
+        "facts": (isinstance(settings.get("facts", {}), dict), "an object"),
+    }
+    for name, (fits, what) in right.items():
+        if not fits:
+            found = f"is {short(settings[name])}" if name in settings else "is missing"
+            raise ModelError(f"{file} is not one of gates: {name} {found}, should be {what}")
 
 
 def _compact(tensor: Tensor) -> Tensor:
@@ -227,6 +288,10 @@ def load_gates(source: str | Path | Gates) -> Gates:
         raise ModelError(f"no gates in {source}: there is no such folder; make gates with `python -m dyvte.train`")
     try:
         return Gates.from_pretrained(str(source))
+    except ModelError:
+        raise
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ModelError(f"no gates in {source}: its {CONFIG} is damaged ({reason_of(error)})") from error
     except (HfHubHTTPError, EntryNotFoundError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split()).split(". ")[0]
         raise ModelError(f"no gates in {source}: neither a folder here nor found on the Hub ({reason})") from None

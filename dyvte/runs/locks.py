@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -35,6 +37,47 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_folder(new: Path, final: Path, overwrite: bool = True) -> None:
+    """Rename a finished folder to its final name, in place of what is there; one of several at once stays, whole.
+
+    Raises:
+        FileExistsError: there is something, and `overwrite` is false.
+    """
+    old = None
+    try:
+        while True:
+            try:
+                new.rename(final)
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                if not overwrite:
+                    raise FileExistsError(errno.EEXIST, "exists", str(final)) from error
+            if old is not None:  # another process was quicker
+                shutil.rmtree(old, ignore_errors=True)
+            old = temporary_name(final)
+            with suppress(FileNotFoundError):
+                final.rename(old)
+    finally:
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Like `locked`, for folders that must hold no file of ours: the folder itself is locked."""
+    handle = os.open(folder, os.O_RDONLY) if fcntl is not None else None
+    try:
+        with suppress(OSError):
+            if handle is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 @contextmanager
