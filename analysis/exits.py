@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import pandas as pd
 from matplotlib import pyplot as plt
 from omegaconf import DictConfig
 
@@ -42,6 +43,7 @@ from .statistics.exit_summary import (
     token_depths,
     token_summary,
 )
+from .statistics.needs_image import needs_image
 
 
 @command("exits")
@@ -107,9 +109,12 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, An
     level = 1 - (1 - LEVEL) / len(kinds)
     by_kind = {kind: QuestionGroup.of(of_kind, cfg, level) for kind, of_kind in sorted(kinds.items())}
     subsets = {"all": overall}
-    needs_image = results.samples["needs_image"].fillna(False).to_numpy(bool)
-    if needs_image.any():
-        subsets["needs_image"] = QuestionGroup.of(results.where(needs_image), cfg)
+    needed, said_by = needs_image(
+        [None if pd.isna(each) else int(each) for each in results.samples.get("hops", [None])],
+        results.samples["needs_image"].fillna(False).to_numpy(bool),
+    )
+    if needed.any():
+        subsets["needs_image"] = QuestionGroup.of(results.where(needed), cfg)
 
     findings = {
         "contribution_stops": overall.stops,
@@ -164,6 +169,7 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, An
             "findings": {name: finding.to_dict() for name, finding in findings.items()},
             "overall": summary_groups.pop("all"),
             "needs_image": summary_groups.pop("needs_image", None),
+            "needs_image_by": said_by,
             "kinds": {name.removeprefix("kind="): group for name, group in summary_groups.items()},
             "entropy": entropy,
             "tokens": tokens,

@@ -6,6 +6,7 @@ compared with intervals: overall, and on the questions that need the image. What
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -29,7 +30,8 @@ from .measuring.methods import LABELS, encoded, gates_of, load_calibration, plan
 from .plots.methods import draw_methods_at_cost
 from .plots.style import figure_style
 from .statistics.markdown import write_table_page
-from .statistics.methods import compare_methods, comparison_page, outcome_row, outcomes_of
+from .statistics.methods import compare_methods, comparison_page, outcome_row, outcomes_of, rows_by_kind
+from .statistics.needs_image import in_words, known_hops, needs_image
 
 OF_GATES = ("statuses", "train_on_kinds", "other_gates")
 """Settings of an experiment that only `analysis.measuring.gate_tables` reads."""
@@ -67,6 +69,7 @@ def tables(cfg: DictConfig) -> dict[str, Any] | None:
         "calibration": OmegaConf.to_container(cfg.calibration, resolve=True),
         "gates": None if gates is None else policy_digest(DynamicExit(gates)),
         "max_new_tokens": cfg.max_new_tokens,
+        "fixed_exits": "best pair of layers on the calibration prompts",
     }
     folder = RunFolder.open(cfg.output_dir, fingerprint(mllm, dataset, cfg, **settings), cfg, cfg.overwrite)
     jobs = plan(experiment)
@@ -96,23 +99,20 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, reference: LabelSet) 
     """Write the table (Parquet, CSV, Markdown), the figure and the summary."""
     images = reference.samples["image_id"].tolist()
     kinds = reference.samples["kind"].astype(str).to_numpy()
-    needs_image = ~reference.agree[:, 0].numpy()
+    hops = [known_hops(json.loads(text)) for text in reference.samples["metadata"]]
+    needed, said_by = needs_image(hops, ~reference.agree[:, 0].numpy())
     found = outcomes_of(folder, reference, cfg.experiment)
     if not found:
         raise ConfigError(f"experiment {cfg.experiment.name}: no method can meet any of its budgets")
-    subsets = {"accuracy": np.ones(len(images), dtype=bool), "accuracy_needs_image": needs_image}
-    rows = [outcome_row(each, subsets, images, cfg) for each in found]
+    subsets = {"accuracy": np.ones(len(images), dtype=bool), "accuracy_needs_image": needed}
+    rows = [outcome_row(each, subsets, images) for each in found]
     folder.write_table("comparison", pd.DataFrame(rows))
-    by_kind = [
-        {"method": each.method, "budget": each.budget}
-        | {kind: float(np.nanmean(each.correct[kinds == kind])) for kind in sorted(set(kinds))}
-        for each in found
-    ]
+    by_kind = rows_by_kind(found, kinds, images)
     folder.write_table("kinds", pd.DataFrame(by_kind))
     verdicts = compare_methods(found, subsets, images, cfg)
     note = (
-        f"{len(images)} questions about {len(set(images))} images ({int(needs_image.sum())} need the image: without it "
-        "the model answers otherwise); intervals 95%, bootstrap over images"
+        f"{len(images)} questions about {len(set(images))} images ({int(needed.sum())} {in_words(said_by)}); "
+        "intervals 95%, clustered by image"
     )
     leading = {
         (each["on"], each["budget"]): {method: method in each["not_told_apart"] for method in each["lead"]}
@@ -129,7 +129,8 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, reference: LabelSet) 
         num_samples=len(images),
         num_images=len(set(images)),
         experiment=cfg.experiment.name,
-        needs_image=int(needs_image.sum()),
+        needs_image=int(needed.sum()),
+        needs_image_by=said_by,
         tolerance=cfg.experiment.tolerance,
         rows=rows,
         verdicts=verdicts,

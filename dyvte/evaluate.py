@@ -179,10 +179,8 @@ def expected_figures(share: Tensor, answers: pd.DataFrame, reference: LabelSet) 
         "flops_decoder": float(expected(reference.flops).mean()),
         "cost": float(expected(reference.flops).mean() / reference.flops[rows, -1].double().mean()),
     }
-    agreement = share_interval(expected(reference.agree), images)
     correctness = _correctness(expected(reference.correct), reference.correct[rows, -1].double(), images)
-    correctness |= {"agreement": agreement[0], "agreement_ci": agreement[1:]}
-    row |= _flat_intervals(correctness)
+    row |= _flat_intervals(correctness | _with_interval("agreement", expected(reference.agree), images))
     flops, agree = reference.flops[rows].double().mean(0), reference.agree[rows].double().mean(0)
     row["cost_of_fixed_exits"] = mixture_cost(flops / flops[-1], agree, row["agreement"])
     row["cost_ratio"] = row["cost"] / row["cost_of_fixed_exits"]
@@ -278,6 +276,12 @@ def _flat_intervals(found: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def _with_interval(name: str, values: Tensor, images: Sequence[str]) -> dict[str, Any]:
+    """A rate as `name` and `name_ci`."""
+    mean, low, high = (float(each) for each in share_interval(values, images))
+    return {name: mean, f"{name}_ci": (low, high)}
+
+
 def _correctness(correct: Tensor, full_correct: Tensor, images: Sequence[str]) -> dict[str, Any]:
     """Accuracy, the full model's and the loss, over the questions that have a reference; None where none has one.
 
@@ -292,11 +296,9 @@ def _correctness(correct: Tensor, full_correct: Tensor, images: Sequence[str]) -
         return found | dict.fromkeys(["accuracy", "accuracy_ci", "full_accuracy", "accuracy_loss", "accuracy_loss_ci"])
     correct, full_correct = correct[known], full_correct[known]
     images = [image for image, there in zip(images, known.tolist(), strict=True) if there]
-    accuracy = share_interval(correct, images)
     loss = cluster_interval(full_correct - correct, images, largest=1.0)
     return found | {
-        "accuracy": accuracy[0],
-        "accuracy_ci": accuracy[1:],
+        **_with_interval("accuracy", correct, images),
         "full_accuracy": float(full_correct.mean()),
         "accuracy_loss": loss[0],
         "accuracy_loss_ci": loss[1:],
@@ -315,18 +317,17 @@ def figures(answers: pd.DataFrame, reference: LabelSet) -> dict[str, Any]:
     images = answers["image_id"].tolist()
     agree, full_flops = reference.agree[rows], float(reference.flops[rows, -1].double().mean())
     cost = reference.flops[rows].double() / full_flops
-    agreement = share_interval(_tensor(answers["agree"]), images)
+    agreement = _with_interval("agreement", _tensor(answers["agree"]), images)
     correctness = _correctness(_tensor(answers["correct"]), _tensor(answers["full_correct"]), images)
     exits = answers["exit_layer"].to_numpy()
     flops = float(answers["flops_decoder"].mean())
     own_cost = flops / full_flops
-    fixed_cost = mixture_cost(cost.mean(0), agree.double().mean(0), agreement[0])
+    fixed_cost = mixture_cost(cost.mean(0), agree.double().mean(0), agreement["agreement"])
     lucky = agree.int().argmax(1)
     return {
         "num_questions": len(answers),
         **correctness,
-        "agreement": agreement[0],
-        "agreement_ci": agreement[1:],
+        **agreement,
         "mean_exit_layer": float(exits.mean()),
         "exit_layers": np.bincount(exits, minlength=reference.num_layers + 1).tolist(),
         "flops_total": float(answers["flops_total"].mean()),

@@ -55,10 +55,11 @@ def test_tables_summary_and_figures(tmp_path: Path) -> None:
 
 
 def test_bands_have_a_width_where_all_agree() -> None:
-    band = effect_band(np.zeros((20, 2, 3)), range(20), 100, 0, points=True)
-    assert (band.mean == 0).all()
-    assert (band.low < -10).all()
-    assert (band.high == 0).all()
+    for value, limits in ((0, (-100, 0)), (-100, (-100, 0)), (0, (-100, 100)), (100, (-100, 100))):
+        band = effect_band(np.full((20, 2, 3), value), range(20), 100, 0, limits)
+        assert (band.mean == value).all()
+        assert (band.low == value).all() if value == limits[0] else (band.low < value - 10).all()
+        assert (band.high == value).all() if value == limits[1] else (band.high > value + 10).all()
 
 
 @pytest.mark.parametrize(

@@ -316,7 +316,7 @@ def test_bic_prefers_the_family_that_made_the_curve() -> None:
 def test_a_rate_of_none_or_all_has_an_interval(images: int, per_image: int, rate: float) -> None:
     """Wilson's, for as many draws as there are images: what more questions an image add cannot be seen there."""
     clusters = np.repeat(np.arange(images), per_image)
-    band = rate_band(np.full(len(clusters), rate), clusters, n_boot=20)
+    band = rate_band(np.full(len(clusters), rate), clusters)
     expected = binomtest(int(rate) * images, images).proportion_ci(0.95, method="wilson")
     assert (band.low, band.high) == pytest.approx((expected.low, expected.high))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from functools import cache
 from pathlib import Path
@@ -13,14 +14,17 @@ import pandas as pd
 import pytest
 import torch
 from families import FAMILIES, random_batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import dyvte
 from analysis.cost import Stopwatch, constant, measure, summarize
 from analysis.measuring.matched import Calibration, deciding_cost, kl_layers, largest_within, methods
-from analysis.measuring.methods import LABELS, SeenPositions, describe, plan
+from analysis.measuring.methods import CALIBRATION, LABELS, Job, SeenPositions, describe, plan, run_job
 from analysis.plots.methods import draw_methods_at_cost
-from analysis.statistics.methods import Outcome, compare_methods, exit_mixture, sentence
+from analysis.statistics.methods import Outcome, accuracy_of, compare_methods, exit_mixture, sentence
+from analysis.statistics.needs_image import in_words, known_hops, needs_image
 from analysis.statistics.pairwise import Contest, pairs_of, seeded_bootstrap, standings
 from analysis.tables import tables
 from docs.tooling import comparison
@@ -28,6 +32,7 @@ from dyvte.batch import Batch
 from dyvte.cost.flops import plan_decoder_flops, prefill_flops
 from dyvte.cost.measure import PeakMemory
 from dyvte.data.shapes import ShapesDataset
+from dyvte.gates.metrics import best_mixture, mixture_cost
 from dyvte.gates.module import Gates
 from dyvte.mllm import MLLM
 from dyvte.runs.config import compose
@@ -110,7 +115,8 @@ def test_methods_with_seeds_run_once_a_seed() -> None:
     jobs = plan(experiment)
     assert len(jobs) == 1 + 2 * (1 + 3)
     assert [job.seed for job in jobs if job.method == "random" and job.budget == 0.5] == [0, 1, 2]
-    assert [job.budget for job in jobs if job.method == "vtw"] == [None]  # its answers are those of fixed exits
+    assert [job.budget for job in jobs if job.method == CALIBRATION] == [None]  # of fixed exits the answers are there
+    assert not [job for job in jobs if job.method in ("none", "vtw")]
 
 
 @torch.no_grad()
@@ -134,21 +140,93 @@ def reference() -> Any:
     return SimpleNamespace(flops=flops, cost=cost, correct=correct, agree=correct.bool(), num_layers=2)
 
 
-def test_a_fixed_exit_mixes_two_layers_to_meet_the_budget() -> None:
-    found = exit_mixture(reference(), "fixed_exit", 0.75, [0, 1, 2])  # costs 0.25, 0.5 and 1
+def test_a_fixed_exit_mixes_the_best_two_layers_to_meet_the_budget() -> None:
+    """Costs are 0.25, 0.5 and 1 of the full model's; which layers are mixed is up to the calibration prompts."""
+    found = exit_mixture(reference(), "fixed_exit", 0.75, np.array([0.0, 0.7, 1.0]))
     assert found is not None
     assert found.cost.mean() == pytest.approx(0.75)
     assert found.correct[:, 0].tolist() == [1.0, 0.5]
     assert found.exit_layer.tolist() == [1.5, 1.5]
     assert found.setting == "layer=1 or 2 (50%)"
-    between = exit_mixture(reference(), "vtw", 0.75, [0, 2])  # VTW never chooses layer 1
-    assert between is not None
-    assert between.cost.mean() == pytest.approx(0.75)
-    assert between.correct[:, 0].tolist() == pytest.approx([2 / 3, 2 / 3])
-    full = exit_mixture(reference(), "none", None, [2])
+    apart = exit_mixture(reference(), "fixed_exit", 0.75, np.array([0.5, 0.6, 1.0]))  # layer 1 is below the line
+    assert apart is not None
+    assert apart.cost.mean() == pytest.approx(0.75)
+    assert apart.correct[:, 0].tolist() == pytest.approx([2 / 3, 2 / 3])
+    assert apart.setting == "layer=0 or 2 (67%)"
+    full = exit_mixture(reference(), "none", None, None)
     assert full is not None
     assert full.correct[:, 0].tolist() == [1.0, 1.0]
-    assert exit_mixture(reference(), "fixed_exit", 0.2, [0, 1, 2]) is None
+    assert exit_mixture(reference(), "fixed_exit", 0.2, np.array([0.0, 0.7, 1.0])) is None
+
+
+@settings(max_examples=100)
+@given(st.integers(0, 100_000), st.integers(1, 8), st.booleans())
+def test_the_mixture_of_fixed_exits_is_the_best_of_all_pairs(seed: int, layers: int, coarse: bool) -> None:
+    """On the prompts that it is chosen on, at the same cost, and whatever the order and ties of costs and agreement."""
+    rng = np.random.default_rng(seed)
+    cost, agreement = rng.random(layers + 1), rng.random(layers + 1)
+    if coarse:
+        cost, agreement = np.ceil(4 * cost) / 4, np.ceil(4 * agreement) / 4
+    budget = float(rng.choice([*cost, rng.random()]))
+    pairs = []
+    for i, j in itertools.product(range(layers + 1), repeat=2):
+        if cost[i] <= budget <= cost[j]:
+            share = (budget - cost[i]) / (cost[j] - cost[i]) if cost[j] > cost[i] else 1.0
+            pairs.append((1 - share) * agreement[i] + share * agreement[j])
+    found = best_mixture(cost, agreement, budget)
+    if budget < cost.min():
+        assert found is None
+        return
+    assert found is not None
+    i, j, share = found
+    reached, spent = ((1 - share) * each[i] + share * each[j] for each in (agreement, cost))
+    assert spent == pytest.approx(min(budget, cost.max()))
+    if pairs:
+        assert reached == pytest.approx(max(pairs))
+    # what the other reading of the hull says: so much agreement costs no less, unless a cheaper exit has it
+    assert mixture_cost(cost, agreement, float(reached)) <= spent + 1e-9
+
+
+@torch.no_grad()
+def test_calibration_says_how_often_every_exit_keeps_the_answer() -> None:
+    mllm, batches = model(), [prompts(rows=3), prompts(seed=2, rows=2)]
+    kept = np.zeros(LAYERS + 1)
+    for batch in batches:
+        full = mllm.generate_ids(batch, max_new_tokens=2)
+        for k in range(LAYERS + 1):
+            with dyvte.FixedExit(k)(mllm):
+                kept[k] += sum(a == b for a, b in zip(mllm.generate_ids(batch, max_new_tokens=2), full, strict=True))
+    calibration = Calibration(mllm, batches)
+    assert calibration.agreement(2).tolist() == pytest.approx(kept / 5)
+    table = run_job(Job(CALIBRATION, None), calibration, None, [], 2)[CALIBRATION]
+    assert table["agreement"].tolist() == pytest.approx(kept / 5)
+    assert table["kl"].tolist() == pytest.approx(calibration.divergence.tolist())
+
+
+def test_the_data_say_which_questions_need_the_image() -> None:
+    otherwise = np.array([True, False, True])
+    found, said_by = needs_image([known_hops({"hops": hops}) for hops in (0, 1, 3)], otherwise)
+    assert (found.tolist(), said_by) == ([False, True, True], "hops")
+    for metadata in ({}, {"hops": None}, {"hops": "two"}, {"hops": True}, {"hops": -1}, {"hops": 1.5}):
+        found, said_by = needs_image([0, 1, known_hops(metadata)], otherwise)
+        assert (found.tolist(), said_by) == (otherwise.tolist(), "answers"), metadata
+    assert needs_image([], np.zeros(0, dtype=bool))[1] == "answers"
+    assert in_words("hops") != in_words("answers")
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_the_interval_of_a_method_knows_of_its_seeds(rate: float) -> None:
+    rng = np.random.default_rng(0)
+    images = [index // 2 for index in range(200)]
+    alike = np.repeat((rng.random((200, 1)) < rate).astype(float), 4, axis=1)
+    spread = (rng.random((200, 4)) < np.clip([[rate - 0.3, rate - 0.1, rate + 0.1, rate + 0.3]], 0, 1)).astype(float)
+    one, four = accuracy_of(alike[:, :1], images), accuracy_of(alike, images)
+    assert four == pytest.approx(one)  # seeds that agree are worth one
+    assert one["accuracy_low"] < one["accuracy_high"]
+    assert one["accuracy_questions"] == 200
+    wide = accuracy_of(spread, images)
+    assert wide["accuracy_high"] - wide["accuracy_low"] > 2 * 1.96 * spread.mean(0).std(ddof=1) / 2 * 0.8
+    assert accuracy_of(np.full((3, 1), np.nan), [0, 1, 2])["accuracy_questions"] == 0
 
 
 def test_vtw_chooses_layers_with_less_divergence_than_all_before_them() -> None:
@@ -273,7 +351,7 @@ def test_the_page_shows_who_is_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "costs": {"fastv": 0.5, "random": 0.5},
         "not_matched": {"vtw": 0.45},
     }
-    counts = {"num_samples": 20, "num_images": 9, "needs_image": 8, "tolerance": 0.02}
+    counts = {"num_samples": 20, "num_images": 9, "needs_image": 8, "needs_image_by": "hops", "tolerance": 0.02}
     summary = {"model": "m", "data": "d", **counts, "rows": rows_of_a_comparison(), "verdicts": [verdict]}
     monkeypatch.chdir(tmp_path)
     comparison.PAGE.parent.mkdir()
@@ -281,6 +359,7 @@ def test_the_page_shows_who_is_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyP
     comparison.publish(comparison.record(summary))
     text = comparison.PAGE.read_text()
     assert "| FastV | **60.0 [50.0, 70.0]** | 60.0 [50.0, 70.0] |" in text
+    assert "8 of which need the image: they ask for something in it" in text
     assert "| VTW | 60.0 [50.0, 70.0] (at 0.45) |" in text
     assert "| dynamic exit | – | – |" in text
     assert "FastV (60.0%) is ahead** of all others, of random by 20.0 points [10.0, 30.0]" in text

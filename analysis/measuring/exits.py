@@ -25,6 +25,7 @@ from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy, Prefill
 
 from ..statistics.exit_summary import CAPTIONS, QUESTIONS, after_exit
+from ..statistics.needs_image import known_hops
 from .exit_data import OtherImages, part_of
 
 # ------------------------------------------------------------------------ measuring
@@ -108,6 +109,8 @@ class Measurement:
                 "answer_tokens": [len(ids) for ids in answers],
                 "visual_tokens": layout.visual.sum(1).tolist(),
                 "text_tokens": layout.text.sum(1).tolist(),
+                # look-ups in the image, where the data say
+                "hops": pd.array([known_hops(sample.metadata) for sample in samples], dtype="Int64"),
                 # another scene's image changes the answer; null where there is no image, or no other
                 "needs_image": pd.array(
                     [None if other is None else other != ids for other, ids in zip(elsewhere, answers, strict=True)],

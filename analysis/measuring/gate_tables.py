@@ -33,7 +33,7 @@ from dyvte.runs.config import load_model
 from dyvte.runs.store import RunFolder, fingerprint
 from dyvte.train import Split, fit_gates, split_labels
 
-from ..statistics.bands import mean_band
+from ..statistics.bands import rate_band
 from ..statistics.markdown import heading, markdown_table, percent_with_limits, published, write_table_page
 
 
@@ -164,11 +164,12 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, asked: LabelSet) -> d
     table, by_kind = [], []
     for name, status in [("full model", ""), *about[["gates", "status"]].itertuples(index=False)]:
         own = full if name == "full model" else exits[exits["gates"] == name].reset_index(drop=True)
-        band = mean_band(own["correct"], images, n_boot=cfg.bootstrap, seed=cfg.seed)
+        band = rate_band(own["correct"], images)
         table.append(
             {
                 "gates": name,
                 "status": status,
+                "questions": len(images),
                 "accuracy": float(band.mean),
                 "accuracy_low": float(band.low),
                 "accuracy_high": float(band.high),
@@ -180,10 +181,11 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, asked: LabelSet) -> d
         for kind in sorted(set(kinds)):
             of_kind = own[kinds == kind]
             shown = {"accuracy": of_kind["correct"], "agreement": of_kind["agree"], "exit_layer": of_kind["exit_layer"]}
-            by_kind.append({"gates": name, "kind": kind, **{key: float(each.mean()) for key, each in shown.items()}})
+            means = {key: float(each.mean()) for key, each in shown.items()}
+            by_kind.append({"gates": name, "kind": kind, "questions": len(of_kind), **means})
     folder.write_table("comparison", pd.DataFrame(table))
     folder.write_table("kinds", pd.DataFrame(by_kind))
-    note = f"{len(images)} questions about {len(set(images))} images; intervals 95%, bootstrap over images"
+    note = f"{len(images)} questions about {len(set(images))} images; intervals 95%, clustered by image"
     write_table_page(folder, markdown(cfg, table, by_kind, note))
     return folder.write_summary(
         model=cfg.model.name,
@@ -217,8 +219,9 @@ def markdown(
             (each["gates"], each["kind"]): f"{100 * each['agreement']:.1f}, {each['exit_layer']:.1f}"
             for each in by_kind
         }
-        kinds = sorted({kind for _, kind in cells})
+        counts = {each["kind"]: each["questions"] for each in by_kind}
+        kinds = sorted(counts)
         rows = [[row["gates"], *(cells[row["gates"], kind] for kind in kinds)] for row in table]
         lines += ["", "Same answer as the full model (%), and mean exit layer, by kind of question asked:", ""]
-        lines += markdown_table(["gates", *kinds], rows)
+        lines += markdown_table(["gates", *(f"{kind} (n = {counts[kind]:,})" for kind in kinds)], rows)
     return [*lines, *published(cfg.experiment)]

@@ -19,7 +19,7 @@ from dyvte.cost.flops import plan_decoder_flops, prefill_flops
 from dyvte.errors import ConfigError
 from dyvte.gates.metrics import at_exit, first_exit
 from dyvte.gates.module import Gates
-from dyvte.instrument.sweep import exit_sweep
+from dyvte.instrument.sweep import exit_sweep, greedy_answer_ids
 from dyvte.instrument.sweep.criteria import kl_to_full
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy
@@ -79,6 +79,14 @@ class Calibration:
     def divergence(self) -> Tensor:
         """[L + 1] mean KL of every exit to the full model."""
         return torch.cat([kl_to_full(exit_sweep(self.mllm, b, entropy=False).logits) for b in self.batches]).mean(0)
+
+    def agreement(self, max_new_tokens: int) -> Tensor:
+        """[L + 1] share of the prompts that every exit answers as the full model does, in so many tokens at most."""
+        same = []
+        for batch in self.batches:
+            answers = greedy_answer_ids(self.mllm, batch, max_new_tokens)
+            same.append(exit_sweep(self.mllm, batch, answers, entropy=False).up_to_ties().agree)
+        return torch.cat(same).double().mean(0)
 
     @cached_property
     def full(self) -> float:

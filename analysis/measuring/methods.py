@@ -29,6 +29,8 @@ from .matched import Calibration, deciding_cost, methods
 NEEDS_GATES = ("dynamic_exit", "fastv_dynamic_exit")
 FROM_REFERENCE = ("none", "fixed_exit", "vtw")
 """Methods whose answers are in the label set of the full model and every exit already."""
+CALIBRATION = "calibration"
+"""Name of the run, and of its table, that says of every fixed exit what its calibration prompts make of it."""
 UNPUBLISHED_BUDGET = 0.5
 """Cost, as a share of the full model's, of methods that have no published setting to fall back on."""
 
@@ -46,8 +48,8 @@ class Job:
 
 
 def plan(experiment: DictConfig) -> list[Job]:
-    """Every run of an experiment, in order; of VTW the divergence that its layers follow from, once."""
-    jobs = [Job("vtw", None)] if "vtw" in experiment.methods else []
+    """Every run of an experiment, in order; of fixed exits what their layers are chosen by, once."""
+    jobs = [Job(CALIBRATION, None)] if {"fixed_exit", "vtw"} & set(experiment.methods) else []
     for budget in experiment.budgets:
         for method in experiment.methods:
             if method not in FROM_REFERENCE:
@@ -101,11 +103,11 @@ def run_job(
 ) -> dict[str, pd.DataFrame]:
     """Tables of a run: `answers`, one row a question (none where the budget cannot be met), and `settings`.
 
-    Of VTW, whose answers are there already: `divergence`.
+    Of `CALIBRATION`: what the layers of fixed exits and VTW, whose answers are there already, are chosen by.
     """
-    if job.method == "vtw":
-        kl = calibration.divergence.tolist()
-        return {"divergence": pd.DataFrame({"exit_layer": range(len(kl)), "kl": kl})}
+    if job.method == CALIBRATION:
+        kl, agreement = calibration.divergence.tolist(), calibration.agreement(max_new_tokens).tolist()
+        return {CALIBRATION: pd.DataFrame({"exit_layer": range(len(kl)), "kl": kl, "agreement": agreement})}
     policy = policy_at(job.method, job.budget, calibration, gates)
     if isinstance(policy, RandomDrop):
         policy.seed = job.seed

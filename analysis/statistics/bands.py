@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.stats import norm
+
+from dyvte.gates.metrics import share_interval
 
 Array = npt.NDArray[np.float64]
 Clusters = Sequence[Any] | npt.NDArray[Any]
@@ -147,40 +148,15 @@ def mean_band(
     return percentile_band(cluster_mean(values), cluster_bootstrap(values, clusters, n_boot, seed), level)
 
 
-def wilson_margin(num_draws: int | npt.ArrayLike, level: float = 0.95) -> Array:
-    """How far Wilson's interval reaches from a rate of 0 (or 1) that so many draws gave, at a two-sided `level`.
-
-    Rates of 0 and 1 leave a bootstrap, and every plug-in variance, without spread. With samples in clusters the number
-    of clusters stands for the number of draws: what the samples of a cluster add cannot be seen at these rates.
-    """
-    z2 = float(norm.ppf((1 + level) / 2)) ** 2
-    return np.asarray(z2 / (np.asarray(num_draws, dtype=np.float64) + z2))
-
-
-def rate_band(
-    values: npt.ArrayLike, clusters: Clusters, level: float = 0.95, n_boot: int = 1000, seed: int = 0
-) -> Band:
-    """Like :func:`mean_band` for rates: `values [n, ...]` from 0 to 1, and no interval of zero width.
-
-    Where the rate is 0 or 1, the limit is Wilson's, for as many draws as there are images with a value.
+def rate_band(values: npt.ArrayLike, clusters: Clusters, level: float = 0.95) -> Band:
+    """Mean over samples of `values [n, ...]` from 0 to 1 with `dyvte.gates.metrics.share_interval`: no zero width.
 
     Example:
         >>> band = rate_band([1.0] * 7, range(7))
         >>> float(band.mean), round(float(band.low), 2), float(band.high)
         (1.0, 0.65, 1.0)
     """
-    values = np.asarray(values, dtype=np.float64)
-    band = mean_band(values, clusters, level, n_boot, seed)
-    labels = pd.factorize(np.asarray(clusters).astype(str))[0]
-    finite = np.isfinite(values.reshape(len(values), -1))
-    seen = np.zeros((int(labels.max()) + 1, finite.shape[1]), dtype=bool)
-    np.logical_or.at(seen, labels, finite)
-    margin = wilson_margin(seen.sum(0).reshape(values.shape[1:]), level)
-    return Band(
-        band.mean,
-        np.where(band.mean >= 1, np.minimum(band.low, 1 - margin), band.low),
-        np.where(band.mean <= 0, np.maximum(band.high, margin), band.high),
-    )
+    return Band(*(np.asarray(each) for each in share_interval(values, clusters, level)))
 
 
 def simultaneous_band(estimate: npt.ArrayLike, replicates: Array, level: float = 0.95) -> Band:

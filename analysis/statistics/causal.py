@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from dyvte.gates.metrics import wilson_limits
+
 from .bands import (
     Array,
     Band,
@@ -19,7 +21,6 @@ from .bands import (
     count_images,
     keyed_array,
     simultaneous_band,
-    wilson_margin,
 )
 
 LEVEL = 0.95
@@ -34,7 +35,9 @@ def sample_effects(table: pd.DataFrame, ids: Clusters, *axes: str) -> dict[str, 
     return values
 
 
-def effect_band(values: Array, images: Clusters, n_boot: int, seed: int, points: bool = False) -> Band:
+def effect_band(
+    values: Array, images: Clusters, n_boot: int, seed: int, limits: tuple[float, float] | None = None
+) -> Band:
     """Mean over samples of `values [n, ...]` with a band that covers every entry at once (sup-t over images).
 
     Args:
@@ -42,18 +45,21 @@ def effect_band(values: Array, images: Clusters, n_boot: int, seed: int, points:
         images: length n.
         n_boot: draws.
         seed: of the draws.
-        points: the values are 0 or -100, so the band stays within and has a width where all samples agree (Wilson's,
-            Bonferroni over the entries).
+        limits: the least and the largest value that a sample can have, if there are such. The band stays between them,
+            and has a width where all samples agree: as Wilson's interval, Bonferroni over the entries, where the mean
+            is at a limit or no sample shows an effect.
     """
     replicates = cluster_bootstrap(values, images, n_boot, seed)
     mean = cluster_mean(values)
     band = simultaneous_band(mean, replicates, LEVEL)
-    if not points:
+    if limits is None:
         return band
-    margin = 100 * wilson_margin(count_images(images), 1 - (1 - LEVEL) / max(1, mean.size))
-    low = np.where(mean >= 0, np.minimum(band.low, -margin), band.low)
-    high = np.where(mean <= -100, np.maximum(band.high, margin - 100), band.high)
-    return Band(mean, np.maximum(low, -100.0), np.minimum(high, 0.0))
+    least, largest = limits
+    _, reach = wilson_limits(0.0, count_images(images), 1 - (1 - LEVEL) / max(1, mean.size))
+    alike = (np.abs(values - mean) < 1e-9).all(0)
+    low = np.where(alike, np.minimum(band.low, mean + reach * (least - mean)), band.low)
+    high = np.where(alike, np.maximum(band.high, mean + reach * (largest - mean)), band.high)
+    return Band(mean, np.maximum(low, least), np.minimum(high, largest))
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ class CausalGroup:
 
         def bands(values: dict[str, Array]) -> dict[str, Band]:
             return {
-                name: effect_band(each, images, n_boot, seed, name == "agreement_points")
+                name: effect_band(each, images, n_boot, seed, (-100.0, 0.0) if name == "agreement_points" else None)
                 for name, each in values.items()
             }
 
@@ -122,7 +128,8 @@ def over_control(
     found: dict[str, Any] = {name: {} for name, _ in pairs}
     for measure, values in effects.items():
         difference = np.stack([values[:, names.index(name)] - values[:, control] for name, control in pairs], axis=1)
-        band = effect_band(difference, images, n_boot, seed)
+        limits = (-100.0, 100.0) if measure == "agreement_points" else None
+        band = effect_band(difference, images, n_boot, seed, limits)
         for index, (name, _) in enumerate(pairs):
             found[name][measure] = Band(band.mean[index], band.low[index], band.high[index]).to_dict()
     return found

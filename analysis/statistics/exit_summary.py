@@ -104,9 +104,9 @@ class QuestionGroup:
         """
         images = results.images
         curves = {
-            name: (rate_band if name in RATES else mean_band)(
-                results.exits[column], images, LEVEL, cfg.bootstrap, cfg.seed
-            )
+            name: rate_band(results.exits[column], images, LEVEL)
+            if name in RATES
+            else mean_band(results.exits[column], images, LEVEL, cfg.bootstrap, cfg.seed)
             for name, column in EXIT_MEASURES.items()
         }
         depth = mean_band(results.samples["exit_depth"], images, LEVEL, cfg.bootstrap, cfg.seed)

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dyvte.gates.metrics import wilson_limits
 from dyvte.instrument.sweep.criteria import kl_exit_layer, kl_stays_below
 
 from .bands import (
@@ -33,7 +34,6 @@ from .bands import (
     cluster_mean,
     count_images,
     generator,
-    wilson_margin,
 )
 
 ROUNDING = 1e-4
@@ -66,7 +66,7 @@ def one_sided_limits(
     """
     replicates = cluster_bootstrap(values, clusters, n_boot, seed)
     mean = cluster_mean(values)
-    least = wilson_margin(count_images(clusters), 2 * level - 1)  # one-sided
+    _, least = wilson_limits(0.0, count_images(clusters), 2 * level - 1)  # one-sided
     low, high = np.nanpercentile(replicates, [100 * (1 - level), 100 * level], axis=0)
     return np.minimum(low, mean - least), np.maximum(high, mean + least)
 

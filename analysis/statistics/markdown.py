@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,9 @@ def heading(cfg: DictConfig, note: str) -> list[str]:
 
 
 def percent_with_limits(row: Mapping[str, Any], name: str) -> str:
-    """A share in percent with the limits `<name>_low` and `<name>_high` beside it."""
+    """A share in percent with the limits `<name>_low` and `<name>_high` beside it; a dash where there is none."""
+    if row[name] is None or math.isnan(row[name]):
+        return "–"
     return f"{100 * row[name]:.1f} [{100 * row[f'{name}_low']:.1f}, {100 * row[f'{name}_high']:.1f}]"
 
 

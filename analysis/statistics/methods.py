@@ -12,13 +12,12 @@ import pandas as pd
 from omegaconf import DictConfig
 
 from dyvte.gates.labels import LabelSet
+from dyvte.gates.metrics import best_mixture, share_interval
 from dyvte.runs.store import RunFolder
 
-from ..measuring.matched import kl_layers
-from ..measuring.methods import FROM_REFERENCE, LABELS, UNPUBLISHED_BUDGET, plan
-from .bands import count_images, percentile_band, wilson_margin
+from ..measuring.methods import CALIBRATION, FROM_REFERENCE, LABELS, UNPUBLISHED_BUDGET, plan
 from .markdown import heading, markdown_table, percent_with_limits, published
-from .pairwise import Contest, Values, pairs_of, seeded_bootstrap, standings
+from .pairwise import Contest, Values, pairs_of, standings
 
 
 @dataclass(frozen=True)
@@ -49,16 +48,17 @@ class Outcome:
 def outcomes_of(folder: RunFolder, reference: LabelSet, experiment: DictConfig) -> list[Outcome]:
     """Every method at every budget, the full model first; those that cannot meet a budget are left out."""
     names = experiment.methods
-    layers = {"fixed_exit": list(range(reference.num_layers + 1))}
-    if "vtw" in names:
-        layers["vtw"] = kl_layers(folder.read_table("divergence")["kl"].tolist())
-    found = [exit_mixture(reference, "none", None, [reference.num_layers])] if "none" in names else []
-    ran = any(job.method not in FROM_REFERENCE for job in plan(experiment))
+    found = [exit_mixture(reference, "none", None, None)] if "none" in names else []
+    judged = {}
+    if {"fixed_exit", "vtw"} & set(names):
+        table = folder.read_table(CALIBRATION)
+        judged = {"fixed_exit": table["agreement"].to_numpy(), "vtw": -table["kl"].to_numpy()}
+    ran = any(job.method not in FROM_REFERENCE for job in plan(experiment) if job.method != CALIBRATION)
     answers, settings = (folder.read_table(name) for name in ("answers", "settings")) if ran else (None, None)
     for budget in experiment.budgets:
         for method in names:
-            if method in layers and not (method == "fixed_exit" and budget is None):
-                found.append(exit_mixture(reference, method, budget, layers[method]))
+            if method in judged and not (method == "fixed_exit" and budget is None):
+                found.append(exit_mixture(reference, method, budget, judged[method]))
             elif method not in FROM_REFERENCE:
                 assert answers is not None
                 assert settings is not None
@@ -99,32 +99,35 @@ def _from_runs(
     )
 
 
-def exit_mixture(reference: LabelSet, method: str, budget: float | None, layers: Sequence[int]) -> Outcome | None:
-    """Exits after fixed layers, mixed over the questions so that they cost the budget on average.
+def exit_mixture(reference: LabelSet, method: str, budget: float | None, judged: Values | None) -> Outcome | None:
+    """Exits after two fixed layers, mixed at random over the questions so that they cost the budget on average.
+
+    Of all pairs of layers it is the best on the calibration prompts (`dyvte.gates.metrics.best_mixture`). What layers
+    cost is that on the questions that are asked, as for the threshold of gates; their answers play no part in it.
 
     Args:
         reference: answers of every exit.
         method: its name.
-        budget: None: `UNPUBLISHED_BUDGET`, or the only layer that there is.
-        layers: the exits to choose from, ascending; the two whose costs enclose the budget are mixed.
+        budget: None: `UNPUBLISHED_BUDGET`.
+        judged: [L + 1] what the calibration prompts say of every exit, large where it is good: the share of answers
+            that stay for a fixed exit, the negative divergence for VTW. None: the full model.
 
     Returns:
-        None if the first of them costs more than the budget.
+        None if the cheapest exit costs more than the budget.
     """
     costs = reference.cost.numpy()
-    mean = costs.mean(0)[list(layers)]
-    wanted = (UNPUBLISHED_BUDGET if len(layers) > 1 else mean[-1]) if budget is None else budget
-    if wanted < mean[0]:
+    last = reference.num_layers
+    mixture: tuple[int, int, float] | None = (last, last, 1.0)
+    if judged is not None:
+        mixture = best_mixture(costs.mean(0), judged, UNPUBLISHED_BUDGET if budget is None else budget)
+    if mixture is None:
         return None
-    last = len(layers) - 1
-    above = min(int(np.searchsorted(mean, wanted - 1e-9)), last)
-    below = max(above - 1, 0)
-    share = 1.0 if above == below else min(float((wanted - mean[below]) / (mean[above] - mean[below])), 1.0)
+    below, above, share = mixture
 
     def mixed(table: Values) -> Values:
-        return (1 - share) * table[:, layers[below]] + share * table[:, layers[above]]
+        return (1 - share) * table[:, below] + share * table[:, above]
 
-    which = f"{layers[above]}" if share == 1 else f"{layers[below]} or {layers[above]} ({share:.0%})"
+    which = f"{above}" if below == above else f"{below} or {above} ({share:.0%})"
     correct, agree = reference.correct.double().numpy(), reference.agree.double().numpy()
     return Outcome(
         method,
@@ -137,22 +140,43 @@ def exit_mixture(reference: LabelSet, method: str, budget: float | None, layers:
     )
 
 
-def outcome_row(
-    each: Outcome, subsets: Mapping[str, npt.NDArray[np.bool_]], images: Sequence[Any], cfg: DictConfig
-) -> dict[str, Any]:
+def accuracy_of(correct: Values, images: Sequence[Any], name: str = "accuracy") -> dict[str, Any]:
+    """Accuracy over questions and seeds with its interval, which knows of both, and the number of questions.
+
+    Args:
+        correct: [n, seeds] whether each question is answered right; NaN without a reference answer.
+        images: length n.
+        name: of the accuracy; the limits are `<name>_low` and `<name>_high`, the number `<name>_questions`.
+    """
+    known = np.isfinite(correct).all(1)
+    found = {name: np.nan, f"{name}_low": np.nan, f"{name}_high": np.nan, f"{name}_questions": int(known.sum())}
+    if known.any():
+        correct = correct[known]
+        seeds = correct.shape[1]
+        between = correct.mean(0).var(ddof=1) / seeds if seeds > 1 else 0.0
+        limits = share_interval(correct.mean(1), np.asarray(images)[known], added_variance=between)
+        found |= dict(zip(found, (float(each) for each in limits), strict=False))
+    return found
+
+
+def rows_by_kind(found: Sequence[Outcome], kinds: npt.NDArray[Any], images: Sequence[Any]) -> list[dict[str, Any]]:
+    """Accuracy of every method on every kind of question, one row each."""
+    about = np.asarray(images)
+    return [
+        {"method": each.method, "budget": each.budget, "kind": str(kind)}
+        | accuracy_of(each.correct[kinds == kind], about[kinds == kind])
+        for each in found
+        for kind in sorted(set(kinds))
+    ]
+
+
+def outcome_row(each: Outcome, subsets: Mapping[str, npt.NDArray[np.bool_]], images: Sequence[Any]) -> dict[str, Any]:
     """One line of the comparison: cost, and accuracy on each subset of the questions with its interval."""
     row: dict[str, Any] = {"method": each.method, "budget": each.budget, "cost": float(each.cost.mean())}
     for name, chosen in subsets.items():
-        row |= {name: np.nan, f"{name}_low": np.nan, f"{name}_high": np.nan}
-        right = each.correct[chosen]
-        if np.isfinite(right).any():
-            kept = [image for image, wanted in zip(images, chosen, strict=True) if wanted]
-            mean = float(np.nanmean(right))
-            band = percentile_band(mean, seeded_bootstrap(right, kept, cfg.bootstrap, cfg.seed))
-            margin = float(wilson_margin(count_images(kept)))
-            row[name] = mean
-            row[f"{name}_low"] = min(float(band.low), 1 - margin) if mean == 1 else float(band.low)
-            row[f"{name}_high"] = max(float(band.high), margin) if mean == 0 else float(band.high)
+        row |= accuracy_of(
+            each.correct[chosen], [image for image, kept in zip(images, chosen, strict=True) if kept], name
+        )
     needed = each.cost[subsets["accuracy_needs_image"]]
     by_seed = np.nanmean(each.correct, axis=0) if np.isfinite(each.correct).any() else np.array([np.nan])
     several = len(by_seed) > 1
@@ -217,7 +241,9 @@ def comparison_page(
     note: str,
 ) -> list[str]:
     """The lines of the page to put into a document."""
-    head = ["budget", "method", "decoder FLOPs", "image needed", "+ deciding", "accuracy", "image needed"]
+    counts = [_count(rows[0], name) for name in ("accuracy", "accuracy_needs_image")]
+    accuracies = [f"{title} (n = {n:,})" for title, n in zip(("accuracy", "image needed"), counts, strict=True)]
+    head = ["budget", "method", "decoder FLOPs", "image needed", "+ deciding", *accuracies]
     cells = [
         [
             _budget(row),
@@ -235,12 +261,19 @@ def comparison_page(
         tolerance = cfg.experiment.tolerance
         lines += ["", *(sentence(each, tolerance) for each in verdicts), "", what_it_means(verdicts, tolerance)]
     if cfg.experiment.by_kind:
-        names = [name for name in by_kind[0] if name not in ("method", "budget")]
-        cells = [
-            [_budget(row), LABELS[row["method"]], *(f"{100 * row[name]:.1f}" for name in names)] for row in by_kind
-        ]
-        lines += ["", *markdown_table(["budget", "method", *names], cells)]
+        of_kind = {row["kind"]: _count(row, "accuracy") for row in by_kind}
+        shown: dict[tuple[str, str], dict[str, str]] = {}
+        for row in by_kind:
+            own = shown.setdefault((_budget(row), LABELS[row["method"]]), {})
+            own[row["kind"]] = percent_with_limits(row, "accuracy")
+        head = ["budget", "method", *(f"{kind} (n = {n:,})" for kind, n in of_kind.items())]
+        cells = [[*name, *(own[kind] for kind in of_kind)] for name, own in shown.items()]
+        lines += ["", *markdown_table(head, cells)]
     return [*lines, *published(cfg.experiment)]
+
+
+def _count(row: Mapping[str, Any], name: str) -> int:
+    return int(row[f"{name}_questions"])
 
 
 def _budget(row: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from analysis.measuring.methods import LABELS
 from analysis.measuring.shipped import shipped_files
 from analysis.statistics.markdown import markdown_table, percent_with_limits
 from analysis.statistics.methods import sentence, what_it_means
+from analysis.statistics.needs_image import in_words
 from analysis.tables import tables
 from docs.tooling.gallery import rounded
 from docs.tooling.generated import write_generated
@@ -25,7 +26,7 @@ from dyvte.runs.store import plain, write_json
 
 RECORD, PAGE = Path("docs/comparison.json"), Path("docs/comparison.md")
 SECTION = "comparison"
-KEPT = ("model", "data", "num_samples", "num_images", "needs_image", "tolerance", "rows", "verdicts")
+KEPT = ("model", "data", "num_samples", "num_images", "needs_image", "needs_image_by", "tolerance", "rows", "verdicts")
 SUBSETS = {"accuracy": "all", "accuracy_needs_image": "image needed"}
 
 
@@ -68,9 +69,9 @@ def comparison_section(found: Mapping[str, Any]) -> str:
     ]
     lines = [
         f"Accuracy in percent on {found['num_samples']} questions about {found['num_images']} images, "
-        f"{found['needs_image']} of which the model answers otherwise without their image (*image needed*). In each "
+        f"{found['needs_image']} of which {in_words(found['needs_image_by'])} (*image needed*). In each "
         "column all methods are set to the same decoder FLOPs of the prefill, as a share of the full model's. In "
-        "brackets: 95% intervals (bootstrap over images). Bold: the most accurate, and what is not told apart from it.",
+        "brackets: 95% intervals, clustered by image. Bold: the most accurate, and what is not told apart from it.",
         "",
         *markdown_table(head, body),
     ]

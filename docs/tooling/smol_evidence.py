@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis.plots import style as plots
-from analysis.statistics.bands import Band, mean_band
+from analysis.statistics.bands import rate_band
 from docs.tooling.testbed_probes import probe_report
 from dyvte.loading import load
 from dyvte.mllm import MLLM
@@ -93,26 +93,19 @@ def _images(records: Sequence[EnglishRecord], groups: list[list[int]], rows: ran
     return pixels([records[groups[(row + shift) % len(groups)][0]].scene for row in rows])
 
 
-def accuracy_by_kind(records: Sequence[EnglishRecord], right: np.ndarray, seed: int) -> dict[str, dict[str, float]]:
-    """Accuracy and 95% interval (bootstrap over scenes) of every kind, of all image kinds, of those of the bar."""
+def accuracy_by_kind(records: Sequence[EnglishRecord], right: np.ndarray) -> dict[str, dict[str, float]]:
+    """Accuracy and 95% interval, clustered by scene, of every kind, of all image kinds, of those of the bar."""
     kinds = np.array([r.question.kind for r in records])
-    scenes = np.array([r.scene.image_id for r in records])
     groups = {kind: kinds == kind for kind in KINDS if (kinds == kind).any()}
     groups |= {"image": np.isin(kinds, IMAGE_KINDS), "bar": np.isin(kinds, BAR_KINDS)}
-    table = {}
-    for name, mine in groups.items():
-        band = mean_band(right[mine].astype(float), scenes[mine], seed=seed)
-        table[name] = {
-            "accuracy": float(band.mean),
-            "low": float(band.low),
-            "high": float(band.high),
-            "n": int(mine.sum()),
-        }
-    return table
+    return {name: _accuracy(records, right, mine) for name, mine in groups.items()}
 
 
-def _interval(band: Band) -> dict[str, float]:
-    return {"accuracy": float(band.mean), "low": float(band.low), "high": float(band.high)}
+def _accuracy(records: Sequence[EnglishRecord], right: np.ndarray, mine: np.ndarray) -> dict[str, float]:
+    scenes = np.array([r.scene.image_id for r in records])
+    band = rate_band(right[mine].astype(float), scenes[mine])
+    limits = {"low": float(band.low), "high": float(band.high)}
+    return {"accuracy": float(band.mean), **limits, "n": int(mine.sum())}
 
 
 def measure_evidence(mllm: MLLM, num: int, seed: int) -> dict[str, Any]:
@@ -124,19 +117,11 @@ def measure_evidence(mllm: MLLM, num: int, seed: int) -> dict[str, Any]:
     for condition, title in CONDITIONS.items():
         records = sets["held_out" if condition == "held_out" else "known"]
         right = answered_rightly(mllm, records, condition, title)
-        result["accuracy"][condition] = accuracy_by_kind(records, right, seed)
+        result["accuracy"][condition] = accuracy_by_kind(records, right)
     matched = list(EnglishQuestions("test", num, seed=seed + 1, matched=True))
     right = answered_rightly(mllm, matched, "image", "matched")
     hops = np.array([r.question.hops for r in matched])
-    scenes = np.array([r.scene.image_id for r in matched])
-    result["matched"] = {}
-    for number in sorted(set(hops.tolist())):
-        band = mean_band(right[hops == number].astype(float), scenes[hops == number], seed=seed)
-        result["matched"][str(number)] = {
-            "accuracy": float(band.mean),
-            "low": float(band.low),
-            "high": float(band.high),
-        }
+    result["matched"] = {str(h): _accuracy(matched, right, hops == h) for h in sorted(set(hops.tolist()))}
     result["probes"] = probe_report(mllm, 400, 50, seed)
     result["assembled"] = json.loads((assembled_folder() / SETTINGS).read_text())
     main = result["accuracy"]["known"]

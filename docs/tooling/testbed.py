@@ -61,14 +61,14 @@ def evaluate(mllm: MLLM, cfg: DictConfig) -> dict[str, Any]:
     result: dict[str, Any] = {"accuracy": {}}
     for title, key in CONDITIONS.items():
         answers = answer(mllm, records, inputs[key], cfg.batch_size, title)
-        result["accuracy"][key] = accuracy_table(records, answers, cfg.seed)
+        result["accuracy"][key] = accuracy_table(records, answers)
         if key == "blank":
             said = [given for given, record in zip(answers, records, strict=True) if record.kind in IMAGE_KINDS]
             most, times = Counter(said).most_common(1)[0]
             result["said_to_blank"] = {"answer": most, "share": times / len(said)}
     matched = list(ShapesQuestions("test", cfg.num_matched, seed=cfg.seed + 1, matched=True))
     answers = answer(mllm, matched, [r.image() for r in matched], cfg.batch_size, "matched")
-    result["matched"] = accuracy_table(matched, answers, cfg.seed)
+    result["matched"] = accuracy_table(matched, answers)
     result["probes"] = probe_report(mllm, cfg.probe_scenes, cfg.batch_size, cfg.seed)
     truth = np.array([r.answer for r in records])
     kinds = np.array([r.kind for r in records])

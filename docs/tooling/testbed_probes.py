@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from analysis.statistics.bands import mean_band
+from analysis.statistics.bands import rate_band
 from dyvte.mllm import MLLM
 from dyvte.testbed.questions import DIRECTIONS, follow
 from dyvte.testbed.training.batches import pixels
@@ -73,7 +73,7 @@ def probe_report(mllm: MLLM, num_scenes: int, batch_size: int, seed: int) -> dic
         labels = torch.tensor([choices.index(v) if v is not None else 0 for v in values])
         train, test = known & ~held_out, known & held_out
         predicted = linear_probe(tokens[train], labels[train], tokens[test], len(choices))
-        band = mean_band((predicted == labels[test]).double().numpy(), owners[test.numpy()], seed=seed)
+        band = rate_band((predicted == labels[test]).double().numpy(), owners[test.numpy()])
         majority = float(labels[test].bincount().max() / test.sum())
         report[name] = {"accuracy": float(band.mean), "low": float(band.low), "high": float(band.high)}
         report[name] |= {"majority": majority, "num": int(test.sum())}

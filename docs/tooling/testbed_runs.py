@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from tqdm import tqdm
 
-from analysis.statistics.bands import mean_band
+from analysis.statistics.bands import mean_band, rate_band
 from analysis.statistics.stages import stage_verdict
 from benchmarks.common import machine
 from docs.tooling.testbed_probes import probe_report
@@ -64,7 +64,7 @@ def answer(mllm: MLLM, records: list[ShapesRecord], images: list[Any] | None, ba
     return answers
 
 
-def accuracy_table(records: list[ShapesRecord], answers: list[str], seed: int = 0) -> dict[str, dict[str, float]]:
+def accuracy_table(records: list[ShapesRecord], answers: list[str]) -> dict[str, dict[str, float]]:
     """Accuracy by kind, and over all image kinds (``image``), with 95% intervals clustered by image."""
     right = np.array([r.answer == a for r, a in zip(records, answers, strict=True)], dtype=float)
     kinds = np.array([r.kind for r in records])
@@ -72,7 +72,7 @@ def accuracy_table(records: list[ShapesRecord], answers: list[str], seed: int = 
     groups = {str(kind): kinds == kind for kind in dict.fromkeys(kinds)} | {"image": np.isin(kinds, IMAGE_KINDS)}
     table = {}
     for name, chosen in groups.items():
-        band = mean_band(right[chosen], clusters[chosen], seed=seed).to_dict()
+        band = rate_band(right[chosen], clusters[chosen]).to_dict()
         table[name] = {"accuracy": band["mean"], "low": band["low"], "high": band["high"], "num": int(chosen.sum())}
     return table
 
@@ -119,7 +119,7 @@ def exit_agreement(mllm: MLLM, records: list[ShapesRecord], batch_size: int, see
     for kind in dict.fromkeys(kinds):
         mine = mean_band(depth[kinds == kind], np.array(clusters)[kinds == kind], seed=seed)
         by_kind[str(kind)] = mine.to_dict()
-    agreement = mean_band(together.double().numpy(), clusters, seed=seed)
+    agreement = rate_band(together.double().numpy(), clusters)
     return {"agreement": agreement.to_dict(), "exit_depth": by_kind}
 
 
@@ -170,7 +170,7 @@ def main(cfg: DictConfig) -> None:
         if not blind:
             record["attention"][stage] = attention_record(mllm, probed, cfg.batch_size, cfg.seed)
     images = None if blind else [r.image() for r in records]
-    record["accuracy"] = accuracy_table(records, answer(mllm, records, images, cfg.batch_size, "answers"), cfg.seed)
+    record["accuracy"] = accuracy_table(records, answer(mllm, records, images, cfg.batch_size, "answers"))
     if not blind:
         record["exits"] = exit_agreement(mllm, probed, cfg.batch_size, cfg.seed)
         record["probes"] = probe_report(mllm, cfg.probe_scenes, cfg.batch_size, cfg.seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import pandas as pd
 import torch
 from scipy.stats import beta, norm
 from torch import Tensor
+
+Array = npt.NDArray[np.float64]
 
 
 def first_exit(exit_probability: Tensor, thresholds: Sequence[float], min_layer: int = 1) -> Tensor:
@@ -84,8 +87,8 @@ def upper_limit(failures: Tensor, clusters: Sequence[Any], level: float = 0.95) 
         clusters: length n, equal for samples of one cluster (image).
         level: confidence.
     """
-    values = failures.double().numpy()
-    rate, effective = float(values.mean()), _effective_number(values, clusters)
+    mean, number, _ = _effective_number(failures.double().numpy()[:, None], clusters)
+    rate, effective = float(mean[0]), float(number[0])
     failed = rate * effective
     return 1.0 if failed >= effective else float(beta.ppf(level, failed + 1, effective - failed))
 
@@ -100,37 +103,79 @@ def questions_for(bound: float, level: float = 0.95) -> int:
     return math.ceil(math.log(1 - level) / math.log(1 - bound))
 
 
-def _effective_number(values: npt.NDArray[np.float64], clusters: Sequence[Any] | npt.NDArray[Any]) -> float:
-    """Number of [n] values from 0 to 1 over the design effect of their clusters (1 where it cannot be estimated)."""
-    n, rate = len(values), float(values.mean())
-    _, index = np.unique(np.asarray(clusters).astype(str), return_inverse=True)
-    num_clusters = int(index.max()) + 1
-    design = 1.0
-    if 0 < rate < 1 and num_clusters > 1:
-        residuals = np.bincount(index, weights=values - rate)
-        variance = num_clusters / (num_clusters - 1) * float(residuals @ residuals) / n**2
-        design = max(1.0, variance / (rate * (1 - rate) / (n - 1)))
-    return n / design
+def wilson_limits(rate: npt.ArrayLike, draws: npt.ArrayLike, level: float = 0.95) -> tuple[Array, Array]:
+    """Limits of Wilson's two-sided interval around rates, each of so many independent draws; arrays of any shape.
 
-
-def share_interval(values: Tensor, clusters: Sequence[Any], level: float = 0.95) -> tuple[float, float, float]:
-    """Mean of [n] values from 0 to 1 with Wilson's two-sided interval, samples of one cluster (image) being dependent.
-
-    The sample size is divided by the design effect of the clusters; where the mean is 0 or 1, which shows nothing of
-    it, the clusters themselves are counted. Never of zero width, never outside of 0 and 1.
+    Never of zero width, never outside of 0 and 1. NaN without a draw.
 
     Example:
-        >>> [round(each, 2) for each in share_interval(torch.ones(7), range(7))]
+        >>> [round(float(each), 2) for each in wilson_limits(1.0, 7)]
+        [0.65, 1.0]
+    """
+    rate, n = np.asarray(rate, dtype=np.float64), np.asarray(draws, dtype=np.float64)
+    n = np.where(n > 0, n, np.nan)
+    z2 = float(norm.ppf(0.5 + level / 2)) ** 2
+    centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
+    half = np.sqrt(z2 * rate * (1 - rate) / n + z2**2 / (4 * n**2)) / (1 + z2 / n)
+    return np.maximum(0.0, np.minimum(rate, centre - half)), np.minimum(1.0, np.maximum(rate, centre + half))
+
+
+def _effective_number(
+    values: npt.NDArray[np.float64], clusters: Sequence[Any] | npt.NDArray[Any], added_variance: npt.ArrayLike = 0.0
+) -> tuple[Array, Array, Array]:
+    """Mean of [n, m] values from 0 to 1 without the NaN among them, their number over the design effect, and clusters.
+
+    The design effect is the factor by which clusters, and `added_variance` of the mean, inflate what independent draws
+    would vary by; 1 where it cannot be estimated. All three arrays are [m].
+    """
+    _, index = np.unique(np.asarray(clusters).astype(str), return_inverse=True)
+    finite = np.isfinite(values)
+    count = finite.sum(0)
+    rate = np.divide(np.where(finite, values, 0).sum(0), count, out=np.full(len(count), np.nan), where=count > 0)
+    residuals = np.zeros((int(index.max()) + 1, values.shape[1]))
+    seen = np.zeros(residuals.shape, dtype=bool)
+    np.add.at(residuals, index, np.where(finite, values - rate, 0))
+    np.logical_or.at(seen, index, finite)
+    num_clusters = seen.sum(0)
+    known = (rate > 0) & (rate < 1) & (num_clusters > 1)
+    variance = (residuals**2).sum(0) * num_clusters / np.maximum(num_clusters - 1, 1) / np.maximum(count, 1) ** 2
+    alone = rate * (1 - rate) / np.maximum(count - 1, 1)
+    design = np.divide(variance + added_variance, alone, out=np.ones(len(count)), where=known)
+    return rate, count / np.maximum(design, 1), num_clusters
+
+
+def share_interval(
+    values: npt.ArrayLike | Tensor,
+    clusters: Sequence[Any] | npt.NDArray[Any],
+    level: float = 0.95,
+    added_variance: npt.ArrayLike = 0.0,
+) -> tuple[Array, Array, Array]:
+    """Mean over samples of `values [n, ...]` from 0 to 1 with Wilson's two-sided interval, by cluster (image).
+
+    The one interval of a rate in this project. The number of samples is divided by the design effect of the clusters;
+    where the mean is 0 or 1, which shows nothing of it, the clusters themselves are counted. Never of zero width, never
+    outside of 0 and 1.
+
+    Args:
+        values: NaN is left out of the mean that it belongs to.
+        clusters: length n, equal for samples of one cluster.
+        level: confidence.
+        added_variance: variance of the mean that samples and clusters do not show, as between a method's random seeds.
+
+    Returns:
+        Mean, lower and upper limit, each of the shape `[...]`; NaN where there is no value.
+
+    Example:
+        >>> [round(float(each), 2) for each in share_interval([1.0] * 7, range(7))]
         [1.0, 0.65, 1.0]
     """
-    numbers = values.double().numpy()
-    mean = float(numbers.mean())
-    num_clusters = len(np.unique(np.asarray(clusters).astype(str)))
-    n = _effective_number(numbers, clusters) if 0 < mean < 1 and num_clusters > 1 else float(num_clusters)
-    z2 = float(norm.ppf(0.5 + level / 2)) ** 2
-    centre = (mean + z2 / (2 * n)) / (1 + z2 / n)
-    half = math.sqrt(z2 * mean * (1 - mean) / n + z2**2 / (4 * n**2)) / (1 + z2 / n)
-    return mean, max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half))
+    numbers = np.asarray(values, dtype=np.float64)
+    flat = numbers.reshape(len(numbers), -1)
+    mean, effective, num_clusters = _effective_number(flat, clusters, np.ravel(added_variance))
+    inside = (mean > 0) & (mean < 1) & (num_clusters > 1)
+    low, high = wilson_limits(mean, np.where(inside, effective, num_clusters), level)
+    shape = numbers.shape[1:]
+    return mean.reshape(shape)[()], low.reshape(shape)[()], high.reshape(shape)[()]
 
 
 def thresholds_by_depth(threshold: float, num_layers: int, caution: float) -> list[float]:
@@ -182,25 +227,79 @@ def choose_threshold(
     return chosen, reached
 
 
-def mixture_cost(cost: Tensor, agreement: Tensor, wanted: float) -> float:
-    """Cheapest mean cost at which fixed exits, mixed at random over questions, reach an agreement.
+def mixture_hull(cost: npt.ArrayLike | Tensor, value: npt.ArrayLike | Tensor) -> list[int]:
+    """The fixed exits whose mixtures no other mixture beats: the upper concave hull of the points (cost, value).
 
-    The lower convex hull of the points (agreement[k], cost[k]), read at `wanted`.
+    Mixed at random over questions, two exits have every cost and value on the line between theirs. What the best two of
+    all have at a cost is the hull there, and its corners are next to each other in what is returned.
 
     Args:
         cost: [L + 1] mean cost of every exit layer.
-        agreement: [L + 1] agreement of every exit layer.
-        wanted: agreement to reach; at most that of the full model.
+        value: [L + 1] what is to be large, as the agreement.
+
+    Returns:
+        Exit layers by rising cost, from the cheapest to the dearest.
     """
-    best = float("inf")
-    for i in range(len(cost)):
-        if agreement[i] >= wanted:
-            best = min(best, float(cost[i]))
-        for j in range(len(cost)):
-            if agreement[i] < wanted <= agreement[j]:
-                share = (wanted - float(agreement[i])) / float(agreement[j] - agreement[i])
-                best = min(best, float(cost[i]) + share * float(cost[j] - cost[i]))
-    return best
+    costs, values = (np.asarray(each, dtype=np.float64) for each in (cost, value))
+    hull: list[int] = []
+    for k in np.lexsort((-values, costs)).tolist():
+        if hull and costs[k] == costs[hull[-1]]:
+            continue
+        while len(hull) > 1:
+            i, j = hull[-2:]
+            if (values[j] - values[i]) * (costs[k] - costs[i]) > (values[k] - values[i]) * (costs[j] - costs[i]):
+                break
+            hull.pop()
+        hull.append(k)
+    return hull
+
+
+def best_mixture(
+    cost: npt.ArrayLike | Tensor, value: npt.ArrayLike | Tensor, budget: float
+) -> tuple[int, int, float] | None:
+    """The two fixed exits, of all pairs, whose mixture has the largest value at a cost of `budget`.
+
+    Args:
+        cost, value: as in `mixture_hull`.
+        budget: mean cost; beyond the dearest exit's, that exit is taken.
+
+    Returns:
+        The cheaper exit, the dearer one, and the share of questions that take the dearer one (1 if they are the same
+        exit); None where the cheapest exit costs more.
+
+    Example:
+        >>> best_mixture([0.2, 0.4, 0.6, 1.0], [0.3, 0.8, 0.8, 1.0], 0.7)
+        (1, 3, 0.5)
+    """
+    costs, hull = np.asarray(cost, dtype=np.float64), mixture_hull(cost, value)
+    if budget < costs[hull[0]]:
+        return None
+    place = int(np.searchsorted(costs[hull], budget))
+    if place == len(hull) or costs[hull[place]] == budget:
+        only = hull[min(place, len(hull) - 1)]
+        return only, only, 1.0
+    below, above = hull[place - 1], hull[place]
+    return below, above, float((budget - costs[below]) / (costs[above] - costs[below]))
+
+
+def mixture_cost(cost: npt.ArrayLike | Tensor, agreement: npt.ArrayLike | Tensor, wanted: float) -> float:
+    """Cheapest mean cost at which fixed exits, mixed at random over questions, reach an agreement: the hull, inverted.
+
+    Args:
+        cost, agreement: as in `mixture_hull`.
+        wanted: agreement to reach; infinity if no exit does.
+    """
+    costs, reached = (np.asarray(each, dtype=np.float64) for each in (cost, agreement))
+    hull = mixture_hull(costs, reached)
+    if reached.max() < wanted <= reached.max() + 1e-9:  # a mean of shares that lacks rounding alone
+        wanted = float(reached.max())
+    if reached[hull[0]] >= wanted:
+        return float(costs[hull[0]])
+    for below, above in pairwise(hull):
+        if reached[above] >= wanted:
+            share = (wanted - reached[below]) / (reached[above] - reached[below])
+            return float(costs[below] + share * (costs[above] - costs[below]))
+    return math.inf
 
 
 def exit_by_kind(agree: Tensor, cost: Tensor, kinds: Sequence[str], wanted: float) -> dict[str, int]:
@@ -243,7 +342,7 @@ def cluster_interval(
     mean = float(numbers.mean())
     half = _half_width((numbers - mean) / len(numbers), clusters, level)
     if largest:  # one cluster says nothing about others
-        least = largest * share_interval(torch.zeros(len(numbers)), clusters, level)[2]
+        least = largest * float(share_interval(np.zeros(len(numbers)), clusters, level)[2])
         half = largest if math.isnan(half) else max(half, least)
     return mean, mean - half, mean + half
 
