@@ -17,11 +17,12 @@ from omegaconf import DictConfig
 from dyvte.data import Dataset
 from dyvte.errors import ConfigError
 from dyvte.mllm import MLLM
-from dyvte.runs import distributed, runner, store
+from dyvte.runs import store
 from dyvte.runs.config import command, load_model
 
 from .measuring.exit_data import questions_and_captions
 from .measuring.exits import measurement
+from .measuring.runs import closing_line, measure_dataset
 from .plots import exits as plots
 from .statistics import exits as exit_statistics
 from .statistics.bands import (
@@ -61,16 +62,13 @@ def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any] | None:
         The summary; None in processes other than the main one.
     """
     measure = measurement(mllm, dataset, cfg)
-    fingerprint = store.fingerprint(mllm, dataset, cfg, max_new_tokens=cfg.max_new_tokens, accuracy=cfg.accuracy)
-    folder = store.RunFolder.open(cfg.output_dir, fingerprint, cfg, overwrite=cfg.overwrite)
-    batches = runner.consecutive_batches(len(dataset), cfg.batch_size)
-    runner.run(folder, dataset, batches, measure, f"{cfg.model.name} on {cfg.data.name}")
-    if not distributed.is_main():
+    settings = {"max_new_tokens": cfg.max_new_tokens, "accuracy": cfg.accuracy}
+    folder = measure_dataset(cfg, mllm, dataset, measure, **settings)
+    if folder is None:
         return None
     summary = report(cfg, folder, mllm)
     print(outline(summary))
-    failed = f", {summary['num_failed']} left out (failures.jsonl)" if summary["num_failed"] else ""
-    print(f"{summary['num_samples']} samples{failed}; results in {folder.path}")
+    print(closing_line(summary, folder))
     return summary
 
 

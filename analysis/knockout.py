@@ -20,10 +20,11 @@ from dyvte.errors import ConfigError
 from dyvte.instrument.causal import all_windows
 from dyvte.instrument.hooks import check_model
 from dyvte.mllm import MLLM
-from dyvte.runs import distributed, runner, store
+from dyvte.runs import store
 from dyvte.runs.config import command, load_model
 
 from .measuring.knockout import KnockoutMeasurement
+from .measuring.runs import closing_line, measure_dataset
 from .plots import causal as plots
 from .statistics.bands import MIN_CLUSTERS, count_images
 from .statistics.causal import LEVEL, CausalGroup, over_control, sample_effects
@@ -46,16 +47,12 @@ def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any] | None:
     measure = KnockoutMeasurement.of(mllm, cfg)
     names = ("max_new_tokens", "width", "paths", "replace", "control", "entry_exit")
     settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(names)))
-    folder = store.RunFolder.open(
-        cfg.output_dir, store.fingerprint(mllm, dataset, cfg, **settings), cfg, overwrite=cfg.overwrite
-    )
-    batches = runner.consecutive_batches(len(dataset), cfg.batch_size)
-    runner.run(folder, dataset, batches, measure, f"{cfg.model.name} on {cfg.data.name}")
-    if not distributed.is_main():
+    folder = measure_dataset(cfg, mllm, dataset, measure, **settings)
+    if folder is None:
         return None
     summary = summarise(cfg, folder, measure)
     print(outline(summary))
-    print(f"{summary['num_samples']} samples; results in {folder.path}")
+    print(closing_line(summary, folder))
     return summary
 
 

@@ -15,11 +15,12 @@ from dyvte.data import Dataset, build_dataset
 from dyvte.errors import ConfigError
 from dyvte.instrument.hooks import check_model
 from dyvte.mllm import MLLM
-from dyvte.runs import distributed, runner, store
+from dyvte.runs import store
 from dyvte.runs.config import command, load_model
 
 from .measuring.attention import file_name
 from .measuring.lens import LensMeasurement, patch_words
+from .measuring.runs import closing_line, measure_dataset
 from .plots import lens as plots
 from .statistics.bands import count_images, keyed_array, mean_band
 
@@ -40,12 +41,9 @@ def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any] | None:
     check_model(mllm)
     if cfg.exit_layer is not None and not 0 <= cfg.exit_layer <= mllm.num_layers:
         raise ConfigError(f"exit_layer is {cfg.exit_layer}; this model has exit layers 0..{mllm.num_layers}")
-    made_of = store.fingerprint(mllm, dataset, cfg, exit_layer=cfg.exit_layer)
-    folder = store.RunFolder.open(cfg.output_dir, made_of, cfg, overwrite=cfg.overwrite)
-    batches = runner.consecutive_batches(len(dataset), cfg.batch_size)
     measure = LensMeasurement(mllm, cfg.exit_layer, cfg.seed)
-    runner.run(folder, dataset, batches, measure, f"{cfg.model.name} on {cfg.data.name}")
-    if not distributed.is_main():
+    folder = measure_dataset(cfg, mllm, dataset, measure, exit_layer=cfg.exit_layer)
+    if folder is None:
         return None
     content = store.plain(summarise_lens(cfg, folder, mllm.num_layers))
     figures = draw(content, mllm, dataset, cfg.grids)
@@ -53,7 +51,7 @@ def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any] | None:
         folder.save_figure(name, figure)
     summary = folder.write_summary(**content, figures=sorted(figures))
     print(outline(summary))
-    print(f"{summary['num_samples']} samples; results in {folder.path}")
+    print(closing_line(summary, folder))
     return summary
 
 

@@ -20,10 +20,11 @@ from dyvte.errors import ConfigError
 from dyvte.instrument.attention import CURVES, MEASURES
 from dyvte.instrument.role_attention import ENTROPIES
 from dyvte.mllm import MLLM
-from dyvte.runs import distributed, runner, store
+from dyvte.runs import store
 from dyvte.runs.config import command, load_model
 
 from .measuring.attention import LAYERS_TABLE, attention_map, choose_samples, file_name, measure_attention
+from .measuring.runs import closing_line, measure_dataset
 from .plots.attention import draw_attention_map, draw_measures, draw_stages_by_kind, draw_three_stages
 from .statistics.bands import Array, Band, keyed_array, mean_band
 from .statistics.stages import StageVerdict, stage_verdict
@@ -40,11 +41,8 @@ def main(cfg: DictConfig) -> None:
     """Measure, summarise and draw; continues where an earlier run of the same command was stopped."""
     dataset = build_dataset(cfg.data)
     mllm = load_model(cfg)
-    folder = store.RunFolder.open(cfg.output_dir, store.fingerprint(mllm, dataset, cfg), cfg, overwrite=cfg.overwrite)
-    batches = runner.consecutive_batches(len(dataset), cfg.batch_size)
-    measure = partial(measure_attention, mllm)
-    runner.run(folder, dataset, batches, measure, f"{cfg.model.name} on {cfg.data.name}")
-    if not distributed.is_main():
+    folder = measure_dataset(cfg, mllm, dataset, partial(measure_attention, mllm))
+    if folder is None:
         return
     summary = summarize_stages(cfg, folder, mllm, dataset)
     print(f"stages: {verdict_in_words(summary['stages'])}")
@@ -52,8 +50,7 @@ def main(cfg: DictConfig) -> None:
         print(f"  also: {reason}")
     if summary["stages"]["boundaries"]:
         print(f"  95% intervals of the boundaries: {summary['stages']['boundaries_ci']}")
-    failed = f", {summary['num_failed']} left out (failures.jsonl)" if summary["num_failed"] else ""
-    print(f"{summary['num_samples']} samples{failed}; results in {folder.path}")
+    print(closing_line(summary, folder))
 
 
 class LayerTable:

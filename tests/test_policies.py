@@ -14,6 +14,10 @@ import pytest
 import torch
 from families import EOS, FAMILIES, IMAGE_TOKEN, PAD, VIDEO_TOKEN, VISION_END, VISION_START, random_batch
 from naive import with_generated
+from policy_properties import (
+    check_it_changes_prompts_with_an_image_only,
+    check_rows_do_not_depend_on_their_batch_or_padding,
+)
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -196,36 +200,13 @@ def test_generated_tokens_attend_to_what_stayed_and_the_cache_is_smaller(name: s
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@torch.no_grad()
 def test_rows_do_not_depend_on_their_batch_or_padding(name: str) -> None:
-    mllm = model("llava")
-    left, right = (batch_of(mllm, (1, 2, 0), side) for side in ("left", "right"))
-    with POLICIES[name]()(mllm):
-        together, padded_right = mllm.model(**left).logits, mllm.model(**right).logits
-        first = 0
-        for row, images in enumerate((1, 2, 0)):
-            kept = ~left.layout.padding[row]
-            pixels = {"pixel_values": left["pixel_values"][first : first + images]} if images else {}
-            first += images
-            alone = mllm.model(input_ids=left["input_ids"][row : row + 1, kept], **pixels).logits[0]
-            text = left.layout.text[row][kept]
-            torch.testing.assert_close(together[row, kept][text], alone[text], atol=EXACT, rtol=0)
-            other = padded_right[row, ~right.layout.padding[row]]
-            torch.testing.assert_close(other[text], alone[text], atol=EXACT, rtol=0)
+    check_rows_do_not_depend_on_their_batch_or_padding(POLICIES[name], model("llava"))
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@torch.no_grad()
 def test_it_changes_prompts_with_an_image_only(name: str) -> None:
-    mllm = model("llava")
-    batch = batch_of(mllm)
-    plain = mllm.model(**batch).logits[:, -1]
-    with POLICIES[name]()(mllm):
-        changed = mllm.model(**batch).logits[:, -1]
-    difference = (plain - changed).abs().amax(1)
-    assert (difference[:2] > 10 * EXACT).all()
-    if "skip" not in name:
-        assert difference[2] < EXACT
+    check_it_changes_prompts_with_an_image_only(POLICIES[name], model("llava"), changes_text_too="skip" in name)
 
 
 @pytest.mark.parametrize("name", POLICIES)

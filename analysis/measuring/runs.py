@@ -1,0 +1,41 @@
+"""How a command measures a data set: batches in turn, each a shard of the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import DictConfig
+
+from dyvte.data import Dataset
+from dyvte.mllm import MLLM
+from dyvte.runs import distributed, runner
+from dyvte.runs.store import RunFolder, fingerprint
+
+
+def measure_dataset(
+    cfg: DictConfig, mllm: MLLM, dataset: Dataset, measure: Callable[..., Any], **settings: Any
+) -> RunFolder | None:
+    """Run a measurement over a data set, going on where an earlier run of the same command was stopped.
+
+    Args:
+        cfg: of the command.
+        mllm: the model.
+        dataset: its samples.
+        measure: turns the samples of a batch into tables.
+        **settings: what the tables depend on besides model, data, seed and batch size.
+
+    Returns:
+        The folder with the finished tables; None in processes other than the main one.
+    """
+    made_of = fingerprint(mllm, dataset, cfg, **settings)
+    folder = RunFolder.open(cfg.output_dir, made_of, cfg, overwrite=cfg.overwrite)
+    batches = runner.consecutive_batches(len(dataset), cfg.batch_size)
+    runner.run(folder, dataset, batches, measure, f"{cfg.model.name} on {cfg.data.name}")
+    return folder if distributed.is_main() else None
+
+
+def closing_line(summary: dict[str, Any], folder: RunFolder) -> str:
+    """What a command prints last: how many samples there were, how many were left out, and where the results are."""
+    failed = f", {summary['num_failed']} left out (failures.jsonl)" if summary["num_failed"] else ""
+    return f"{summary['num_samples']} samples{failed}; results in {folder.path}"
