@@ -61,8 +61,14 @@ def generate(cfg: DictConfig) -> dict[str, Any]:
         "cost": count.decoder / full.decoder,
     }
     write_json(folder.path / "summary.json", summary)
-    print(f"{answer}\nvisual tokens left after {exit_layer} of {mllm.num_layers} layers; ", end="")
-    print(f"decoder FLOPs of the prefill: {summary['cost']:.2f} of the full model's, which answers: {full_answer}")
+    print(f"question: {question}\nanswer: {answer}")
+    if run is None:
+        print(f"no policy: the image goes through all {mllm.num_layers} layers")
+    else:
+        print(
+            f"visual tokens left after {exit_layer} of {mllm.num_layers} layers; decoder FLOPs of the prefill: ", end=""
+        )
+        print(f"{summary['cost']:.2f} of the full model's, which answers: {full_answer}")
     if isinstance(policy, DynamicExit):
         figure = exit_of_one_question(image, question, str(answer), probability, policy.thresholds, exit_layer)
         print(f"figure: {folder.save_figure('exit', figure)}")
@@ -71,10 +77,13 @@ def generate(cfg: DictConfig) -> dict[str, Any]:
 
 def _what_to_ask(cfg: DictConfig) -> tuple[Image.Image, str]:
     if cfg.image is None:
-        sample = build_dataset(cfg.data)[0]
-        if sample.image is None:
-            raise ConfigError(f"the first question of data={cfg.data.name} has no image; give image=FILE question=...")
-        return sample.image, cfg.question or sample.question
+        dataset = build_dataset(cfg.data)
+        for index in range(len(dataset)):
+            sample = dataset[index]
+            # of the built-in tasks not the questions that are answered without looking
+            if sample.image is not None and sample.metadata.get("hops", 1):
+                return sample.image, cfg.question or sample.question
+        raise ConfigError(f"no question of data={cfg.data.name} needs an image; give image=FILE question=...")
     if not cfg.question:
         raise ConfigError('no question: give question="..." with the image')
     where = f"image={cfg.image}"
