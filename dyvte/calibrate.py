@@ -14,7 +14,7 @@ the same.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from dyvte.batch import Batch
 from dyvte.data.base import Dataset, Sample, build_dataset
-from dyvte.errors import ConfigError, DataError
+from dyvte.errors import ConfigError, DataError, RunFolderError
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy
 from dyvte.runs import distributed
 from dyvte.runs.store import model_fingerprint, plain, write_json
 from dyvte.runs.targets import build
+from dyvte.stored_files import read_json, short
 
 FILE = "calibration.json"
 
@@ -95,7 +96,7 @@ def calibrated_policy(mllm: MLLM, cfg: DictConfig, folder: Path) -> Policy | Non
 
 def _calibrate_or_read(mllm: MLLM, cfg: DictConfig, settings: list[str], file: Path) -> Policy:
     made_of = calibration_of(mllm, cfg)
-    kept = json.loads(file.read_text()) if file.is_file() else {}
+    kept = read_json(file, RunFolderError, "delete it") if file.is_file() else {}
     found: dict[str, Any] = kept.get("found", {})
     if kept.get("made_of") != made_of:
         samples = with_image(build_dataset(cfg.calibration.data))
@@ -107,16 +108,26 @@ def _calibrate_or_read(mllm: MLLM, cfg: DictConfig, settings: list[str], file: P
         write_json(file, {"num_samples": len(samples), "found": found, "made_of": made_of})
         how = f"calibrated on {len(samples)} prompts of {cfg.calibration.data.name}"
     else:
-        how = f"calibrated before, on {kept['num_samples']} prompts"
+        if not isinstance(found, dict) or sorted(found) != sorted(settings) or not _only_numbers(list(found.values())):
+            raise RunFolderError(f"{file} holds {short(found)}, not numbers for {', '.join(settings)}: delete it")
+        how = f"calibrated before, on {kept.get('num_samples')} prompts"
     if distributed.is_main():
         print(f"{cfg.policy.name} {how}: {', '.join(f'{name} {_short(found[name])}' for name in found)} ({file})")
-    policy = _build(OmegaConf.merge(cfg.policy, found))
+    policy = _build(cfg.policy, found)
     assert policy is not None
     return policy
 
 
-def _build(cfg: Any) -> Policy | None:
+def _only_numbers(value: Any) -> bool:
+    """Whether a setting read from a file is numbers all through: no name of a class or a file."""
+    if isinstance(value, dict):
+        return "_target_" not in value and _only_numbers(list(value.values()))
+    return all(map(_only_numbers, value)) if isinstance(value, list) else isinstance(value, (int, float))
+
+
+def _build(cfg: DictConfig, found: Mapping[str, Any] | None = None) -> Policy | None:
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    settings.update(found or {})
     for not_of_the_policy in ("name", "calibrate"):
         settings.pop(not_of_the_policy, None)
     if "_target_" not in settings:

@@ -66,8 +66,8 @@ def look_at_samples(cfg: DictConfig, runs: Sequence[FinishedRun]) -> Samples:
     by_step = {run.step: run for run in runs}
     stages = by_step.get("stages")
     saved = None if stages is None else stages.config.get("data")
-    own = saved is None or saved.get("_target_") == cfg.data.get("_target_")  # a run folder may be somebody else's
-    dataset = build_dataset(cfg.data if saved is None else OmegaConf.create(saved), stored=not own)
+    # a run folder may be somebody else's
+    dataset = build_dataset(cfg.data) if saved is None else build_dataset(OmegaConf.create(saved), True, cfg.data)
     mllm = load_model(cfg)
     notes = []
     weights = model_fingerprint(mllm)["weights"]

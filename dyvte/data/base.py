@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -77,22 +79,47 @@ class Dataset(ABC):
                 yield self[index]
 
 
-def build_dataset(cfg: DictConfig, stored: bool = False) -> Dataset:
+def build_dataset(cfg: DictConfig, stored: bool = False, own: DictConfig | None = None) -> Dataset:
     """The data set of a configuration in `conf/data/`: its `_target_` called with the other keys (without `name`).
 
     Args:
         cfg: the configuration.
-        stored: whether it was read from a file, as that of a run folder; its class must then be one of dyvte's.
+        stored: whether it was read from a file, as that of a run folder: then it is read as it is (nothing in it is
+            filled in from the environment), its class must be one of dyvte's, and its files must lie in the current
+            folder.
+        own: what the user has given as data; its class and its files are allowed too.
 
     Raises:
         ConfigError: the class or a setting is not possible.
     """
-    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    settings: Any = OmegaConf.to_container(cfg, resolve=not stored)
     settings.pop("name", None)
     if "_target_" not in settings:
         raise ConfigError("data has no _target_: choose one of conf/data/, for instance data=llava_json")
-    dataset: Dataset = build(settings, Dataset, stored=stored)
+    given: Any = {} if own is None else OmegaConf.to_container(own, resolve=True)
+    if stored:
+        _check_files(settings, given)
+    dataset: Dataset = build(settings, Dataset, stored=stored, known=given.get("_target_", ""))
     return dataset
+
+
+def _check_files(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse stored settings that would read files which the user has not named."""
+    for name, value in settings.items():
+        if value == given.get(name):
+            continue
+        if name == "allow_outside" and value:
+            raise ConfigError(
+                "a stored configuration has allow_outside=true: say so yourself with data.allow_outside=true"
+            )
+        if not isinstance(value, str):
+            continue
+        path = Path(os.path.normpath(Path.cwd() / value))  # links are followed, those in a folder are its owner's
+        if value.startswith("~") or not path.is_relative_to(Path.cwd()):
+            raise ConfigError(
+                f"a stored configuration names data outside of the current folder, {name}={value}: say that it may be "
+                f"read with data.{name}={value}"
+            )
 
 
 def check_limit(limit: int | None) -> None:

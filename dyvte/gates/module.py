@@ -216,6 +216,11 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
             )
         _check_settings(f"{model_id}/{CONFIG}", settings)
         shapes = {name: shape for name, (_, shape) in check_safetensors(file).items()}
+        if shapes.get("inner", [0])[0] != settings["num_layers"] - 1:  # before so many are made
+            raise ModelError(
+                f"cannot load the gates in {model_id}: {WEIGHTS} and {CONFIG} disagree (weights of "
+                f"{shapes.get('inner', [0])[0]} gates, num_layers is {settings['num_layers']})"
+            )
         with torch.device("meta"):  # numbers from a file may ask for any amount of memory
             expected = {name: list(tensor.shape) for name, tensor in cls(**settings).state_dict().items()}
         for name in sorted({**expected, **shapes}):

@@ -17,7 +17,7 @@ KNOWN_PACKAGES = ("dyvte", "torch.optim")
 """Packages whose classes a stored configuration may name."""
 
 
-def build(settings: Mapping[str, Any], kind: type, *first: Any, stored: bool = False) -> Any:
+def build(settings: Mapping[str, Any], kind: type, *first: Any, stored: bool = False, known: str = "") -> Any:
     """Call what `_target_` names with the other settings, which may hold further `_target_` of the same kind.
 
     Args:
@@ -25,12 +25,13 @@ def build(settings: Mapping[str, Any], kind: type, *first: Any, stored: bool = F
         kind: class that the target must be, or come from.
         *first: arguments before the settings.
         stored: whether the settings are from a file that somebody else may have written.
+        known: a target that the user has named too: stored settings may name it themselves, not those within them.
 
     Raises:
         ConfigError: the target is missing, of another kind or not allowed, or it refuses its settings.
     """
     arguments = {key: _built(each, kind, stored) for key, each in settings.items() if key != "_target_"}
-    target = find_target(settings["_target_"], kind, stored)
+    target = find_target(settings["_target_"], kind, stored and settings["_target_"] != known)
     try:
         inspect.signature(target).bind(*first, **arguments)
     except TypeError as error:

@@ -12,8 +12,10 @@ attention and MLP of a layer, we delete before the next layer.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from dyvte.policies.attention_policy import AttentionPolicy, LayerAttention
 from dyvte.policies.base import Prefill
 from dyvte.policies.token_scores import drop_lowest, keep_count, received_head_max
 from dyvte.runs.store import write_json
+from dyvte.stored_files import reason_of, short
 
 TOLERANCE = 0.01
 """The bisection on alpha ends when it is known to this."""
@@ -166,6 +169,15 @@ class Recipe:
     cost: float
     num_samples: int
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.keep, list) or not self.keep or not all(map(_is_share, self.keep)):
+            raise ConfigError(f"FitPrune: recipe.keep must be a list of shares from 0 to 1, got {short(self.keep)}")
+        if self.keep[0] != 1 or any(later > earlier for earlier, later in pairwise(self.keep)):
+            raise ConfigError(f"FitPrune: recipe.keep must start with 1 and never rise, got {short(self.keep)}")
+        for name in ("alpha", "budget", "cost", "num_samples"):
+            if not _is_share(getattr(self, name), math.inf):
+                raise ConfigError(f"FitPrune: recipe.{name} must be a number, got {short(getattr(self, name))}")
+
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
         write_json(Path(path), asdict(self))
@@ -179,11 +191,27 @@ class Recipe:
         """
         try:
             content = json.loads(Path(path).read_text())
-            return cls(**content.get("found", {}).get("recipe", content))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            return cls.of(content.get("found", {}).get("recipe", content))
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise ConfigError(
-                f"{path} is no FitPrune recipe ({error}); write one with FitPrune.fit(...).recipe.save(path)"
+                f"{path} is no FitPrune recipe ({reason_of(error)}); write one with FitPrune.fit(...).recipe.save(path)"
             ) from error
+
+    @classmethod
+    def of(cls, content: Any) -> Recipe:
+        """From its fields.
+
+        Raises:
+            ConfigError: some are missing, unknown or wrong.
+        """
+        names = [each.name for each in fields(cls)]
+        if not isinstance(content, Mapping) or sorted(map(str, content)) != sorted(names):
+            raise ConfigError(f"a FitPrune recipe has {', '.join(names)}, not {short(content)}")
+        return cls(**content)
+
+
+def _is_share(value: Any, most: float = 1) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most
 
 
 def fit_recipe(mllm: MLLM, statistics: Statistics, budget: float) -> Recipe:
@@ -241,7 +269,7 @@ class FitPrune(AttentionPolicy):
 
     def __post_init__(self) -> None:
         if isinstance(self.recipe, Mapping):
-            self.recipe = Recipe(**self.recipe)
+            self.recipe = Recipe.of(self.recipe)
         elif not isinstance(self.recipe, Recipe):
             self.recipe = Recipe.load(self.recipe)
         self._keep = list(self.recipe.keep)
@@ -264,7 +292,7 @@ class FitPrune(AttentionPolicy):
     def check(self, mllm: MLLM) -> None:
         """Refuse a recipe for another number of layers."""
         if len(self._keep) != mllm.num_layers:
-            raise ValueError(f"FitPrune: the recipe is for {len(self._keep)} layers, this model has {mllm.num_layers}")
+            raise ConfigError(f"FitPrune: the recipe is for {len(self._keep)} layers, this model has {mllm.num_layers}")
 
     def watched_layers(self, mllm: MLLM) -> Collection[int]:
         """The layers after which tokens leave."""
