@@ -139,7 +139,7 @@ def test_verdicts_of_the_training_stages_say_what_they_rest_on() -> None:
 
 
 def test_probes_read_attributes_off_the_shipped_model(shapes: MLLM) -> None:
-    report = probe_report(shapes, num_scenes=120, batch_size=24, seed=0)
+    report = probe_report(shapes, num_scenes=240, batch_size=24, seed=0)
     assert report["its own color"]["low"] > 0.9
     assert report["its only neighbour's color"]["high"] < 0.6
     assert report["its own color"]["num"] > report["its only neighbour's color"]["num"] > 10
