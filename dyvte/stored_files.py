@@ -55,7 +55,7 @@ def read_json(
         raise kind(f"{path} cannot be read ({reason_of(error)}): {remedy}") from error
     except (ValueError, RecursionError) as error:
         what = "it is empty" if not path.stat().st_size else reason_of(error)
-        raise kind(f"{path} is damaged, not JSON ({what}): {remedy}") from error
+        raise kind(f"{path} is damaged, not JSON ({what}): {remedy}") from None
     if not isinstance(content, dict):
         raise kind(f"{path} is damaged, a {type(content).__name__} where an object should be: {remedy}")
     return content
@@ -103,7 +103,7 @@ def check_safetensors(path: Path) -> dict[str, tuple[str, list[int]]]:
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"{path}: not a safetensors file that can be read ({reason_of(error)}); copy or download it again"
-        ) from error
+        ) from None
 
 
 def check_model_folder(folder: Path) -> None:
