@@ -30,6 +30,7 @@ from dyvte.testbed.smol.questions import (
     noun,
 )
 from dyvte.testbed.smol.records import EnglishQuestions
+from dyvte.testbed.smol.rehearsal import Rehearsed, Teacher, teacher_divergence
 from dyvte.testbed.smol.train import add_adapter, phase_settings, start_from_parts
 from dyvte.testbed.world import ATTRIBUTES, VALUES, sample_scene
 
@@ -166,7 +167,7 @@ def test_a_packed_question_reads_as_the_chat_template_writes_it(tokenizer):
     """What training saw is what the processor makes of the same question at inference."""
     phase = phase_settings(OmegaConf.load(ROOT / "conf" / "smol.yaml"), "follow")
     phase.scenes, phase.texts, phase.length, phase.practice_share = 1, 0, 4096, 0.0
-    packed, images = EnglishBatches(phase, tokenizer, 4, seed=0).train(3)
+    packed, images, _ = EnglishBatches(phase, tokenizer, 4, seed=0).train(3)
     assert images is not None
     assert images.shape == (1, 3, 96, 96)
     number = int(packed.branch.max())
@@ -183,13 +184,37 @@ def test_a_packed_question_reads_as_the_chat_template_writes_it(tokenizer):
     assert tokenizer.decode(labels[labels >= 0]) == answer
 
 
+def rehearsed(ids):
+    words = torch.tensor(ids[1:])[:, None]
+    return Rehearsed(ids, Teacher(words, torch.full(words.shape, -0.1)))
+
+
+def test_teacher_divergence_is_that_of_the_likeliest_words_and_one_for_the_rest():
+    torch.manual_seed(0)
+    model, teacher = torch.randn(5, 11), torch.randn(5, 11)
+    p, q = teacher.softmax(-1), model.softmax(-1)
+    top = p.topk(3)
+    for t in range(5):
+        kept = top.indices[t]
+        both = [torch.cat([d[t][kept], 1 - d[t][kept].sum()[None]]) for d in (p, q)]
+        expected = (both[0] * (both[0] / both[1]).log()).sum()
+        found = teacher_divergence(model[t : t + 1], Teacher(kept[None], top.values[t].log()[None]))
+        torch.testing.assert_close(found[0], expected)
+    whole = p.topk(11)
+    none = teacher_divergence(teacher, Teacher(whole.indices, whole.values.log()))
+    torch.testing.assert_close(none, torch.zeros(5), atol=1e-5, rtol=0)
+
+
 def test_batches_depend_on_seed_and_step_alone(tokenizer):
     phase = phase_settings(OmegaConf.load(ROOT / "conf" / "smol.yaml"), "relate")
     phase.length = 2048
-    replay = [[5, 6, 7] * 20, [8, 9] * 40]
-    one, two = (EnglishBatches(phase, tokenizer, 4, 1, replay).train(5)[0] for _ in range(2))
-    other = EnglishBatches(phase, tokenizer, 4, 1, replay).train(6)[0]
+    texts = [rehearsed([5, 6, 7] * 20), rehearsed([8, 9] * 40)]
+    (one, _, teacher), (two, _, again) = (EnglishBatches(phase, tokenizer, 4, 1, texts).train(5) for _ in range(2))
+    other = EnglishBatches(phase, tokenizer, 4, 1, texts).train(6)[0]
     assert torch.equal(one.input_ids, two.input_ids)
+    assert torch.equal(teacher.words, again.words)
+    # the teacher of this test expects the word that comes
+    assert torch.equal(one.labels[phase.scenes :][one.labels[phase.scenes :] >= 0], teacher.words[:, 0].long())
     assert not torch.equal(one.input_ids, other.input_ids)
     texts = one.weights[phase.scenes :]
     assert torch.allclose(texts[texts > 0], torch.tensor(float(phase.text_weight)))

@@ -6,10 +6,8 @@ Every batch is a pure function of (seed, phase, step), so a killed and resumed r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -19,6 +17,7 @@ from dyvte.testbed.smol import phrases
 from dyvte.testbed.smol.base import ASSISTANT, EOS, HEAD, IMAGE
 from dyvte.testbed.smol.practice import caption, look_up
 from dyvte.testbed.smol.questions import IMAGE_KINDS, KINDS, ask, choose_frame
+from dyvte.testbed.smol.rehearsal import Rehearsed, Teacher
 from dyvte.testbed.training.batches import pixels
 from dyvte.testbed.world import Scene, sample_scene, scene_generator
 
@@ -31,7 +30,7 @@ class EnglishBatches:
     Args:
         phase: What each scene is asked: `captions`, `look_ups` and `questions` a scene, `max_hops`, `kind_weights`;
             `scenes` images and `texts` rows of plain text a step; `length` in tokens.
-        replay: Token ids of texts that keep the language model what it is.
+        rehearsed: Texts that keep the language model what it is.
     """
 
     def __init__(
@@ -40,10 +39,10 @@ class EnglishBatches:
         tokenizer: PreTrainedTokenizerFast,
         visual_tokens: int,
         seed: int,
-        replay: Sequence[Sequence[int]] = (),
+        rehearsed: Sequence[Rehearsed] = (),
         blind: bool = False,
     ) -> None:
-        self.phase, self.tokenizer, self.seed, self.replay, self.blind = phase, tokenizer, seed, replay, blind
+        self.phase, self.tokenizer, self.seed, self.rehearsed, self.blind = phase, tokenizer, seed, rehearsed, blind
         self.pad_id = int(tokenizer.convert_tokens_to_ids("<|endoftext|>"))
         image = [] if blind else self.ids(IMAGE) * visual_tokens
         self.prefix = [*self.ids(HEAD), *image]
@@ -66,9 +65,10 @@ class EnglishBatches:
         return self.branch("caption", frame, caption(scene, rng))
 
     def _look_ups(self, scene: Scene, rng: np.random.Generator, number: int) -> list[Branch]:
-        found: dict[str, str] = {}
+        phase, found = self.phase, dict[str, str]()
+        shares = phase.step_share, phase.pair_share, phase.tally_share
         for _ in range(2 * number):
-            if len(found) < number and (one := look_up(scene, rng, self.phase.step_share)) is not None:
+            if len(found) < number and (one := look_up(scene, rng, *shares)) is not None:
                 found[one[0]] = one[1]
         return [self.branch("look_up", question, answer) for question, answer in found.items()]
 
@@ -83,8 +83,11 @@ class EnglishBatches:
                 break
         return branches
 
-    def train(self, step: int, progress: float = 0.0) -> tuple[PackedBatch, Tensor | None]:
-        """Images with what the phase asks of each, and rows of text whose words weigh `text_weight`."""
+    def train(self, step: int, progress: float = 0.0) -> tuple[PackedBatch, Tensor | None, Teacher | None]:
+        """Images with what the phase asks of each, and rows of text whose words weigh `text_weight`.
+
+        The teacher's distributions are those of the labelled words of the text rows, in their order.
+        """
         phase = self.phase
         rng = np.random.default_rng([self.seed, int(phase.number), step])
         rows: list[tuple[list[int], list[Branch]]] = []
@@ -100,19 +103,23 @@ class EnglishBatches:
             branches += self._questions(scene, rng, phase.questions)
             rows.append((self.prefix, branches))
             scenes.append(scene)
-        rows += [self._text_row(rng) for _ in range(phase.texts if self.replay else 0)]
+        teachers: list[Teacher] = []
+        for _ in range(phase.texts if self.rehearsed else 0):
+            texts = self._text_row(rng)
+            rows.append(([], [Branch("text", text.ids[:1], text.ids[1:]) for text in texts]))
+            teachers += [text.teacher for text in texts]
         packed = pack(rows, phase.length, self.pad_id)
         packed.weights[phase.scenes :] *= phase.text_weight
-        return packed, None if self.blind else pixels(scenes)
+        return packed, None if self.blind else pixels(scenes), Teacher.concatenate(teachers) if teachers else None
 
-    def _text_row(self, rng: np.random.Generator) -> tuple[list[int], list[Branch]]:
-        row: list[Branch] = []
+    def _text_row(self, rng: np.random.Generator) -> list[Rehearsed]:
+        row: list[Rehearsed] = []
         room = int(self.phase.length)
         while room > 64:
-            text = list(self.replay[int(rng.integers(len(self.replay)))])[:room]
-            row.append(Branch("text", text[:1], text[1:]))
-            room -= len(text)
-        return [], row
+            text = self.rehearsed[int(rng.integers(len(self.rehearsed)))].first(room)
+            row.append(text)
+            room -= len(text.ids)
+        return row
 
     def validation(self, number: int) -> tuple[PackedBatch, Tensor | None]:
         """Scenes of the validation split with a question of every image kind that each admits, in known paraphrases."""
@@ -124,56 +131,3 @@ class EnglishBatches:
             rows.append((self.prefix, [self.branch(q.kind, q.text, q.answer) for q in asked]))
             scenes.append(scene)
         return pack(rows, int(self.phase.length) + 64, self.pad_id), None if self.blind else pixels(scenes)
-
-
-# fmt: off
-REPLAY_TOPICS = [
-    "a river", "a bicycle", "bread", "the moon", "a lighthouse", "chess", "a thunderstorm", "the heart", "a library",
-    "volcanoes", "a train", "honey bees", "a violin", "winter", "the ocean", "a garden", "money", "sleep", "a bridge",
-    "photosynthesis", "a mountain", "friendship", "a market", "electricity", "the desert", "a letter", "a clock",
-    "rice", "music", "a window", "an island", "birds", "a school", "gravity", "a dream", "trees", "a hospital",
-    "languages", "salt", "a festival", "maps", "a dog", "running", "a painter", "the wind", "history", "a kitchen",
-    "computers", "a secret", "tea", "robots", "a farmer", "glass", "the stars", "a promise", "football", "paper",
-    "a doctor", "rain", "a castle", "mathematics", "a fisherman", "cities", "a birthday", "medicine", "snow",
-    "an old house", "a spider", "cotton", "soup",
-]
-# fmt: on
-REPLAY_REQUESTS = (
-    "Write a short story about {}.",
-    "Explain {} to a child.",
-    "What should I know about {}?",
-    "Write a poem about {}.",
-    "Give me three facts about {}.",
-    "Write an email that mentions {}.",
-)
-
-
-@torch.no_grad()
-def write_replay(
-    model: Any, tokenizer: PreTrainedTokenizerFast, number: int, length: int, seed: int, batch_size: int = 35
-) -> list[list[int]]:
-    """Texts that the language model itself writes, to be rehearsed while it learns to see: `number` lists of ids."""
-    requests = [r.format(t) for r in REPLAY_REQUESTS for t in REPLAY_TOPICS]
-    rng = np.random.default_rng(seed)
-    chosen = [requests[int(i)] for i in rng.permutation(len(requests))[:number]]
-    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    texts: list[list[int]] = []
-    torch.manual_seed(seed)
-    for start in range(0, len(chosen), batch_size):
-        prompts = [
-            f"<|im_start|>system\n{system}{EOS}\n<|im_start|>user\n{request}{ASSISTANT}"
-            for request in chosen[start : start + batch_size]
-        ]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-        written = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=length,
-            do_sample=True,
-        )
-        for ids, kept in zip(written.tolist(), inputs["attention_mask"].sum(1).tolist(), strict=True):
-            ids = ids[inputs["input_ids"].shape[1] - kept :]
-            end = int(tokenizer.convert_tokens_to_ids(EOS))
-            ends = [i for i, token in enumerate(ids) if token == end and i >= kept]
-            texts.append(ids[: ends[0] + 1] if ends else ids)
-    return texts

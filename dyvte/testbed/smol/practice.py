@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dyvte.testbed.facts import pick
+from dyvte.testbed.facts import draw_attribute, draw_comparison, draw_count, pick
 from dyvte.testbed.questions import DIRECTIONS, SAME, follow
 from dyvte.testbed.smol import phrases
 from dyvte.testbed.smol.questions import choose_frame, fill, tell, unique_nouns
@@ -38,13 +38,43 @@ def _step(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     return f"{told[0].upper()}{told[1:]}: which {asked}?", end[asked]
 
 
-def look_up(scene: Scene, rng: np.random.Generator, step_share: float = 0.0) -> tuple[str, str] | None:
+def _pair(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    asked = draw_attribute(rng)
+    fact = draw_comparison(unique_nouns(scene, asked), asked, rng)
+    if fact is None:
+        return None
+    named = f"{fact.first[1][0].upper()}{fact.first[1][1:]}, {fact.second[1]}"
+    if rng.random() < 0.35:  # what is compared, said aloud
+        return f"{named}: which {asked}s?", f"{fact.first[0][asked]}, {fact.second[0][asked]}"
+    return f"{named}: same {asked}?", "yes" if fact.yes else "no"
+
+
+def _tally(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    fact = draw_count(scene, rng)
+    if fact is None:
+        return None
+    attribute, value, number = fact
+    return f"{value.capitalize()} {'shapes' if attribute == 'color' else 'ones'}: how many?", str(number)
+
+
+def look_up(
+    scene: Scene,
+    rng: np.random.Generator,
+    step_share: float = 0.0,
+    pair_share: float = 0.0,
+    tally_share: float = 0.0,
+) -> tuple[str, str] | None:
     """The shortest practice in finding one object: a name or a place, and what is asked for; with its answer.
 
-    A `step_share` of them go one step on from the object that is named.
+    A `step_share` of them go one step on from the object that is named, a `pair_share` compare two, a `tally_share`
+    count.
     """
-    if step_share and rng.random() < step_share:
-        return _step(scene, rng)
+    if step_share or pair_share or tally_share:
+        drawn = rng.random()
+        for share, practice in ((step_share, _step), (pair_share, _pair), (tally_share, _tally)):
+            if drawn < share:
+                return practice(scene, rng)
+            drawn -= share
     if rng.random() < 0.3:
         item, asked = pick(rng, scene.objects), pick(rng, ATTRIBUTES)
         return f"The shape at the {place(item)}: which {asked}?", item[asked]

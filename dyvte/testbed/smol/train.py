@@ -20,6 +20,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -27,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dyvte.errors import ConfigError
 from dyvte.runs.config import command
 from dyvte.runs.store import write_atomic
-from dyvte.testbed.packing import PackedBatch
+from dyvte.testbed.packing import IGNORE, PackedBatch
 from dyvte.testbed.smol.assemble import HELD_OUT_TEXT, export_parts
 from dyvte.testbed.smol.base import (
     GGUF_FILE,
@@ -38,14 +39,14 @@ from dyvte.testbed.smol.base import (
     load_language_model,
     perplexity,
 )
-from dyvte.testbed.smol.batches import EnglishBatches, write_replay
+from dyvte.testbed.smol.batches import EnglishBatches
 from dyvte.testbed.smol.questions import IMAGE_KINDS
+from dyvte.testbed.smol.rehearsal import Rehearsed, Teacher, ask_teacher, teacher_divergence, write_texts
 from dyvte.testbed.training.forward import (
     choose_precision,
     hidden_states,
     initialise_projector,
     packed_accuracy,
-    packed_loss,
     visual_features,
 )
 from dyvte.testbed.training.loop import run_stage
@@ -131,15 +132,15 @@ def _adapted_linear(module: Any, x: Tensor) -> Tensor:
     return torch.addmm(flat @ weight.T, low, up.to(weight.dtype).T).view(*x.shape[:-1], -1)
 
 
-def read_or_write_replay(cfg: DictConfig, folder: Path, model: Any, tokenizer: Any) -> list[list[int]]:
-    """The texts to rehearse, from the run's folder or written now."""
-    path = folder / "replay.json"
-    if not cfg.replay.number or cfg.random_decoder:
+def read_or_write_rehearsal(cfg: DictConfig, folder: Path, model: Any, tokenizer: Any) -> list[Rehearsed]:
+    """The texts to rehearse, from the run's folder or written now, with what the untouched model expects in them."""
+    path = folder / "rehearsal.json"
+    if not cfg.rehearsal.number or cfg.random_decoder:
         return []
     if not path.is_file():
-        texts = write_replay(model, tokenizer, cfg.replay.number, cfg.replay.length, cfg.seed)
+        texts = write_texts(model, tokenizer, cfg.rehearsal.number, cfg.rehearsal.length, cfg.seed)
         write_atomic(path, lambda out: out.write(json.dumps(texts).encode()))
-    return json.loads(path.read_text())
+    return ask_teacher(model, json.loads(path.read_text()), cfg.rehearsal.likeliest)
 
 
 def start_from_parts(parts: Path, projector: nn.Module, adapter: nn.Module | None) -> None:
@@ -167,6 +168,19 @@ def start_from_parts(parts: Path, projector: nn.Module, adapter: nn.Module | Non
             matrix.data.copy_(stored)
 
 
+def answers_and_rehearsal(model: Any, states: Tensor, batch: PackedBatch, teacher: Teacher | None) -> Tensor:
+    """Weighted mean (nats) of the answers' cross-entropy and the divergence from the teacher in the text rows."""
+    chosen = batch.labels != IGNORE
+    logits = model.lm_head(states[chosen]).float()
+    losses = cross_entropy(logits, batch.labels[chosen], reduction="none")
+    if teacher is not None:  # text rows come last
+        taught = Teacher(teacher.words.to(logits.device), teacher.log_probabilities.to(logits.device))
+        number = len(taught.words)
+        losses = torch.cat([losses[:-number], teacher_divergence(logits[-number:], taught)])
+    weights = batch.weights[chosen]
+    return (losses * weights).sum() / weights.sum()
+
+
 def phase_settings(cfg: DictConfig, name: str) -> DictConfig:
     """What all phases share, and what one of them changes.
 
@@ -189,7 +203,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
         torch.set_num_threads(cfg.threads)
     model, tokenizer = build_model(cfg)
     tokens = model.config.image_seq_length
-    replay = read_or_write_replay(cfg, folder, model, tokenizer)
+    rehearsed = read_or_write_rehearsal(cfg, folder, model, tokenizer)
     if not (folder / "perplexity.json").is_file():
         before = perplexity(model, tokenizer, HELD_OUT_TEXT.read_text())
         write_atomic(folder / "perplexity.json", lambda out: out.write(json.dumps({"before": before}).encode()))
@@ -219,13 +233,13 @@ def train(cfg: DictConfig, folder: Path) -> None:
     if device.type == "cpu":
         ALL_ATTENTION_FUNCTIONS["sdpa"] = grouped_matmul_attention
 
-    def loss(packed: tuple[PackedBatch, Tensor | None]) -> Tensor:
-        batch, images = packed[0].to(device), packed[1]
+    def loss(packed: tuple[PackedBatch, Tensor | None, Teacher | None]) -> Tensor:
+        batch, images, teacher = packed[0].to(device), *packed[1:]
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             with torch.no_grad():
                 features = None if images is None else visual_features(model, images.to(device))
             states = hidden_states(model, model.model.language_model, batch, features)
-            return packed_loss(model, states, batch)
+            return answers_and_rehearsal(model, states, batch, teacher)
 
     held_out: list[tuple[PackedBatch, Tensor | None]] = []
 
@@ -242,7 +256,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
     try:
         for name in cfg.order:
             phase = phase_settings(cfg, name)
-            batches = EnglishBatches(phase, tokenizer, tokens, cfg.seed, replay, blind=cfg.blind)
+            batches = EnglishBatches(phase, tokenizer, tokens, cfg.seed, rehearsed, blind=cfg.blind)
             run_stage(
                 name,
                 folder=folder,
