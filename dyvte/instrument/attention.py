@@ -7,15 +7,16 @@ reduces them to sums over token roles (`dyvte.instrument.role_attention`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dyvte.errors import UnsupportedError
+from dyvte.instrument.contributions import OutputProjection, ValueMixtures, bias_of, linear_part
 from dyvte.instrument.role_attention import (
     ENTROPIES,
     QUESTION,
@@ -79,6 +80,11 @@ class AttentionStats:
         not_on_sink: attention that the queries of each role, and of the question, do not give the sink, summed,
             [B, L, H, 5]: the weights of the heads in means without the sink.
         maps: [B, L, N, N] attention averaged over heads, None unless the probe was told to keep it.
+        contribution_norm: [B, L, 4, 4] (query role, key role): what the keys of a role write into the residual stream
+            through attention, its norm over that of the stream that enters the layer, mean over queries. None unless
+            the probe was told to measure it, like the next (`dyvte.instrument.contributions`).
+        contribution_share: [B, L, 4, 4] the part of what attention writes that comes from a role; shares add to 1 over
+            key roles.
     """
 
     layout: TokenLayout
@@ -98,6 +104,8 @@ class AttentionStats:
     received_last: Tensor
     received_instruction: Tensor
     maps: Tensor | None
+    contribution_norm: Tensor | None = None
+    contribution_share: Tensor | None = None
 
     def curve(self, name: str, measure: str = "mass") -> Tensor:
         """One of the paper's curves, [B, L, H].
@@ -147,6 +155,14 @@ class AttentionStats:
                     value = table[..., query, key]
                     name = f"{measure}_{query_role}_{key_role}"
                     values[name] = value if by_head else self.mean_over_heads(value, measure, query)
+        for name in ("contribution_norm", "contribution_share"):
+            if (table := getattr(self, name)) is not None:
+                every = table[:, :, None].expand(-1, -1, self.mass.shape[2] if by_head else 1, -1, -1)
+                roles = [(q, k) for q in range(len(ROLES)) for k in range(len(ROLES))]
+                values |= {
+                    f"{name}_{ROLES[q]}_{ROLES[k]}": every[..., q, k] if by_head else every[:, :, 0, q, k]
+                    for q, k in roles
+                }
         entropies = {name: getattr(self, name) for name in ENTROPIES}
         values |= entropies if by_head else {name: value.mean(-1) for name, value in entropies.items()}
         axes = ["sample", "layer", "head"] if by_head else ["sample", "layer"]
@@ -217,6 +233,9 @@ class _Pass:
         self.layout = layout
         self.num_heads = num_heads
         self.sums: dict[int, RoleSums] = {}
+        self.residuals: dict[int, Tensor] = {}
+        self.mixtures: dict[int, ValueMixtures] = {}
+        self.contributions: dict[int, tuple[Tensor, Tensor]] = {}
         self.geometries: dict[int, Geometry] = {}
         self._groups: dict[torch.device, Groups] = {}
         self._known: dict[tuple[Any, ...], tuple[Any, Geometry]] = {}
@@ -249,7 +268,13 @@ class AttentionProbe:
         history: statistics of every prefill seen, in order.
     """
 
-    def __init__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None, maps: bool = False) -> None:
+    def __init__(
+        self,
+        model: MLLM | nn.Module,
+        layout: TokenLayout | None = None,
+        maps: bool = False,
+        contributions: bool = False,
+    ) -> None:
         """Prepare a probe.
 
         Args:
@@ -257,11 +282,15 @@ class AttentionProbe:
             layout: roles of the positions, to tell a teacher-forced answer from the instruction; by default found from
                 the ids of each call.
             maps: also keep attention maps averaged over heads, [B, L, N, N].
+            contributions: also measure what every role writes into the residual stream (`contribution_norm`,
+                `contribution_share`).
         """
         self.mllm = as_mllm(model)
         self.history: list[AttentionStats] = []
         self._layout = layout
         self._maps = maps
+        self._contributions = contributions
+        self._projections: list[OutputProjection] = []
         self._pass: _Pass | None = None
         self._skip = False
         self._exit: ExitStack | None = None
@@ -293,8 +322,38 @@ class AttentionProbe:
             for module in watched:
                 stack.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(end).remove)
+            if self._contributions:
+                self._watch_contributions(stack)
             self._exit = stack.pop_all()
         return self
+
+    def _watch_contributions(self, stack: ExitStack) -> None:
+        """Note what enters every layer, and wait for the projection that its heads go through."""
+
+        def note(index: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if self._pass is not None and module is self.mllm.layers[index]:
+                    self._pass.residuals[index] = args[0] if args else kwargs["hidden_states"]
+
+            return hook
+
+        def projected(index: int) -> Callable[[nn.Module, Tensor], None]:
+            return lambda projection, output: self._project(index, projection, output)
+
+        self._projections = []
+        for index, (layer, attention) in enumerate(zip(self.mllm.layers, self.mllm.attentions, strict=True)):
+            stack.callback(layer.register_forward_pre_hook(note(index), with_kwargs=True).remove)
+            self._projections.append(OutputProjection(attention, projected(index)))
+            stack.callback(self._projections[-1].remove)
+
+    @torch.no_grad()
+    def _project(self, index: int, projection: nn.Module, output: Tensor) -> None:
+        current = self._pass
+        assert current is not None
+        mixtures = current.mixtures.pop(index)
+        without_bias = output - bias_of(projection, mixtures.mixed[0].shape[-1], output)
+        residual = current.residuals.pop(index)
+        current.contributions[index] = mixtures.through(linear_part(projection), without_bias, residual)
 
     def __exit__(self, *_: object) -> None:
         stack, self._exit, self._pass = self._exit, None, None
@@ -337,7 +396,13 @@ class AttentionProbe:
             )
         order = range(self.mllm.num_layers)
         sums, geometries = [current.sums[index] for index in order], [current.geometries[index] for index in order]
-        self.history.append(_assemble(current.layout, sums, geometries))
+        stats = _assemble(current.layout, sums, geometries)
+        for projection, module in zip(self._projections, self.mllm.attentions, strict=False):
+            projection.check(type(module).__name__)
+        if self._contributions:
+            norms, shares = zip(*(current.contributions[index] for index in order), strict=True)
+            stats = replace(stats, contribution_norm=_stack(norms), contribution_share=_stack(shares))
+        self.history.append(stats)
 
     @torch.no_grad()
     def _see(self, index: int, call: AttentionCall) -> None:
@@ -361,4 +426,10 @@ class AttentionProbe:
             )
         geometry = current.geometry(call)
         current.geometries[index] = geometry
-        current.sums[index] = role_sums(call.rows(geometry), geometry, call.query.shape[1], self._maps)
+        num_heads = call.query.shape[1]
+        mixtures = ValueMixtures(call.value[:, :, :length], geometry, num_heads) if self._contributions else None
+        also = None if mixtures is None else mixtures.add
+        current.sums[index] = role_sums(call.rows(geometry), geometry, num_heads, self._maps, also)
+        if mixtures is not None:
+            current.mixtures[index] = mixtures
+            self._projections[index].expect(call.output)

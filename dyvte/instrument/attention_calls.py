@@ -51,11 +51,15 @@ class AttentionCall:
     Attributes:
         query: [B, H, N, head size].
         key: [B, H_kv, K, head size].
+        value: [B, H_kv, K, value size].
+        output: [B, N, H, value size], what the function gave.
         weights: [B, H, N, K] where the function computed them anyway (eager attention), else None.
     """
 
     query: Tensor
     key: Tensor
+    value: Tensor
+    output: Tensor
     mask: Tensor | None
     causal: bool
     scale: float
@@ -161,6 +165,8 @@ class _Door:
         return AttentionCall(
             query=query,
             key=arguments["key"],
+            value=arguments["value"],
+            output=result[0],
             mask=mask,
             causal=getattr(module, "is_causal", True) if causal is None else causal,
             scale=query.shape[-1] ** -0.5 if scale is None else scale,

@@ -202,7 +202,11 @@ ENTROPIES = (
 
 
 def role_sums(
-    rows_of: Callable[[Block], Tensor], geometry: Geometry, num_heads: int, keep_map: bool = False
+    rows_of: Callable[[Block], Tensor],
+    geometry: Geometry,
+    num_heads: int,
+    keep_map: bool = False,
+    also: Callable[[Block, Tensor], None] | None = None,
 ) -> RoleSums:
     """Reduce the attention of one layer, block by block.
 
@@ -211,6 +215,7 @@ def role_sums(
         geometry: of the layer's mask.
         num_heads: H.
         keep_map: also average the attention matrix over heads.
+        also: shown every block with its rows [B, H, queries, keys], which are not kept.
     """
     groups = geometry.groups
     batch, num_groups, length = groups.queries.shape
@@ -235,6 +240,8 @@ def role_sums(
             received[..., columns] += receivers[:, None, :, rows] @ attention
         if mean_map is not None:
             mean_map[:, rows, columns] = attention.mean(1)
+        if also is not None:
+            also(block, attention)
     if mean_map is not None:
         mean_map.masked_fill_(groups.padding[:, :, None], 0.0)
     return RoleSums(groups.merge_sink(probability), probability[..., 1:], entropy, received, mean_map)

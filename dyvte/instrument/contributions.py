@@ -1,0 +1,176 @@
+"""What each token role writes into the residual stream through attention: the value, not the attention, decides.
+
+In a layer, role b contributes to query q the vector `c_b(q) = sum_h W_O^h sum_{k in b} A_hqk v_hk` (Kobayashi et al.
+2020, "Attention is Not Only a Weight", arXiv 2004.10102). It is reduced at once: no vector is stored per head and key.
+
+Text queries are few, so all of their roles are summed directly. Of the many visual queries only what text writes is,
+and what is left of the layer's own output is the image's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dyvte.errors import UnsupportedError
+from dyvte.instrument.role_attention import Block, Geometry
+from dyvte.layout import ROLES, VISUAL
+
+Linear = Callable[[Tensor], Tensor]
+
+
+class ValueMixtures:
+    """Values of one layer, mixed by attention and summed apart for the keys of every role, one block of rows at a time.
+
+    Args:
+        value: [B, H_kv, N, value size].
+        geometry: of the layer's mask.
+        num_heads: H, a multiple of H_kv.
+    """
+
+    def __init__(self, value: Tensor, geometry: Geometry, num_heads: int) -> None:
+        self.groups = geometry.groups
+        batch, key_heads, length, size = value.shape
+        self._value = value.float()
+        self._shape = batch, key_heads, num_heads // key_heads, size
+        members = self.groups.queries[:, : len(ROLES)]  # [B, R, N]
+        self._members = members
+        self._columns = [members[:, role].any(0).nonzero().flatten() for role in range(len(ROLES))]
+        if geometry.allowed is None:
+            seeing = members.cumsum(-1) > 0
+        else:
+            seeing = (geometry.allowed.float() @ members.transpose(1, 2) > 0).transpose(1, 2)
+        # what visual queries take from visual keys follows from the layer's output
+        seeing[:, VISUAL] &= self.groups.text
+        self._rows = [rows.nonzero().flatten() for rows in seeing.any(0)]
+        self.mixed = [value.new_zeros(batch, length, num_heads * size, dtype=torch.float32) for _ in ROLES]
+
+    def add(self, block: Block, attention: Tensor) -> None:
+        """Take in attention rows [B, H, queries, keys] of a block."""
+        batch, key_heads, group, size = self._shape
+        queries, start = attention.shape[2], block.columns.start
+        for role, columns in enumerate(self._columns):
+            if role == VISUAL and not block.text:
+                continue
+            seen = columns[(columns >= start) & (columns < block.columns.stop)]
+            if not len(seen):
+                continue
+            weights = attention[..., seen - start] * self._members[:, None, None, role, seen]
+            weights = weights.reshape(batch, key_heads, group * queries, len(seen))
+            mixed = (weights @ self._value[:, :, seen]).view(batch, key_heads * group, queries, size)
+            self.mixed[role][:, block.rows] = mixed.transpose(1, 2).flatten(2)
+
+    def through(self, projection: Linear, output: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Send the mixtures through the layer's output projection and compare them with what they are added to.
+
+        Args:
+            projection: the linear part of the output projection (without its bias), [..., H x value size] -> [..., d].
+            output: [B, N, d] of the whole attention, without the bias.
+            residual: [B, N, d], the hidden states that enter the layer.
+
+        Returns:
+            Mean over the queries of a role of the contribution's norm over the residual stream's, and of its share
+            (shares add to 1 over key roles): two times [B, 4, 4] (query role, key role), NaN where a role is absent.
+        """
+        total, text = output.float(), self.groups.text
+        written: dict[int, tuple[Tensor, Tensor]] = {}
+        for role in range(len(ROLES)):
+            rows = self._rows[role]
+            if len(rows):
+                written[role] = rows, projection(self.mixed[role][:, rows]).float()
+        total = total.masked_fill(text[:, None], 0.0)
+        rest = total.clone()
+        for role, (rows, vectors) in written.items():
+            at_text = vectors * text[rows, None]
+            total.index_add_(1, rows, at_text)
+            if role != VISUAL:
+                rest.index_add_(1, rows, at_text - vectors)
+        squared = total.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)  # [B, N]
+        norms, shares = (total.new_zeros(*total.shape[:2], len(ROLES)) for _ in range(2))
+        if len(self._columns[VISUAL]):
+            norms[..., VISUAL] = rest.norm(dim=-1)
+            shares[..., VISUAL] = (rest * total).sum(-1) / squared
+        for role, (rows, vectors) in written.items():
+            norms[:, rows, role] = _where_text(text[rows], role, vectors.norm(dim=-1), norms[:, rows, role])
+            share = (vectors * total[:, rows]).sum(-1) / squared[:, rows]
+            shares[:, rows, role] = _where_text(text[rows], role, share, shares[:, rows, role])
+        norms /= residual.float().norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        queries = self._members.sum(-1)  # [B, 4]
+        absent = ~((queries > 0)[:, :, None] & (queries > 0)[:, None])
+        divisor = queries.clamp_min(1)[..., None]
+        norm, share = ((self._members @ each / divisor).masked_fill(absent, torch.nan) for each in (norms, shares))
+        return norm, share
+
+
+def _where_text(text: Tensor, role: int, direct: Tensor, left: Tensor) -> Tensor:
+    """The image's part is summed directly at text queries only."""
+    return torch.where(text, direct, left) if role == VISUAL else direct
+
+
+def linear_part(module: nn.Module) -> Linear:
+    """An affine layer without its bias; of a plain layer, of a quantised one or of one with an adapter."""
+
+    def apply(vectors: Tensor) -> Tensor:
+        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), vectors.dtype)
+        vectors = vectors.to(dtype)
+        if type(module) is nn.Linear:
+            return nn.functional.linear(vectors, module.weight)
+        return module.forward(vectors) - module.forward(torch.zeros_like(vectors[:1, :1]))
+
+    return apply
+
+
+def bias_of(module: nn.Module, width: int, like: Tensor) -> Tensor:
+    """What an affine layer of input `width` adds to everything: [d] or a number."""
+    if type(module) is nn.Linear:
+        return like.new_zeros(()) if module.bias is None else module.bias
+    return module.forward(like.new_zeros(1, 1, width))[0, 0]
+
+
+class OutputProjection:
+    """Finds the layer that an attention module sends its heads through, when it is called.
+
+    Args:
+        attention: the attention module.
+        done: told (projection, output with bias) once it was called.
+    """
+
+    def __init__(self, attention: nn.Module, done: Callable[[nn.Module, Tensor], None]) -> None:
+        self._heads: Tensor | None = None
+        self._done = done
+        children = [child for child in attention.children() if any(p.ndim == 2 for p in child.parameters())]
+        self._handles = [child.register_forward_hook(self._called) for child in children]
+        self._children = {id(child) for child in children}
+
+    def expect(self, heads: Tensor) -> None:
+        """What the attention function gave, [B, N, H, value size], to be projected next."""
+        self._heads = heads
+
+    def _called(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        if self._heads is None or id(module) not in self._children or not args:
+            return
+        given, heads = args[0], self._heads
+        if not isinstance(given, Tensor) or not isinstance(output, Tensor) or given.numel() != heads.numel():
+            return
+        if given.data_ptr() == heads.data_ptr() or torch.equal(given.flatten(), heads.flatten()):
+            self._heads = None
+            self._done(module, output)
+
+    def check(self, name: str) -> None:
+        """Complain if the heads never arrived.
+
+        Raises:
+            UnsupportedError: a layer changes the heads' output (a gate, a norm) before it projects it.
+        """
+        if self._heads is not None:
+            raise UnsupportedError(
+                f"contributions need the heads' output to go straight into an output projection, which {name} does not "
+                "do (a gate or a norm stands between); use AttentionProbe without contributions"
+            )
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
