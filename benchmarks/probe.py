@@ -13,6 +13,8 @@ import argparse
 import contextlib
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,40 +36,47 @@ from dyvte import AttentionProbe
 
 SYSTEM_TOKENS, QUESTION_TOKENS = 35, 29
 HEAD_SIZE = 128
+WAYS = {"plain": "plain sdpa", "probed": "probe", "contributions": "probe with contributions"}
 MEMORY_MODES = ("plain", "probe", "output_attentions")
 
 
 @torch.no_grad()
 def measure_time(hidden: int, num_layers: int, repeats: int) -> dict[str, Any]:
-    """Milliseconds of plain and probed forwards, alternating, with the ratios pair by pair.
+    """Milliseconds of plain and probed forwards, without and with contributions, in turns, and ratios round by round.
 
     Beside elapsed time, the ratio of processor time, which a busy machine disturbs less.
     """
     mllm = random_llava(num_layers, hidden, HEAD_SIZE)
     batch = random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
 
-    def forward(probed: bool) -> tuple[float, float]:
-        with AttentionProbe(mllm) if probed else contextlib.nullcontext():
+    ways: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+        "plain": contextlib.nullcontext,
+        "probed": partial(AttentionProbe, mllm),
+        "contributions": partial(AttentionProbe, mllm, contributions=True),
+    }
+
+    def forward(way: str) -> tuple[float, float]:
+        with ways[way]():
             start = time.perf_counter(), time.process_time()
             mllm.model(**batch, use_cache=False)
             return 1e3 * (time.perf_counter() - start[0]), 1e3 * (time.process_time() - start[1])
 
-    for probed in (False, True):
-        forward(probed)
-    pairs = []
+    for way in ways:
+        forward(way)
+    names = list(ways)
+    rounds = []
     for index in range(repeats):
-        first = bool(index % 2)  # neither side always comes first
-        times = {first: forward(first), not first: forward(not first)}
-        pairs.append((times[False], times[True]))
+        shift = index % len(names)  # no way always comes first
+        times = {way: forward(way) for way in names[shift:] + names[:shift]}
+        rounds.append(times)
     return {
         "hidden": hidden,
         "layers": num_layers,
         "tokens": batch["input_ids"].shape[1],
         "repeats": repeats,
-        "plain": [plain[0] for plain, _ in pairs],
-        "probed": [probed[0] for _, probed in pairs],
-        "ratio": [probed[0] / plain[0] for plain, probed in pairs],
-        "processor_ratio": [probed[1] / plain[1] for plain, probed in pairs],
+        **{way: [times[way][0] for times in rounds] for way in names},
+        "ratio": {way: [t[way][0] / t["plain"][0] for t in rounds] for way in names[1:]},
+        "processor_ratio": {way: [t[way][1] / t["plain"][1] for t in rounds] for way in names[1:]},
     }
 
 
@@ -94,18 +103,21 @@ def report(times: list[dict[str, Any]], memory: dict[str, dict[str, Any]]) -> li
         "",
         "## Time",
         "",
-        "One forward, median [quartiles]; plain sdpa and probed forwards alternate in one process, ratios are taken "
-        "pair by pair. Processor time is less disturbed by other work on the machine.",
+        "One forward, median [quartiles]; plain sdpa, probed forwards and such with contributions take turns in one "
+        "process, ratios are to the plain one of the same round. Processor time is less disturbed by other work on the "
+        "machine.",
         "",
     ]
-    columns = ["hidden", "layers", "tokens", "pairs", "plain sdpa, ms", "probed, ms", "ratio", "of processor time"]
+    columns = ["hidden", "layers", "tokens", "rounds", "forward", "ms", "ratio", "of processor time"]
     rows = [
         [
             *(row[name] for name in ("hidden", "layers", "tokens", "repeats")),
-            *(spread(row[name], 0) for name in ("plain", "probed")),
-            *(spread(row[name], 3) for name in ("ratio", "processor_ratio")),
+            label,
+            spread(row[way], 0),
+            *(spread(row[name][way], 3) if way in row[name] else "" for name in ("ratio", "processor_ratio")),
         ]
         for row in times
+        for way, label in WAYS.items()
     ]
     lines += markdown_table(columns, rows)
     plain, probe, maps = (memory[mode]["extra_mib"] for mode in MEMORY_MODES)
@@ -143,7 +155,8 @@ def main() -> None:
     times = []
     for hidden, num_layers in ((1024, 6), (2048, 3)):
         times.append(measure_time(hidden, num_layers, options.repeats))
-        print(f"hidden {hidden}: ratio {quartiles(times[-1]['ratio'])[1]:.3f}", flush=True)
+        for way, ratios in times[-1]["ratio"].items():
+            print(f"hidden {hidden}, {WAYS[way]}: ratio {quartiles(ratios)[1]:.3f}", flush=True)
     memory = {mode: measured_apart("benchmarks.probe", ["--memory-of", mode]) for mode in MEMORY_MODES}
     write_page(options.output, report(times, memory))
 

@@ -69,7 +69,7 @@ def test_a_page_is_written_whole(tmp_path: Path) -> None:
 
 def test_the_probe() -> None:
     times = [bench_probe.measure_time(hidden=128, num_layers=2, repeats=2)]
-    assert all(len(times[0][name]) == 2 for name in ("plain", "probed", "ratio", "processor_ratio"))
+    assert all(len(times[0][name]) == 2 for name in ("plain", "probed", "contributions", "ratio", "processor_ratio"))
     memory = {
         mode: {"mode": mode, "hidden": 256, "layers": 2, "extra_mib": mib}
         for mode, mib in (("plain", 100.0), ("probe", 110.0), ("output_attentions", 300.0))

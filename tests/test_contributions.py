@@ -112,12 +112,17 @@ def test_equal_a_direct_sum(
         torch.testing.assert_close(sums, torch.ones_like(sums), atol=1e-4, rtol=0)
 
 
-def test_a_bias_of_the_projection_belongs_to_nobody() -> None:
+class Quantised(nn.Linear):
+    """A layer of which only its forward is known, as quantised layers and adapters are."""
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Quantised])
+def test_a_bias_of_the_projection_belongs_to_nobody(kind: type[nn.Linear]) -> None:
     mllm = build("llava", num_layers=2)
     batch = random_batch(mllm, torch.Generator().manual_seed(0), num_images=[1, 1])
     for attention in mllm.attentions:
         plain = attention.o_proj
-        attention.o_proj = nn.Linear(plain.in_features, plain.out_features)
+        attention.o_proj = kind(plain.in_features, plain.out_features)
         attention.o_proj.weight = plain.weight
     norm, share = direct(mllm, batch, batch.layout.roles)
     with torch.no_grad(), AttentionProbe(mllm, contributions=True) as probe:

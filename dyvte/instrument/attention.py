@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dyvte.errors import UnsupportedError
-from dyvte.instrument.contributions import OutputProjection, ValueMixtures, bias_of, linear_part
+from dyvte.instrument.contributions import OutputProjection, ValueMixtures
 from dyvte.instrument.role_attention import (
     ENTROPIES,
     QUESTION,
@@ -350,10 +350,8 @@ class AttentionProbe:
     def _project(self, index: int, projection: nn.Module, output: Tensor) -> None:
         current = self._pass
         assert current is not None
-        mixtures = current.mixtures.pop(index)
-        without_bias = output - bias_of(projection, mixtures.mixed[0].shape[-1], output)
-        residual = current.residuals.pop(index)
-        current.contributions[index] = mixtures.through(linear_part(projection), without_bias, residual)
+        mixtures, residual = current.mixtures.pop(index), current.residuals.pop(index)
+        current.contributions[index] = mixtures.through(projection, output, residual)
 
     def __exit__(self, *_: object) -> None:
         stack, self._exit, self._pass = self._exit, None, None

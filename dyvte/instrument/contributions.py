@@ -22,7 +22,10 @@ Linear = Callable[[Tensor], Tensor]
 
 
 class ValueMixtures:
-    """Values of one layer, mixed by attention and summed apart for the keys of every role, one block of rows at a time.
+    """Values of one layer, mixed by attention for the keys of every role apart, one block of attention rows at a time.
+
+    A role of fewer keys than a value is wide keeps its attention: its values are then projected before they are mixed,
+    which is the same sum in another order and far cheaper than to project a mixture for every query.
 
     Args:
         value: [B, H_kv, N, value size].
@@ -35,9 +38,9 @@ class ValueMixtures:
         batch, key_heads, length, size = value.shape
         self._value = value.float()
         self._shape = batch, key_heads, num_heads // key_heads, size
-        members = self.groups.queries[:, : len(ROLES)]  # [B, R, N]
-        self._members = members
-        self._columns = [members[:, role].any(0).nonzero().flatten() for role in range(len(ROLES))]
+        self._members = members = self.groups.queries[:, : len(ROLES)]  # [B, R, N]
+        self._columns = [each.nonzero().flatten() for each in members.any(0)]
+        self._shared = [bool(members[:, role, columns].all()) for role, columns in enumerate(self._columns)]
         if geometry.allowed is None:
             seeing = members.cumsum(-1) > 0
         else:
@@ -45,42 +48,65 @@ class ValueMixtures:
         # what visual queries take from visual keys follows from the layer's output
         seeing[:, VISUAL] &= self.groups.text
         self._rows = [rows.nonzero().flatten() for rows in seeing.any(0)]
-        self.mixed = [value.new_zeros(batch, length, num_heads * size, dtype=torch.float32) for _ in ROLES]
+        self._few = [len(columns) < size for columns in self._columns]
+        self._kept = [
+            self._value.new_zeros(batch, num_heads, length if len(rows) else 0, len(columns) if few else size)
+            for rows, columns, few in zip(self._rows, self._columns, self._few, strict=True)
+        ]
 
     def add(self, block: Block, attention: Tensor) -> None:
         """Take in attention rows [B, H, queries, keys] of a block."""
-        batch, key_heads, group, size = self._shape
-        queries, start = attention.shape[2], block.columns.start
         for role, columns in enumerate(self._columns):
-            if role == VISUAL and not block.text:
+            if not self._kept[role].shape[2] or (role == VISUAL and not block.text):
                 continue
-            seen = columns[(columns >= start) & (columns < block.columns.stop)]
-            if not len(seen):
+            inside = ((columns >= block.columns.start) & (columns < block.columns.stop)).nonzero().flatten()
+            if not len(inside):
                 continue
-            weights = attention[..., seen - start] * self._members[:, None, None, role, seen]
-            weights = weights.reshape(batch, key_heads, group * queries, len(seen))
-            mixed = (weights @ self._value[:, :, seen]).view(batch, key_heads * group, queries, size)
-            self.mixed[role][:, block.rows] = mixed.transpose(1, 2).flatten(2)
+            seen = columns[inside]
+            weights = attention[..., _span(seen - block.columns.start)]
+            if not self._shared[role]:  # the role of a key differs between samples
+                weights = weights * self._members[:, None, None, role, seen]
+            if self._few[role]:
+                self._kept[role][:, :, block.rows, _span(inside)] = weights
+            else:
+                self._kept[role][:, :, block.rows] = self._mix(weights, seen)
 
-    def through(self, projection: Linear, output: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def _mix(self, weights: Tensor, keys: Tensor) -> Tensor:
+        """Values at `keys` mixed by `weights` [B, H, queries, keys]: [B, H, queries, value size]."""
+        batch, key_heads, group, size = self._shape
+        queries = weights.shape[2]
+        folded = weights.reshape(batch, key_heads, group * queries, len(keys))
+        return (folded @ self._value[:, :, _span(keys)]).view(batch, key_heads * group, queries, size)
+
+    def _write(self, role: int, projection: nn.Module) -> Tensor:
+        """What a role writes at the rows that see it: [B, rows, d]."""
+        kept = self._kept[role][:, :, _span(self._rows[role])]
+        if self._few[role] and type(projection) is nn.Linear:
+            _, key_heads, group, size = self._shape
+            weight = projection.weight.float().view(-1, key_heads, group, size)
+            values = self._value[:, :, _span(self._columns[role])]
+            projected = torch.einsum("bksv,dkgv->bkgsd", values, weight).flatten(1, 3)  # [B, H x keys, d]
+            return kept.transpose(1, 2).flatten(2) @ projected
+        mixed = self._mix(kept, self._columns[role]) if self._few[role] else kept
+        return linear_part(projection)(mixed.transpose(1, 2).flatten(2)).float()
+
+    def through(self, projection: nn.Module, output: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Send the mixtures through the layer's output projection and compare them with what they are added to.
 
         Args:
-            projection: the linear part of the output projection (without its bias), [..., H x value size] -> [..., d].
-            output: [B, N, d] of the whole attention, without the bias.
+            projection: the output projection, [..., H x value size] -> [..., d]; its bias belongs to no role.
+            output: [B, N, d], what it gave for the whole attention.
             residual: [B, N, d], the hidden states that enter the layer.
 
         Returns:
             Mean over the queries of a role of the contribution's norm over the residual stream's, and of its share
             (shares add to 1 over key roles): two times [B, 4, 4] (query role, key role), NaN where a role is absent.
         """
-        total, text = output.float(), self.groups.text
-        written: dict[int, tuple[Tensor, Tensor]] = {}
-        for role in range(len(ROLES)):
-            rows = self._rows[role]
-            if len(rows):
-                written[role] = rows, projection(self.mixed[role][:, rows]).float()
-        total = total.masked_fill(text[:, None], 0.0)
+        text = self.groups.text
+        heads_and_size = self._kept[0].shape[1] * self._shape[-1]
+        output = without_bias(projection, heads_and_size, output)
+        written = {role: (rows, self._write(role, projection)) for role, rows in enumerate(self._rows) if len(rows)}
+        total = output.float().masked_fill(text[:, None], 0.0)
         rest = total.clone()
         for role, (rows, vectors) in written.items():
             at_text = vectors * text[rows, None]
@@ -104,6 +130,12 @@ class ValueMixtures:
         return norm, share
 
 
+def _span(index: Tensor) -> slice | Tensor:
+    """Ascending positions as a slice where they are a run, so that indexing copies nothing."""
+    first, last = int(index[0]), int(index[-1])
+    return slice(first, last + 1) if last - first + 1 == len(index) else index
+
+
 def _where_text(text: Tensor, role: int, direct: Tensor, left: Tensor) -> Tensor:
     """The image's part is summed directly at text queries only."""
     return torch.where(text, direct, left) if role == VISUAL else direct
@@ -122,11 +154,11 @@ def linear_part(module: nn.Module) -> Linear:
     return apply
 
 
-def bias_of(module: nn.Module, width: int, like: Tensor) -> Tensor:
-    """What an affine layer of input `width` adds to everything: [d] or a number."""
+def without_bias(module: nn.Module, width: int, output: Tensor) -> Tensor:
+    """Output of an affine layer of input `width`, less what it adds to everything."""
     if type(module) is nn.Linear:
-        return like.new_zeros(()) if module.bias is None else module.bias
-    return module.forward(like.new_zeros(1, 1, width))[0, 0]
+        return output if module.bias is None else output - module.bias
+    return output - module.forward(output.new_zeros(1, 1, width))
 
 
 class OutputProjection:
