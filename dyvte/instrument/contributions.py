@@ -50,14 +50,14 @@ class ValueMixtures:
         self._rows = [rows.nonzero().flatten() for rows in seeing.any(0)]
         self._few = [len(columns) < size for columns in self._columns]
         self._kept = [
-            self._value.new_zeros(batch, num_heads, length if len(rows) else 0, len(columns) if few else size)
+            self._value.new_zeros(batch, length if len(rows) else 0, num_heads, len(columns) if few else size)
             for rows, columns, few in zip(self._rows, self._columns, self._few, strict=True)
         ]
 
     def add(self, block: Block, attention: Tensor) -> None:
         """Take in attention rows [B, H, queries, keys] of a block."""
         for role, columns in enumerate(self._columns):
-            if not self._kept[role].shape[2] or (role == VISUAL and not block.text):
+            if not len(self._rows[role]) or (role == VISUAL and not block.text):
                 continue
             inside = ((columns >= block.columns.start) & (columns < block.columns.stop)).nonzero().flatten()
             if not len(inside):
@@ -67,9 +67,9 @@ class ValueMixtures:
             if not self._shared[role]:  # the role of a key differs between samples
                 weights = weights * self._members[:, None, None, role, seen]
             if self._few[role]:
-                self._kept[role][:, :, block.rows, _span(inside)] = weights
+                self._kept[role][:, block.rows, :, _span(inside)] = weights.transpose(1, 2)
             else:
-                self._kept[role][:, :, block.rows] = self._mix(weights, seen)
+                self._kept[role][:, block.rows] = self._mix(weights, seen).transpose(1, 2)
 
     def _mix(self, weights: Tensor, keys: Tensor) -> Tensor:
         """Values at `keys` mixed by `weights` [B, H, queries, keys]: [B, H, queries, value size]."""
@@ -80,15 +80,16 @@ class ValueMixtures:
 
     def _write(self, role: int, projection: nn.Module) -> Tensor:
         """What a role writes at the rows that see it: [B, rows, d]."""
-        kept = self._kept[role][:, :, _span(self._rows[role])]
+        kept = self._kept[role][:, _span(self._rows[role])]  # [B, rows, H, keys or value size]
         if self._few[role] and type(projection) is nn.Linear:
             _, key_heads, group, size = self._shape
             weight = projection.weight.float().view(-1, key_heads, group, size)
             values = self._value[:, :, _span(self._columns[role])]
             projected = torch.einsum("bksv,dkgv->bkgsd", values, weight).flatten(1, 3)  # [B, H x keys, d]
-            return kept.transpose(1, 2).flatten(2) @ projected
-        mixed = self._mix(kept, self._columns[role]) if self._few[role] else kept
-        return linear_part(projection)(mixed.transpose(1, 2).flatten(2)).float()
+            return kept.flatten(2) @ projected
+        if self._few[role]:
+            kept = self._mix(kept.transpose(1, 2), self._columns[role]).transpose(1, 2)
+        return linear_part(projection)(kept.flatten(2)).float()
 
     def through(self, projection: nn.Module, output: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Send the mixtures through the layer's output projection and compare them with what they are added to.
@@ -102,26 +103,33 @@ class ValueMixtures:
             Mean over the queries of a role of the contribution's norm over the residual stream's, and of its share
             (shares add to 1 over key roles): two times [B, 4, 4] (query role, key role), NaN where a role is absent.
         """
+        output = without_bias(projection, self._kept[0].shape[2] * self._shape[-1], output).float()
+        written = [self._write(role, projection) if len(rows) else None for role, rows in enumerate(self._rows)]
+        norms, shares = (output.new_zeros(*output.shape[:2], len(ROLES)) for _ in range(2))
         text = self.groups.text
-        heads_and_size = self._kept[0].shape[1] * self._shape[-1]
-        output = without_bias(projection, heads_and_size, output)
-        written = {role: (rows, self._write(role, projection)) for role, rows in enumerate(self._rows) if len(rows)}
-        total = output.float().masked_fill(text[:, None], 0.0)
-        rest = total.clone()
-        for role, (rows, vectors) in written.items():
-            at_text = vectors * text[rows, None]
-            total.index_add_(1, rows, at_text)
-            if role != VISUAL:
-                rest.index_add_(1, rows, at_text - vectors)
-        squared = total.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)  # [B, N]
-        norms, shares = (total.new_zeros(*total.shape[:2], len(ROLES)) for _ in range(2))
-        if len(self._columns[VISUAL]):
-            norms[..., VISUAL] = rest.norm(dim=-1)
-            shares[..., VISUAL] = (rest * total).sum(-1) / squared
-        for role, (rows, vectors) in written.items():
-            norms[:, rows, role] = _where_text(text[rows], role, vectors.norm(dim=-1), norms[:, rows, role])
-            share = (vectors * total[:, rows]).sum(-1) / squared[:, rows]
-            shares[:, rows, role] = _where_text(text[rows], role, share, shares[:, rows, role])
+        for rows in (text.nonzero().flatten(), (~text).nonzero().flatten()):
+            if not len(rows):
+                continue
+            parts: list[tuple[int, Tensor, Tensor]] = []  # role, places among the rows, what it writes there
+            for role, vectors in enumerate(written):
+                inside = torch.isin(self._rows[role], rows).nonzero().flatten()
+                if vectors is not None and len(inside):
+                    parts.append((role, torch.searchsorted(rows, self._rows[role][inside]), vectors[:, _span(inside)]))
+            if text[rows[0]]:
+                total = output.new_zeros(len(output), len(rows), output.shape[-1])
+                for _, places, vectors in parts:
+                    total[:, _span(places)] += vectors
+            else:
+                total = output[:, _span(rows)]
+                rest = total.clone()
+                for _, places, vectors in parts:
+                    rest[:, _span(places)] -= vectors
+                parts.append((VISUAL, torch.arange(len(rows), device=rows.device), rest))
+            squared = total.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+            for role, places, vectors in parts:
+                norms[:, rows[places], role] = vectors.norm(dim=-1)
+                along = torch.linalg.vecdot(vectors, total[:, _span(places)])
+                shares[:, rows[places], role] = along / squared[:, places]
         norms /= residual.float().norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         queries = self._members.sum(-1)  # [B, 4]
         absent = ~((queries > 0)[:, :, None] & (queries > 0)[:, None])
@@ -134,11 +142,6 @@ def _span(index: Tensor) -> slice | Tensor:
     """Ascending positions as a slice where they are a run, so that indexing copies nothing."""
     first, last = int(index[0]), int(index[-1])
     return slice(first, last + 1) if last - first + 1 == len(index) else index
-
-
-def _where_text(text: Tensor, role: int, direct: Tensor, left: Tensor) -> Tensor:
-    """The image's part is summed directly at text queries only."""
-    return torch.where(text, direct, left) if role == VISUAL else direct
 
 
 def linear_part(module: nn.Module) -> Linear:
