@@ -38,6 +38,7 @@ def random_llava(
     head_size: int,
     *,
     vocabulary: int = 512,
+    vision_layers: int = 1,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
@@ -56,7 +57,7 @@ def random_llava(
         vision_config=transformers.CLIPVisionConfig(
             hidden_size=16,
             intermediate_size=16,
-            num_hidden_layers=1,
+            num_hidden_layers=vision_layers,
             num_attention_heads=1,
             patch_size=PATCH_SIZE,
             image_size=PATCH_SIZE * PATCHES_PER_SIDE,

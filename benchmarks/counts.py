@@ -1,0 +1,342 @@
+"""What policies and instruments add to the model's own work, in counts that are the same on every machine.
+
+    python -m benchmarks.counts           # writes docs/benchmarks/counts.md (about a minute)
+
+A random model of LLaVA-1.5's proportions, 35 system, 576 visual and 29 question tokens, at batch 1 and 8. Counted, for
+every policy and instrument, over what the unchanged model does: operators dispatched, bytes that kernels write, host
+synchronisations, and calls of dyvte's Python functions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from types import FrameType
+from typing import Any
+
+import torch
+
+import dyvte
+from analysis.statistics.markdown import markdown_table
+from benchmarks.common import VISUAL_TOKENS, add_output, random_llava, random_prompts, write_page
+from benchmarks.dynamic_exit import QUESTION_TOKENS, ROWS, SYSTEM_TOKENS, mixed_exits
+from dyvte.batch import Batch
+from dyvte.cost.operators import LayerWork, OperatorCounter, Work, count_layers
+from dyvte.gates import Gates
+from dyvte.instrument.cache import KeptLayer
+from dyvte.mllm import MLLM
+from dyvte.policies.base import Policy
+from dyvte.policies.compose import Compose
+from dyvte.policies.exits.dynamic_exit import DynamicExit
+from dyvte.policies.exits.fixed_exit import FixedExit
+from dyvte.policies.exits.vtw import VTW
+from dyvte.policies.merging.pooling import AveragePool, DownsampleImage
+from dyvte.policies.merging.tome import ToMe
+from dyvte.policies.pruning.divprune import DivPrune
+from dyvte.policies.pruning.drop import RandomDrop, UniformDrop
+from dyvte.policies.pruning.fastv import FastV
+from dyvte.policies.pruning.fitprune import FitPrune, Recipe
+from dyvte.policies.pruning.pyramid_drop import PyramidDrop
+from dyvte.policies.skip_attention import SkipAttention
+from dyvte.policies.vision.fastervlm import FasterVLM
+
+BATCH_SIZES = (1, ROWS)
+LAYERS, HIDDEN, HEAD_SIZE = 16, 64, 32
+VISION_LAYERS = 2  # methods look at the last but one
+STEPS = 4
+"""Decoding steps: the first, which prepares the others, and three that are as all later ones."""
+PACKAGE = str(Path(dyvte.__file__).parent) + os.sep
+KEEP, STAGES = 0.5, 4
+
+
+def counted_model(layers: int = LAYERS) -> MLLM:
+    """The model that is counted."""
+    return random_llava(layers, HIDDEN, HEAD_SIZE, vision_layers=VISION_LAYERS)
+
+
+def prompts(mllm: MLLM, batch_size: int) -> Batch:
+    """Its prompts."""
+    return random_prompts(mllm, batch_size, SYSTEM_TOKENS, QUESTION_TOKENS)
+
+
+def policies(mllm: MLLM) -> dict[str, Callable[[Batch], Policy]]:
+    """Every kind of policy, by name: what makes it for a batch of prompts."""
+    layers = mllm.num_layers
+    half = layers // 2
+    recipe = Recipe([1.0, 1.0, *[KEEP] * (layers - 2)], alpha=0.0, budget=KEEP, cost=KEEP, num_samples=1)
+
+    def gates_at(layer: int) -> DynamicExit:
+        """Gates that are all asked until every row leaves at this layer."""
+        thresholds = [1 - 1e-6] * (layer - 1) + [-1.0] + [1 - 1e-6] * (layers - 1 - layer)
+        return DynamicExit(Gates(layers, mllm.hidden_size), threshold=thresholds)
+
+    def mixed(batch: Batch) -> Policy:
+        return mixed_exits(mllm, batch) if len(batch["input_ids"]) > 1 else gates_at(half)
+
+    return {
+        f"FixedExit({half})": lambda batch: FixedExit(half),
+        f"VTW({half})": lambda batch: VTW(half),
+        f"DynamicExit, all rows at {half}": lambda batch: gates_at(half),
+        "DynamicExit, mixed": mixed,
+        "FastV(2)": lambda batch: FastV(layer=2, keep=KEEP),
+        "FastV(2) + DynamicExit": lambda batch: Compose([FastV(layer=2, keep=KEEP), gates_at(half)]),
+        f"PyramidDrop({STAGES})": lambda batch: PyramidDrop(stages=STAGES, keep=KEEP),
+        "FitPrune": lambda batch: FitPrune(recipe),
+        "DivPrune": lambda batch: DivPrune(keep=KEEP),
+        "FasterVLM": lambda batch: FasterVLM(keep=KEEP),
+        "UniformDrop": lambda batch: UniformDrop(keep=KEEP),
+        "RandomDrop": lambda batch: RandomDrop(keep=KEEP),
+        "AveragePool(2)": lambda batch: AveragePool(block=2),
+        "DownsampleImage(2)": lambda batch: DownsampleImage(block=2),
+        "ToMe(0.5)": lambda batch: ToMe(keep=KEEP),
+        "ToMe, every layer": lambda batch: ToMe(merges=VISUAL_TOKENS // (2 * layers)),
+        "SkipAttention": lambda batch: SkipAttention(layers=[half]),
+    }
+
+
+def instruments(mllm: MLLM) -> dict[str, Callable[[Batch], object]]:
+    """Every instrument by name, with a run of it on a batch."""
+
+    def probed(batch: Batch) -> object:
+        with dyvte.AttentionProbe(mllm):
+            return mllm.model(**batch)
+
+    windows = [(start, start + 4) for start in range(0, mllm.num_layers, 4)]
+    return {
+        "AttentionProbe": probed,
+        "exit_sweep": lambda batch: dyvte.exit_sweep(mllm, batch, entropy=False),
+        "exit_sweep with entropy": lambda batch: dyvte.exit_sweep(mllm, batch),
+        f"knockout, {len(windows)} windows": lambda batch: dyvte.knockout(mllm, batch, windows=windows),
+        "logit_lens": lambda batch: dyvte.logit_lens(mllm, batch),
+    }
+
+
+# --------------------------------------------------------------------------- counting
+
+
+@dataclass
+class Count:
+    """What one generation dispatched.
+
+    Attributes:
+        prefill: by layer.
+        leaving: the layers before which tokens left: their number of stored positions is not that of the one before.
+        after: the layers that run without some positions, as the layer before did.
+        steps: decoding, step by step.
+        prefill_calls, step_calls: calls of dyvte's Python functions in the prefill and in the last step.
+    """
+
+    prefill: LayerWork
+    leaving: list[int]
+    after: list[int]
+    steps: list[Work]
+    prefill_calls: int
+    step_calls: int
+
+
+def active(mllm: MLLM, policy: Policy | None) -> AbstractContextManager[Any]:
+    """The policy's block; for None one that does nothing."""
+    return nullcontext() if policy is None else policy(mllm)
+
+
+@torch.no_grad()
+def count_generation(mllm: MLLM, batch: Batch, policy: Policy | None = None) -> Count:
+    """Count a prefill as `generate` does it, and `STEPS` decoding steps."""
+    with active(mllm, policy):
+        mllm.model(**batch, use_cache=True, logits_to_keep=1)  # what is made once a block is not counted
+        with count_layers(mllm) as prefill:
+            cache = mllm.model(**batch, use_cache=True, logits_to_keep=1).past_key_values
+        leaving, after = _layers_by_what_left(cache)
+        steps = []
+        for step in decoding_steps(mllm, batch, cache):
+            with OperatorCounter() as counter:
+                step()
+            steps.append(counter.work)
+        step = next(decoding_steps(mllm, batch, cache, done=len(steps)))
+        step_calls = python_calls(step)
+        prefill_calls = python_calls(lambda: mllm.model(**batch, use_cache=True, logits_to_keep=1))
+    return Count(prefill, leaving, after, steps, prefill_calls, step_calls)
+
+
+def decoding_steps(mllm: MLLM, batch: Batch, cache: Any, done: int = 0) -> Iterator[Callable[[], object]]:
+    """Calls that each decode one token of every row, to be made in order, after `done` of them."""
+    ids, mask = batch["input_ids"][:, -1:], batch["attention_mask"]
+    for number in range(done + 1, done + 1 + STEPS):
+        longer = torch.cat([mask, torch.ones_like(mask[:, :1]).expand(-1, number)], dim=1)
+        yield partial(mllm.model, input_ids=ids, attention_mask=longer, past_key_values=cache, use_cache=True)
+
+
+def _layers_by_what_left(cache: Any) -> tuple[list[int], list[int]]:
+    stored = [layer.nbytes if isinstance(layer, KeptLayer) else None for layer in cache.layers]
+    short = [index for index, size in enumerate(stored) if size is not None]
+    leaving = [index for index in short if index == 0 or stored[index] != stored[index - 1]]
+    return leaving, [index for index in short if index not in leaving]
+
+
+@contextmanager
+def _counting_calls() -> Iterator[list[int]]:
+    """Number of calls of functions in dyvte's files."""
+    calls = [0]
+
+    def see(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+            calls[0] += 1
+
+    collecting = gc.isenabled()
+    gc.disable()  # or what it finalises counts, at any time
+    sys.setprofile(see)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(None)
+        if collecting:
+            gc.enable()
+
+
+def python_calls(run: Callable[[], object]) -> int:
+    """Calls of dyvte's Python functions in `run()`."""
+    with _counting_calls() as calls:
+        run()
+    return calls[0]
+
+
+@torch.no_grad()
+def count_instrument(mllm: MLLM, batch: Batch, run: Callable[[Batch], object]) -> tuple[LayerWork, int]:
+    """The work of one run of an instrument by layer, and calls of dyvte's Python functions."""
+    run(batch)
+    with count_layers(mllm) as work:
+        run(batch)
+    return work, python_calls(lambda: run(batch))
+
+
+# ------------------------------------------------------------------------------- page
+
+
+def policy_row(name: str, batch_size: int, plain: Count, count: Count) -> list[str]:
+    """One row of the table of policies: over the unchanged model, by kind of layer and by step."""
+    extra = [one - other for one, other in zip(count.prefill.layers, plain.prefill.layers, strict=True)]
+    first = min([*count.leaving, *count.after], default=len(extra))
+    total, full = count.prefill.total, plain.prefill.total
+    step, own = count.steps[-1], plain.steps[-1]
+    return [
+        name,
+        str(batch_size),
+        _most(extra[:first]),
+        _most([extra[layer] for layer in count.leaving]),
+        _most([extra[layer] for layer in count.after]),
+        f"{total.operators / full.operators:.2f}",
+        f"{(total - full).synchronisations:+d}",
+        f"{total.output_bytes / full.output_bytes:.2f}",
+        f"{count.prefill_calls:,}",
+        f"{(count.steps[0] - own).operators:+d}",
+        f"{step.operators / own.operators:.3f}",
+        f"{step.kernels / own.kernels:.3f}",
+        f"{step.output_bytes / own.output_bytes:.2f}",
+        f"{(step - own).synchronisations:+d}",
+        str(count.step_calls),
+    ]
+
+
+def _most(extra: list[Work]) -> str:
+    return f"{max(each.operators for each in extra):+d}" if extra else ""
+
+
+POLICY_COLUMNS = [
+    "policy",
+    "batch",
+    "layers before",
+    "layers where tokens leave",
+    "layers after",
+    "prefill",
+    "syncs",
+    "bytes",
+    "calls",
+    "first step",
+    "later steps",
+    "kernels",
+    "bytes, step",
+    "syncs, step",
+    "calls, step",
+]
+
+
+def instrument_row(name: str, batch_size: int, plain: LayerWork, work: LayerWork, calls: int) -> list[str]:
+    """One row of the table of instruments: over one prefill of the unchanged model."""
+    extra = [(one - other).operators for one, other in zip(work.layers, plain.layers, strict=True)]
+    total, full = work.total, plain.total
+    return [
+        name,
+        str(batch_size),
+        f"{median(extra):+.0f}",
+        f"{total.operators / full.operators:.2f}",
+        f"{total.output_bytes / full.output_bytes:.2f}",
+        f"{(total - full).synchronisations:+d}",
+        f"{calls:,}",
+    ]
+
+
+INSTRUMENT_COLUMNS = ["instrument", "batch", "a layer", "operators", "bytes", "syncs", "calls"]
+
+
+def page(mllm: MLLM, batch_sizes: Sequence[int] = BATCH_SIZES) -> list[str]:
+    """Count everything and write it down."""
+    of_policies: list[list[str]] = []
+    of_instruments: list[list[str]] = []
+    plain_layers, names = [], list(policies(mllm))
+    for batch_size in batch_sizes:
+        batch = prompts(mllm, batch_size)
+        plain = count_generation(mllm, batch)
+        plain_layers.append(
+            f"at batch {batch_size} {plain.prefill.layers[1].operators} operators a layer of the prefill and "
+            f"{plain.steps[-1].operators} a decoding step"
+        )
+        for name, make in policies(mllm).items():
+            count = count_generation(mllm, batch, make(batch))
+            of_policies.append(policy_row(name, batch_size, plain, count))
+        for name, run in instruments(mllm).items():
+            of_instruments.append(instrument_row(name, batch_size, plain.prefill, *count_instrument(mllm, batch, run)))
+    return [
+        "# What policies and instruments dispatch",
+        "",
+        "Written by `python -m benchmarks.counts`. Counts, not times: the same on every machine and in every run.",
+        "",
+        f"A random LLaVA of {mllm.num_layers} layers, {SYSTEM_TOKENS} system + {VISUAL_TOKENS} visual + "
+        f"{QUESTION_TOKENS} question tokens. The unchanged model dispatches {', '.join(plain_layers)}.",
+        "",
+        "## Policies",
+        "",
+        "Over the unchanged model. *Layers before, where tokens leave, after*: operators more in the prefill, in "
+        "the layer of each kind that has the most; *prefill*: operators of all of it, as a ratio; *syncs*: host "
+        "synchronisations more (see `dyvte.cost.operators`); *bytes*: what kernels write, as a ratio; *calls*: of "
+        "dyvte's Python functions. *First step*: operators more in the first decoding step, which prepares the "
+        "later ones; then operators, kernels and bytes of a later one, as ratios.",
+        "",
+        *markdown_table(POLICY_COLUMNS, sorted(of_policies, key=lambda row: names.index(row[0]))),
+        "",
+        "## Instruments",
+        "",
+        "Over one prefill of the unchanged model: operators more in the median layer, then operators and bytes as "
+        "ratios, and host synchronisations more.",
+        "",
+        *markdown_table(INSTRUMENT_COLUMNS, of_instruments),
+    ]
+
+
+def main() -> None:
+    """Count, print and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_output(parser, "counts")
+    options = parser.parse_args()
+    write_page(options.output, page(counted_model()))
+
+
+if __name__ == "__main__":
+    main()

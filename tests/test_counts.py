@@ -1,0 +1,127 @@
+"""Counts of dispatched work: the counter against programs whose counts are known, and what policies may add."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from families import FAMILIES, random_batch
+
+from benchmarks import counts
+from dyvte import policies
+from dyvte.cost.operators import OperatorCounter, Work, count_layers
+from dyvte.policies.attention_policy import AttentionPolicy
+from dyvte.policies.base import Policy
+from dyvte.policies.compose import Compose
+from dyvte.policies.exits.fixed_exit import FixedExit
+from dyvte.policies.scorer import ScorerPolicy
+
+
+def counted(run: Callable[[], object]) -> Work:
+    with OperatorCounter() as counter:
+        run()
+    return counter.work
+
+
+VALUES = torch.arange(6.0).view(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("run", "work"),
+    [
+        (lambda: VALUES + 1, Work(1, 1, 24, 0)),
+        (lambda: VALUES.t()[1:], Work(2, 0, 0, 0)),  # views write nothing
+        (lambda: VALUES.reshape(3, 2) * VALUES.view(3, 2), Work(3, 1, 24, 0)),
+        (lambda: torch.empty(3, 4), Work(1, 0, 0, 0)),
+        (lambda: torch.zeros(4).add_(1), Work(2, 2, 32, 0)),
+        (lambda: VALUES.clone().index_copy_(0, torch.arange(1), VALUES[:1]), Work(4, 3, 56, 0)),
+    ],
+)
+def test_operators_kernels_and_bytes(run: Callable[[], object], work: Work) -> None:
+    assert counted(run) == work
+
+
+@pytest.mark.parametrize(
+    ("run", "waits"),
+    [
+        (lambda: VALUES[0, 0].item(), 1),
+        (lambda: int(VALUES.sum()), 1),
+        (lambda: bool((VALUES > 0).any()), 1),
+        (lambda: VALUES.tolist(), 1),
+        (lambda: VALUES.numpy(), 1),
+        (lambda: VALUES.cpu(), 1),
+        (lambda: torch.equal(VALUES, VALUES), 1),
+        (lambda: (VALUES > 0).nonzero(), 1),
+        (lambda: VALUES[VALUES > 0], 1),
+        (lambda: VALUES.clone().__setitem__(VALUES > 0, 1.0), 1),
+        (lambda: VALUES[:, [0, 2]], 1),  # the list becomes a tensor
+        (lambda: torch.tensor([1, 2]), 1),
+        (lambda: torch.tensor([]), 0),
+        (lambda: VALUES.repeat_interleave(torch.ones(2, dtype=torch.long), dim=0), 1),
+        (lambda: VALUES.repeat_interleave(2, dim=0), 0),
+        (lambda: VALUES[torch.arange(1)].gather(1, torch.zeros(1, 1, dtype=torch.long)), 0),
+        (lambda: torch.where(VALUES > 0, VALUES, 0.0), 0),
+    ],
+)
+def test_waits_of_the_host(run: Callable[[], object], waits: int) -> None:
+    assert counted(run).synchronisations == waits
+
+
+@torch.no_grad()
+def test_the_work_of_layers_and_of_the_rest_is_all_there_is() -> None:
+    mllm = FAMILIES["llava"](num_layers=3)
+    batch = random_batch(mllm, torch.Generator().manual_seed(0))
+    with count_layers(mllm) as work:
+        mllm.model(**batch)
+    assert work.total == counted(lambda: mllm.model(**batch))
+    assert work.layers[0] == work.layers[2]
+    assert work.rest.operators > 0
+    with OperatorCounter() as counter:
+        mllm.model(**batch)
+    assert counter.work == work.total, "no hook may stay behind"
+
+
+def test_python_calls_are_those_of_the_package() -> None:
+    mllm = FAMILIES["llava"](num_layers=3)
+    batch = random_batch(mllm, torch.Generator().manual_seed(0))
+    assert counts.python_calls(lambda: mllm.model(**batch)) == 0
+    with FixedExit(1)(mllm):
+        mllm.model(**batch)  # the model's parts are found once
+        once = counts.python_calls(lambda: mllm.model(**batch))
+        assert once == counts.python_calls(lambda: mllm.model(**batch)) > 0
+
+
+def kinds_of_policies(kind: type[Policy] = Policy) -> Iterator[type[Policy]]:
+    for each in kind.__subclasses__():
+        if each.__module__.startswith("dyvte."):
+            yield each
+        yield from kinds_of_policies(each)
+
+
+def test_every_policy_is_counted() -> None:
+    for module in pkgutil.walk_packages(policies.__path__, "dyvte.policies."):
+        importlib.import_module(module.name)
+    mllm = counts.counted_model(layers=4)
+    batch = counts.prompts(mllm, 1)
+    made = [make(batch) for make in counts.policies(mllm).values()]
+    inner = [each for policy in made if isinstance(policy, Compose) for each in policy.policies]
+    counted_kinds = {type(policy) for policy in (*made, *inner)}
+    assert set(kinds_of_policies()) - counted_kinds <= {AttentionPolicy, ScorerPolicy}, "bases of others"
+
+
+def test_the_page_is_made_of_every_policy_and_instrument() -> None:
+    mllm = counts.counted_model(layers=4)
+    text = "\n".join(counts.page(mllm, batch_sizes=(2,)))
+    for name in (*counts.policies(mllm), *counts.instruments(mllm)):
+        assert text.count(f"| {name} | 2 |") == 1
+
+
+def test_counts_are_the_same_in_every_run() -> None:
+    mllm = counts.counted_model(layers=4)
+    batch = counts.prompts(mllm, 2)
+    for make in list(counts.policies(mllm).values())[:4]:
+        policy = make(batch)
+        assert counts.count_generation(mllm, batch, policy) == counts.count_generation(mllm, batch, policy)
