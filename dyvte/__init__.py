@@ -47,6 +47,10 @@ _PUBLIC = {
     "FitPrune": "dyvte.policies.pruning.fitprune",
     "DivPrune": "dyvte.policies.pruning.divprune",
     "FasterVLM": "dyvte.policies.vision.fastervlm",
+    "VTCCLS": "dyvte.policies.vision.vtc_cls",
+    "FoPru": "dyvte.policies.vision.fopru",
+    "VisionZip": "dyvte.policies.vision.visionzip",
+    "VisPruner": "dyvte.policies.vision.vispruner",
     "RandomDrop": "dyvte.policies.pruning.drop",
     "UniformDrop": "dyvte.policies.pruning.drop",
     "AveragePool": "dyvte.policies.merging.pooling",
@@ -103,6 +107,10 @@ if TYPE_CHECKING:  # what a type checker sees; a test holds it to the names abov
     from dyvte.policies.scorer import ScorerPolicy as ScorerPolicy
     from dyvte.policies.skip_attention import SkipAttention as SkipAttention
     from dyvte.policies.vision.fastervlm import FasterVLM as FasterVLM
+    from dyvte.policies.vision.fopru import FoPru as FoPru
+    from dyvte.policies.vision.visionzip import VisionZip as VisionZip
+    from dyvte.policies.vision.vispruner import VisPruner as VisPruner
+    from dyvte.policies.vision.vtc_cls import VTCCLS as VTCCLS
 
 
 def __getattr__(name: str) -> Any:

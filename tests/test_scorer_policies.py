@@ -21,7 +21,11 @@ from dyvte.errors import ConfigError, DyvteError, UnsupportedError
 from dyvte.policies.base import Policy
 from dyvte.policies.scorer import ScorerPolicy, VisualTokens, number_kept, top
 from dyvte.policies.vision.fastervlm import FasterVLM
-from dyvte.policies.vision.shares import shared_out, top_in_views
+from dyvte.policies.vision.fopru import FoPru
+from dyvte.policies.vision.tiles import shared_out, tiles
+from dyvte.policies.vision.visionzip import VisionZip
+from dyvte.policies.vision.vispruner import VisPruner
+from dyvte.policies.vision.vtc_cls import VTCCLS
 
 FAMILIES = ("llava", "llava_next", "internvl", "qwen2_5_vl", "gemma3")
 
@@ -43,10 +47,16 @@ DROPPING: dict[str, Callable[[], Policy]] = {
     "longest": lambda: Longest(keep=0.5),
     "longest_after_2": lambda: Longest(keep=0.5, layer=2),
     "fastervlm": lambda: FasterVLM(keep=0.5),
+    "vtc_cls": lambda: VTCCLS(keep=0.5),
+    "fopru": lambda: FoPru(keep=0.5),
+    "fopru_row": lambda: FoPru(keep=0.5, by="row"),
+    "vispruner": lambda: VisPruner(keep=0.5),
 }
 """Methods that leave positions out and change nothing else, by what they are configured as."""
 
-MERGING: dict[str, Callable[[], Policy]] = {}
+MERGING: dict[str, Callable[[], Policy]] = {
+    "visionzip": lambda: VisionZip(keep=0.5, contextual=0.5),
+}
 """Methods that change the states of what stays."""
 
 METHODS = {**DROPPING, **MERGING}
@@ -201,9 +211,12 @@ def test_a_tower_that_did_not_run_or_ran_for_another_batch_is_refused() -> None:
 def test_top_takes_the_earlier_of_equals() -> None:
     assert top(tensor([1.0, 3.0, 3.0, 2.0]), 1).tolist() == [False, True, False, False]
     assert top(tensor([1.0, 3.0]), 5).all()
-    view = tensor([0, 0, 0, 0, -1, 1, 1, -1])
-    scores = tensor([5.0, 6.0, 7.0, 8.0, 9.0, 1.0, 2.0, 9.0])
-    assert top_in_views(scores, view, 3).nonzero().flatten().tolist() == [2, 3, 6]
+
+
+def test_tiles_share_a_budget_by_size_and_separators_have_none() -> None:
+    view = tensor([7, 7, 7, 7, -1, 8, 8, -1, 9])
+    assert [(inside.tolist(), quota) for inside, quota in tiles(view, 3)] == [([0, 1, 2, 3], 2), ([5, 6], 1)]
+    assert sum(quota for _, quota in tiles(view, 99)) == 7
 
 
 def test_a_number_is_shared_out_by_weights_and_room() -> None:
@@ -238,15 +251,3 @@ def picture(**fields: Any) -> VisualTokens:
 
 def kept_of(stay: Tensor) -> list[int]:
     return stay.nonzero().flatten().tolist()
-
-
-@torch.no_grad()
-def test_fastervlm_keeps_what_the_class_token_attends_to_most() -> None:
-    mllm = model("llava", "eager")
-    batch = batch_of(mllm, (1, 1))
-    output = mllm.model.base_model.get_image_features(batch["pixel_values"], output_attentions=True)
-    rows = output.attentions[-2].mean(1)[:, 0, 1:]
-    _, kept = kept_under(FasterVLM(keep=5), mllm, batch)
-    for row in range(2):
-        visual = batch.layout.visual[row]
-        assert kept_of(kept[0, row, visual]) == sorted(rows[row].topk(5).indices.tolist())

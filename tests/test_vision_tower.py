@@ -157,12 +157,45 @@ def test_the_class_tokens_query_and_the_keys_give_its_row_up_to_its_own_column()
         .model.base_model.get_image_features(**inputs_of(mllm), output_attentions=True)
         .attentions[0]
     )  # [views, heads, queries, keys]
-    query, keys = (each.unflatten(-1, (heads, -1)) for each in (tokens.queries[0], tokens.keys(0)))
+    query = tokens.of_class_token(tokens.class_queries, 0)
+    query, keys = (each.unflatten(-1, (heads, -1)) for each in (query, tokens.keys(0)))
     rows = ((query * keys).sum(-1) * keys.shape[-1] ** -0.5).view(views, -1, heads).softmax(1).transpose(1, 2)
     expected = maps[:, :, 0, 1:] / maps[:, :, 0, 1:].sum(-1, keepdim=True)
     torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-4)
     assert tokens.mean_keys(0).shape == (len(tokens.view), keys.shape[-1])
     torch.testing.assert_close(tokens.class_query_attention(0).view(views, -1).sum(1), torch.ones(views))
+
+
+@pytest.mark.parametrize("family", SEEN)
+@torch.no_grad()
+def test_the_place_of_a_token_is_where_its_patches_are(family: str) -> None:
+    mllm = model(family)
+    tokens, _ = seen(mllm, inputs_of(mllm))
+    inside = tokens.view >= 0
+    assert (tokens.place[~inside] == -1).all()
+    block = 2 if family in ("internvl", "gemma3") or family.startswith("qwen") else 1
+    if family.startswith("qwen"):
+        expected = [
+            (row * block + 0.5, column * block + 0.5)
+            for _, height, width in inputs_of(mllm)["image_grid_thw"].tolist()
+            for row in range(height // block)
+            for column in range(width // block)
+        ]
+        assert tokens.place.tolist() == [list(place) for place in expected]
+    for view in tokens.view[inside].unique():
+        row, column = tokens.place[tokens.view == view].unbind(1)
+        if not family.startswith("qwen"):  # raster order, every place once
+            assert ((row.diff() > 0) | ((row.diff() == 0) & (column.diff() == block))).all()
+            assert ((row - (block - 1) / 2) % block == 0).all()
+
+
+@torch.no_grad()
+def test_the_class_token_of_a_token_is_that_of_its_view() -> None:
+    mllm = model("llava")
+    tokens, _ = seen(mllm, inputs_of(mllm))
+    states = mllm.model.base_model.get_image_features(**inputs_of(mllm), output_hidden_states=True).hidden_states
+    expected = states[-1][:, :1].expand(-1, 16, -1).flatten(0, 1)
+    torch.testing.assert_close(tokens.of_class_token(tokens.class_states, -1), expected)
 
 
 def test_what_is_not_mapped_is_refused_by_name() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-from transformers.vision_utils import get_vision_window_index
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from dyvte.errors import UnsupportedError
 
@@ -37,6 +37,20 @@ def patches_to_tokens(tower: VisionTower, values: Tensor, arguments: Arguments) 
             "vision_feature_select_strategy='full' makes the class token a visual token; use 'default'"
         )
     return PATCHES[tower.family](tower, values.float(), arguments)
+
+
+def patch_places(tower: VisionTower, patches: int, arguments: Arguments) -> Tensor:
+    """[P, 2] row and column of every patch of a view, in the tower's order."""
+    grids = arguments.get("image_grid_thw")
+    if grids is None:
+        side = int(patches**0.5)
+        number = torch.arange(patches)
+        return torch.stack([number.div(side, rounding_mode="floor"), number % side], dim=1).float()
+    unit = tower.tower.spatial_merge_size
+    places = get_vision_position_ids(grids, unit).float().unflatten(0, (-1, unit**2))  # merger by merger
+    if tower.family == "qwen2_5_vl":
+        places = places[_window_index(tower, arguments).to(places.device)]
+    return places.flatten(0, 1)
 
 
 def _one_each(tower: VisionTower, values: Tensor, arguments: Arguments) -> Tensor:
@@ -90,17 +104,21 @@ def _merged(tower: VisionTower, values: Tensor, arguments: Arguments) -> Tensor:
 
 def _windowed(tower: VisionTower, values: Tensor, arguments: Arguments) -> Tensor:
     """Qwen2.5-VL: as `_merged`, in the order of the windows inside of the tower."""
+    return _merged(tower, values, arguments)[_window_index(tower, arguments).to(values.device).argsort()]
+
+
+def _window_index(tower: VisionTower, arguments: Arguments) -> Tensor:
+    """[T] which token each unit of the tower's order becomes."""
     if "window_index" in arguments:
-        window = arguments["window_index"]
-    else:
-        part = tower.tower
-        window, _ = get_vision_window_index(
-            arguments["image_grid_thw"],
-            spatial_merge_size=part.spatial_merge_size,
-            window_size=part.window_size,
-            patch_size=part.patch_size,
-        )
-    return _merged(tower, values, arguments)[window.to(values.device).argsort()]
+        return arguments["window_index"]
+    part = tower.tower
+    window, _ = get_vision_window_index(
+        arguments["image_grid_thw"],
+        spatial_merge_size=part.spatial_merge_size,
+        window_size=part.window_size,
+        patch_size=part.patch_size,
+    )
+    return window
 
 
 PATCHES: dict[str, Callable[[VisionTower, Tensor, Arguments], Tensor]] = {

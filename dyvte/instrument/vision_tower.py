@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from dyvte.cost.flops import overhead
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.attention_calls import AttentionCall, watch_attention
 from dyvte.instrument.hooks import override_method
-from dyvte.instrument.vision_patches import PATCHES, patches_to_tokens
+from dyvte.instrument.vision_patches import PATCHES, patch_places, patches_to_tokens
 
 if TYPE_CHECKING:
     from dyvte.mllm import MLLM
@@ -57,20 +57,24 @@ class TowerTokens:
 
     Attributes:
         view: [T] number of the picture (tile) that the token is of, counted through the batch.
+        place: [T, 2] row and column of the token in its view, in patches; -1 for a separator.
         attentions: by layer, [T] attention that the token gets (see `TowerNeeds`).
-        queries: by layer whose keys were asked for, [T, c] the class token's query in the token's view, heads one after
-            another; empty without class token.
         all_keys: by layer, [T, c] keys, heads one after another (after rotary positions, where the tower has them).
         states: by layer, [T, c] output states of the layer.
+        class_queries: by layer whose keys were asked for, [V, c] the class token's query in each of the V views, heads
+            one after another; empty without class token.
+        class_states: by layer whose features were asked for, [V, c] the class token's; empty without class token.
         num_heads: of the tower.
         num_layers: of the tower.
     """
 
     view: Tensor
+    place: Tensor
     attentions: dict[int, Tensor]
-    queries: dict[int, Tensor]
     all_keys: dict[int, Tensor]
     states: dict[int, Tensor]
+    class_queries: dict[int, Tensor]
+    class_states: dict[int, Tensor]
     num_heads: int
     num_layers: int
 
@@ -90,16 +94,23 @@ class TowerTokens:
         """[T, c] output states of a layer."""
         return self.states[layer % self.num_layers]
 
+    def of_class_token(self, values: dict[int, Tensor], layer: int) -> Tensor:
+        """[T, c] values of the class token (`class_queries`, `class_states`), for every token those of its view.
+
+        Raises:
+            UnsupportedError: the tower has no class token.
+        """
+        if layer % self.num_layers not in values:
+            raise UnsupportedError("this vision tower has no class token, whose query or state is asked for")
+        return values[layer % self.num_layers][self.view.clamp(min=0)]
+
     def class_query_attention(self, layer: int) -> Tensor:
         """[T] softmax within a view of the class token's query times keys, all heads as one (PruMerge).
 
         Raises:
             UnsupportedError: the tower has no class token.
         """
-        layer %= self.num_layers
-        if layer not in self.queries:
-            raise UnsupportedError("this vision tower has no class token, whose query is asked for")
-        query, keys = self.queries[layer].float(), self.all_keys[layer].float()
+        query, keys = self.of_class_token(self.class_queries, layer).float(), self.keys(layer).float()
         logits = (query * keys).sum(-1) * keys.shape[-1] ** -0.5
         result = torch.zeros_like(logits)
         for view in self.view.unique().tolist():
@@ -114,14 +125,13 @@ class TowerTokens:
         def pick(values: dict[int, Tensor]) -> dict[int, Tensor]:
             return {layer: value[index] for layer, value in values.items()}
 
-        return TowerTokens(
-            self.view[index],
-            pick(self.attentions),
-            pick(self.queries),
-            pick(self.all_keys),
-            pick(self.states),
-            self.num_heads,
-            self.num_layers,
+        return replace(
+            self,
+            view=self.view[index],
+            place=self.place[index],
+            attentions=pick(self.attentions),
+            all_keys=pick(self.all_keys),
+            states=pick(self.states),
         )
 
 
@@ -212,18 +222,17 @@ class VisionTower:
             return {layer: mapped(without_class_token(value)).nan_to_num(0.0) for layer, value in values.items()}
 
         first = next(iter({**record.attention, **record.keys, **record.features}.values()))
-        patches = without_class_token(first)
-        view = torch.arange(len(patches), device=patches.device, dtype=torch.float32)[:, None, None]
-        queries = {
-            layer: mapped(query[:, None].expand(-1, patches.shape[1], -1)).nan_to_num(0.0)
-            for layer, query in record.queries.items()
-        }
+        views, patches = without_class_token(first).shape[:2]
+        view = torch.arange(views, device=first.device, dtype=torch.float32)[:, None, None]
+        place = patch_places(self, patches, arguments).to(first.device)
         return TowerTokens(
-            view=mapped(view.expand(*patches.shape[:2], 1))[:, 0].nan_to_num(-1.0).round().long(),
+            view=mapped(view.expand(views, patches, 1))[:, 0].nan_to_num(-1.0).round().long(),
+            place=mapped(place.expand(views, patches, 2)).nan_to_num(-1.0),
             attentions={layer: values[:, 0] for layer, values in of_layers(record.attention).items()},
-            queries=queries,
             all_keys=of_layers(record.keys),
             states=of_layers(record.features),
+            class_queries=record.class_queries,
+            class_states=record.class_states,
             num_heads=record.num_heads,
             num_layers=self.num_layers,
         )
@@ -244,13 +253,17 @@ class TowerWatch:
 
 @dataclass
 class _Record:
-    """One run of a tower, values by layer: attention [V, S, 1], keys and features [V, S, c] of V views of S patches."""
+    """One run of a tower, values by layer: attention [V, S, 1], keys and features [V, S, c] of V views of S patches.
+
+    The class token's query and state are [V, c].
+    """
 
     owner: VisionTower
     wanted: dict[str, frozenset[int]]
     attention: dict[int, Tensor] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
-    queries: dict[int, Tensor] = field(default_factory=dict)
+    class_queries: dict[int, Tensor] = field(default_factory=dict)
+    class_states: dict[int, Tensor] = field(default_factory=dict)
     features: dict[int, Tensor] = field(default_factory=dict)
     num_heads: int = 1
 
@@ -274,6 +287,8 @@ class _Record:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             states = output[0] if isinstance(output, tuple) else output
             self.features[layer] = _by_view(states.detach())
+            if self.owner.has_class_token:
+                self.class_states[layer] = self.features[layer][:, 0]
 
         return keep
 
@@ -286,7 +301,7 @@ class _Record:
             if layer in self.wanted["keys"]:
                 self._append(self.keys, layer, call.key.transpose(1, 2).flatten(2))
                 if self.owner.has_class_token:
-                    self.queries[layer] = call.query[:, :, 0].flatten(1)
+                    self.class_queries[layer] = call.query[:, :, 0].flatten(1)
 
     def _append(self, values: dict[int, Tensor], layer: int, value: Tensor) -> None:
         # a windowed tower calls its attention function once a window, on one long row of patches

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,16 @@ class VisualTokens:
         """[n] number of the tile that a token is of, -1 for separators; all 0 where the tower was not looked at."""
         return torch.zeros_like(self.place) if self.tower is None else self.tower.view
 
+    def at(self, index: Tensor) -> VisualTokens:
+        """The tokens at `index` [m] (of n), all else as it is."""
+        return replace(
+            self,
+            hidden=self.hidden[index],
+            place=self.place[index],
+            seen=None if self.seen is None else self.seen[index],
+            tower=None if self.tower is None else self.tower.at(index),
+        )
+
     def of_tower(self) -> TowerTokens:
         """What the vision tower says; never None where `tower_needs` asks for something."""
         assert self.tower is not None
@@ -97,7 +107,7 @@ def number_kept(keep: float, size: int) -> int:
 class ScorerPolicy(Policy):
     """Keep the visual tokens of every image that score highest.
 
-    Override `score`, or `choose` where a rank does not say who stays.
+    Override `score`, `choose` where a rank does not say who stays, or `reduce` where tokens that stay take others in.
 
     Attributes:
         keep: share (0..1, with a decimal point) or number of the tokens of an image that stay.
@@ -126,9 +136,9 @@ class ScorerPolicy(Policy):
         scores = self.score(tokens)
         return top(scores.masked_fill(tokens.view < 0, float(scores.min()) - 1), number)
 
-    def merge(self, tokens: VisualTokens, stay: Tensor) -> Tensor | None:
-        """[n, d] states in which tokens that stay have taken others in; None where nothing is merged."""
-        return None
+    def reduce(self, tokens: VisualTokens, number: int) -> tuple[Tensor, Tensor | None]:
+        """Which tokens stay [n], and all states [n, d] where what stays takes others in; None where nothing does."""
+        return self.choose(tokens, number), None
 
     def tower_needs(self, mllm: MLLM) -> TowerNeeds:
         """What to take from the vision tower; by default nothing."""
@@ -194,8 +204,7 @@ class ScorerPolicy(Policy):
             return
         leaving, hidden = torch.zeros_like(prefill.kept), prefill.hidden
         for at, tokens in self._images(layer, prefill):
-            stay = self.choose(tokens, number_kept(budget, tokens.size))
-            merged = self.merge(tokens, stay)
+            stay, merged = self.reduce(tokens, number_kept(budget, tokens.size))
             if merged is not None:
                 hidden = hidden.clone() if hidden is prefill.hidden else hidden
                 hidden[at] = merged.to(hidden.dtype)

@@ -11,35 +11,18 @@ position ids are the original ones unless `positions="contiguous"`, which is wha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import Tensor
-
-from dyvte.instrument.vision_tower import TowerNeeds
-from dyvte.mllm import MLLM
-from dyvte.policies.scorer import ScorerPolicy, VisualTokens
-from dyvte.policies.vision.shares import top_in_views
+from dyvte.policies.vision.tiles import ByClassAttention
 
 
 @dataclass
-class FasterVLM(ScorerPolicy):
-    """Keep the tokens with most attention of the class token.
+class FasterVLM(ByClassAttention):
+    """Keep the tokens with most attention of the class token, and all separators.
 
-    Attributes:
-        encoder_layer: layer of the vision tower that ranks.
+    Example:
+        >>> with dyvte.FasterVLM(keep=64)(mllm):
+        ...     answers = mllm.generate(batch)
     """
 
-    encoder_layer: int = -2
-
-    def tower_needs(self, mllm: MLLM) -> TowerNeeds:
-        """Attention of one layer."""
-        return TowerNeeds(attention=(self.encoder_layer,))
-
-    def score(self, tokens: VisualTokens) -> Tensor:
-        """Attention of the class token."""
-        return tokens.of_tower().attention(self.encoder_layer)
-
-    def choose(self, tokens: VisualTokens, number: int) -> Tensor:
-        """The highest of every tile, and the separators; `keep` counts the patches."""
-        separator = tokens.view < 0
-        patches = round(number * (1 - float(separator.float().mean())))
-        return top_in_views(self.score(tokens), tokens.view, patches) | separator
+    keeps_separators: ClassVar[bool] = True

@@ -1,0 +1,121 @@
+"""Budgets over the tiles of an image, and methods that are asked tile by tile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dyvte.instrument.vision_tower import TowerNeeds
+from dyvte.mllm import MLLM
+from dyvte.policies.scorer import ScorerPolicy, VisualTokens
+
+
+def shared_out(number: int, weights: Tensor, room: Tensor) -> list[int]:
+    """Split a number in proportion to weights: floors, then one more each for the largest weights.
+
+    Nobody gets more than there is room for; what finds none goes to the others by the same rule.
+
+    Args:
+        number: what to split.
+        weights: [G], none negative.
+        room: [G] most that each can take.
+    """
+    quota = torch.zeros_like(room)
+    while number > 0 and bool((quota < room).any()):
+        open_to = quota < room
+        share = weights.double().clamp(min=0) * open_to
+        share = share / share.sum() if float(share.sum()) > 0 else open_to.double() / open_to.sum()
+        given = (share * number + 1e-6).floor().long()
+        order = share.masked_fill(~open_to, -1).argsort(descending=True, stable=True)[: int(open_to.sum())]
+        spare = number - int(given.sum())
+        given[order[:spare]] += 1
+        before = quota
+        quota = torch.minimum(quota + given, room)
+        number -= int((quota - before).sum())
+    return quota.tolist()
+
+
+def tiles(view: Tensor, number: int) -> list[tuple[Tensor, int]]:
+    """Indices and budget of every tile that gets one; budgets are in proportion to the tiles' sizes.
+
+    Args:
+        view: [n] number of the tile of every token, -1 for separators.
+        number: tokens that stay in all tiles together.
+    """
+    inside = [(view == each).nonzero().flatten() for each in view.unique().tolist() if each >= 0]
+    sizes = torch.tensor([len(each) for each in inside])
+    quotas = shared_out(number, sizes, sizes)
+    return [(each, quota) for each, quota in zip(inside, quotas, strict=True) if quota]
+
+
+def grid_of_tile(tokens: VisualTokens) -> tuple[Tensor, Tensor, int, int]:
+    """Row [n] and column [n] of the tokens of one tile, and how many rows and columns it has."""
+    row, column = (values.unique(return_inverse=True)[1] for values in tokens.of_tower().place.unbind(1))
+    return row, column, int(row.max()) + 1, int(column.max()) + 1
+
+
+@dataclass
+class PerTile(ScorerPolicy):
+    """A method that is asked tile by tile, each with its share of the image's budget.
+
+    Override `score`, `choose` or `reduce_tile`.
+
+    An image that a family does not cut into tiles is one tile. Separators stay where the budget is larger than the
+    number of patches.
+    """
+
+    keeps_separators: ClassVar[bool] = False
+    """Whether separators stay in any case; then the budget's share counts the patches."""
+
+    def tower_needs(self, mllm: MLLM) -> TowerNeeds:
+        """The states that the projector gets, if only to know the tiles."""
+        return TowerNeeds(features=(shown_layer(mllm),))
+
+    def reduce(self, tokens: VisualTokens, number: int) -> tuple[Tensor, Tensor | None]:
+        """As `ScorerPolicy.reduce`, of every tile, put together."""
+        stay, states = tokens.view < 0, None
+        if self.keeps_separators:
+            number = round(number * (1 - float(stay.float().mean())))
+        else:
+            spare = max(number - int((~stay).sum()), 0)
+            stay &= stay.cumsum(0) <= spare
+        for inside, quota in tiles(tokens.view, number):
+            stay[inside], merged = self.reduce_tile(tokens.at(inside), quota)
+            if merged is not None:
+                states = tokens.hidden.clone() if states is None else states
+                states[inside] = merged.to(states.dtype)
+        return stay, states
+
+    def reduce_tile(self, tokens: VisualTokens, number: int) -> tuple[Tensor, Tensor | None]:
+        """As `ScorerPolicy.reduce`, of the tokens of one tile; `number` is 1 at least."""
+        return self.choose(tokens, number), None
+
+
+@dataclass
+class ByClassAttention(PerTile):
+    """Keep the tokens with most attention of the class token in one encoder layer.
+
+    Where the tower has no class token, with most attention received from the mean query.
+
+    Attributes:
+        encoder_layer: layer of the vision tower that ranks; negative counts from the last, -1.
+    """
+
+    encoder_layer: int = -2
+
+    def tower_needs(self, mllm: MLLM) -> TowerNeeds:
+        """Attention of the layer."""
+        return TowerNeeds(attention=(self.encoder_layer,))
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        """[n] attention in the layer."""
+        return tokens.of_tower().attention(self.encoder_layer)
+
+
+def shown_layer(mllm: MLLM) -> int:
+    """The encoder layer whose output goes to the projector, -1 for the last."""
+    layer = getattr(mllm.model.config, "vision_feature_layer", -1)
+    return layer - 1 if isinstance(layer, int) and layer >= 0 else layer if isinstance(layer, int) else -1
