@@ -51,6 +51,10 @@ _PUBLIC = {
     "FoPru": "dyvte.policies.vision.fopru",
     "VisionZip": "dyvte.policies.vision.visionzip",
     "VisPruner": "dyvte.policies.vision.vispruner",
+    "HoloV": "dyvte.policies.vision.holov",
+    "HiRED": "dyvte.policies.vision.hired",
+    "PruMergePlus": "dyvte.policies.vision.prumerge",
+    "PruMerge": "dyvte.policies.vision.prumerge",
     "RandomDrop": "dyvte.policies.pruning.drop",
     "UniformDrop": "dyvte.policies.pruning.drop",
     "AveragePool": "dyvte.policies.merging.pooling",
@@ -108,6 +112,10 @@ if TYPE_CHECKING:  # what a type checker sees; a test holds it to the names abov
     from dyvte.policies.skip_attention import SkipAttention as SkipAttention
     from dyvte.policies.vision.fastervlm import FasterVLM as FasterVLM
     from dyvte.policies.vision.fopru import FoPru as FoPru
+    from dyvte.policies.vision.hired import HiRED as HiRED
+    from dyvte.policies.vision.holov import HoloV as HoloV
+    from dyvte.policies.vision.prumerge import PruMerge as PruMerge
+    from dyvte.policies.vision.prumerge import PruMergePlus as PruMergePlus
     from dyvte.policies.vision.visionzip import VisionZip as VisionZip
     from dyvte.policies.vision.vispruner import VisPruner as VisPruner
     from dyvte.policies.vision.vtc_cls import VTCCLS as VTCCLS

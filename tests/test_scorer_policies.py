@@ -22,6 +22,9 @@ from dyvte.policies.base import Policy
 from dyvte.policies.scorer import ScorerPolicy, VisualTokens, number_kept, top
 from dyvte.policies.vision.fastervlm import FasterVLM
 from dyvte.policies.vision.fopru import FoPru
+from dyvte.policies.vision.hired import HiRED
+from dyvte.policies.vision.holov import HoloV
+from dyvte.policies.vision.prumerge import PruMerge, PruMergePlus
 from dyvte.policies.vision.tiles import shared_out, tiles
 from dyvte.policies.vision.visionzip import VisionZip
 from dyvte.policies.vision.vispruner import VisPruner
@@ -51,11 +54,16 @@ DROPPING: dict[str, Callable[[], Policy]] = {
     "fopru": lambda: FoPru(keep=0.5),
     "fopru_row": lambda: FoPru(keep=0.5, by="row"),
     "vispruner": lambda: VisPruner(keep=0.5),
+    "holov": lambda: HoloV(keep=0.5),
+    "hired": lambda: HiRED(keep=0.5),
 }
 """Methods that leave positions out and change nothing else, by what they are configured as."""
 
 MERGING: dict[str, Callable[[], Policy]] = {
     "visionzip": lambda: VisionZip(keep=0.5, contextual=0.5),
+    "prumerge_plus": lambda: PruMergePlus(keep=0.5),
+    "prumerge_outliers": lambda: PruMerge(neighbours=2),
+    "prumerge": lambda: PruMerge(keep=0.5, neighbours=2),
 }
 """Methods that change the states of what stays."""
 
@@ -182,7 +190,7 @@ def test_contiguous_positions_are_refused_where_they_have_no_exact_meaning() -> 
 
 
 def test_wrong_settings_are_refused() -> None:
-    for keep in (1.5, -0.1, -3, True):
+    for keep in (1.5, -0.1, -3, True, None):
         with pytest.raises(ConfigError, match="share"):
             Longest(keep=keep)
     with pytest.raises(ConfigError, match=r"0[.][.]3"), Longest(layer=4)(model("llava")):

@@ -14,6 +14,10 @@ from dyvte.errors import ConfigError
 from dyvte.instrument.vision_tower import TowerTokens
 from dyvte.policies.vision.fastervlm import FasterVLM
 from dyvte.policies.vision.fopru import FoPru
+from dyvte.policies.vision.hired import HiRED
+from dyvte.policies.vision.holov import HoloV, holistic
+from dyvte.policies.vision.prumerge import PruMerge, PruMergePlus, outlier_share
+from dyvte.policies.vision.tiles import shared_out
 from dyvte.policies.vision.visionzip import VisionZip
 from dyvte.policies.vision.vispruner import VisPruner
 from dyvte.policies.vision.vtc_cls import VTCCLS
@@ -103,3 +107,69 @@ def test_vispruner_thins_the_rest_out() -> None:
     assert kept_of(VisPruner(important=0.34).choose(tokens, 6)) == [0, 1, 2, 4, 5, 6]
     for number in range(1, 9):  # odd, tiny and empty second parts, where the paper's code fails
         assert int(VisPruner().choose(tokens, number).sum()) == number
+
+
+def test_prumerge_takes_outliers_and_merges_by_keys() -> None:
+    attention = tensor([0.02, 0.03, 0.02, 0.04, 0.03, 0.30, 0.02, 0.25, 0.03, 0.02, 0.22, 0.02])
+    assert outlier_share(attention) == 0.25
+    mllm = model("internvl")  # merges after the projector
+    tower = tower_of(12, attentions={-1: attention}, all_keys={-1: directions(*range(0, 120, 10))})
+    tokens = picture(hidden=torch.zeros(12, 2), tower=tower, mllm=mllm)
+    assert kept_of(PruMerge().choose(tokens, 12)) == [5, 7, 10]
+    assert kept_of(PruMergePlus().choose(tokens, 12)) == list(range(12)), "a step of int(int(4) / 3)"
+    assert int(PruMergePlus(keep=6).choose(tokens, 6).sum()) == 5, "and the extra token"
+    tower = tower_of(
+        4, attentions={-1: tensor([0.4, 0.3, 0.2, 0.1])}, all_keys={-1: directions(0, 40, -10, 80)}, num_heads=1
+    )
+    tokens = picture(hidden=tensor([[1.0], [2.0], [3.0], [4.0]]), tower=tower, mllm=mllm)
+    stay, states = PruMerge(keep=3, neighbours=1).reduce_tile(tokens, 3)
+    assert states is not None
+    assert kept_of(stay) == [0, 1, 2]
+    torch.testing.assert_close(states[:3, 0], tensor([1.6, 2.4, 1.0]))
+
+
+def test_prumerge_without_class_token_goes_by_attention_received() -> None:
+    attention = tensor([0.1, 0.6, 0.3])
+    tokens = picture(hidden=torch.zeros(3, 2), tower=tower_of(3, attentions={-1: attention}))
+    assert torch.equal(PruMerge().score(tokens), attention)
+
+
+def test_hired_gives_tiles_what_the_full_view_says() -> None:
+    """Five views of 16; the first holds 4, 2, 1 and 1 of its eight most attended patches in its four strips."""
+    low = torch.zeros(80)
+    low[[0, 1, 2, 3, 4, 5, 8, 12]] = 1.0
+    high = torch.rand(80, generator=torch.Generator().manual_seed(0))
+    view = torch.arange(5).repeat_interleave(16)
+    tower = tower_of(80, view=view, attentions={0: low, -2: high})
+    tokens = picture(hidden=torch.zeros(80, 2), tower=tower)
+    stay = HiRED().choose(tokens, 16)
+    assert [int(stay[view == each].sum()) for each in range(5)] == [8, 4, 2, 1, 1]
+    for each in range(5):
+        inside = high[view == each]
+        assert set(inside[stay[view == each]].tolist()) == set(
+            inside.topk(int(stay[view == each].sum())).values.tolist()
+        )
+    assert int(HiRED().choose(tokens, 80).sum()) == 80
+    one = picture(hidden=torch.zeros(16, 2), tower=tower_of(16, attentions={0: low[:16], -2: high[:16]}))
+    assert kept_of(HiRED().choose(one, 5)) == sorted(high[:16].topk(5).indices.tolist())
+
+
+def test_holov_scores_attention_and_variety() -> None:
+    attention, features = tensor([2.0, 1.0, 3.0]), tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    torch.testing.assert_close(holistic(attention, features, 0.09), tensor([2.27, 1.27, 3.0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(holistic(attention / 1000, features, 0.09) * 1000, holistic(attention, features, 0.09))
+
+
+def test_holov_keeps_the_most_attended_of_every_strip() -> None:
+    attention = torch.rand(12, generator=torch.Generator().manual_seed(0)) + tensor([5.0, 2.0, 0.0]).repeat_interleave(
+        4
+    )
+    features = torch.ones(12, 2)  # no variety
+    tokens = picture(hidden=features, tower=tower_of(12, attentions={-2: attention}))
+    stay = HoloV(strips=3).choose(tokens, 8)
+    weights = attention.view(3, 4).mean(1)
+    quotas = shared_out(8, weights, tensor([4, 4, 4]))
+    assert quotas[0] == 4, "a strip that has no room leaves the rest to the others"
+    for part, quota in zip(range(3), quotas, strict=True):
+        inside = stay.view(3, 4)[part]
+        assert kept_of(inside) == sorted(attention.view(3, 4)[part].topk(quota).indices.tolist())

@@ -262,7 +262,8 @@ def check_budget(name: str, keep: float) -> None:
     Raises:
         ConfigError: out of range.
     """
-    if isinstance(keep, bool) or keep < 0 or (isinstance(keep, float) and keep > 1):
+    number = isinstance(keep, (int, float)) and not isinstance(keep, bool)
+    if not number or keep < 0 or (isinstance(keep, float) and keep > 1):
         raise ConfigError(f"{name} is a share 0..1 (with a decimal point) or a number of tokens, got {keep}")
 
 

@@ -108,7 +108,7 @@ RULES: dict[str, Rule] = {
     # policies
     "layer": Rule(int, low=0, null=True),
     "layers": Rule(int, low=0, many=True),
-    "keep": SHARE,
+    "keep": Rule(float, above=0, null=True),  # a share; for some methods a number of tokens, or as the image says
     "threshold": Rule(float, low=0, high=1, words=("auto",)),
     "min_layer": INDEX,
     "max_layer": Rule(int, low=0, null=True),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from dyvte.errors import ConfigError
 from dyvte.mllm import MLLM
 from dyvte.policies.attention_policy import AttentionPolicy, LayerAttention
 from dyvte.policies.base import Prefill
@@ -58,9 +59,13 @@ class FastV(AttentionPolicy):
 
 
 def check_share(name: str, share: float) -> None:
-    """Refuse a share outside 0..1."""
-    if not 0 <= share <= 1:
-        raise ValueError(f"{name} is a share of the visual tokens, 0..1, got {share}")
+    """Refuse what is no share 0..1.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise ConfigError(f"{name} is a share of the visual tokens, 0..1, got {share}")
 
 
 def remember_last_row(policy: AttentionPolicy, prefill: Prefill, attention: LayerAttention) -> None:

@@ -51,6 +51,22 @@ def tiles(view: Tensor, number: int) -> list[tuple[Tensor, int]]:
     return [(each, quota) for each, quota in zip(inside, quotas, strict=True) if quota]
 
 
+def full_view(tokens: VisualTokens) -> tuple[Tensor, list[Tensor]]:
+    """Indices of the view that shows the whole image, and those of each tile.
+
+    LLaVA's families put it first, InternVL last. An image of one view has no tiles.
+    """
+    views = [(tokens.view == each).nonzero().flatten() for each in tokens.view.unique().tolist() if each >= 0]
+    full = views.pop(-1 if tokens.mllm.model.config.model_type == "internvl" else 0)
+    return full, views
+
+
+def with_spare_separators(stay: Tensor, view: Tensor, number: int) -> Tensor:
+    """`stay` [n] and as many separators, from the first, as a budget is larger than the number of patches."""
+    spare = max(number - int((view >= 0).sum()), 0)
+    return stay.index_fill(0, (view < 0).nonzero().flatten()[:spare], True)
+
+
 def grid_of_tile(tokens: VisualTokens) -> tuple[Tensor, Tensor, int, int]:
     """Row [n] and column [n] of the tokens of one tile, and how many rows and columns it has."""
     row, column = (values.unique(return_inverse=True)[1] for values in tokens.of_tower().place.unbind(1))
@@ -76,12 +92,11 @@ class PerTile(ScorerPolicy):
 
     def reduce(self, tokens: VisualTokens, number: int) -> tuple[Tensor, Tensor | None]:
         """As `ScorerPolicy.reduce`, of every tile, put together."""
-        stay, states = tokens.view < 0, None
+        separators, states = tokens.view < 0, None
         if self.keeps_separators:
-            number = round(number * (1 - float(stay.float().mean())))
+            stay, number = separators, round(number * (1 - float(separators.float().mean())))
         else:
-            spare = max(number - int((~stay).sum()), 0)
-            stay &= stay.cumsum(0) <= spare
+            stay = with_spare_separators(torch.zeros_like(separators), tokens.view, number)
         for inside, quota in tiles(tokens.view, number):
             stay[inside], merged = self.reduce_tile(tokens.at(inside), quota)
             if merged is not None:

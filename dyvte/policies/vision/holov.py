@@ -1,0 +1,81 @@
+"""Strips of the image get budgets by attention and by how varied they are; in each the most attended patches stay.
+
+HoloV (arXiv 2510.02912; code obananas/HoloV): the image's tokens are cut into 16 strips in raster order. In a strip, a
+token's score is its attention (class token's row in the last encoder layer but one) plus 0.09 times the variance of its
+cosines with the others of the strip (projected features), scaled to the attention's mean. The budget is shared out by
+the strips' mean scores, rounded down, the rest to the largest; within a strip attention alone ranks, as in the code
+(the paper says the score). Newlines leave.
+
+Deviations: what a strip has no room for goes to the others, as in the paper; the code fills up with zero vectors. The
+paper's exponent on the strips' weights, which the code does not have, is left out. Without class token attention is
+that received from the mean query in `encoder_layer`, in Qwen averaged over a token's four patches; the code takes
+Qwen's last block and another number of strips. Position ids are the original ones unless `positions="contiguous"`,
+which is what the code has for LLaVA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dyvte.instrument.vision_tower import TowerNeeds
+from dyvte.mllm import MLLM
+from dyvte.policies.scorer import ScorerPolicy, VisualTokens, top
+from dyvte.policies.vision.merging import unit
+from dyvte.policies.vision.tiles import shared_out, with_spare_separators
+
+
+@dataclass
+class HoloV(ScorerPolicy):
+    """Budgets of strips by attention and variety.
+
+    Attributes:
+        strips: number of strips of an image.
+        variety: weight of the variance beside attention.
+        encoder_layer: encoder layer that ranks.
+
+    Example:
+        >>> with dyvte.HoloV(keep=64)(mllm):
+        ...     answers = mllm.generate(batch)
+    """
+
+    strips: int = 16
+    variety: float = 0.09
+    encoder_layer: int = -2
+
+    def tower_needs(self, mllm: MLLM) -> TowerNeeds:
+        """Attention of one layer."""
+        return TowerNeeds(attention=(self.encoder_layer,))
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        """[n] attention of the class token."""
+        return tokens.of_tower().attention(self.encoder_layer)
+
+    def choose(self, tokens: VisualTokens, number: int) -> Tensor:
+        """[n] the most attended of every strip, by the strips' budgets; separators stay if nothing else can."""
+        patches = (tokens.view >= 0).nonzero().flatten()
+        scores, stay = self.score(tokens), torch.zeros_like(tokens.view, dtype=torch.bool)
+        parts = list(patches.tensor_split(min(self.strips, len(patches))))
+        weights = [holistic(scores[part], tokens.hidden[part], self.variety).mean() for part in parts]
+        room = torch.tensor([len(part) for part in parts])
+        for part, quota in zip(parts, shared_out(number, torch.stack(weights).cpu(), room), strict=True):
+            stay[part[top(scores[part], quota)]] = True
+        return with_spare_separators(stay, tokens.view, number)
+
+
+SMALL = 1e-6
+"""The code's constant that keeps a strip of equal tokens from dividing by zero."""
+
+
+def holistic(attention: Tensor, features: Tensor, variety: float) -> Tensor:
+    """Scores [n] of the tokens of a strip from their attention [n] and features [n, c].
+
+    Mean and variance are over the cosines with the other tokens, the zero of the token itself being among what
+    deviates, as in the code.
+    """
+    alike = (unit(features) @ unit(features).T).fill_diagonal_(0)
+    others = max(len(alike) - 1, 1)
+    variance = (alike - alike.sum(1, keepdim=True) / others).square().sum(1) / others
+    return attention + variety * variance * attention.mean() / (variance.mean() + SMALL)
