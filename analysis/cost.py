@@ -8,7 +8,6 @@ of them: ratios to the unchanged model are taken within a repeat.
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -26,19 +25,11 @@ from dyvte.gates.module import Gates
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy
 from dyvte.policies.exits.dynamic_exit import DynamicExit
-from dyvte.policies.exits.fixed_exit import FixedExit
+from dyvte.policies.registry import labels
 from dyvte.runs.config import command, load_model
 from dyvte.runs.store import RunFolder, fingerprint
 
-from .measuring.methods import (
-    LABELS,
-    UNPUBLISHED_BUDGET,
-    describe,
-    encoded,
-    gates_of,
-    load_calibration,
-    policy_at,
-)
+from .measuring.methods import describe, encoded, gates_of, load_calibration, policy_at
 from .statistics.markdown import heading, markdown_table, published, write_table_page
 
 
@@ -88,7 +79,7 @@ def cost(cfg: DictConfig) -> dict[str, Any]:
         folder.write_shard(index, found, num_samples=batch_size, seconds=time.perf_counter() - started)
     folder.merge()
     table = summarize(folder.read_table("repeats"), folder.read_table("constants"))
-    table["setting"] = table["method"].map({name: "" if p is None else describe(p) for name, p in policies.items()})
+    table["setting"] = table["method"].map({name: describe(policy) for name, policy in policies.items()})
     folder.write_table("cost", table)
     write_table_page(folder, markdown(cfg, table))
     return folder.write_summary(
@@ -101,23 +92,11 @@ def cost(cfg: DictConfig) -> dict[str, Any]:
     )
 
 
-def _policies(cfg: DictConfig, mllm: MLLM, gates: Gates | None) -> dict[str, Policy | None]:
+def _policies(cfg: DictConfig, mllm: MLLM, gates: Gates | None) -> dict[str, Policy]:
     """Every method at the experiment's first budget, the unchanged model first; without those that cannot meet it."""
-    budget, calibration = cfg.experiment.budgets[0], load_calibration(mllm, cfg)
-    policies: dict[str, Policy | None] = {"none": None}
-    for name in cfg.experiment.methods:
-        if name == "none":
-            continue
-        if name == "fixed_exit":
-            layers = mllm.num_layers
-            costs = [calibration.cost([1.0] * k + [0.0] * (layers - k)) for k in range(layers + 1)]
-            wanted = UNPUBLISHED_BUDGET if budget is None else budget
-            policies[name] = FixedExit(int(np.argmin(np.abs(np.array(costs) - wanted))))
-            continue
-        policy = policy_at(name, budget, calibration, gates)
-        if policy is not None:
-            policies[name] = policy
-    return policies
+    budget, calibration = cfg.experiment.budgets[0], load_calibration(mllm, cfg, gates)
+    found = {name: policy_at(name, budget, calibration) for name in dict.fromkeys(["none", *cfg.experiment.methods])}
+    return {name: policy for name, policy in found.items() if policy is not None}
 
 
 # -------------------------------------------------------------------------- measuring
@@ -127,7 +106,7 @@ def _policies(cfg: DictConfig, mllm: MLLM, gates: Gates | None) -> dict[str, Pol
 def measure(
     mllm: MLLM,
     batch: Batch,
-    policies: dict[str, Policy | None],
+    policies: dict[str, Policy],
     repeats: int,
     new_tokens: int,
     seed: int,
@@ -148,15 +127,11 @@ def measure(
     return pd.DataFrame(rows)
 
 
-def _active(mllm: MLLM, policy: Policy | None) -> AbstractContextManager[Any]:
-    return nullcontext() if policy is None else policy(mllm)
-
-
-def _time(mllm: MLLM, batch: Batch, policy: Policy | None, new_tokens: int) -> tuple[float, float]:
+def _time(mllm: MLLM, batch: Batch, policy: Policy, new_tokens: int) -> tuple[float, float]:
     """Seconds of the prefill, and of one decoding step after it."""
     clock = Stopwatch(mllm.device)
     inputs = batch.left_padded()
-    with _active(mllm, policy):
+    with policy(mllm):
         clock.mark()
         output = mllm.model(**inputs, use_cache=True, logits_to_keep=1)
         clock.mark()
@@ -198,13 +173,13 @@ class Stopwatch:
 
 
 @torch.no_grad()
-def constant(mllm: MLLM, batch: Batch, policy: Policy | None) -> dict[str, float]:
+def constant(mllm: MLLM, batch: Batch, policy: Policy) -> dict[str, float]:
     """What does not vary between repeats, of one question: FLOPs of the prefill, bytes in the KV cache.
 
     And the peak memory of the batch's prefill, above what was held before it (see `dyvte.cost.measure.PeakMemory`).
     """
     rows = len(batch["input_ids"])
-    with _active(mllm, policy):
+    with policy(mllm):
         with PeakMemory(mllm.device) as memory:
             cache = mllm.model(**batch, use_cache=True, logits_to_keep=1).past_key_values
         count = prefill_flops(mllm, batch)
@@ -254,7 +229,7 @@ def markdown(cfg: DictConfig, table: pd.DataFrame) -> list[str]:
     rows = [
         [
             row["batch_size"],
-            LABELS[row["method"]],
+            labels()[row["method"]],
             f"{row['prefill_ms']:.1f} [{row['prefill_ms_q25']:.1f}, {row['prefill_ms_q75']:.1f}]",
             f"{row['prefill_ratio']:.2f}",
             f"{row['decode_ms']:.2f} [{row['decode_ms_q25']:.2f}, {row['decode_ms_q75']:.2f}]",

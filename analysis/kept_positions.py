@@ -1,6 +1,6 @@
 """``python -m analysis.kept_positions``: which places of the image each method keeps.
 
-Methods get settings of the same cost (`analysis.measuring.matched`) and run on the same questions. A map says in which
+Methods get settings of the same cost (`dyvte.policies.method`) and run on the same questions. A map says in which
 share of the questions, and of the layers that a method has thinned, a place is still seen. Places are numbered in the
 order of the visual tokens; their mean number, 0 for the first and 1 for the last, is 0.5 for a method that has no
 preference. Ranking by attention is known to favour late places, whose tokens are nearest to the question.
@@ -28,12 +28,12 @@ from dyvte.errors import ConfigError, DataError
 from dyvte.instrument.views import View, view
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy
+from dyvte.policies.registry import labels, methods
 from dyvte.runs import distributed
 from dyvte.runs.config import command, load_model
 from dyvte.runs.store import RunFolder, fingerprint
 
-from .measuring.matched import methods
-from .measuring.methods import LABELS, SeenPositions, describe, encoded, load_calibration
+from .measuring.methods import SeenPositions, describe, encoded, known_methods, load_calibration
 from .plots.style import figure_style
 from .statistics.bands import mean_band
 
@@ -55,9 +55,7 @@ def kept_positions(cfg: DictConfig) -> dict[str, Any] | None:
         DataError: no question shows an image whose visual tokens lie on a grid.
     """
     mllm, dataset = load_model(cfg), build_dataset(cfg.data)
-    known = methods(None)
-    if unknown := [name for name in cfg.methods if name not in known]:
-        raise ConfigError(f"methods names {unknown[0]!r}; choose from {', '.join(known)}")
+    known_methods(cfg.methods, "methods")
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     settings = {key: plain[key] for key in ("methods", "budget", "calibration")}
     folder = RunFolder.open(cfg.output_dir, fingerprint(mllm, dataset, cfg, **settings), cfg, cfg.overwrite)
@@ -70,7 +68,7 @@ def kept_positions(cfg: DictConfig) -> dict[str, Any] | None:
         if folder.has_shard(index):
             continue
         started = time.perf_counter()
-        policy = known[name](calibration, cfg.budget)
+        policy = methods()[name].at_cost(calibration, cfg.budget)
         rows = [] if policy is None else places(mllm, policy, batches, chosen)
         setting = pd.DataFrame([{"method": name, "setting": "cannot" if policy is None else describe(policy)}])
         tables: dict[str, Any] = {"settings": setting}
@@ -196,7 +194,7 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, grid: View, num_quest
     for each in found:
         low, high = each["mean_place_ci"]
         print(
-            f"{LABELS[each['method']]:>20}  keeps {100 * each['kept']:3.0f}%, mean place {each['mean_place']:.3f} "
+            f"{labels()[each['method']]:>20}  keeps {100 * each['kept']:3.0f}%, mean place {each['mean_place']:.3f} "
             f"[{low:.3f}, {high:.3f}]: {each['preference']}"
         )
     print(f"figure: {path}")
@@ -228,7 +226,7 @@ def figure(found: Sequence[dict[str, Any]], title: str) -> Figure:
         shown = axis.imshow(values, cmap="gray", vmin=0, vmax=top, interpolation="nearest")
         low, high = each["mean_place_ci"]
         axis.set_title(
-            f"{LABELS[each['method']]}, keeps {100 * each['kept']:.0f}%\n"
+            f"{labels()[each['method']]}, keeps {100 * each['kept']:.0f}%\n"
             f"mean place {each['mean_place']:.2f} [{low:.2f}, {high:.2f}]",
             fontsize=8,
         )

@@ -1,6 +1,6 @@
 """``python -m analysis.tables experiment=NAME``: the paper's tables, and every method at matched cost, on one model.
 
-Methods get settings at which they cost the same (`analysis.measuring.matched`), answer the same questions and are
+Methods get settings at which they cost the same (`dyvte.policies.method`), answer the same questions and are
 compared with intervals: overall, and on the questions that need the image. What is finished is kept and reused.
 """
 
@@ -21,12 +21,13 @@ from dyvte.evaluate import policy_digest, reference_labels
 from dyvte.gates.labels import LabelSet
 from dyvte.mllm import MLLM
 from dyvte.policies.exits.dynamic_exit import DynamicExit
+from dyvte.policies.method import Calibration
+from dyvte.policies.registry import labels
 from dyvte.runs import distributed
 from dyvte.runs.config import command, load_model
 from dyvte.runs.store import RunFolder, fingerprint
 
-from .measuring.matched import Calibration
-from .measuring.methods import LABELS, encoded, gates_of, load_calibration, plan, run_job
+from .measuring.methods import encoded, gates_of, load_calibration, plan, run_job
 from .plots.methods import draw_methods_at_cost
 from .plots.style import figure_style
 from .statistics.markdown import write_table_page
@@ -77,7 +78,7 @@ def tables(cfg: DictConfig) -> dict[str, Any] | None:
     todo = [index for index in mine if not folder.has_shard(index)]
     if todo:
         batches = list(encoded(mllm, dataset, cfg.batch_size))
-        calibration = load_calibration(mllm, cfg)
+        calibration = load_calibration(mllm, cfg, gates)
         calibration.asked = Calibration(mllm, [batch for _, batch in batches])
         progress: dict[str, Any] = {
             "initial": len(mine) - len(todo),
@@ -86,7 +87,7 @@ def tables(cfg: DictConfig) -> dict[str, Any] | None:
         }
         for index in tqdm(todo, desc=experiment.name, unit="run", **progress):
             started = time.perf_counter()
-            found = run_job(jobs[index], calibration, gates, batches, cfg.max_new_tokens)
+            found = run_job(jobs[index], calibration, batches, cfg.max_new_tokens)
             folder.write_shard(index, found, num_samples=len(dataset), seconds=time.perf_counter() - started)
     distributed.barrier()
     if not distributed.is_main():
@@ -120,7 +121,7 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, reference: LabelSet) 
         for each in verdicts
     }
     with figure_style():
-        folder.save_figure("accuracy_against_cost", draw_methods_at_cost(rows, leading, LABELS, note))
+        folder.save_figure("accuracy_against_cost", draw_methods_at_cost(rows, leading, labels(), note))
     write_table_page(folder, comparison_page(cfg, rows, by_kind, verdicts, note))
     return folder.write_summary(
         model=cfg.model.name,

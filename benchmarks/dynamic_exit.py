@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest import mock
 
@@ -36,10 +36,12 @@ from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy
 from dyvte.policies.exits.dynamic_exit import DynamicExit, exit_probabilities
 from dyvte.policies.exits.fixed_exit import FixedExit
+from dyvte.policies.unchanged import Unchanged
 
 SYSTEM_TOKENS, QUESTION_TOKENS = 35, 29
 ROWS = 8
 STEPS = 8
+UNCHANGED = Unchanged()
 
 
 @dataclass
@@ -62,20 +64,20 @@ class Bench:
         return time.perf_counter() - start
 
     @torch.no_grad()
-    def prefill(self, batch: Batch, policy: Policy | None = None) -> None:
+    def prefill(self, batch: Batch, policy: Policy = UNCHANGED) -> None:
         """Prefill as `generate` does it."""
-        with nullcontext() if policy is None else policy(self.mllm):
+        with policy(self.mllm):
             self.mllm.model(**batch, use_cache=True, logits_to_keep=1)
 
-    def prefill_seconds(self, batch: Batch, policy: Policy | None = None) -> float:
+    def prefill_seconds(self, batch: Batch, policy: Policy = UNCHANGED) -> float:
         """Of one prefill."""
         return self.seconds(lambda: self.prefill(batch, policy))
 
     @torch.no_grad()
-    def decode_seconds(self, batch: Batch, policy: Policy | None = None) -> float:
+    def decode_seconds(self, batch: Batch, policy: Policy = UNCHANGED) -> float:
         """Of one decoding step, the mean over `STEPS` after a prefill."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        with nullcontext() if policy is None else policy(self.mllm):
+        with policy(self.mllm):
             cache = self.mllm.model(**batch, use_cache=True, logits_to_keep=1).past_key_values
 
             def decode() -> None:

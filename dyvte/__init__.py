@@ -38,6 +38,7 @@ _PUBLIC = {
     "Prefill": "dyvte.policies.base",
     "AttentionPolicy": "dyvte.policies.attention_policy",
     "ScorerPolicy": "dyvte.policies.scorer",
+    "Unchanged": "dyvte.policies.unchanged",
     "FixedExit": "dyvte.policies.exits.fixed_exit",
     "DynamicExit": "dyvte.policies.exits.dynamic_exit",
     "VTW": "dyvte.policies.exits.vtw",
@@ -56,11 +57,13 @@ _PUBLIC = {
     "PruMergePlus": "dyvte.policies.vision.prumerge",
     "PruMerge": "dyvte.policies.vision.prumerge",
     "RandomDrop": "dyvte.policies.pruning.drop",
+    "StratifiedDrop": "dyvte.policies.pruning.drop",
     "UniformDrop": "dyvte.policies.pruning.drop",
     "AveragePool": "dyvte.policies.merging.pooling",
     "DownsampleImage": "dyvte.policies.merging.pooling",
     "SkipAttention": "dyvte.policies.skip_attention",
     "Compose": "dyvte.policies.compose",
+    "FastVDynamicExit": "dyvte.policies.fastv_dynamic_exit",
     "Gates": "dyvte.gates",
     "exit_probabilities": "dyvte.policies.exits.dynamic_exit",
     "exit_flops": "dyvte.cost.exit_flops",
@@ -99,17 +102,20 @@ if TYPE_CHECKING:  # what a type checker sees; a test holds it to the names abov
     from dyvte.policies.exits.dynamic_exit import exit_probabilities as exit_probabilities
     from dyvte.policies.exits.fixed_exit import FixedExit as FixedExit
     from dyvte.policies.exits.vtw import VTW as VTW
+    from dyvte.policies.fastv_dynamic_exit import FastVDynamicExit as FastVDynamicExit
     from dyvte.policies.merging.pooling import AveragePool as AveragePool
     from dyvte.policies.merging.pooling import DownsampleImage as DownsampleImage
     from dyvte.policies.merging.tome import ToMe as ToMe
     from dyvte.policies.pruning.divprune import DivPrune as DivPrune
     from dyvte.policies.pruning.drop import RandomDrop as RandomDrop
+    from dyvte.policies.pruning.drop import StratifiedDrop as StratifiedDrop
     from dyvte.policies.pruning.drop import UniformDrop as UniformDrop
     from dyvte.policies.pruning.fastv import FastV as FastV
     from dyvte.policies.pruning.fitprune import FitPrune as FitPrune
     from dyvte.policies.pruning.pyramid_drop import PyramidDrop as PyramidDrop
     from dyvte.policies.scorer import ScorerPolicy as ScorerPolicy
     from dyvte.policies.skip_attention import SkipAttention as SkipAttention
+    from dyvte.policies.unchanged import Unchanged as Unchanged
     from dyvte.policies.vision.fastervlm import FasterVLM as FasterVLM
     from dyvte.policies.vision.fopru import FoPru as FoPru
     from dyvte.policies.vision.hired import HiRED as HiRED

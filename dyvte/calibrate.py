@@ -35,8 +35,8 @@ from dyvte.stored_files import read_json, short
 FILE = "calibration.json"
 
 
-def build_policy(cfg: DictConfig) -> Policy | None:
-    """The policy of a configuration in `conf/policy/`; None for the unchanged model.
+def build_policy(cfg: DictConfig) -> Policy:
+    """The policy of a configuration in `conf/policy/`.
 
     Raises:
         ConfigError: a setting is left open that a command would calibrate.
@@ -76,7 +76,7 @@ def calibration_of(mllm: MLLM, cfg: DictConfig) -> dict[str, Any]:
     return as_stored
 
 
-def calibrated_policy(mllm: MLLM, cfg: DictConfig, folder: Path) -> Policy | None:
+def calibrated_policy(mllm: MLLM, cfg: DictConfig, folder: Path) -> Policy:
     """The policy of a command's configuration, its open setting calibrated or read from an earlier calibration.
 
     Args:
@@ -113,9 +113,7 @@ def _calibrate_or_read(mllm: MLLM, cfg: DictConfig, settings: list[str], file: P
         how = f"calibrated before, on {kept.get('num_samples')} prompts"
     if distributed.is_main():
         print(f"{cfg.policy.name} {how}: {', '.join(f'{name} {_short(found[name])}' for name in found)} ({file})")
-    policy = _build(cfg.policy, found)
-    assert policy is not None
-    return policy
+    return _build(cfg.policy, found)
 
 
 def _only_numbers(value: Any) -> bool:
@@ -125,13 +123,11 @@ def _only_numbers(value: Any) -> bool:
     return all(map(_only_numbers, value)) if isinstance(value, list) else isinstance(value, (int, float))
 
 
-def _build(cfg: DictConfig, found: Mapping[str, Any] | None = None) -> Policy | None:
+def _build(cfg: DictConfig, found: Mapping[str, Any] | None = None) -> Policy:
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     settings.update(found or {})
     for not_of_the_policy in ("name", "calibrate"):
         settings.pop(not_of_the_policy, None)
-    if "_target_" not in settings:
-        return None
     policy: Policy = build(settings, Policy)
     return policy
 

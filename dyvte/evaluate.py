@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from dyvte.gates.module import QUESTION
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy
 from dyvte.policies.exits.dynamic_exit import DynamicExit
+from dyvte.policies.unchanged import Unchanged
 from dyvte.runs import distributed
 from dyvte.runs.config import command, load_model
 from dyvte.runs.figures import accuracy_against_flops
@@ -52,14 +52,13 @@ def evaluate(cfg: DictConfig) -> dict[str, Any] | None:
     mllm = load_model(cfg)
     dataset = build_dataset(cfg.data)
     to_calibrate = bool(open_settings(cfg.policy))
-    policy = None if to_calibrate else build_policy(cfg.policy)
-    if policy is not None:
-        policy.check(mllm)  # before an hour of labels
+    policy = Unchanged() if to_calibrate else build_policy(cfg.policy)
+    policy.check(mllm)  # before an hour of labels
     reference = reference_labels(mllm, dataset, cfg)
     settings = {"policy": OmegaConf.to_container(cfg.policy, resolve=True), "max_new_tokens": cfg.max_new_tokens}
     if to_calibrate:  # the setting follows from this, and its file lies in the folder that is yet to be opened
         settings["calibration"] = calibration_of(mllm, cfg)
-    elif policy is not None:
+    else:
         settings["policy_state"] = policy_digest(policy)
     folder = RunFolder.open(cfg.output_dir, fingerprint(mllm, dataset, cfg, **settings), cfg, cfg.overwrite)
     if to_calibrate:
@@ -196,13 +195,13 @@ FlopsOfPrompt = dict[tuple[int, int, int], FlopCount]
 
 @torch.no_grad()
 def evaluate_batch(
-    mllm: MLLM, policy: Policy | None, samples: Sequence[Sample], max_new_tokens: int, counted: FlopsOfPrompt
+    mllm: MLLM, policy: Policy, samples: Sequence[Sample], max_new_tokens: int, counted: FlopsOfPrompt
 ) -> dict[str, pd.DataFrame]:
     """Answers, exit layers and costs of one batch under a policy; `counted` remembers what was counted."""
     batch = mllm.encode([sample.image for sample in samples], [sample.question for sample in samples])
-    with measure_generation(mllm) as cost, _active(policy, mllm, batch) as exits:
+    with measure_generation(mllm) as cost, policy(mllm) as under:
         ids = mllm.generate_ids(batch, max_new_tokens=max_new_tokens)
-        exit_layers = exits()
+        exit_layers = under.exit_layers.tolist()
     answers = mllm.decode(ids)
     flops = _flops(mllm, policy, samples, batch, exit_layers, counted)
     rows = [
@@ -233,19 +232,9 @@ def evaluate_batch(
     return {"answers": pd.DataFrame(rows), "batches": pd.DataFrame([batches])}
 
 
-@contextmanager
-def _active(policy: Policy | None, mllm: MLLM, batch: Batch) -> Iterator[Any]:
-    """Run under the policy; yields a function that gives the exit layers of the last prefill."""
-    if policy is None:
-        yield lambda: (batch.layout.has_image * mllm.num_layers).tolist()
-    else:
-        with policy(mllm) as active:
-            yield lambda: active.exit_layers.tolist()
-
-
 def _flops(
     mllm: MLLM,
-    policy: Policy | None,
+    policy: Policy,
     samples: Sequence[Sample],
     batch: Batch,
     exit_layers: Sequence[int],
@@ -260,7 +249,7 @@ def _flops(
     for key, sample in zip(keys, samples, strict=True):
         if key not in counted:
             alone = mllm.encode([sample.image], [sample.question])
-            with _active(policy, mllm, alone):
+            with policy(mllm):
                 counted[key] = prefill_flops(mllm, alone)
     return [counted[key] for key in keys]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +41,9 @@ def generate(cfg: DictConfig) -> dict[str, Any]:
     batch = mllm.encode([image], [question])
     (full_answer,) = mllm.generate(batch, max_new_tokens=cfg.max_new_tokens)
     full = prefill_flops(mllm, batch)
-    with nullcontext() if policy is None else policy(mllm) as run:
+    with policy(mllm) as run:
         (answer,) = mllm.generate(batch, max_new_tokens=cfg.max_new_tokens)
-        exit_layer = mllm.num_layers if run is None else int(run.exit_layers[0])
-        asked = {} if run is None else exit_probabilities(run)
+        exit_layer, asked = int(run.exit_layers[0]), exit_probabilities(run)
         count = prefill_flops(mllm, batch)
     probability = {k: float(each[0]) for k, each in asked.items() if k <= exit_layer}
     summary = {
@@ -62,13 +60,9 @@ def generate(cfg: DictConfig) -> dict[str, Any]:
     }
     write_json(folder.path / "summary.json", summary)
     print(f"question: {question}\nanswer: {answer}")
-    if run is None:
-        print(f"no policy: the image goes through all {mllm.num_layers} layers")
-    else:
-        print(
-            f"visual tokens left after {exit_layer} of {mllm.num_layers} layers; decoder FLOPs of the prefill: ", end=""
-        )
-        print(f"{summary['cost']:.2f} of the full model's, which answers: {full_answer}")
+    where = f"after {exit_layer} of {mllm.num_layers}" if exit_layer < mllm.num_layers else "in no"
+    print(f"all visual tokens left {where} layers; decoder FLOPs of the prefill: ", end="")
+    print(f"{summary['cost']:.2f} of the full model's, which answers: {full_answer}")
     if isinstance(policy, DynamicExit):
         figure = exit_of_one_question(image, question, str(answer), probability, policy.thresholds, exit_layer)
         print(f"figure: {folder.save_figure('exit', figure)}")

@@ -37,6 +37,7 @@ from dyvte.policies.exits.dynamic_exit import DynamicExit
 from dyvte.policies.exits.fixed_exit import FixedExit
 from dyvte.policies.exits.vtw import VTW
 from dyvte.policies.pruning.fitprune import FitPrune, Recipe
+from dyvte.policies.unchanged import Unchanged
 from dyvte.runs.config import HYDRA_VERSION, compose, config_folder
 from dyvte.runs.store import RunFolder
 from dyvte.testbed.model import TestbedSizes, build_model
@@ -333,7 +334,7 @@ def test_an_answer_ends_at_a_generated_image_under_every_exit(model_folder: Path
     assert any(ids[-1] == mllm.image_token_id and len(ids) < TOKENS for ids in answer_ids)
     exits = pd.DataFrame(label_batch(mllm, samples, LabelSettings(TOKENS, ("text_last",), answers=True), {})["exits"])
     for layer in range(LAYERS + 1):
-        policy = None if layer == LAYERS else FixedExit(layer)
+        policy = Unchanged() if layer == LAYERS else FixedExit(layer)
         answers = evaluate_batch(mllm, policy, samples, TOKENS, {})["answers"]["answer"]
         assert answers.tolist() == exits.loc[exits["exit_layer"] == layer, "answer"].tolist(), layer
 

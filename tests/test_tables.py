@@ -20,8 +20,16 @@ from omegaconf import OmegaConf
 
 import dyvte
 from analysis.cost import Stopwatch, constant, measure, summarize
-from analysis.measuring.matched import Calibration, deciding_cost, kl_layers, largest_within, methods
-from analysis.measuring.methods import CALIBRATION, LABELS, Job, SeenPositions, describe, plan, run_job
+from analysis.measuring.methods import (
+    CALIBRATION,
+    Job,
+    SeenPositions,
+    deciding_cost,
+    describe,
+    exit_agreement,
+    plan,
+    run_job,
+)
 from analysis.plots.methods import draw_methods_at_cost
 from analysis.statistics.methods import Outcome, accuracy_of, compare_methods, exit_mixture, sentence
 from analysis.statistics.needs_image import in_words, known_hops, needs_image
@@ -35,6 +43,10 @@ from dyvte.data.shapes import ShapesDataset
 from dyvte.gates.metrics import best_mixture, mixture_cost
 from dyvte.gates.module import Gates
 from dyvte.mllm import MLLM
+from dyvte.policies.base import Policy
+from dyvte.policies.exits.vtw import kl_layers, mean_divergence
+from dyvte.policies.method import Calibration, largest_within
+from dyvte.policies.registry import labels, methods
 from dyvte.runs.config import compose
 from dyvte.testbed.model import TestbedSizes, build_model
 from dyvte.testbed.tokenizer import build_processor
@@ -56,20 +68,28 @@ def gates() -> Gates:
     return Gates(LAYERS, model().hidden_size)
 
 
+def can_be_matched(method: type[Policy]) -> bool:
+    """Whether a method has a setting for every budget that is not too small."""
+    return method.at_cost(Calibration(model(), [prompts()], gates()), 0.9) is not None
+
+
 @pytest.mark.parametrize(("budget", "expected"), [(0.5, 0.5), (2.0, 1.0), (-0.1, None), (0.0, 0.0)])
 def test_the_largest_setting_within_a_budget(budget: float, expected: float | None) -> None:
     found = largest_within(lambda x: x, budget)
     assert found == expected if expected is None else found == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", list(methods(gates())))
+MATCHED = [name for name, method in methods().items() if name not in ("none", "fixed_exit") and can_be_matched(method)]
+
+
+@pytest.mark.parametrize("name", MATCHED)
 @torch.no_grad()
 def test_every_method_meets_the_budget_as_counted_while_it_runs(name: str) -> None:
     mllm, batch = model(), prompts()
-    calibration = Calibration(mllm, [batch])
+    calibration = Calibration(mllm, [batch], gates())
     full = prefill_flops(mllm, batch).decoder
     for budget in (0.9, 0.7):
-        policy = methods(gates())[name](calibration, budget)
+        policy = methods()[name].at_cost(calibration, budget)
         assert policy is not None
         with policy(mllm):
             counted = prefill_flops(mllm, batch).decoder / full
@@ -80,17 +100,17 @@ def test_every_method_meets_the_budget_as_counted_while_it_runs(name: str) -> No
 
 def test_the_threshold_of_gates_meets_the_budget_on_the_questions_that_are_asked() -> None:
     mllm, gate = model(), gates()
-    others, asked = Calibration(mllm, [prompts(rows=2)]), Calibration(mllm, [prompts(seed=2, rows=12)])
+    others, asked = (Calibration(mllm, [each], gate) for each in (prompts(rows=2), prompts(seed=2, rows=12)))
     thresholds = [
-        methods(gate)["dynamic_exit"](each, 0.7).threshold
-        for each in (others, asked, Calibration(mllm, others.batches, asked=asked))
+        dyvte.DynamicExit.at_cost(each, 0.7).threshold
+        for each in (others, asked, Calibration(mllm, others.batches, gate, asked=asked))
     ]
     assert thresholds[0] != thresholds[1] == thresholds[2]
 
 
 def test_a_budget_below_the_text_alone_is_met_by_none() -> None:
-    calibration = Calibration(model(), [prompts()])
-    assert {name: make(calibration, 0.05) for name, make in methods(gates()).items()} == dict.fromkeys(methods(gates()))
+    calibration = Calibration(model(), [prompts()], gates())
+    assert {name: methods()[name].at_cost(calibration, 0.05) for name in MATCHED} == dict.fromkeys(MATCHED)
 
 
 @torch.no_grad()
@@ -197,10 +217,10 @@ def test_calibration_says_how_often_every_exit_keeps_the_answer() -> None:
             with dyvte.FixedExit(k)(mllm):
                 kept[k] += sum(a == b for a, b in zip(mllm.generate_ids(batch, max_new_tokens=2), full, strict=True))
     calibration = Calibration(mllm, batches)
-    assert calibration.agreement(2).tolist() == pytest.approx(kept / 5)
-    table = run_job(Job(CALIBRATION, None), calibration, None, [], 2)[CALIBRATION]
+    assert exit_agreement(calibration, 2).tolist() == pytest.approx(kept / 5)
+    table = run_job(Job(CALIBRATION, None), calibration, [], 2)[CALIBRATION]
     assert table["agreement"].tolist() == pytest.approx(kept / 5)
-    assert table["kl"].tolist() == pytest.approx(calibration.divergence.tolist())
+    assert table["kl"].tolist() == pytest.approx(mean_divergence(mllm, batches).tolist())
 
 
 def test_the_data_say_which_questions_need_the_image() -> None:
@@ -331,7 +351,7 @@ def rows_of_a_comparison() -> list[dict[str, Any]]:
 
 def test_the_figure_tells_apart_without_colour() -> None:
     leading = {(panel, 0.5): {"fastv": True, "random": False} for panel in ("accuracy", "accuracy_needs_image")}
-    drawing = draw_methods_at_cost(rows_of_a_comparison(), leading, LABELS, "made up")
+    drawing = draw_methods_at_cost(rows_of_a_comparison(), leading, labels(), "made up")
     names = [text.get_text() for text in drawing.axes[0].get_yticklabels()]
     assert names == ["FastV, 0.50", "VTW, 0.45", "random, 0.50", "dynamic exit, 0.70"]
     points = [line for line in drawing.axes[0].lines if line.get_marker() in ("o", "x") and len(line.get_xdata()) == 1]
@@ -380,7 +400,7 @@ def test_the_comparison_that_ships_is_of_todays_settings() -> None:
 @pytest.mark.parametrize("name", ["matched", *(f"table{number}" for number in range(1, 7))])
 def test_experiments_name_methods_that_exist(name: str) -> None:
     experiment = compose("tables", [f"experiment={name}"]).experiment
-    assert set(experiment.methods) <= {"none", "fixed_exit", *methods(gates())}
+    assert set(experiment.methods) <= set(methods())
     assert experiment.title
     for each in experiment.published:
         assert set(each) == {"method", "task", "quantity", "value"}
@@ -460,7 +480,7 @@ def test_tables_of_gates(model_folder: Path, tmp_path: Path) -> None:
 
 def test_policies_take_turns_and_ratios_are_paired() -> None:
     mllm, batch = model(), prompts(rows=2)
-    policies = {"none": None, "fixed_exit": dyvte.FixedExit(1)}
+    policies = {"none": dyvte.Unchanged(), "fixed_exit": dyvte.FixedExit(1)}
     repeats = measure(mllm, batch, policies, repeats=3, new_tokens=3, seed=0)
     assert len(repeats) == 2 * 3
     assert (repeats[["prefill_seconds", "decode_seconds"]] > 0).all().all()
@@ -485,7 +505,9 @@ def test_peak_memory_is_what_the_block_takes_at_most() -> None:
         del second, third
     assert memory.bytes == pytest.approx(2 * held.nbytes, rel=0.01)
     mllm, batch = model(), prompts(rows=4)
-    full, pruned = (constant(mllm, batch, policy)["peak_memory_bytes"] for policy in (None, dyvte.UniformDrop(0.1)))
+    full, pruned = (
+        constant(mllm, batch, policy)["peak_memory_bytes"] for policy in (dyvte.Unchanged(), dyvte.UniformDrop(0.1))
+    )
     assert full >= pruned > 0
 
 

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import pandas as pd
 import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
 from dyvte.batch import Batch
-from dyvte.cost.flops import plan_decoder_flops
+from dyvte.cost.flops import plan_decoder_flops, prefill_flops
 from dyvte.data.base import Dataset, Sample, build_dataset
 from dyvte.data.metrics import exact_match
 from dyvte.errors import ConfigError, DataError
 from dyvte.gates.module import Gates, load_gates
+from dyvte.instrument.sweep import exit_sweep, greedy_answer_ids
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy, Prefill
 from dyvte.policies.compose import Compose
-from dyvte.policies.exits.dynamic_exit import DynamicExit
+from dyvte.policies.exits.fixed_exit import FixedExit
+from dyvte.policies.exits.vtw import mean_divergence
+from dyvte.policies.method import Calibration
 from dyvte.policies.pruning.drop import RandomDrop
-from dyvte.policies.pruning.fastv import FastV
 from dyvte.policies.pruning.fitprune import FitPrune, Recipe
+from dyvte.policies.registry import methods
+from dyvte.policies.unchanged import Unchanged
 
-from .matched import Calibration, deciding_cost, methods
-
-NEEDS_GATES = ("dynamic_exit", "fastv_dynamic_exit")
-FROM_REFERENCE = ("none", "fixed_exit", "vtw")
-"""Methods whose answers are in the label set of the full model and every exit already."""
 CALIBRATION = "calibration"
 """Name of the run, and of its table, that says of every fixed exit what its calibration prompts make of it."""
 UNPUBLISHED_BUDGET = 0.5
@@ -49,11 +49,13 @@ class Job:
 
 def plan(experiment: DictConfig) -> list[Job]:
     """Every run of an experiment, in order; of fixed exits what their layers are chosen by, once."""
-    jobs = [Job(CALIBRATION, None)] if {"fixed_exit", "vtw"} & set(experiment.methods) else []
+    exits = any(issubclass(methods()[name], FixedExit) for name in experiment.methods)
+    jobs = [Job(CALIBRATION, None)] if exits else []
     for budget in experiment.budgets:
         for method in experiment.methods:
-            if method not in FROM_REFERENCE:
-                seeds = range(experiment.random_seeds if method.startswith("random") else 1)
+            if not from_reference(method):
+                seeded = "seed" in {each.name for each in fields(methods()[method])}
+                seeds = range(experiment.random_seeds if seeded else 1)
                 jobs += [Job(method, budget, seed) for seed in seeds]
     return jobs
 
@@ -78,26 +80,60 @@ def gates_of(cfg: DictConfig) -> Gates | None:
     Raises:
         ConfigError: no method, or an unknown one.
     """
-    names = cfg.experiment.methods
-    gates = load_gates(cfg.gates) if set(names) & set(NEEDS_GATES) else None
-    known = [*FROM_REFERENCE, *methods(gates)]
+    names = known_methods(cfg.experiment.methods, "experiment.methods")
+    return load_gates(cfg.gates) if any("gates" in methods()[name].needs for name in names) else None
+
+
+def known_methods(names: Sequence[str], key: str) -> list[str]:
+    """The names, checked.
+
+    Raises:
+        ConfigError: none, or an unknown one.
+    """
+    known = ", ".join(methods())
     if not names:
-        raise ConfigError(f"experiment {cfg.experiment.name} names no method; choose experiment.methods from {known}")
-    if unknown := [name for name in names if name not in known]:
-        raise ConfigError(f"unknown method {unknown[0]!r} in experiment {cfg.experiment.name}; choose from {known}")
-    return gates
+        raise ConfigError(f"{key} names no method; choose from {known}")
+    if unknown := [name for name in names if name not in methods()]:
+        raise ConfigError(f"{key} names {unknown[0]!r}, which is no method; choose from {known}")
+    return list(names)
 
 
-def load_calibration(mllm: MLLM, cfg: DictConfig) -> Calibration:
+def from_reference(method: str) -> bool:
+    """Whether a method's answers are in the label set of the full model and every exit already."""
+    return issubclass(methods()[method], (Unchanged, FixedExit))
+
+
+def load_calibration(mllm: MLLM, cfg: DictConfig, gates: Gates | None = None) -> Calibration:
     """The prompts of `calibration.data`, which settings are chosen on."""
     dataset = build_dataset(cfg.calibration.data)
-    return Calibration(mllm, [batch for _, batch in encoded(mllm, dataset, cfg.batch_size)])
+    return Calibration(mllm, [batch for _, batch in encoded(mllm, dataset, cfg.batch_size)], gates)
+
+
+def exit_agreement(calibration: Calibration, max_new_tokens: int) -> Tensor:
+    """[L + 1] share of the prompts that every exit answers as the full model does, in so many tokens at most."""
+    same = []
+    for batch in calibration.batches:
+        answers = greedy_answer_ids(calibration.mllm, batch, max_new_tokens)
+        same.append(exit_sweep(calibration.mllm, batch, answers, entropy=False).up_to_ties().agree)
+    return torch.cat(same).double().mean(0)
+
+
+def deciding_cost(calibration: Calibration, policy: Policy) -> float:
+    """What a policy computes to choose tokens or layers (scores, gates), over the full model's decoder FLOPs."""
+    batch = calibration.batches[0]
+
+    def outside(running: Policy) -> int:
+        with running(calibration.mllm):
+            count = prefill_flops(calibration.mllm, batch)
+        return count.total - count.decoder
+
+    rows, mean = len(batch["input_ids"]), replace(calibration, counted="flops").full / len(calibration.lengths)
+    return (outside(policy) - outside(Unchanged())) / rows / mean
 
 
 def run_job(
     job: Job,
     calibration: Calibration,
-    gates: Gates | None,
     batches: Sequence[tuple[list[Sample], Batch]],
     max_new_tokens: int,
 ) -> dict[str, pd.DataFrame]:
@@ -106,9 +142,10 @@ def run_job(
     Of `CALIBRATION`: what the layers of fixed exits and VTW, whose answers are there already, are chosen by.
     """
     if job.method == CALIBRATION:
-        kl, agreement = calibration.divergence.tolist(), calibration.agreement(max_new_tokens).tolist()
+        kl = mean_divergence(calibration.mllm, calibration.batches).tolist()
+        agreement = exit_agreement(calibration, max_new_tokens).tolist()
         return {CALIBRATION: pd.DataFrame({"exit_layer": range(len(kl)), "kl": kl, "agreement": agreement})}
-    policy = policy_at(job.method, job.budget, calibration, gates)
+    policy = policy_at(job.method, job.budget, calibration)
     if isinstance(policy, RandomDrop):
         policy.seed = job.seed
     label = {"method": job.method, "budget": job.budget, "seed": job.seed}
@@ -125,20 +162,13 @@ def run_job(
     }
 
 
-def policy_at(method: str, budget: float | None, calibration: Calibration, gates: Gates | None) -> Policy | None:
+def policy_at(method: str, budget: float | None, calibration: Calibration) -> Policy | None:
     """A method at a budget, None where it cannot meet it.
 
     Without a budget: as its paper or its training set it; the others at half of the full model's cost.
     """
-    if budget is None:
-        if method == "dynamic_exit" and gates is not None:
-            return DynamicExit(gates)
-        if method == "fastv":
-            return FastV()
-        if method == "fastv_dynamic_exit" and gates is not None:
-            return Compose([FastV(), DynamicExit(gates, min_layer=FastV().layer + 1)])
-        budget = UNPUBLISHED_BUDGET
-    return methods(gates)[method](calibration, budget)
+    found = methods()[method].published(calibration) if budget is None else None
+    return found or methods()[method].at_cost(calibration, UNPUBLISHED_BUDGET if budget is None else budget)
 
 
 @dataclass
@@ -149,7 +179,7 @@ class SeenPositions(Policy):
         masks: [B, N] of every layer, in the last prefill.
     """
 
-    masks: list[torch.Tensor] = field(default_factory=list, repr=False)
+    masks: list[Tensor] = field(default_factory=list, repr=False)
 
     def before_layer(self, layer: int, prefill: Prefill) -> None:
         """Note them."""
@@ -191,20 +221,3 @@ def describe(policy: Policy) -> str:
         if isinstance(value, (int, float, str)) and each.name != "seed" and value is not False:
             shown[each.name] = f"{value:.3g}" if isinstance(value, float) else value
     return " ".join(f"{name}={value}" for name, value in shown.items())
-
-
-LABELS = {
-    "none": "full model",
-    "fixed_exit": "fixed exit",
-    "vtw": "VTW",
-    "fastv": "FastV",
-    "pyramid_drop": "PyramidDrop",
-    "tome": "ToMe",
-    "fitprune": "FitPrune",
-    "divprune": "DivPrune",
-    "uniform": "uniform",
-    "random": "random",
-    "random_stratified": "stratified random",
-    "dynamic_exit": "dynamic exit",
-    "fastv_dynamic_exit": "FastV + dynamic exit",
-}

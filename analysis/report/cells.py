@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..measuring.methods import LABELS
+from dyvte.policies.registry import labels
+
 from .runs import FinishedRun, Limits, band_places
 
 
@@ -79,7 +80,7 @@ def spaced(name: Any) -> str:
 
 def policy_label(policy: Any) -> str:
     """Name of a policy as the tables write it."""
-    return LABELS.get(str(policy), spaced(policy))
+    return labels().get(str(policy), spaced(policy))
 
 
 def written(value: Any, unit: str) -> str:

@@ -13,9 +13,10 @@ from omegaconf import DictConfig
 
 from dyvte.gates.labels import LabelSet
 from dyvte.gates.metrics import best_mixture, share_interval
+from dyvte.policies.registry import labels
 from dyvte.runs.store import RunFolder
 
-from ..measuring.methods import CALIBRATION, FROM_REFERENCE, LABELS, UNPUBLISHED_BUDGET, plan
+from ..measuring.methods import CALIBRATION, UNPUBLISHED_BUDGET, from_reference, plan
 from .markdown import heading, markdown_table, percent_with_limits, published
 from .pairwise import Contest, Values, pairs_of, standings
 
@@ -53,13 +54,13 @@ def outcomes_of(folder: RunFolder, reference: LabelSet, experiment: DictConfig) 
     if {"fixed_exit", "vtw"} & set(names):
         table = folder.read_table(CALIBRATION)
         judged = {"fixed_exit": table["agreement"].to_numpy(), "vtw": -table["kl"].to_numpy()}
-    ran = any(job.method not in FROM_REFERENCE for job in plan(experiment) if job.method != CALIBRATION)
+    ran = any(not from_reference(job.method) for job in plan(experiment) if job.method != CALIBRATION)
     answers, settings = (folder.read_table(name) for name in ("answers", "settings")) if ran else (None, None)
     for budget in experiment.budgets:
         for method in names:
             if method in judged and not (method == "fixed_exit" and budget is None):
                 found.append(exit_mixture(reference, method, budget, judged[method]))
-            elif method not in FROM_REFERENCE:
+            elif not from_reference(method):
                 assert answers is not None
                 assert settings is not None
                 found.append(_from_runs(reference, method, budget, answers, settings))
@@ -247,7 +248,7 @@ def comparison_page(
     cells = [
         [
             _budget(row),
-            LABELS[row["method"]],
+            labels()[row["method"]],
             *(f"{row[name]:.3f}" for name in ("cost", "cost_needs_image", "deciding")),
             percent_with_limits(row, "accuracy"),
             percent_with_limits(row, "accuracy_needs_image"),
@@ -264,7 +265,7 @@ def comparison_page(
         of_kind = {row["kind"]: _count(row, "accuracy") for row in by_kind}
         shown: dict[tuple[str, str], dict[str, str]] = {}
         for row in by_kind:
-            own = shown.setdefault((_budget(row), LABELS[row["method"]]), {})
+            own = shown.setdefault((_budget(row), labels()[row["method"]]), {})
             own[row["kind"]] = percent_with_limits(row, "accuracy")
         head = ["budget", "method", *(f"{kind} (n = {n:,})" for kind, n in of_kind.items())]
         cells = [[*name, *(own[kind] for kind in of_kind)] for name, own in shown.items()]
@@ -298,18 +299,17 @@ def sentence(verdict: Mapping[str, Any], tolerance: float) -> str:
     where = "all questions" if verdict["on"] == "accuracy" else "questions that need the image"
     best, tied = verdict["ahead"], verdict["not_told_apart"]
     behind = [method for method in verdict["lead"] if method not in tied]
-    percent = f"{LABELS[best]} ({100 * verdict['accuracy']:.1f}%)"
+    percent = f"{labels()[best]} ({100 * verdict['accuracy']:.1f}%)"
     if not tied:
         nearest = min(verdict["lead"], key=lambda method: verdict["lead"][method][0])
         lead, low, high = (100 * each for each in verdict["lead"][nearest])
-        text = (
-            f"**{percent} is ahead** of all others, of {LABELS[nearest]} by {lead:.1f} points [{low:.1f}, {high:.1f}]."
-        )
+        by = f"{lead:.1f} points [{low:.1f}, {high:.1f}]"
+        text = f"**{percent} is ahead** of all others, of {labels()[nearest]} by {by}."
     else:
-        others = "all others" if not behind else ", ".join(LABELS[each] for each in tied)
+        others = "all others" if not behind else ", ".join(labels()[each] for each in tied)
         text = f"{percent} is the most accurate, **not told apart** from {others}."
         if behind:
-            text += f" Behind it: {', '.join(LABELS[each] for each in behind)}."
+            text += f" Behind it: {', '.join(labels()[each] for each in behind)}."
     dearer = {method: cost for method, cost in verdict["costs"].items() if cost > verdict["budget"] + tolerance}
     if dearer:
         text += f" On these, more than the budget is spent by {_with_costs(dearer)}."
@@ -319,7 +319,7 @@ def sentence(verdict: Mapping[str, Any], tolerance: float) -> str:
 
 
 def _with_costs(costs: Mapping[str, float]) -> str:
-    return ", ".join(f"{LABELS[method]} ({cost:.2f})" for method, cost in costs.items())
+    return ", ".join(f"{labels()[method]} ({cost:.2f})" for method, cost in costs.items())
 
 
 def what_it_means(verdicts: Sequence[Mapping[str, Any]], tolerance: float) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.measuring.methods import LABELS
 from analysis.measuring.shipped import shipped_files
 from analysis.statistics.markdown import markdown_table, percent_with_limits
 from analysis.statistics.methods import sentence, what_it_means
@@ -21,6 +20,7 @@ from analysis.tables import tables
 from docs.tooling.gallery import rounded
 from docs.tooling.generated import write_generated
 from dyvte.errors import DyvteError
+from dyvte.policies.registry import labels
 from dyvte.runs.config import compose
 from dyvte.runs.store import plain, write_json
 
@@ -63,7 +63,7 @@ def comparison_section(found: Mapping[str, Any]) -> str:
 
     head = ["method", *(f"{budget:g}, {name}" for name in SUBSETS.values() for budget in budgets)]
     body = [
-        [LABELS[method], *(cell(method, subset, budget) for subset in SUBSETS for budget in budgets)]
+        [labels()[method], *(cell(method, subset, budget) for subset in SUBSETS for budget in budgets)]
         for method in methods
         if method != "none"
     ]

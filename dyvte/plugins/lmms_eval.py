@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +80,8 @@ class Dyvte(lmms):
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         self.mllm: MLLM = load(pretrained, device=device, **given)
         overrides = [f"policy={policy}", *(f"policy.{name}={value}" for name, value in settings.items())]
-        self.policy: Policy | None = build_policy(compose("evaluate", overrides).policy)
-        if self.policy is not None:
-            self.policy.check(self.mllm)
+        self.policy: Policy = build_policy(compose("evaluate", overrides).policy)
+        self.policy.check(self.mllm)
         self.batch_size = int(batch_size)
         self.max_new_tokens = int(max_new_tokens)
         self.log_file = None if log_file is None else Path(log_file)
@@ -130,9 +128,9 @@ class Dyvte(lmms):
         batch = self.mllm.encode(images, questions)
         settings, stops = self._generation(requests[0].args[1])
         started = time.perf_counter()
-        with self._active() as run:
+        with self.policy(self.mllm) as run:
             ids = self.mllm.generate_ids(batch, **settings)
-            exits = (batch.layout.has_image * self.mllm.num_layers) if run is None else run.exit_layers
+            exits = run.exit_layers
         exits = exits[:: len(exits) // len(requests)]  # one a beam
         seconds = (time.perf_counter() - started) / len(requests)
         flops = self._flops(batch)
@@ -147,12 +145,9 @@ class Dyvte(lmms):
             for text, tokens in zip(answers, ids, strict=True)
         ]
 
-    def _active(self) -> Any:
-        return nullcontext() if self.policy is None else self.policy(self.mllm)
-
     def _flops(self, batch: Batch) -> float:
         """Of one question's prefill, the mean of a batch, padding included."""
-        with self._active(), torch.no_grad():
+        with self.policy(self.mllm), torch.no_grad():
             return prefill_flops(self.mllm, batch).total / len(batch["input_ids"])
 
     def _generation(self, asked: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -20,8 +20,8 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,8 @@ from dyvte.instrument.hooks import (
 from dyvte.layout import TokenLayout
 from dyvte.mllm import as_mllm
 from dyvte.model_parts import inner_models
+from dyvte.policies.generation import check_generation, same_settings
+from dyvte.policies.method import Calibration, Need, Source
 
 if TYPE_CHECKING:
     from dyvte.mllm import MLLM
@@ -146,7 +148,41 @@ class Policy:
 
     A policy object holds settings only; what belongs to one prefill goes to `Prefill.state`, so one object can serve
     several models and calls. Policies nest: inner ones decide after outer ones, on what is left.
+
+    Attributes:
+        name: of the method in `conf/policy/` and in tables; empty for what is no method by itself.
+        label: what tables and figures call it.
+        source: where it is from.
+        needs: what it takes beside the model and the prompt.
+        acts: "exits" if all visual tokens leave at once, "thins" if some stay, "" for neither; says what composes.
+        by_place: whether places in the whole grid of the image decide.
     """
+
+    name: ClassVar[str] = ""
+    label: ClassVar[str] = ""
+    source: ClassVar[Source] = Source()
+    needs: ClassVar[tuple[Need, ...]] = ()
+    acts: ClassVar[Literal["exits", "thins", ""]] = ""
+    by_place: ClassVar[bool] = False
+
+    def shares(self, mllm: MLLM) -> list[float]:
+        """Share of the visual tokens that each of the L decoder layers sees, from which a setting's cost is planned."""
+        raise UnsupportedError(f"{type(self).__name__} does not say which share of the tokens its layers see (shares)")
+
+    @classmethod
+    def at_cost(cls, calibration: Calibration, budget: float) -> Policy | None:
+        """The setting that costs `budget` (see `Calibration.counted`) on the prompts, None where none does.
+
+        By default `keep` is solved for, with all other settings at their defaults.
+        """
+        if "keep" not in {each.name for each in fields(cls)}:
+            return None
+        return calibration.solve(lambda keep: cls(keep=keep), budget)  # type: ignore[call-arg]
+
+    @classmethod
+    def published(cls, calibration: Calibration) -> Policy | None:
+        """The setting that its paper, or its training, made; None where there is none."""
+        return None
 
     def check(self, mllm: MLLM) -> None:
         """Refuse a model that the settings do not fit; called when the block is entered."""
@@ -239,7 +275,7 @@ class _Engine:
         generate = model.generate
 
         def checked_generate(*args: Any, **kwargs: Any) -> Any:
-            _check_generation(model, args, kwargs)
+            check_generation(model, args, kwargs)
             return generate(*args, **kwargs)
 
         with ExitStack() as stack:
@@ -390,47 +426,3 @@ class _Engine:
 
     def _cache_index(self, layer: int) -> int:
         return getattr(self.mllm.attentions[layer], "layer_idx", layer)
-
-
-DYNAMIC_CACHES = ("dynamic", "dynamic_full", "hybrid")
-"""Cache implementations that are dynamic; "hybrid" is what transformers itself takes for dynamic (its #40039)."""
-
-
-def same_settings(one: Any, other: Any) -> bool:
-    """Whether two settings, or lists of policies, are equal in type, values and weights."""
-    if one is other:
-        return True
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, Tensor):
-        return one.shape == other.shape and torch.equal(one, other.to(one.device))
-    if isinstance(one, nn.Module):
-        return same_settings(dict(one.state_dict()), dict(other.state_dict()))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same_settings(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same_settings, one, other))
-    if is_dataclass(one) and not isinstance(one, type):
-        return all(same_settings(getattr(one, each.name), getattr(other, each.name)) for each in fields(one))
-    return bool(one == other)
-
-
-def _check_generation(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse ways of generating that do not go through one prefill and single steps on a dynamic cache."""
-    config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
-    settings = {**copy.copy(config).to_dict(), **kwargs}
-    if model.training and getattr(model, "is_gradient_checkpointing", False):
-        raise UnsupportedError(
-            "gradient checkpointing in train mode generates without a KV cache: call model.eval() before generating"
-        )
-    if settings.get("prefill_chunk_size") is not None:
-        raise UnsupportedError("chunked prefill (prefill_chunk_size) is not supported: a policy needs the whole prompt")
-    assistant = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
-    for name in assistant:
-        if settings.get(name) is not None and settings[name] is not False:
-            raise UnsupportedError(
-                f"assisted decoding ({name}) is not supported: it takes tokens back from the KV cache"
-            )
-    implementation = settings.get("cache_implementation")
-    if implementation is not None and implementation not in DYNAMIC_CACHES:
-        raise UnsupportedError(f"a KV cache of kind {implementation!r} is not supported under a policy; use 'dynamic'")

@@ -13,19 +13,7 @@ from dyvte.errors import UnsupportedError
 from dyvte.layout import TokenLayout
 from dyvte.mllm import MLLM, as_mllm
 from dyvte.policies.base import Policy, PolicyRun, Prefill
-from dyvte.policies.exits.dynamic_exit import DynamicExit
 from dyvte.policies.exits.fixed_exit import FixedExit
-from dyvte.policies.merging.pooling import AveragePool
-from dyvte.policies.merging.tome import ToMe
-from dyvte.policies.pruning.divprune import DivPrune
-from dyvte.policies.pruning.drop import UniformDrop
-from dyvte.policies.pruning.fastv import FastV
-from dyvte.policies.pruning.fitprune import FitPrune
-from dyvte.policies.pruning.pyramid_drop import PyramidDrop
-
-EXITS = (FixedExit, DynamicExit)
-THINNING = (FastV, PyramidDrop, DivPrune, ToMe, FitPrune, UniformDrop, AveragePool)
-"""Policies that leave some of the visual tokens, of which one may run with others."""
 
 
 @dataclass
@@ -58,7 +46,7 @@ class Compose(Policy):
         exits = [policy.layer for policy in self.policies if isinstance(policy, FixedExit)]
         for policy in self.policies:
             start = getattr(policy, "layer", None)
-            if exits and isinstance(policy, THINNING) and start is not None and start >= exits[0]:
+            if exits and policy.acts == "thins" and start is not None and start >= exits[0]:
                 raise UnsupportedError(
                     f"{type(policy).__name__} starts at layer {start}, when the exit at layer {exits[0]} has taken all "
                     "visual tokens out"
@@ -79,16 +67,13 @@ class Compose(Policy):
 
 def senseless(first: Policy, second: Policy) -> str | None:
     """Why two policies should not run together, None if they may."""
-    if isinstance(first, EXITS) and isinstance(second, EXITS):
+    if first.acts == second.acts == "exits":
         return "the earlier of two exits decides alone (a latest layer for gates is DynamicExit's max_layer)"
-    pair = [each for each in (first, second) if isinstance(each, THINNING)]
-    if len(pair) == 2:
-        if any(isinstance(each, FitPrune) for each in pair):
-            return "a FitPrune recipe is fitted to attention over all visual tokens"
+    if first.acts == second.acts == "thins":
+        if any("calibration prompts" in each.needs for each in (first, second)):
+            return "a recipe that was calibrated by itself is fitted to all visual tokens"
         if type(first) is type(second):
             return "one with another setting does the same"
-        if any(isinstance(each, (AveragePool, UniformDrop)) for each in pair):
-            grid = [each for each in pair if isinstance(each, (AveragePool, UniformDrop))]
-            if len(grid) == 2:
-                return "both go by the places of the full visual grid"
+        if first.by_place and second.by_place:
+            return "both go by the places of the full visual grid"
     return None

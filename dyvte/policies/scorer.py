@@ -115,6 +115,8 @@ class ScorerPolicy(Policy):
             never been there (only for what leaves before layer 0).
     """
 
+    acts = "thins"
+
     keep: float = 0.5
     positions: str = "kept"
 
@@ -126,6 +128,16 @@ class ScorerPolicy(Policy):
     def stages(self, mllm: MLLM) -> Mapping[int, float]:
         """The decoder layers before which tokens leave, with the budget left of the whole image; by default 0."""
         return {0: self.keep}
+
+    def shares(self, mllm: MLLM) -> list[float]:
+        """The budget of the last stage before each layer."""
+        stages, share, found = self.stages(mllm), 1.0, list[float]()
+        for layer in range(mllm.num_layers):
+            share = stages.get(layer, share)
+            if isinstance(share, int):
+                raise UnsupportedError(f"{type(self).__name__}: costs are planned for shares, not {share} tokens")
+            found.append(share)
+        return found
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """[n] the higher, the sooner a token stays."""

@@ -24,6 +24,7 @@ from dyvte.instrument.sweep.criteria import kl_to_full
 from dyvte.layout import TokenLayout
 from dyvte.mllm import MLLM, as_mllm
 from dyvte.policies.base import Policy, PolicyRun, Prefill
+from dyvte.policies.method import Source
 
 
 @dataclass
@@ -35,6 +36,10 @@ class SkipAttention(Policy):
     Attributes:
         layers: decoder layers, 0-based.
     """
+
+    name = "skip_attention"
+    label = "skipped attention"
+    source = Source("2403.15226", "DoubtedSteam/EAS")
 
     layers: Sequence[int]
 

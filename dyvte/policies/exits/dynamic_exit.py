@@ -7,6 +7,7 @@ visual tokens once they have given what the answer needs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,11 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dyvte.errors import UnsupportedError
+from dyvte.errors import ConfigError, UnsupportedError
+from dyvte.gates.metrics import at_exit, first_exit
 from dyvte.gates.module import QUESTION, Gates, load_gates
 from dyvte.instrument.states import status_weights, token_status
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy, PolicyRun, Prefill
+from dyvte.policies.method import Calibration, Source, largest_within
 
 PROBABILITIES = "exit_probabilities"
 """Key of `Prefill.state` under which the gates' answers are kept: {k: [B]}."""
@@ -38,6 +41,12 @@ class DynamicExit(Policy):
         min_layer: no exit layer k below this one; 1 at the least, as the first gate follows the first layer.
         max_layer: rows still there leave at this exit layer at the latest. None lets them stay to the end (k = L).
     """
+
+    name = "dynamic_exit"
+    label = "dynamic exit"
+    source = Source("2411.19628", "DoubtedSteam/DyVTE")
+    needs = ("gates",)
+    acts = "exits"
 
     gates: Gates | str | Path
     threshold: float | Sequence[float] | Literal["auto"] = "auto"
@@ -64,6 +73,17 @@ class DynamicExit(Policy):
                 f"got {self.min_layer} and {self.max_layer}"
             )
         self.gates.to(mllm.device)
+
+    @classmethod
+    def at_cost(cls, calibration: Calibration, budget: float) -> Policy | None:
+        """One threshold for all gates, chosen for the mean cost over the prompts that are asked."""
+        threshold = threshold_at_cost(calibration, budget)
+        return None if threshold is None else cls(_gates_of(calibration), threshold)
+
+    @classmethod
+    def published(cls, calibration: Calibration) -> Policy | None:
+        """The threshold that training stored."""
+        return cls(_gates_of(calibration))
 
     @torch.no_grad()
     def before_layer(self, layer: int, prefill: Prefill) -> None:
@@ -102,3 +122,43 @@ def exit_probabilities(run: PolicyRun) -> dict[int, Tensor]:
     What a gate says about a row that left before it has no meaning.
     """
     return {} if run.prefill is None else dict(run.prefill.state.get(PROBABILITIES, {}))
+
+
+def _gates_of(calibration: Calibration) -> Gates:
+    if calibration.gates is None:
+        raise ConfigError("dynamic exit needs gates: give them with gates=FOLDER")
+    return calibration.gates
+
+
+def threshold_at_cost(calibration: Calibration, budget: float, before: Policy | None = None) -> float | None:
+    """The largest threshold within the budget: what gates say does not depend on it, so one pass is enough.
+
+    Args:
+        calibration: its `asked` prompts where there are some.
+        budget: see `Calibration.counted`.
+        before: a policy that thins first; the gates decide from the layer after its own on.
+
+    Returns:
+        None where no threshold is within the budget.
+    """
+    gates, asked = _gates_of(calibration), calibration.asked or calibration
+    mllm = asked.mllm
+    shares = [1.0] * mllm.num_layers if before is None else before.shares(mllm)
+    first = 1 if before is None else int(before.layer) + 1  # type: ignore[attr-defined]
+    never = DynamicExit(gates, threshold=2.0, min_layer=first)
+    said = []
+    for batch in asked.batches:
+        with ExitStack() as stack, torch.no_grad():
+            for each in ([] if before is None else [before]) + [never]:
+                run = stack.enter_context(each(mllm))
+            mllm.model(**batch, logits_to_keep=1)
+            found = exit_probabilities(run)
+        nothing = torch.zeros(len(batch["input_ids"]))
+        said.append(torch.stack([found.get(k, nothing).cpu() for k in range(1, mllm.num_layers)], dim=1))
+    probability, costs = torch.cat(said), asked.exit_costs(shares)
+
+    def cost(threshold: float) -> float:
+        exits = first_exit(probability, [threshold] * len(gates), first)
+        return float(at_exit(costs, exits).mean())
+
+    return largest_within(cost, budget, low=-1e-6, high=1.0)

@@ -15,6 +15,7 @@ from dyvte.errors import UnsupportedError
 from dyvte.layout import TokenLayout
 from dyvte.mllm import MLLM, as_mllm
 from dyvte.policies.base import Policy, PolicyRun, Prefill
+from dyvte.policies.method import Source
 from dyvte.policies.token_scores import images, place_in_image
 
 
@@ -54,6 +55,13 @@ class AveragePool(Policy):
         block: side of a block in tokens; `block ** 2` tokens become one.
     """
 
+    name = "average_pool"
+    label = "average pool"
+    source = Source()
+    needs = ("square grid",)
+    acts = "thins"
+    by_place = True
+
     block: int = 2
 
     def __post_init__(self) -> None:
@@ -86,6 +94,10 @@ class DownsampleImage(AveragePool):
     more than a smaller image would; of every block of tokens, which now see the same, the first one stays. The decoder
     saves what it would with a smaller image, the vision tower does not.
     """
+
+    name = "downsample_image"
+    label = "coarser image"
+    source = Source()
 
     @contextmanager
     def __call__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:

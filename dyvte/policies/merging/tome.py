@@ -21,6 +21,7 @@ from dyvte.errors import UnsupportedError
 from dyvte.layout import TokenLayout
 from dyvte.mllm import MLLM, as_mllm
 from dyvte.policies.base import Policy, PolicyRun, Prefill
+from dyvte.policies.method import Calibration, Source
 from dyvte.policies.pruning.fastv import check_share
 from dyvte.policies.token_scores import images, tokens_in_image
 
@@ -89,6 +90,11 @@ class ToMe(Policy):
             before each layer 0..L-1 (L numbers).
     """
 
+    name = "tome"
+    label = "ToMe"
+    source = Source("2210.09461", "facebookresearch/ToMe")
+    acts = "thins"
+
     keep: float | None = None
     merges: int | Sequence[int] | None = None
 
@@ -112,6 +118,17 @@ class ToMe(Policy):
                     f"ToMe: decoder layer {layer} ({type(mllm.attentions[layer]).__name__}) has no k_proj to take keys "
                     "from; use keep= to merge before the decoder"
                 )
+
+    def shares(self, mllm: MLLM) -> list[float]:
+        """`keep` from the first layer on; what `merges` leaves depends on the images."""
+        if self.keep is None:
+            return super().shares(mllm)
+        return [self.keep] * mllm.num_layers
+
+    @classmethod
+    def at_cost(cls, calibration: Calibration, budget: float) -> Policy | None:
+        """`keep` is solved for; one token stays at the least."""
+        return calibration.solve(lambda keep: cls(keep=max(keep, 1e-6)), budget)
 
     def schedule(self, num_layers: int) -> list[int]:
         """Tokens merged away in every image before each layer, where `merges` is given."""

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy, Prefill
+from dyvte.policies.method import Source
 from dyvte.policies.pruning.fastv import check_share
 from dyvte.policies.token_scores import keep_count, most_diverse
 
@@ -20,10 +22,19 @@ class DivPrune(Policy):
         keep: share of a row's visual tokens that stays, 0..1.
     """
 
+    name = "divprune"
+    label = "DivPrune"
+    source = Source("2503.02175", "vbdi/divprune")
+    acts = "thins"
+
     keep: float = 0.5
 
     def __post_init__(self) -> None:
         check_share("DivPrune: keep", self.keep)
+
+    def shares(self, mllm: MLLM) -> list[float]:
+        """`keep` from the first layer on."""
+        return [self.keep] * mllm.num_layers
 
     def before_layer(self, layer: int, prefill: Prefill) -> None:
         """Choose among the decoder's input embeddings."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy, Prefill
+from dyvte.policies.method import Source
 from dyvte.policies.pruning.fastv import check_share
 from dyvte.policies.token_scores import evenly_spaced, place_in_image, random_subset, stratified_subset
 
@@ -22,6 +23,12 @@ class UniformDrop(Policy):
         layer: number of decoder layers that see all visual tokens, 0..L-1.
     """
 
+    name = "uniform"
+    label = "uniform"
+    source = Source()
+    acts = "thins"
+    by_place = True
+
     keep: float = 0.5
     layer: int = 0
 
@@ -34,6 +41,10 @@ class UniformDrop(Policy):
             raise ValueError(
                 f"{type(self).__name__}: layer must be in 0..{mllm.num_layers - 1} for this model, got {self.layer}"
             )
+
+    def shares(self, mllm: MLLM) -> list[float]:
+        """All up to `layer`, then `keep`."""
+        return [1.0] * self.layer + [self.keep] * (mllm.num_layers - self.layer)
 
     def choose(self, size: int, keep: int) -> Tensor:
         """Which `keep` of an image's `size` tokens stay."""
@@ -65,6 +76,10 @@ class RandomDrop(UniformDrop):
         stratified: draw one token from each of as many compact regions of the grid as tokens stay.
     """
 
+    name = "random"
+    label = "random"
+    source = Source()
+
     seed: int = 0
     stratified: bool = False
 
@@ -72,3 +87,14 @@ class RandomDrop(UniformDrop):
         """A random subset."""
         draw = stratified_subset if self.stratified else random_subset
         return draw(size, keep, torch.Generator().manual_seed(self.seed))
+
+
+@dataclass
+class StratifiedDrop(RandomDrop):
+    """Keep one random visual token of every region of the grid."""
+
+    name = "random_stratified"
+    label = "stratified random"
+    source = Source()
+
+    stratified: bool = True

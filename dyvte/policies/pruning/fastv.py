@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from dyvte.errors import ConfigError
 from dyvte.mllm import MLLM
 from dyvte.policies.attention_policy import AttentionPolicy, LayerAttention
-from dyvte.policies.base import Prefill
+from dyvte.policies.base import Policy, Prefill
+from dyvte.policies.method import Calibration, Source
 from dyvte.policies.token_scores import drop_lowest, keep_count
 
 
@@ -28,6 +29,11 @@ class FastV(AttentionPolicy):
         keep: share of the visual tokens that stay, 0..1 (one minus the paper's R).
     """
 
+    name = "fastv"
+    label = "FastV"
+    source = Source("2403.06764", "pkunlp-icler/FastV")
+    acts = "thins"
+
     layer: int = 2
     keep: float = 0.5
 
@@ -41,6 +47,15 @@ class FastV(AttentionPolicy):
                 f"FastV: layer must be in 1..{mllm.num_layers - 1} for this model (a layer has to attend first), "
                 f"got {self.layer}"
             )
+
+    def shares(self, mllm: MLLM) -> list[float]:
+        """All up to `layer`, then `keep`."""
+        return [1.0] * self.layer + [self.keep] * (mllm.num_layers - self.layer)
+
+    @classmethod
+    def published(cls, calibration: Calibration) -> Policy | None:
+        """K = 2, R = 50%."""
+        return cls()
 
     def watched_layers(self, mllm: MLLM) -> Collection[int]:
         """The layer that ranks."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +30,8 @@ from dyvte.instrument.hooks import Selection
 from dyvte.layout import TokenLayout
 from dyvte.mllm import MLLM
 from dyvte.policies.attention_policy import AttentionPolicy, LayerAttention
-from dyvte.policies.base import Prefill
+from dyvte.policies.base import Policy, Prefill
+from dyvte.policies.method import Calibration, Source
 from dyvte.policies.token_scores import drop_lowest, keep_count, received_head_max
 from dyvte.runs.store import write_json
 from dyvte.stored_files import reason_of, short
@@ -214,10 +215,18 @@ def _is_share(value: Any, most: float = 1) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most
 
 
-def fit_recipe(mllm: MLLM, statistics: Statistics, budget: float) -> Recipe:
+def fit_recipe(
+    mllm: MLLM, statistics: Statistics, budget: float, cost_of: Callable[[Sequence[float]], float] | None = None
+) -> Recipe:
     """The recipe of the smallest alpha whose decoder FLOPs are within the budget.
 
     Deletion stops at the first layer behind which the budget holds without any more of it.
+
+    Args:
+        mllm: the model.
+        statistics: attention that visual tokens receive.
+        budget: cost over the full model's.
+        cost_of: cost of the share of tokens that every layer sees; by default `plan`, decoder FLOPs.
 
     Raises:
         ConfigError: the budget is less than text alone costs, or more than the full model.
@@ -229,7 +238,7 @@ def fit_recipe(mllm: MLLM, statistics: Statistics, budget: float) -> Recipe:
         shares = counts_for(statistics, alpha).double().mean(0).tolist()
         keep = [1.0] * mllm.num_layers
         for layer in range(mllm.num_layers):
-            cost = plan(mllm, statistics, keep)
+            cost = plan(mllm, statistics, keep) if cost_of is None else cost_of(keep)
             if cost <= budget:
                 return Recipe(keep, alpha, budget, cost, len(statistics.received))
             if layer + 1 < mllm.num_layers:
@@ -238,7 +247,8 @@ def fit_recipe(mllm: MLLM, statistics: Statistics, budget: float) -> Recipe:
 
     low, high, best = 0.0, 1.0, recipe_of(1.0)
     if best is None:
-        least = plan(mllm, statistics, [1.0, *[0.0] * (mllm.num_layers - 1)])
+        only_one = [1.0, *[0.0] * (mllm.num_layers - 1)]
+        least = plan(mllm, statistics, only_one) if cost_of is None else cost_of(only_one)
         raise ConfigError(f"FitPrune: a budget of {budget:g} cannot be met; one layer with the image costs {least:.3f}")
     while high - low > TOLERANCE:
         middle = (low + high) / 2
@@ -263,6 +273,12 @@ class FitPrune(AttentionPolicy):
     Attributes:
         recipe: a recipe, its fields, or a JSON file with one.
     """
+
+    name = "fitprune"
+    label = "FitPrune"
+    source = Source("2409.10197", "ywh187/FitPrune")
+    needs = ("calibration prompts",)
+    acts = "thins"
 
     recipe: Recipe | Mapping[str, Any] | str | Path
     _keep: list[float] = field(init=False, repr=False, compare=False)
@@ -293,6 +309,19 @@ class FitPrune(AttentionPolicy):
         """Refuse a recipe for another number of layers."""
         if len(self._keep) != mllm.num_layers:
             raise ConfigError(f"FitPrune: the recipe is for {len(self._keep)} layers, this model has {mllm.num_layers}")
+
+    def shares(self, mllm: MLLM) -> list[float]:
+        """The recipe's."""
+        return list(self._keep)
+
+    @classmethod
+    def at_cost(cls, calibration: Calibration, budget: float) -> Policy | None:
+        """The recipe of the smallest alpha within the budget."""
+        mllm = calibration.mllm
+        try:
+            return cls(fit_recipe(mllm, Statistics.collect(mllm, calibration.batches), budget, calibration.cost))
+        except ConfigError:  # less than one layer with the image costs
+            return None
 
     def watched_layers(self, mllm: MLLM) -> Collection[int]:
         """The layers after which tokens leave."""

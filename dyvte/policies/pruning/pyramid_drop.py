@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from dyvte.mllm import MLLM
 from dyvte.policies.attention_policy import AttentionPolicy, LayerAttention
 from dyvte.policies.base import Prefill
+from dyvte.policies.method import Source
 from dyvte.policies.pruning.fastv import check_share, remember_last_row
 from dyvte.policies.token_scores import drop_lowest, keep_count
 
@@ -24,6 +25,11 @@ class PyramidDrop(AttentionPolicy):
         stages: number of stages of equal length, 2..L.
         keep: share that survives each of the `stages - 1` stage ends; after n of them `keep ** n` is left.
     """
+
+    name = "pyramid_drop"
+    label = "PyramidDrop"
+    source = Source("2410.17247", "Cooperx521/PyramidDrop")
+    acts = "thins"
 
     stages: int = 4
     keep: float = 0.5
@@ -39,6 +45,11 @@ class PyramidDrop(AttentionPolicy):
     def stage_ends(self, num_layers: int) -> list[int]:
         """The layers before which tokens are dropped."""
         return [round(stage * num_layers / self.stages) for stage in range(1, self.stages)]
+
+    def shares(self, mllm: MLLM) -> list[float]:
+        """A power of `keep`, by the stages that have ended."""
+        ends = self.stage_ends(mllm.num_layers)
+        return [self.keep ** sum(end <= layer for end in ends) for layer in range(mllm.num_layers)]
 
     def watched_layers(self, mllm: MLLM) -> Collection[int]:
         """The last layer of every stage but the last."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from dyvte.policies.method import Source
 from dyvte.policies.vision.tiles import ByClassAttention
 
 
@@ -24,5 +25,10 @@ class FasterVLM(ByClassAttention):
         >>> with dyvte.FasterVLM(keep=64)(mllm):
         ...     answers = mllm.generate(batch)
     """
+
+    name = "fastervlm"
+    label = "FasterVLM"
+    source = Source("2412.01818", "Theia-4869/FasterVLM")
+    needs = ("vision tower",)
 
     keeps_separators: ClassVar[bool] = True

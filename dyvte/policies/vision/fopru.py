@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dyvte.errors import ConfigError
+from dyvte.policies.method import Source
 from dyvte.policies.scorer import VisualTokens, top
 from dyvte.policies.vision.tiles import ByClassAttention, grid_of_tile
 
@@ -33,6 +34,11 @@ class FoPru(ByClassAttention):
         >>> with dyvte.FoPru(keep=0.25, by="row")(mllm):
         ...     answers = mllm.generate(batch)
     """
+
+    name = "fopru"
+    label = "FoPru"
+    source = Source("2411.14164", unverified="encoder layer, row score and rounding: read in the abstract only")
+    needs = ("vision tower",)
 
     by: str = "rank"
 

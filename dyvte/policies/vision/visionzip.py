@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dyvte.instrument.vision_tower import TowerNeeds
 from dyvte.mllm import MLLM
+from dyvte.policies.method import Source
 from dyvte.policies.scorer import VisualTokens, top
 from dyvte.policies.vision.merging import merging_needs, merging_space, with_nearest
 from dyvte.policies.vision.tiles import ByClassAttention
@@ -37,6 +38,11 @@ class VisionZip(ByClassAttention):
         >>> with dyvte.VisionZip(keep=64)(mllm):
         ...     answers = mllm.generate(batch)
     """
+
+    name = "visionzip"
+    label = "VisionZip"
+    source = Source("2412.04467", "dvlab-research/VisionZip")
+    needs = ("vision tower",)
 
     contextual: float = 10 / 64
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dyvte.instrument.vision_tower import TowerNeeds
 from dyvte.mllm import MLLM
+from dyvte.policies.method import Source
 from dyvte.policies.scorer import VisualTokens, top
 from dyvte.policies.vision.merging import unit
 from dyvte.policies.vision.tiles import ByClassAttention, shown_layer
@@ -39,6 +40,11 @@ class VisPruner(ByClassAttention):
         >>> with dyvte.VisPruner(keep=64)(mllm):
         ...     answers = mllm.generate(batch)
     """
+
+    name = "vispruner"
+    label = "VisPruner"
+    source = Source("2412.01818", "Theia-4869/VisPruner")
+    needs = ("vision tower",)
 
     important: float = 0.5
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from dyvte.errors import ConfigError
 from dyvte.instrument.vision_tower import TowerNeeds, VisionTower
 from dyvte.mllm import MLLM
+from dyvte.policies.method import Source
 from dyvte.policies.scorer import VisualTokens
 from dyvte.policies.vision.tiles import PerTile
 
@@ -40,6 +41,11 @@ class VTCCLS(PerTile):
         >>> with dyvte.VTCCLS(keep=64)(mllm):
         ...     answers = mllm.generate(batch)
     """
+
+    name = "vtc_cls"
+    label = "VTC-CLS"
+    source = Source("2412.05819", "THU-MIG/VTC-CLS", unverified="first encoder layer of the tables")
+    needs = ("vision tower",)
 
     first: int | None = None
 

@@ -1,0 +1,97 @@
+"""The one registry of methods: a method that is there in part only fails here."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from families import FAMILIES, random_batch
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+
+import dyvte
+import dyvte.policies
+from dyvte.policies.base import Policy
+from dyvte.policies.method import Calibration, Need
+from dyvte.policies.registry import labels, methods
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = {file.stem: OmegaConf.load(file) for file in sorted((ROOT / "conf" / "policy").glob("*.yaml"))}
+
+
+def all_classes() -> dict[str, type[Policy]]:
+    """Every policy that a file of `dyvte/policies/` defines."""
+    found = {}
+    for module in pkgutil.walk_packages(dyvte.policies.__path__, "dyvte.policies."):
+        for name, value in inspect.getmembers(import_module(module.name), inspect.isclass):
+            if issubclass(value, Policy) and value.__module__ == module.name and not name.startswith("_"):
+                found[name] = value
+    return found
+
+
+def methods_in_files() -> list[str]:
+    """All but what methods are made of: classes without a name that others are built on."""
+    found = all_classes()
+    bases = {base for each in found.values() for base in each.__mro__[1:]}
+    return [name for name, each in found.items() if each not in bases or "name" in vars(each)]
+
+
+@pytest.mark.parametrize("name", methods_in_files())
+def test_a_method_says_everything_about_itself(name: str) -> None:
+    method = all_classes()[name]
+    for attribute in ("name", "label", "source"):
+        assert attribute in vars(method), f"{name} has no {attribute} of its own"
+    assert methods().get(method.name) is method, f"{name} is not exported by dyvte, or its name is taken"
+    assert method.name in CONFIGS, f"conf/policy/{method.name}.yaml is missing"
+    assert set(method.needs) <= set(get_args(Need))
+    source = method.source
+    assert re.fullmatch(r"(\d{4}\.\d{5})?", source.paper), source
+    assert re.fullmatch(r"([\w.-]+/[\w.-]+)?", source.code), source
+    pages = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md") if page.stem != "reference")
+    assert f"`{name}" in pages, f"no page of docs/ shows {name}"
+
+
+def test_labels_tell_methods_apart() -> None:
+    assert len(set(labels().values())) == len(methods())
+    assert all(labels().values())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_is_of_the_method_of_its_name(name: str) -> None:
+    """Or of a variant, whose name starts with the method's."""
+    method = get_class(CONFIGS[name]["_target_"])
+    assert name == method.name or name.startswith(f"{method.name}_")
+    assert (
+        str(CONFIGS[name]._get_node("name")._value()).startswith(name)
+        or "dyvte.name_with" in (ROOT / "conf" / "policy" / f"{name}.yaml").read_text()
+    )
+
+
+SHARES = [name for name, method in methods().items() if method.acts == "thins" and "square grid" not in method.needs]
+
+
+@pytest.mark.parametrize("name", SHARES)
+@torch.no_grad()
+def test_a_method_that_thins_says_what_its_layers_see(name: str) -> None:
+    """The planned shares are what the layers run on."""
+    mllm = FAMILIES["llava"](0, num_layers=6)
+    batch = random_batch(mllm, torch.Generator().manual_seed(1), (1, 1))
+    policy = methods()[name].at_cost(Calibration(mllm, [batch]), 0.8)
+    assert policy is not None
+    seen: list[torch.Tensor] = []
+
+    class Watch(Policy):
+        def before_layer(self, layer: int, prefill: dyvte.Prefill) -> None:
+            seen.append((prefill.kept & prefill.layout.visual).sum(1))
+
+    with policy(mllm), Watch()(mllm):
+        mllm.model(**batch)
+    counts = torch.stack(seen, dim=1) / batch.layout.visual.sum(1, keepdim=True)
+    expected = torch.tensor(policy.shares(mllm)).expand_as(counts)
+    torch.testing.assert_close(counts, expected.to(counts), atol=1.5 / 16, rtol=0)
