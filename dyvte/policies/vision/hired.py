@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dyvte.instrument.vision_tower import TowerNeeds
 from dyvte.mllm import MLLM
+from dyvte.policies.method import Source
 from dyvte.policies.scorer import ScorerPolicy, VisualTokens, top
 from dyvte.policies.vision.tiles import full_view, shared_out, with_spare_separators
 
@@ -38,6 +39,11 @@ class HiRED(ScorerPolicy):
         >>> with dyvte.HiRED(keep=0.2)(mllm):
         ...     answers = mllm.generate(batch)
     """
+
+    name = "hired"
+    label = "HiRED"
+    source = Source("2408.10945", "hasanar1f/HiRED")
+    needs = ("vision tower",)
 
     full_share: float = 0.5
     count_layer: int = 0

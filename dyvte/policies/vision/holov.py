@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dyvte.instrument.vision_tower import TowerNeeds
 from dyvte.mllm import MLLM
+from dyvte.policies.method import Source
 from dyvte.policies.scorer import ScorerPolicy, VisualTokens, top
 from dyvte.policies.vision.merging import unit
 from dyvte.policies.vision.tiles import shared_out, with_spare_separators
@@ -40,6 +41,11 @@ class HoloV(ScorerPolicy):
         >>> with dyvte.HoloV(keep=64)(mllm):
         ...     answers = mllm.generate(batch)
     """
+
+    name = "holov"
+    label = "HoloV"
+    source = Source("2510.02912", "obananas/HoloV")
+    needs = ("vision tower",)
 
     strips: int = 16
     variety: float = 0.09

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dyvte.instrument.vision_tower import TowerNeeds
 from dyvte.mllm import MLLM
+from dyvte.policies.method import Source
 from dyvte.policies.scorer import VisualTokens, top
 from dyvte.policies.token_scores import evenly_spaced
 from dyvte.policies.vision.merging import merging_needs, merging_space, unit
@@ -48,6 +49,11 @@ class PruMerge(PerTile):
         >>> with dyvte.PruMerge()(mllm):
         ...     answers = mllm.generate(batch)
     """
+
+    name = "prumerge"
+    label = "PruMerge"
+    source = Source("2403.15388", "42Shawn/LLaVA-PruMerge")
+    needs = ("vision tower",)
 
     keep: float | None = None  # type: ignore[assignment]
     neighbours: int = 32
@@ -113,6 +119,11 @@ class PruMergePlus(PruMerge):
         >>> with dyvte.PruMergePlus(keep=0.25)(mllm):
         ...     answers = mllm.generate(batch)
     """
+
+    name = "prumerge_plus"
+    label = "PruMerge+"
+    source = Source("2403.15388", "42Shawn/LLaVA-PruMerge")
+    needs = ("vision tower",)
 
     _evenly_spaced: ClassVar[bool] = True
 
