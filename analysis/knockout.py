@@ -23,6 +23,7 @@ from dyvte.mllm import MLLM
 from dyvte.runs import store
 from dyvte.runs.config import command, load_model
 
+from .measuring.image_objects import knows_targets
 from .measuring.knockout import KnockoutMeasurement
 from .measuring.runs import closing_line, measure_dataset
 from .plots import causal as plots
@@ -44,9 +45,13 @@ def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any] | None:
         The summary; None in processes other than the main one.
     """
     check_model(mllm)
-    measure = KnockoutMeasurement.of(mllm, cfg)
+    objects = knows_targets(dataset) if cfg.objects is None else cfg.objects
+    if objects and not knows_targets(dataset):
+        raise ConfigError(f"objects=true: data={cfg.data.name} does not say which objects an answer rests on")
+    measure = KnockoutMeasurement.of(mllm, cfg, objects)
     names = ("max_new_tokens", "width", "paths", "replace", "control", "entry_exit")
     settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(names)))
+    settings["objects"] = objects
     folder = measure_dataset(cfg, mllm, dataset, measure, **settings)
     if folder is None:
         return None
@@ -149,6 +154,8 @@ def draw(summary: Mapping[str, Any]) -> dict[str, plt.Figure]:
         figures["replacement"] = plots.draw_replacements(summary)
     if any("(random)" in name for name in effects):
         figures["controls"] = plots.draw_controls(summary)
+    if any("(objects)" in name for name in effects):
+        figures["objects"] = plots.draw_objects(summary)
     if summary["overall"]["entry_exit"]:
         figures["entry_exit"] = plots.draw_entry_exit(summary)
     if len(summary["kinds"]) > 1:

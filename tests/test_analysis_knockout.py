@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from omegaconf import DictConfig
 from test_exits import random_model
 
 from analysis import knockout
+from analysis.measuring.image_objects import target_keys
 from analysis.measuring.knockout import cuts_of
 from analysis.statistics.causal import effect_band
+from dyvte.data.english import EnglishDataset
 from dyvte.data.shapes import ShapesDataset
 from dyvte.errors import ConfigError
 from dyvte.instrument.causal import all_windows
 from dyvte.runs.config import compose
+from dyvte.testbed.world import GRID
 
 
 def config(folder: Path, *overrides: str) -> DictConfig:
@@ -69,3 +74,32 @@ def test_bands_have_a_width_where_all_agree() -> None:
 def test_settings_that_do_not_fit(tmp_path: Path, override: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         cuts_of(config(tmp_path, override))
+
+
+def test_objects_of_the_answer_are_cut_beside_as_many_other_patches(tmp_path: Path) -> None:
+    mllm, dataset = random_model(), EnglishDataset("test", 12)
+    samples = [sample for sample in dataset.readable() if sample.image is not None][:6]
+    batch = mllm.encode([sample.image for sample in samples], [sample.question for sample in samples])
+    objects, others = target_keys(mllm, batch, samples, 0)
+    assert not (objects & others).any()
+    assert not ((objects | others) & ~batch.layout.visual).any()
+    assert torch.equal(objects.sum(1), others.sum(1))
+    side = math.isqrt(int(batch.layout.visual[0].sum()))
+    for row, sample in enumerate(samples):
+        number = batch.layout.visual[row].nonzero().flatten().tolist()
+        cells = {tuple(cell) for cell in sample.metadata["target"]}
+        of_objects = {
+            position
+            for index, position in enumerate(number)
+            if (index // side * GRID // side, index % side * GRID // side) in cells
+        }
+        found = set(objects[row].nonzero().flatten().tolist())
+        assert found in (of_objects, set())
+        assert found or not cells or len(of_objects) > len(number) / 2
+
+    knockout.run(config(tmp_path, "control=false", "entry_exit=false", "replace=[]"), mllm, dataset)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {"objects", "knockout"} <= set(summary["figures"])
+    assert "instruction->visual (objects)" in summary["over_control"]
+    with pytest.raises(ConfigError, match="does not say which objects"):
+        knockout.run(config(tmp_path / "b", "objects=true"), mllm, ShapesDataset("test", 8))

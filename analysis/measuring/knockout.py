@@ -22,6 +22,8 @@ from dyvte.instrument.causal.groups import group_masks
 from dyvte.instrument.sweep import greedy_answer_ids
 from dyvte.mllm import MLLM
 
+from .image_objects import target_keys
+
 RANDOM = "as many random keys"
 ZHANG_WIDTH = 9 / 32
 """Share of the layers in a window of Zhang et al. 2024 (arXiv 2411.18620)."""
@@ -32,7 +34,8 @@ class Cut:
     """One line of the figures: a path, and what happens to it.
 
     Attributes:
-        what: "cut", "mean", "swap", or "random" for as many random keys in place of the path's.
+        what: "cut", "mean", "swap", "random" for as many random keys in place of the path's, "objects" for the patches
+            of the objects that the answer rests on, "other patches" for as many random ones of the same image.
     """
 
     queries: str
@@ -45,8 +48,14 @@ class Cut:
         return f"{self.queries}->{self.keys}" + ("" if self.what == "cut" else f" ({self.what})")
 
 
-def cuts_of(cfg: DictConfig) -> list[Cut]:
+OF_THE_IMAGE = ("objects", "other patches")
+
+
+def cuts_of(cfg: DictConfig, objects: bool = False) -> list[Cut]:
     """What a configuration asks for, controls behind the paths.
+
+    Args:
+        objects: also cut the objects that an answer rests on off the instruction.
 
     Raises:
         ConfigError: unknown groups or replacements.
@@ -62,6 +71,7 @@ def cuts_of(cfg: DictConfig) -> list[Cut]:
     return [
         *(Cut(path[0], path[1], "cut") for path in paths),
         *(Cut("instruction", "visual", what) for what in cfg.replace),
+        *(Cut("instruction", "visual", what) for what in OF_THE_IMAGE if objects),
         *(Cut(path[0], path[1], "random") for path in paths if cfg.control),
     ]
 
@@ -79,11 +89,13 @@ class KnockoutMeasurement:
     seed: int
 
     @classmethod
-    def of(cls, mllm: MLLM, cfg: DictConfig) -> KnockoutMeasurement:
-        """The measurement that a configuration asks for."""
+    def of(cls, mllm: MLLM, cfg: DictConfig, objects: bool = False) -> KnockoutMeasurement:
+        """The measurement that a configuration asks for; `objects` if the data know what answers rest on."""
         width = max(1, round(ZHANG_WIDTH * mllm.num_layers)) if cfg.width is None else cfg.width
         windows = windows_of_width(mllm.num_layers, width)
-        return cls(mllm, cuts_of(cfg), windows, cfg.entry_exit, cfg.max_new_tokens, cfg.branch_tokens, cfg.seed)
+        return cls(
+            mllm, cuts_of(cfg, objects), windows, cfg.entry_exit, cfg.max_new_tokens, cfg.branch_tokens, cfg.seed
+        )
 
     @torch.no_grad()
     def __call__(self, samples: list[Sample]) -> dict[str, pd.DataFrame]:
@@ -148,19 +160,27 @@ class KnockoutMeasurement:
             indices = [
                 index
                 for index, each in enumerate(self.cuts)
-                if each.what == mode or (each.what == "random" and mode == "cut")
+                if each.what == mode or (each.what in ("random", *OF_THE_IMAGE) and mode == "cut")
             ]
             if not indices:
                 continue
             chosen = [self.cuts[index] for index in indices]
             sets = {each.name: self._random_keys(ids, batch, each) for each in chosen if each.what == "random"}
-            paths = [(each.queries, each.name if each.what == "random" else each.keys) for each in chosen]
+            of_image = [each for each in chosen if each.what in OF_THE_IMAGE]
+            if of_image:
+                keys = dict(zip(OF_THE_IMAGE, target_keys(self.mllm, batch, samples, self.seed), strict=True))
+                sets |= {each.name: keys[each.what] for each in of_image}
+            paths = [(each.queries, each.name if each.name in sets else each.keys) for each in chosen]
             donors = find_donors(batch.layout, [sample.image_id for sample in samples]) if mode == "swap" else None
             cut = self._run(samples, batch, answers, paths, self.windows, mode=mode, donors=donors, key_sets=sets)
             table = _rows(ids, cut, indices, self.windows)
             if donors is not None:  # rows without a donor say nothing
                 alone = [ids[row] for row, donor in enumerate(donors) if donor == row]
                 table = table[~table["id"].isin(alone)]
+            if of_image:  # nor do rows whose objects are unknown
+                unknown = [ids[row] for row, found in enumerate(keys["objects"].any(1).tolist()) if not found]
+                numbers = [self.cuts.index(each) for each in of_image]
+                table = table[~(table["id"].isin(unknown) & table["cut"].isin(numbers))]
             tables.append(table)
         joined = pd.concat(tables, ignore_index=True)
         joined.insert(2, "name", [self.cuts[index].name for index in joined["cut"]])

@@ -25,6 +25,7 @@ LABELS = {
     "first_token_percent": "change of p(first token) (%)",
 }
 REPLACED = {"mean": "replaced by their mean", "swap": "those of another image", "random": "as many random keys"}
+OF_THE_IMAGE = {"objects": "patches of the answer's objects", "other patches": "as many other patches"}
 
 
 def cut_label(name: str) -> str:
@@ -32,7 +33,7 @@ def cut_label(name: str) -> str:
     path, _, what = name.partition(" (")
     queries, keys = path.replace("visual", "image").split("->")
     label = f"{queries} \N{LEFTWARDS ARROW} {keys}"
-    return f"{label}, {REPLACED[what.rstrip(')')]}" if what else label
+    return f"{label}, {(REPLACED | OF_THE_IMAGE)[what.rstrip(')')]}" if what else label
 
 
 def _note(group: Summary) -> str:
@@ -73,6 +74,13 @@ def draw_replacements(summary: Summary) -> Figure:
     wanted = ["instruction->visual", *(f"instruction->visual ({what})" for what in REPLACED)]
     names = [name for name in wanted if name in summary["overall"]["effects"]]
     return _panels(summary, names, "Cutting the image off, and putting another in its place")
+
+
+def draw_objects(summary: Summary) -> Figure:
+    """The whole image cut off, the patches of the answer's objects alone, and as many other patches of the image."""
+    effects = summary["overall"]["effects"]
+    names = [n for n in ("instruction->visual", *(f"instruction->visual ({w})" for w in OF_THE_IMAGE)) if n in effects]
+    return _panels(summary, names, "Cutting off the objects that the answer rests on, and as many other patches")
 
 
 def draw_controls(summary: Summary) -> Figure:

@@ -121,8 +121,14 @@ class CausalGroup:
 def over_control(
     effects: dict[str, Array], names: Sequence[str], images: Clusters, n_boot: int, seed: int
 ) -> dict[str, Any]:
-    """How much more each path does than as many random keys, question by question: name -> measure -> band."""
-    pairs = [(name, names.index(f"{name} (random)")) for name in names if f"{name} (random)" in names]
+    """How much more each path does than its control, question by question: name -> measure -> band.
+
+    The control of a path is as many random keys, that of an image's objects as many of its other patches.
+    """
+    controls = {name: f"{name} (random)" for name in names} | {
+        name: name.replace("(objects)", "(other patches)") for name in names if "(objects)" in name
+    }
+    pairs = [(name, names.index(control)) for name, control in controls.items() if control in names]
     if not pairs:
         return {}
     found: dict[str, Any] = {name: {} for name, _ in pairs}
