@@ -92,10 +92,9 @@ def summarise(cfg: DictConfig, folder: store.RunFolder, measure: KnockoutMeasure
 
     kinds = samples["kind"].astype(str).to_numpy()
     groups = {"all": group(np.ones(len(samples), bool))}
-    # A bootstrap over a few images means nothing: such kinds are left out.
-    groups |= {
-        kind: group(kinds == kind) for kind in sorted(set(kinds)) if count_images(images[kinds == kind]) >= MIN_CLUSTERS
-    }
+    # A bootstrap over a few images means nothing: such kinds are left out. Data without kinds call theirs "all".
+    named = sorted(set(kinds) - {"all"})
+    groups |= {kind: group(kinds == kind) for kind in named if count_images(images[kinds == kind]) >= MIN_CLUSTERS}
     folder.write_table("curves", curves_table(groups, names, measure.windows))
     summary_of = {name: each.summary(names) for name, each in groups.items()}
     content = store.plain(

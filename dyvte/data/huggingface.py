@@ -151,8 +151,13 @@ def _load(
             return datasets.load_dataset(path, subset)
         _check_hub(path, revision)
         return datasets.load_dataset(path, subset, split=split, revision=revision)  # no other split is downloaded
+    except StopIteration:  # what `datasets` raises where a file holds no row
+        raise DataError(f"cannot load data set {path!r}: it holds no rows (set data.path)") from None
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        # "An error occurred while generating the dataset" hides what it was
+        hidden = isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None
+        told = error.__cause__ if hidden else error
+        reason = next(iter(str(told).strip().splitlines()), type(told).__name__)
         raise DataError(f"cannot load data set {path!r}: {reason} (set data.path)") from error
 
 
