@@ -45,6 +45,13 @@ _PUBLIC = {
     "FastV": "dyvte.policies.pruning.fastv",
     "PyramidDrop": "dyvte.policies.pruning.pyramid_drop",
     "ToMe": "dyvte.policies.merging.tome",
+    "HiMAP": "dyvte.policies.decoder.himap",
+    "SparseVLM": "dyvte.policies.decoder.sparsevlm",
+    "DART": "dyvte.policies.decoder.dart",
+    "FEATHER": "dyvte.policies.decoder.feather",
+    "VScanDecoder": "dyvte.policies.decoder.vscan",
+    "AIM": "dyvte.policies.decoder.aim",
+    "YOPO": "dyvte.policies.decoder.yopo",
     "FitPrune": "dyvte.policies.pruning.fitprune",
     "DivPrune": "dyvte.policies.pruning.divprune",
     "FasterVLM": "dyvte.policies.vision.fastervlm",
@@ -98,6 +105,13 @@ if TYPE_CHECKING:  # what a type checker sees; a test holds it to the names abov
     from dyvte.policies.base import PolicyRun as PolicyRun
     from dyvte.policies.base import Prefill as Prefill
     from dyvte.policies.compose import Compose as Compose
+    from dyvte.policies.decoder.aim import AIM as AIM
+    from dyvte.policies.decoder.dart import DART as DART
+    from dyvte.policies.decoder.feather import FEATHER as FEATHER
+    from dyvte.policies.decoder.himap import HiMAP as HiMAP
+    from dyvte.policies.decoder.sparsevlm import SparseVLM as SparseVLM
+    from dyvte.policies.decoder.vscan import VScanDecoder as VScanDecoder
+    from dyvte.policies.decoder.yopo import YOPO as YOPO
     from dyvte.policies.exits.dynamic_exit import DynamicExit as DynamicExit
     from dyvte.policies.exits.dynamic_exit import exit_probabilities as exit_probabilities
     from dyvte.policies.exits.fixed_exit import FixedExit as FixedExit

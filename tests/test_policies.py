@@ -50,6 +50,7 @@ DROPPING: dict[str, Callable[[], Policy]] = {
     "fastv_fixed_exit": lambda: dyvte.Compose([dyvte.FastV(layer=1, keep=0.5), dyvte.FixedExit(3)]),
     "divprune_fastv": lambda: dyvte.Compose([dyvte.DivPrune(keep=0.8), dyvte.FastV(layer=2, keep=0.4)]),
     "vtw": lambda: dyvte.VTW(layer=2),
+    "aim": lambda: dyvte.AIM(keep=0.5),
 }
 """Policies that leave positions out and change nothing else."""
 
@@ -65,6 +66,7 @@ CHANGING: dict[str, Callable[[], Policy]] = {
 GRID: dict[str, Callable[[], Policy]] = {
     "average_pool": lambda: dyvte.AveragePool(block=2),
     "downsample_image": lambda: dyvte.DownsampleImage(block=2),
+    "yopo": lambda: dyvte.YOPO(keep=0.75, window=3),
 }
 """Policies that need a square grid of visual tokens."""
 

@@ -16,6 +16,7 @@ from policy_properties import (
 from test_policies import EXACT, LAYERS, batch_of, generate, kept_under, model, pristine, with_keys_hidden
 from torch import Tensor, tensor
 
+import dyvte
 from dyvte.cost.measure import kv_cache_bytes
 from dyvte.errors import ConfigError, DyvteError, UnsupportedError
 from dyvte.policies.base import Policy
@@ -56,10 +57,15 @@ DROPPING: dict[str, Callable[[], Policy]] = {
     "vispruner": lambda: VisPruner(keep=0.5),
     "holov": lambda: HoloV(keep=0.5),
     "hired": lambda: HiRED(keep=0.5),
+    "himap": lambda: dyvte.HiMAP(keep=0.6),
+    "dart": lambda: dyvte.DART(keep=0.5, layer=1, image_pivots=1, text_pivots=2),
+    "feather": lambda: dyvte.FEATHER(keep=0.6),
+    "vscan_decoder": lambda: dyvte.VScanDecoder(keep=0.5),
 }
 """Methods that leave positions out and change nothing else, by what they are configured as."""
 
 MERGING: dict[str, Callable[[], Policy]] = {
+    "sparsevlm": lambda: dyvte.SparseVLM(keep=0.5),
     "visionzip": lambda: VisionZip(keep=0.5, contextual=0.5),
     "prumerge_plus": lambda: PruMergePlus(keep=0.5),
     "prumerge_outliers": lambda: PruMerge(neighbours=2),

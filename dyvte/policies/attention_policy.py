@@ -17,7 +17,7 @@ from dyvte.instrument.role_attention import allowed_pairs
 from dyvte.layout import TokenLayout
 from dyvte.mllm import MLLM, as_mllm
 from dyvte.policies.base import Policy, PolicyRun, Prefill
-from dyvte.policies.token_scores import attention_rows
+from dyvte.policies.token_scores import MAP_ENTRIES, attention_rows
 
 
 @dataclass
@@ -80,6 +80,23 @@ class LayerAttention:
             None if bias is None else bias.gather(1, at.expand(-1, 1, width)),
             self.call.softcap,
         )[:, :, 0]
+
+    def received(self, queries: Tensor) -> Tensor:
+        """Attention [b, n] that every key receives from some queries: mean over heads, summed over them.
+
+        Args:
+            queries: [B, N] boolean, positions of the whole sequence.
+        """
+        asked = self.selection.pack(queries.float())
+        if self.selection.valid is not None:
+            asked = asked * self.selection.valid
+        places = asked.any(0).nonzero().flatten().tolist()
+        received = torch.zeros_like(asked)
+        at_once = max(1, MAP_ENTRIES // (asked.numel() * self.num_heads))
+        for start in range(places[0], places[-1] + 1, at_once) if places else ():
+            part = slice(start, min(start + at_once, places[-1] + 1))
+            received += (asked[:, None, part] @ self.rows(part).mean(1))[:, 0]
+        return received
 
     def unpacked(self, packed: Tensor, like: Tensor) -> Tensor:
         """Values [b, n] of the selected positions within [B, N], zero elsewhere."""

@@ -86,6 +86,18 @@ class VisualTokens:
             tower=None if self.tower is None else self.tower.at(index),
         )
 
+    @property
+    def received(self) -> Tensor:
+        """`seen`; never None where `watched_layers` names some."""
+        assert self.seen is not None
+        return self.seen
+
+    @property
+    def text_received(self) -> Tensor:
+        """`text_seen`; never None where `watched_layers` names some."""
+        assert self.text_seen is not None
+        return self.text_seen
+
     def of_tower(self) -> TowerTokens:
         """What the vision tower says; never None where `tower_needs` asks for something."""
         assert self.tower is not None

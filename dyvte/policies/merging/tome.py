@@ -10,17 +10,16 @@ of its key in all later layers, for generated tokens too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dyvte.errors import UnsupportedError
 from dyvte.layout import TokenLayout
 from dyvte.mllm import MLLM, as_mllm
 from dyvte.policies.base import Policy, PolicyRun, Prefill
+from dyvte.policies.decoder.stages import keep_projections, projected, projection_of
 from dyvte.policies.method import Calibration, Source
 from dyvte.policies.pruning.fastv import check_share
 from dyvte.policies.token_scores import images, tokens_in_image
@@ -113,11 +112,7 @@ class ToMe(Policy):
                 f"got {self.merges}"
             )
         for layer in self._keys_of(mllm):
-            if not isinstance(getattr(mllm.attentions[layer], "k_proj", None), nn.Module):
-                raise UnsupportedError(
-                    f"ToMe: decoder layer {layer} ({type(mllm.attentions[layer]).__name__}) has no k_proj to take keys "
-                    "from; use keep= to merge before the decoder"
-                )
+            projection_of(mllm, layer, "k_proj")
 
     def shares(self, mllm: MLLM) -> list[float]:
         """`keep` from the first layer on; what `merges` leaves depends on the images."""
@@ -146,27 +141,8 @@ class ToMe(Policy):
     def __call__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
         """As `Policy.__call__`."""
         mllm = as_mllm(model)
-        with super().__call__(mllm, layout) as run, ExitStack() as stack:
-            for layer in self._keys_of(mllm):
-                projection: Any = mllm.attentions[layer].k_proj
-                stack.callback(projection.register_forward_hook(self._see_keys(mllm, layer, run)).remove)
+        with super().__call__(mllm, layout) as run, keep_projections(self, mllm, run, self._keys_of(mllm), "k_proj"):
             yield run
-
-    def _see_keys(self, mllm: MLLM, layer: int, run: PolicyRun) -> Any:
-        attention: Any = mllm.attentions[layer]
-        owner = attention.k_proj
-
-        def see(module: nn.Module, args: Any, keys: Tensor) -> None:
-            prefill = run.prefill
-            if module is owner and prefill is not None and prefill.running is not None:
-                mean = keys.detach().unflatten(-1, (-1, attention.head_dim)).mean(-2)
-                known = prefill.state.get((id(self), "keys"))
-                if known is None:
-                    known = mean.new_zeros(*prefill.kept.shape, mean.shape[-1])
-                    prefill.state[id(self), "keys"] = known
-                prefill.running.put_back(known, mean)
-
-        return see
 
     @torch.no_grad()
     def before_layer(self, layer: int, prefill: Prefill) -> None:
@@ -183,7 +159,7 @@ class ToMe(Policy):
             return
         number = self.schedule(prefill.mllm.num_layers)[layer]
         if number:
-            metric = prefill.state.pop((id(self), "keys")) if layer else prefill.hidden
+            metric = projected(self, prefill, layer - 1, "k_proj", normed=False).mean(1) if layer else prefill.hidden
             self._merge(prefill, metric, torch.full_like(prefill.layout.roles, number))
 
     def _merge(self, prefill: Prefill, metric: Tensor, merges: Tensor) -> None:

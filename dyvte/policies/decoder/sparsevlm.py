@@ -1,0 +1,116 @@
+"""Words that look at the image rate its tokens; the best of those that leave are recycled.
+
+SparseVLM (arXiv 2410.04417; code Gumpest/SparseVLMs, version 1): raters are the text tokens after the image whose share
+in a softmax of image times text embeddings is above the mean. Before layers 3, 7 and 16 of 32 the visual tokens with
+the most attention from the raters stay, by fixed counts; three tenths of those that leave are clustered by density
+peaks, and each cluster's mean stays too.
+
+Deviations: clusters count within the budget, where the code adds them on top (309 for its 300); a mean takes the place
+of its centre, where the code appends it; position ids are kept, as in version 2. Counts other than the code's for 192,
+128, 96 and 64 of 576 are interpolated. Ties go to the earlier token, where the code draws noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dyvte.policies.attention_policy import LayerAttention
+from dyvte.policies.base import Prefill
+from dyvte.policies.decoder.stages import StagedScorer
+from dyvte.policies.method import Source
+from dyvte.policies.scorer import VisualTokens, top
+
+COUNTS = {0: (0, 0, 0), 64: (66, 30, 17), 96: (238, 48, 26), 128: (303, 110, 36), 192: (300, 200, 110), 576: (576,) * 3}
+"""Tokens that each stage leaves of LLaVA-1.5's 576, by the nominal number."""
+RECYCLED, A_CLUSTER = 0.3, 10
+"""Share of the tokens that leave which is clustered, and tokens a cluster."""
+
+
+@dataclass
+class SparseVLM(StagedScorer):
+    """Prune three times by the attention of the words that look at the image.
+
+    Attributes:
+        keep: the nominal number over the image's tokens, 192/576 for the code's 192.
+        layers: of the three stages; None for 3, 7 and 16 of 32, in proportion.
+
+    Example:
+        >>> with dyvte.SparseVLM(keep=128 / 576)(mllm):
+        ...     answers = mllm.generate(batch)
+    """
+
+    name = "sparsevlm"
+    label = "SparseVLM"
+    source = Source("2410.04417", "Gumpest/SparseVLMs", unverified="the paper's rank-based ratio is not in its code")
+    paper_layers = (3, 7, 16)
+
+    keep: float = 192 / 576
+
+    def budgets(self) -> list[float]:
+        """The code's counts, interpolated."""
+        counts = np.array([COUNTS[number] for number in sorted(COUNTS)]) / 576
+        return [float(np.interp(self.keep, np.array(sorted(COUNTS)) / 576, stage)) for stage in counts.T]
+
+    @torch.no_grad()
+    def before_layer(self, layer: int, prefill: Prefill) -> None:
+        """Choose the raters once."""
+        if layer == 0:
+            text = prefill.layout.text_status_positions
+            prefill.state[id(self), "raters"] = raters(prefill.hidden, prefill.layout.visual, text)
+        super().before_layer(layer, prefill)
+
+    def look(self, layer: int, prefill: Prefill, attention: LayerAttention) -> Tensor:
+        """Attention received from the raters."""
+        return attention.received(prefill.state[id(self), "raters"])
+
+    def reduce(self, tokens: VisualTokens, number: int) -> tuple[Tensor, Tensor | None]:
+        """The best stay, of the next best each cluster's mean."""
+        leaving = len(tokens.received) - number
+        clustered = int(RECYCLED * leaving) + 1
+        clusters = min(clustered // A_CLUSTER + 1, clustered, number)
+        stay = top(tokens.received, number - clusters)
+        if leaving <= 0 or not clusters:
+            return stay if leaving > 0 else torch.ones_like(stay), None
+        some = top(tokens.received.masked_fill(stay, -torch.inf), clustered + clusters).nonzero().flatten()
+        centres, belongs = density_peaks(tokens.hidden[some], clusters)
+        states = tokens.hidden.clone()
+        for index, centre in enumerate(centres.tolist()):
+            states[some[centre]] = tokens.hidden[some[belongs == index]].mean(0)
+        return stay.index_fill(0, some[centres], True), states
+
+
+def raters(embeddings: Tensor, visual: Tensor, text: Tensor) -> Tensor:
+    """[B, N] boolean: text tokens whose share in the image's softmax over the text is above the mean; all if none is.
+
+    Args:
+        embeddings: [B, N, d] the decoder's input.
+        visual, text: [B, N] positions.
+    """
+    found = torch.zeros_like(text)
+    for row in (visual.any(1) & text.any(1)).nonzero().flatten().tolist():
+        words = text[row].nonzero().flatten()
+        shares = (embeddings[row, visual[row]].float() @ embeddings[row, words].float().T).softmax(-1).mean(0)
+        above = shares > shares.mean()
+        found[row, words[above] if above.any() else words] = True
+    return found
+
+
+def density_peaks(features: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Cluster tokens [m, d] by density peaks: centres [number], and which of them each token belongs to [m].
+
+    Density is exp of the negative mean squared distance to the `number` nearest, itself included; centres have the
+    largest product of density and distance to a denser token.
+    """
+    distance = torch.cdist(features.float(), features.float()) / features.shape[1] ** 0.5
+    density = (-distance.topk(min(number, len(distance)), largest=False).values.square().mean(1)).exp()
+    denser = density[None] > density[:, None]
+    apart = distance.masked_fill(~denser, torch.inf).amin(1)
+    apart = torch.where(denser.any(1), apart, distance.amax(1))
+    centres = (density * apart).argsort(descending=True, stable=True)[:number]
+    belongs = distance[:, centres].argmin(1)
+    belongs[centres] = torch.arange(number, device=centres.device)
+    return centres, belongs
