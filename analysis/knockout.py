@@ -49,7 +49,7 @@ def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any] | None:
     if objects and not knows_targets(dataset):
         raise ConfigError(f"objects=true: data={cfg.data.name} does not say which objects an answer rests on")
     measure = KnockoutMeasurement.of(mllm, cfg, objects)
-    names = ("max_new_tokens", "width", "paths", "replace", "control", "entry_exit")
+    names = ("max_new_tokens", "width", "windows", "paths", "replace", "control", "entry_exit")
     settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(names)))
     settings["objects"] = objects
     folder = measure_dataset(cfg, mllm, dataset, measure, **settings)
@@ -106,7 +106,7 @@ def summarise(cfg: DictConfig, folder: store.RunFolder, measure: KnockoutMeasure
             "num_images": count_images(images),
             "accuracy": samples["right"].mean() if samples["right"].notna().any() else None,
             "only_right": cfg.only_right,
-            "width": measure.windows[0][1] - measure.windows[0][0],
+            "width": max(stop - start for start, stop in measure.windows),
             "windows": measure.windows,
             "entry_exit_windows": windows if cfg.entry_exit else None,
             "overall": summary_of.pop("all"),
@@ -164,7 +164,7 @@ def draw(summary: Mapping[str, Any]) -> dict[str, plt.Figure]:
 
 def outline(summary: Mapping[str, Any]) -> str:
     """For each path the windows that matter most, for the terminal."""
-    lines = [f"windows of {summary['width']} layers; change in answers (percentage points), most harmful window"]
+    lines = [f"windows of up to {summary['width']} layers; change in answers (percentage points), most harmful window"]
     for name, measures in summary["overall"]["effects"].items():
         band = measures["agreement_points"]
         worst = int(np.nanargmin(np.array(band["mean"], dtype=float)))

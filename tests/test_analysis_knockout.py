@@ -16,7 +16,7 @@ from test_exits import random_model
 
 from analysis import knockout
 from analysis.measuring.image_objects import target_keys
-from analysis.measuring.knockout import cuts_of
+from analysis.measuring.knockout import cuts_of, windows_to_cut
 from analysis.statistics.causal import effect_band
 from dyvte.data.english import EnglishDataset
 from dyvte.data.shapes import ShapesDataset
@@ -74,6 +74,23 @@ def test_bands_have_a_width_where_all_agree() -> None:
 def test_settings_that_do_not_fit(tmp_path: Path, override: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         cuts_of(config(tmp_path, override))
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("windows=[]", "windows is empty"),
+        ("windows=[[2,2]]", "is not"),
+        ("windows=[[0,9]]", "stop <= 4"),
+        ("windows=[[3]]", "is not"),
+    ],
+)
+def test_windows_that_do_not_fit(tmp_path: Path, override: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        windows_to_cut(config(tmp_path, override), num_layers=4)
+    with pytest.raises(ConfigError, match="not both"):
+        windows_to_cut(config(tmp_path, "windows=[[0,1]]", "width=2"), num_layers=4)
+    assert windows_to_cut(config(tmp_path, "windows=[[0,1],[1,4]]"), num_layers=4) == [(0, 1), (1, 4)]
 
 
 def test_objects_of_the_answer_are_cut_beside_as_many_other_patches(tmp_path: Path) -> None:

@@ -45,9 +45,7 @@ def test_questions_that_are_no_list(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     # refused as a whole, or line by line; never a sample out of it
     with pytest.raises((DyvteError, BrokenSample), match=r"questions\.json"):
-        data = LlavaJsonDataset(str(path), str(tmp_path))
-        assert len(data) == 1
-        data[0]
+        list(LlavaJsonDataset(str(path), str(tmp_path)))
 
 
 WRONG_SETTINGS = [

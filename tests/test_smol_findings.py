@@ -69,3 +69,41 @@ def test_without_runs_nothing_is_decided_and_a_weak_model_decides_nothing(tmp_pa
     folder.mkdir(parents=True)
     (folder / "evaluation.json").write_text('{"accuracy": {"known": {"bar": {"accuracy": 0.9}}}}')
     assert {o.verdict for o in findings.decide().values()} == {"not yet tested"}
+
+
+def cut_table(losses: dict[tuple[int, int], float], name: str, images: int = 150) -> pd.DataFrame:
+    rng = np.random.default_rng(3)
+    return pd.DataFrame(
+        [
+            {"id": f"q{i}", "image_id": f"i{i}", "kind": "count", "name": name, "start": start, "stop": stop}
+            | {"loss": 100.0 * (rng.random() < loss)}
+            for i in range(images)
+            for (start, stop), loss in losses.items()
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("within", "outside", "verdict"), [(0.6, 0.2, "confirmed"), (0.2, 0.6, "refuted"), (0.4, 0.4, "undetermined")]
+)
+def test_the_middle_has_to_lead_by_its_interval(within, outside, verdict):
+    losses = {(start, start + 5): within if 5 <= start <= 15 else outside for start in range(0, 26, 5)}
+    assert findings.middle_of_the_image(cut_table(losses, "visual->visual")).verdict == verdict
+
+
+@pytest.mark.parametrize(("loss", "verdict"), [(0.3, "confirmed"), (0.0, "undetermined"), (0.03, "undetermined")])
+def test_late_use_needs_its_lower_limit(loss, verdict):
+    assert findings.late_use(cut_table({(20, 30): loss}, "instruction->visual")).verdict == verdict
+
+
+def test_late_use_is_refuted_by_many_that_lose_nothing():
+    assert findings.late_use(cut_table({(20, 30): 0.0}, "instruction->visual", images=600)).verdict == "refuted"
+
+
+@pytest.mark.parametrize(("look", "recall", "verdict"), [(0.7, 0.1, "confirmed"), (0.1, 0.7, "refuted")])
+def test_late_entry_has_a_sign(look, recall, verdict):
+    tables = [
+        cut_table({(0, 5): loss}, "instruction->visual").assign(kind=kind)
+        for kind, loss in (("look_recall", look), ("recall_look", recall))
+    ]
+    assert findings.late_entry(pd.concat(tables)).verdict == verdict

@@ -76,6 +76,26 @@ def cuts_of(cfg: DictConfig, objects: bool = False) -> list[Cut]:
     ]
 
 
+def windows_to_cut(cfg: DictConfig, num_layers: int) -> list[tuple[int, int]]:
+    """The windows [start, stop) that a configuration asks for: those named, or all of one width.
+
+    Raises:
+        ConfigError: a window that is none, or a width beside windows.
+    """
+    if cfg.windows is None:
+        width = max(1, round(ZHANG_WIDTH * num_layers)) if cfg.width is None else cfg.width
+        return windows_of_width(num_layers, width)
+    if cfg.width is not None:
+        raise ConfigError("give width or windows, not both")
+    named = [tuple(window) for window in cfg.windows]
+    for window in named:
+        if len(window) != 2 or not 0 <= window[0] < window[1] <= num_layers:
+            raise ConfigError(f"windows: {list(window)} is not [start, stop) with 0 <= start < stop <= {num_layers}")
+    if not named:
+        raise ConfigError("windows is empty: give one or more, for instance windows=[[0,5]], or null")
+    return named
+
+
 @dataclass
 class KnockoutMeasurement:
     """Turns the samples of a batch into the tables `samples`, `knockouts` and `entry_exit`."""
@@ -91,8 +111,7 @@ class KnockoutMeasurement:
     @classmethod
     def of(cls, mllm: MLLM, cfg: DictConfig, objects: bool = False) -> KnockoutMeasurement:
         """The measurement that a configuration asks for; `objects` if the data know what answers rest on."""
-        width = max(1, round(ZHANG_WIDTH * mllm.num_layers)) if cfg.width is None else cfg.width
-        windows = windows_of_width(mllm.num_layers, width)
+        windows = windows_to_cut(cfg, mllm.num_layers)
         return cls(
             mllm, cuts_of(cfg, objects), windows, cfg.entry_exit, cfg.max_new_tokens, cfg.branch_tokens, cfg.seed
         )

@@ -19,6 +19,7 @@ from jinja2 import Environment, StrictUndefined
 
 from analysis.plots import style as plots
 from analysis.statistics.bands import cluster_bootstrap
+from dyvte.gates.metrics import share_interval
 from dyvte.runs.store import write_atomic
 
 PAGE = Path("docs/findings_smol.md")
@@ -27,13 +28,28 @@ FIGURES = Path("docs/testbed_smol")
 STAGES = Path("outputs/stages/llava_smol/english")
 EXITS = Path("outputs/exits/llava_smol/english")
 WALKED = Path("outputs/exits/llava_smol/walked")
+RECALL = Path("outputs/exits/llava_smol/recall")
+CUTS = Path("outputs/knockout/llava_smol/english")
+LATE = Path("outputs/knockout/llava_smol/late")
+RECALL_CUTS = Path("outputs/knockout/llava_smol/recall")
+ONE_PATH = "replace=[] control=false objects=false entry_exit=false"
+OF_RECALL = "data=english 'data.kinds=[recall_look,look_recall]' data.per_scene=2 data.name=recall"
 COMMANDS = {
     STAGES: "python -m analysis.stages model=llava_smol data=english data.limit={n}",
     EXITS: "python -m analysis.exits model=llava_smol data=english data.limit={n}",
     WALKED: "python -m analysis.exits model=llava_smol data=english data.matched=true data.name=walked data.limit={n}",
+    RECALL: f"python -m analysis.exits model=llava_smol {OF_RECALL} data.limit={{n}}",
+    CUTS: "python -m analysis.knockout model=llava_smol data=english data.limit={n} width=5 "
+    f"'paths=[[visual,visual],[instruction,visual]]' {ONE_PATH}",
+    LATE: "python -m analysis.knockout model=llava_smol data=english data.limit={n} 'windows=[[20,30]]' "
+    f"'paths=[[instruction,visual]]' {ONE_PATH} output_dir={LATE}",
+    RECALL_CUTS: f"python -m analysis.knockout model=llava_smol {OF_RECALL} data.limit={{n}} 'windows=[[0,5]]' "
+    f"'paths=[[instruction,visual]]' {ONE_PATH}",
 }
 SPLIT = (5, 20)
 VALLEY = np.log(1.1)
+LATE_COST = 2.0
+"""Points that the knock-out of late layers has to cost (H3)."""
 LEAST_ACCURACY = 0.60
 CONFIRMED, REFUTED, UNDETERMINED, OPEN = "confirmed", "refuted", "undetermined", "not yet tested"
 
@@ -105,6 +121,53 @@ def recall_order(samples: pd.DataFrame) -> Outcome:
     return _signed(difference, wide.index.to_numpy(), "layers (look_recall minus recall_look)", -1)
 
 
+def read_cuts(run: Path) -> pd.DataFrame:
+    """A knock-out run's losses in points (0 or 100) of the questions with an image, with `image_id` and `kind`."""
+    samples = pd.read_parquet(run / "samples.parquet").query("visual_tokens > 0")
+    cuts = pd.read_parquet(run / "knockouts.parquet").merge(samples[["id", "image_id", "kind"]], on="id")
+    return cuts.assign(loss=100.0 * (1 - cuts["agree"].astype(float)))
+
+
+def middle_of_the_image(cuts: pd.DataFrame) -> Outcome:
+    """H2: the largest loss of a window within the middle layers, minus the largest of all other windows."""
+    wide = cuts[cuts["name"] == "visual->visual"].pivot_table(
+        index=["image_id", "id"], columns=["start", "stop"], values="loss"
+    )
+    windows = list(wide.columns)
+    inside = np.array([start >= SPLIT[0] and stop <= SPLIT[1] for start, stop in windows])
+
+    def lead(curve: np.ndarray) -> float:
+        return float(curve[inside].max() - curve[~inside].max())
+
+    values, images = wide.to_numpy(), wide.index.get_level_values("image_id").to_numpy()
+    low, high = limits(values, images, 0.975, lead)
+    mean = values.mean(0)
+    best = [windows[int(np.flatnonzero(side)[mean[side].argmax()])] for side in (inside, ~inside)]
+    verdict = CONFIRMED if low > 0 else REFUTED if high < 0 else UNDETERMINED
+    told = "; ".join(
+        f"{name} most at layers {start}-{stop - 1}: {mean[windows.index((start, stop))]:.1f} points"
+        for name, (start, stop) in zip(("within", "elsewhere"), best, strict=True)
+    )
+    return Outcome(verdict, f"{lead(mean):+.1f} [{low:+.1f}, {high:+.1f}] points ({told}), {len(set(images))} images")
+
+
+def late_use(cuts: pd.DataFrame) -> Outcome:
+    """H3: what it costs to cut the instruction off the image in the last ten layers."""
+    share, low, high = (
+        100 * each for each in share_interval(cuts["loss"].to_numpy() / 100, cuts["image_id"].to_numpy())
+    )
+    verdict = CONFIRMED if low > LATE_COST else REFUTED if high <= LATE_COST else UNDETERMINED
+    return Outcome(verdict, f"{share:.1f} [{low:.1f}, {high:.1f}] points, {cuts['image_id'].nunique()} images")
+
+
+def late_entry(cuts: pd.DataFrame) -> Outcome:
+    """H8a: what late entry of the image costs `look_recall` more than `recall_look`, paired over scenes."""
+    wide = cuts.pivot_table(index="image_id", columns="kind", values="loss").dropna()
+    difference = (wide["look_recall"] - wide["recall_look"]).to_numpy()
+    outcome = _signed(difference, wide.index.to_numpy(), "points (look_recall minus recall_look)", 1)
+    return Outcome(outcome.verdict, f"{outcome.numbers}; " + ", ".join(f"{k} {v:.1f}" for k, v in wide.mean().items()))
+
+
 def decide() -> dict[str, Outcome]:
     """Every hypothesis with what can be said of it today."""
     missing = Outcome(OPEN, "its runs are missing")
@@ -120,8 +183,12 @@ def decide() -> dict[str, Outcome]:
         found["H1"] = valley(pd.read_parquet(STAGES / "layers.parquet"))
     if (WALKED / "samples.parquet").is_file():
         found["H5"] = depth_by_hops(pd.read_parquet(WALKED / "samples.parquet"))
-    if (EXITS / "samples.parquet").is_file():
-        found["H8b"] = recall_order(pd.read_parquet(EXITS / "samples.parquet"))
+    if (RECALL / "samples.parquet").is_file():
+        found["H8b"] = recall_order(pd.read_parquet(RECALL / "samples.parquet"))
+    rules = {"H2": (CUTS, middle_of_the_image), "H3": (LATE, late_use), "H8a": (RECALL_CUTS, late_entry)}
+    for name, (run, rule) in rules.items():
+        if (run / "summary.json").is_file():
+            found[name] = rule(read_cuts(run))
     return found
 
 
