@@ -55,22 +55,21 @@ class TokenLayout:
                 f"attention_mask must be 2-D like input_ids {tuple(input_ids.shape)} to find roles, "
                 f"got {tuple(attention_mask.shape)}"
             )
-        batch, length = input_ids.shape
-        position = torch.arange(length, device=input_ids.device)
-        start = torch.as_tensor(length if answer_start is None else answer_start, device=input_ids.device)
-        in_answer = position >= start.expand(batch)[:, None]
-
-        placeholders = torch.tensor(list(visual_token_ids), dtype=input_ids.dtype, device=input_ids.device)
-        visual = torch.isin(input_ids, placeholders) & valid & ~in_answer
+        visual = _any_of(input_ids, visual_token_ids) & valid
+        in_answer = None
+        if answer_start is not None:
+            position = torch.arange(input_ids.shape[1], device=input_ids.device)
+            start = torch.as_tensor(answer_start, device=input_ids.device)
+            in_answer = position >= start.expand(len(input_ids))[:, None]
+            visual &= ~in_answer
         before_image = (visual.cumsum(1) == 0) & visual.any(1, keepdim=True)
 
-        roles = torch.full_like(input_ids, INSTRUCTION, dtype=torch.long)
-        roles[before_image] = SYSTEM
-        roles[visual] = VISUAL
-        roles[in_answer] = ANSWER
-        roles[~valid] = PADDING
-        layout = cls(roles)
-        empty = ((roles == PADDING) | (roles == ANSWER)).all(1).nonzero().flatten().tolist()
+        roles = torch.where(before_image, SYSTEM, INSTRUCTION).masked_fill_(visual, VISUAL)
+        if in_answer is not None:
+            roles.masked_fill_(in_answer, ANSWER)
+        layout = cls(roles.masked_fill_(~valid, PADDING))
+        no_prompt = ((layout.roles == PADDING) | (layout.roles == ANSWER)).all(1)
+        empty = no_prompt.nonzero().flatten().tolist() if no_prompt.any() else []
         if empty:
             raise ValueError(f"row {empty[0]} of the batch has no prompt token: its attention_mask is 0 everywhere")
         return layout
@@ -139,3 +138,11 @@ class TokenLayout:
     def to(self, device: torch.device | str) -> TokenLayout:
         """The same layout on another device."""
         return TokenLayout(self.roles.to(device))
+
+
+def _any_of(ids: Tensor, wanted: Sequence[int]) -> Tensor:
+    """Where `ids` are one of the few `wanted`, compared one by one: a tensor of them would have to be sent to a GPU."""
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for each in wanted:
+        found |= ids == each
+    return found

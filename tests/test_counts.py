@@ -13,9 +13,12 @@ from families import FAMILIES, random_batch
 from benchmarks import counts
 from dyvte import policies
 from dyvte.cost.operators import OperatorCounter, Work, count_layers
+from dyvte.gates import Gates
+from dyvte.mllm import MLLM
 from dyvte.policies.attention_policy import AttentionPolicy
 from dyvte.policies.base import Policy
 from dyvte.policies.compose import Compose
+from dyvte.policies.exits.dynamic_exit import DynamicExit
 from dyvte.policies.exits.fixed_exit import FixedExit
 from dyvte.policies.scorer import ScorerPolicy
 
@@ -56,7 +59,8 @@ def test_operators_kernels_and_bytes(run: Callable[[], object], work: Work) -> N
         (lambda: torch.equal(VALUES, VALUES), 1),
         (lambda: (VALUES > 0).nonzero(), 1),
         (lambda: VALUES[VALUES > 0], 1),
-        (lambda: VALUES.clone().__setitem__(VALUES > 0, 1.0), 1),
+        (lambda: VALUES.clone().__setitem__(VALUES > 0, 1.0), 0),
+        (lambda: VALUES.clone().__setitem__(VALUES > 3, VALUES[0, 1:]), 1),
         (lambda: VALUES[:, [0, 2]], 1),  # the list becomes a tensor
         (lambda: torch.tensor([1, 2]), 1),
         (lambda: torch.tensor([]), 0),
@@ -125,3 +129,67 @@ def test_counts_are_the_same_in_every_run() -> None:
     for make in list(counts.policies(mllm).values())[:4]:
         policy = make(batch)
         assert counts.count_generation(mllm, batch, policy) == counts.count_generation(mllm, batch, policy)
+
+
+# ------------------------------------------------------------------------------ bounds
+
+LAYERS, EXIT = 8, 3
+
+
+def counts_of(name: str, batch_size: int, mllm: MLLM) -> tuple[counts.Count, counts.Count]:
+    """The unchanged model's counts and those of a policy of the page."""
+    batch = counts.prompts(mllm, batch_size)
+    return counts.count_generation(mllm, batch), counts.count_generation(
+        mllm, batch, counts.policies(mllm)[name](batch)
+    )
+
+
+@pytest.mark.parametrize("name", ["FixedExit(4)", "DynamicExit, all rows at 4", "FastV(2)", "UniformDrop"])
+@pytest.mark.parametrize("batch_size", [1, counts.ROWS])
+def test_decoding_dispatches_no_more_than_the_plain_model(name: str, batch_size: int) -> None:
+    plain, count = counts_of(name, batch_size, counts.counted_model(LAYERS))
+    for own, step in zip(plain.steps, count.steps, strict=True):
+        assert step.operators <= own.operators
+        assert step.output_bytes < own.output_bytes
+        assert step.synchronisations == own.synchronisations
+
+
+def test_decoding_of_rows_that_left_at_different_layers() -> None:
+    plain, count = counts_of("DynamicExit, mixed", counts.ROWS, counts.counted_model(counts.LAYERS))
+    for own, step in zip(plain.steps[1:], count.steps[1:], strict=True):
+        assert step.operators <= 1.15 * own.operators
+        assert step.output_bytes < own.output_bytes
+    assert all(
+        step.synchronisations == own.synchronisations for own, step in zip(plain.steps, count.steps, strict=True)
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, counts.ROWS])
+def test_an_exit_in_the_prefill(batch_size: int) -> None:
+    plain, count = counts_of("FixedExit(4)", batch_size, counts.counted_model(LAYERS))
+    extra = [own - other for own, other in zip(count.prefill.layers, plain.prefill.layers, strict=True)]
+    assert count.leaving == [LAYERS // 2]
+    assert {each.operators for each in extra[: LAYERS // 2]} == {0}
+    assert all(each.operators <= 8 for each in extra[LAYERS // 2 + 1 :])
+    assert sum(each.synchronisations for each in extra) == 0
+
+
+@pytest.mark.parametrize("thresholds", ["all stay", "all leave", "ruled out"])
+def test_gates_make_the_host_wait_only_where_a_row_may_leave(thresholds: str) -> None:
+    """One transfer a layer decides for the batch; none where no row sees its image, or the threshold decides alone."""
+    mllm = counts.counted_model(LAYERS)
+    batch = counts.prompts(mllm, counts.ROWS)
+    undecided = 1 - 1e-6
+    of_gates = {
+        "all stay": [undecided] * (LAYERS - 1),
+        "all leave": [undecided] * (EXIT - 1) + [0.0] + [undecided] * (LAYERS - 1 - EXIT),
+        "ruled out": [1.0] * (EXIT - 1) + [-1.0] + [undecided] * (LAYERS - 1 - EXIT),
+    }[thresholds]
+    policy = DynamicExit(Gates(LAYERS, mllm.hidden_size), threshold=of_gates)
+    plain, count = counts.count_generation(mllm, batch), counts.count_generation(mllm, batch, policy)
+    waits = [
+        (own - other).synchronisations for own, other in zip(count.prefill.layers, plain.prefill.layers, strict=True)
+    ]
+    asked = {"all stay": range(1, LAYERS), "all leave": range(1, EXIT + 1), "ruled out": ()}[thresholds]
+    assert waits == [int(layer in asked) for layer in range(LAYERS)]
+    assert (count.prefill.rest - plain.prefill.rest).synchronisations <= 2  # whether rows hold text, how much

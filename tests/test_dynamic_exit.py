@@ -221,7 +221,7 @@ def test_what_the_gates_said_is_kept() -> None:
         assert exit_probabilities(active) == {}
         mllm.model(**batch)
     said = exit_probabilities(active)
-    assert sorted(said) == list(range(1, LAYERS))
+    assert sorted(said) == list(range(1, min(int(active.exit_layers.max()), LAYERS - 1) + 1)), "asked while a row sees"
     for row, k in enumerate(active.exit_layers.tolist()):
         fired = [layer for layer, each in said.items() if each[row] > policy.thresholds[layer - 1]]
         assert k == min([*fired, LAYERS])

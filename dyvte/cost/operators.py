@@ -146,6 +146,8 @@ def _synchronises(name: str, args: Any, result: Any) -> bool:
         name == "lift_fresh"
     ):  # torch.tensor(numbers), sent from memory that is not pinned; a single one may be filled in
         return result.ndim > 0 and result.numel() > 0
+    if name in ("index_put", "index_put_", "_index_put_impl_") and args[2].numel() == 1:
+        return False  # filled in by the mask
     if name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"):
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
     if name == "repeat_interleave":

@@ -44,6 +44,23 @@ def watch_attention(mllm: MLLM, see: Callable[[int, AttentionCall], None]) -> It
         yield
 
 
+@contextmanager
+def replace_attention(mllm: MLLM, run: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, decoder layers compute their attention with `run(original, module, **arguments)`.
+
+    `original` is the function that they would have called, and the arguments are its own by name. Deep copies of the
+    model and other modules call the original.
+
+    Raises:
+        UnsupportedError: a layer does not go through transformers' attention functions.
+    """
+    modules = frozenset(map(id, mllm.attentions))
+    with ExitStack() as stack:
+        for table, name in _attention_functions(mllm):
+            stack.callback(_Door.open(table, name, _Observer(modules, None, run)))
+        yield
+
+
 @dataclass
 class AttentionCall:
     """What an attention function was called with.
@@ -96,14 +113,17 @@ def _attention_functions(mllm: MLLM) -> list[tuple[MutableMapping[str, Any], str
 
 @dataclass(frozen=True)
 class _Observer:
-    """Wants to see the calls of some modules, known by their ids."""
+    """Wants to see the calls of some modules, known by their ids, or to make them itself."""
 
     modules: frozenset[int]
-    see: Callable[[nn.Module, AttentionCall], None]
+    see: Callable[[nn.Module, AttentionCall], None] | None
+    run: Callable[..., Any] | None = None
 
 
 class _Door:
-    """An attention function that shows what it is called with to the probes that look; it calls the original unchanged.
+    """An attention function that shows what it is called with to those who look.
+
+    It calls the original unchanged, unless one of them makes the calls itself.
 
     One door serves all the probes on the same function, so they may be left in any order.
     """
@@ -124,12 +144,18 @@ class _Door:
             door = cls._doors[id(table), name] = cls(table, name)
 
             def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-                result = door.original(module, *args, **kwargs)
-                watching = [each for each in door.observers if id(module) in each.modules]
+                looking = [each for each in door.observers if id(module) in each.modules]
+                running = next((each.run for each in looking if each.run is not None), None)
+                if running is None:
+                    result = door.original(module, *args, **kwargs)
+                else:
+                    arguments = dict(zip(door.signature[1:], args, strict=False)) | kwargs
+                    result = running(door.original, module, **arguments)
+                watching = [each.see for each in looking if each.see is not None]
                 if watching:
                     call = door.describe(module, args, kwargs, result)
-                    for each in watching:
-                        each.see(module, call)
+                    for see in watching:
+                        see(module, call)
                 return result
 
             table[name] = attention

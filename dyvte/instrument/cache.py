@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,29 +19,22 @@ from transformers.cache_utils import (
 
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.hooks import Selection, pack_mask
-
-ROOM = 32
-"""New tokens of every row that the store of a `KeptLayer` makes room for at a time."""
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Rows of a prefill that keep about as many positions: keys and values [b, heads, n, head size] of `selection`."""
-
-    selection: Selection
-    keys: Tensor
-    values: Tensor
-    key_bias: Tensor | None
+from dyvte.instrument.kept_keys import ROOM, Group, GroupStore, KeyTable
 
 
 class KeptLayer(DynamicLayer):
     """Cache layer of a decoder layer that left positions out during prefill.
 
     It stores keys and values of the kept positions only, and reports the length that the layer would have with all of
-    them: transformers sizes the attention masks of all layers by the first cache layer of each kind. Entries, a key and
-    a value of all heads each, stand one behind the other in a store, and a table says which of them a row attends to:
-    rows without visual tokens take no room for those of their neighbours, beams share their prompt, and one gather
-    makes the rectangle that attention reads.
+    them: transformers sizes the attention masks of all layers by the first cache layer of each kind.
+
+    As long as the rows stay what they were, each group of them that the layer ran on has a rectangle of its own
+    (`dyvte.instrument.kept_keys`). One group grows like transformers' own layer; for several the engine of policies
+    calls the attention function one after the other. Otherwise (beams, rows taken out, a sliding window that has left
+    the prompt's start, attention that cannot be called by groups) entries, a key and a value of all heads each, stand
+    one behind the other in a store, and a table says which of them a row attends to: rows without visual tokens take no
+    room for those of their neighbours, beams share their prompt, and one gather makes the rectangle that attention
+    reads.
 
     Attributes:
         length: number of positions that the layer stands for.
@@ -60,8 +52,8 @@ class KeptLayer(DynamicLayer):
     def _clear(self) -> None:
         self.length = 0
         self.is_initialized = False
-        self._groups: list[_Group] = []  # of the prefill; its tensors stay as they are until the first new token
-        self._made_of: list[tuple[Selection, Tensor | None]] = []  # held, so that their ids stay taken
+        self._groups: list[Group] = []  # until there is a table; tensors of the prefill until the first new token
+        self._apart: GroupStore | None = None  # the same groups, in place, while they attend one after the other
         self._store: list[Tensor] = []  # keys and values [room, heads, head size]
         self._num_entries = 0
         self._entry = torch.empty(0, 0, dtype=torch.long)  # [B, n] where the keys of each row are; any at padding
@@ -72,7 +64,9 @@ class KeptLayer(DynamicLayer):
         self._prompt_length = 0
         self._tail_start = 0  # position of the first new token in the table
         self._writing: tuple[Selection, Tensor | None] | None = None
-        self._reading = False
+        self._reading = self._apart_reading = False
+        self._pending: tuple[Tensor, Tensor] | None = None
+        self._made_of: list[KeyTable] = []  # the table; held, so that their ids stay taken
 
     # ------------------------------------------------------------- what policies use
 
@@ -86,27 +80,80 @@ class KeptLayer(DynamicLayer):
             self._writing = None
 
     def finish_prefill(self, length: int) -> None:
-        """Make the table of what was stored of the groups of rows. The prompt had `length` positions."""
-        self.length = self._prompt_length = self._tail_start = length
-        groups = self._groups
-        shapes = [group.selection.index.shape for group in groups]
+        """All groups of rows are stored. The prompt had `length` positions."""
+        self.length = self._prompt_length = length
+
+    def groups(self, num_queries: int) -> list[KeyTable] | None:
+        """The groups of rows while each has a rectangle of its own, for so many new tokens; None for a table.
+
+        One group attends as always, with the mask of its `KeyTable`; several with `attend_apart`.
+        """
+        if self._groups and self.is_sliding and self.length + num_queries > self.get_max_length():
+            self.make_table()
+        return [each.table for each in self._groups] or None
+
+    def group_mask(self, table: KeyTable, mask: Tensor | None, num_queries: int, dtype: torch.dtype) -> Tensor | None:
+        """Attention mask of new tokens for the keys of one of the `groups`; `mask` is the model's."""
+        return table.mask(mask, self._prompt_length, self.length - self._prompt_length + num_queries, dtype)
+
+    @contextmanager
+    def attending_apart(self) -> Iterator[None]:
+        """While active, `update` hands new keys and values back as they are, for `take` to store."""
+        self._reading = self._apart_reading = True
+        try:
+            yield
+        finally:
+            self._reading = self._apart_reading = False
+            self._pending = None
+
+    def take(self, key: Tensor, value: Tensor) -> GroupStore | None:
+        """Store what the last `update` was given, if the attention function got just that.
+
+        Returns:
+            The groups with the new keys; None, and nothing is stored, if the model did something to them in between.
+        """
+        if self._pending is None or key is not self._pending[0] or value is not self._pending[1] or not self._groups:
+            return None
+        self._pending = None
+        if self._apart is None:
+            self._apart = GroupStore(self._groups)
+        self._apart.append(key, value)
+        self.length += key.shape[2]
+        return self._apart
+
+    def make_table(self) -> None:
+        """Put the groups of rows into one table, from which every row can be read, repeated or left out."""
+        if not self._groups:
+            return
+        groups, new = self._groups, self.length - self._prompt_length
+        if self._apart is not None:
+            self._apart.trim()
+        self._apart, self._tail_start = None, self._prompt_length
+        tables = self._made_of = [each.table for each in groups]
+        shapes = [each.selection.index.shape for each in tables]
         rows, width = sum(b for b, _ in shapes), max(n for _, n in shapes)
-        self._made_of = [(group.selection, group.key_bias) for group in groups]
-        self._padded = len(groups) > 1 or groups[0].selection.valid is not None
+        self._padded = len(groups) > 1 or tables[0].selection.valid is not None
         self._position = torch.zeros(rows, width, dtype=torch.long, device=self.device)
         self._valid = torch.zeros(rows, width, dtype=torch.bool, device=self.device)
-        self._entry = torch.zeros_like(self._position)
-        biased = any(group.key_bias is not None for group in groups)
+        entry = torch.zeros(rows, width + new, dtype=torch.long, device=self.device)
+        biased = any(each.bias is not None for each in tables)
         self._bias = torch.zeros(rows, width, device=self.device) if biased else None
-        self._num_entries = 0
-        for group, (b, n) in zip(groups, shapes, strict=True):
-            chosen, entries = group.selection.rows, torch.arange(b * n, device=self.device) + self._num_entries
-            self._position[chosen, :n] = group.selection.index
-            self._valid[chosen, :n] = True if group.selection.valid is None else group.selection.valid
-            self._entry[chosen, :n] = entries.view(b, n)
-            if self._bias is not None and group.key_bias is not None:
-                self._bias[chosen, :n] = group.key_bias.to(self._bias.dtype)
-            self._num_entries += b * n
+        start = 0
+        for table, (b, n) in zip(tables, shapes, strict=True):
+            selection, chosen = table.selection, table.selection.rows
+            entries = (torch.arange(b * (n + new), device=self.device) + start).view(b, n + new)
+            self._position[chosen, :n] = selection.index
+            self._valid[chosen, :n] = True if selection.valid is None else selection.valid
+            entry[chosen, :n], entry[chosen, width:] = entries[:, :n], entries[:, n:]
+            if self._bias is not None and table.bias is not None:
+                self._bias[chosen, :n] = table.bias.to(self._bias.dtype)
+            start += b * (n + new)
+        self._entry = entry
+        like = groups[0].keys, groups[0].values
+        self._store = [each.new_empty(start, each.shape[1], each.shape[3]) for each in like]
+        self._groups, self._num_entries = [], 0
+        for group in groups:
+            self._write(group.keys, group.values)
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
@@ -118,13 +165,14 @@ class KeptLayer(DynamicLayer):
             self._reading = False
 
     def mask(self, mask: Tensor | None, num_queries: int, dtype: torch.dtype) -> Tensor | None:
-        """Attention mask of new tokens for the stored keys.
+        """Attention mask of new tokens for the keys of the table.
 
         Args:
             mask: what the model made for all `length + num_queries` positions (or those in the sliding window).
             num_queries: number of new tokens.
             dtype: floating-point type of an additive mask, needed when keys carry a bias.
         """
+        self.make_table()
         if mask is None and not self._padded and self._bias is None:
             return None
         position, valid, bias = self.key_positions(num_queries)
@@ -137,11 +185,18 @@ class KeptLayer(DynamicLayer):
     @property
     def mask_key(self) -> tuple[Any, ...]:
         """Equal for layers of one cache whose `mask` is the same."""
-        stored = [(id(selection), id(key_bias)) for selection, key_bias in self._made_of]
-        return (*stored, self._tail_start, self.length, self.sliding_window)
+        self.make_table()
+        return (*map(id, self._made_of), self._tail_start, self.length, self.sliding_window)
 
     def key_positions(self, num_queries: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Position [B, n], validity [B, n] and bias [B, n] of the keys that the next `update` will return."""
+        if len(self._groups) == 1 and self.groups(num_queries) is not None:
+            table = self._groups[0].table
+            found = table.keys(self._prompt_length, self.length - self._prompt_length + num_queries)
+            position, valid, bias = (None if each is None else each[:, 0, 0] for each in found)
+            assert position is not None
+            return position, torch.ones_like(position, dtype=torch.bool) if valid is None else valid, bias
+        self.make_table()
         new = torch.arange(self._tail_start, self.length + num_queries, device=self.device)
         new = new.expand(len(self._entry), -1)
         position = torch.cat([self._position, new], dim=1)
@@ -156,7 +211,7 @@ class KeptLayer(DynamicLayer):
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         if self._writing is not None:
             selection, key_bias = self._writing
-            self._groups.append(_Group(selection, key_states, value_states, key_bias))
+            self._groups.append(Group(KeyTable.of(selection, key_bias), key_states, value_states))
             return key_states, value_states
         if not self._reading:
             raise RuntimeError(
@@ -164,6 +219,12 @@ class KeptLayer(DynamicLayer):
                 "the same `with policy(mllm):` block"
             )
         rows, _, new, _ = key_states.shape
+        if self._apart_reading:
+            self._pending = key_states, value_states
+            return key_states, value_states
+        if len(self._groups) == 1 and self.groups(new) is not None:
+            self.length += new
+            return self._groups[0].append(key_states, value_states)
         self._make_room(rows * new)
         entries = torch.arange(rows * new, device=self.device) + self._num_entries
         self._entry = torch.cat([self._entry, entries.view(rows, new)], dim=1)
@@ -176,16 +237,18 @@ class KeptLayer(DynamicLayer):
     @property
     def keys(self) -> Tensor | None:
         """[B, heads, n, head size] keys of the kept positions; where a row kept fewer than another, any key."""
-        return self._gathered()[0] if self._num_entries else None
+        return self._gathered()[0] if self.length else None
 
     @property
     def values(self) -> Tensor | None:
         """[B, heads, n, head size] values of the kept positions."""
-        return self._gathered()[1] if self._num_entries else None
+        return self._gathered()[1] if self.length else None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the stored keys and values."""
+        if self._apart is not None:
+            return self._apart.nbytes
         if self._groups:
             return sum(each.nbytes for group in self._groups for each in (group.keys, group.values))
         return sum(stored[: self._num_entries].nbytes for stored in self._store)
@@ -215,11 +278,13 @@ class KeptLayer(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
+        self.make_table()
         rows = torch.arange(len(self._entry), device=self.device)
         self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep, repeat or reorder rows."""
+        self.make_table()
         indices = indices.to(self.device)
         self._entry, self._position, self._valid = (
             each[indices] for each in (self._entry, self._position, self._valid)
@@ -240,22 +305,14 @@ class KeptLayer(DynamicLayer):
 
     def _gathered(self) -> tuple[Tensor, Tensor]:
         """Keys and values [B, heads, n, head size] of all rows: the prompt's, then those of the new tokens."""
-        if self._groups:
-            self._settle(room=0)
+        if len(self._groups) == 1:
+            return self._groups[0].keys, self._groups[0].values
+        self.make_table()
         flat = self._entry.flatten()
         keys, values = (
             stored.index_select(0, flat).unflatten(0, self._entry.shape).transpose(1, 2) for stored in self._store
         )
         return keys, values
-
-    def _settle(self, room: int) -> None:
-        """Put what the prefill stored into one store, with room for so many more entries."""
-        groups, self._groups = self._groups, []
-        number, self._num_entries = self._num_entries, 0
-        like = groups[0].keys, groups[0].values
-        self._store = [each.new_empty(number + room, each.shape[1], each.shape[3]) for each in like]
-        for group in groups:
-            self._write(group.keys, group.values)
 
     def _write(self, *states: Tensor) -> None:
         """Store keys and values [b, heads, n, head size] behind what there is, row by row."""
@@ -266,9 +323,8 @@ class KeptLayer(DynamicLayer):
 
     def _make_room(self, number: int) -> None:
         """Let the store hold so many more entries; those that no row attends to any longer leave it."""
+        self.make_table()
         more = max(number, ROOM * len(self._entry))
-        if self._groups:
-            self._settle(more)
         if self._num_entries + number <= len(self._store[0]):
             return
         live, self._entry = self._entry.unique(return_inverse=True)

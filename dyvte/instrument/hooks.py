@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,40 +30,56 @@ class Selection:
     """Some positions of some rows of a batch, packed to the left of a rectangle.
 
     Attributes:
-        rows: [b] rows of the batch.
+        rows: [b] rows of the batch, in ascending order.
         index: [b, n] positions in ascending order; padding repeats the row's first one.
         valid: [b, n] False at padding; None where nothing is padded.
+        everyone: whether these are known to be all rows of the batch.
+        row_list: the rows on the host, where they are known there.
+        key_tables, places: what the layers of a KV cache that ran on these positions share while decoding
+            (`dyvte.instrument.kept_keys`).
     """
 
     rows: Tensor
     index: Tensor
     valid: Tensor | None
+    everyone: bool = False
+    row_list: tuple[int, ...] | None = None
+    key_tables: list[Any] = field(default_factory=list, repr=False)
+    places: list[Any] = field(default_factory=list, repr=False)
     _memo: dict[tuple[str, int], tuple[Any, Any]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, kept: Tensor, rows: Tensor, counts: list[int]) -> Selection:
+    def of(cls, kept: Tensor, rows: Tensor, counts: list[int], row_list: tuple[int, ...] | None = None) -> Selection:
         """Pack the True positions of `kept` [B, N] of `rows`, which hold `counts` of them."""
-        width, chosen = max(counts), kept[rows]
+        width, everyone = max(counts), row_list == tuple(range(len(kept)))
+        chosen = kept if everyone else kept[rows]
         index = (~chosen).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
         if min(counts) == width:
-            return cls(rows, index, None)
-        number = torch.tensor(counts, device=kept.device)[:, None]
-        valid = torch.arange(width, device=kept.device) < number
-        return cls(rows, torch.where(valid, index, index[:, :1]), valid)
+            return cls(rows, index, None, everyone, row_list)
+        valid = torch.arange(width, device=kept.device) < chosen.sum(1, keepdim=True)
+        return cls(rows, torch.where(valid, index, index[:, :1]), valid, everyone, row_list)
+
+    @cached_property
+    def _lines(self) -> Tensor:
+        return self.rows[:, None]
+
+    @cached_property
+    def _sources(self) -> tuple[Tensor, Tensor]:
+        """Which packed states to put where: at padding those of the row's first position, which is its place, too."""
+        assert self.valid is not None
+        b, n = self.index.shape
+        columns = torch.arange(n, device=self.index.device)
+        return torch.arange(b, device=self.index.device)[:, None], torch.where(self.valid, columns, 0)
 
     def pack(self, tensor: Tensor) -> Tensor:
         """[B or 1, N, ...] -> [b, n, ...]."""
-        if tensor.shape[0] == 1:
+        if tensor.shape[0] == 1 and (len(self.rows) > 1 or not self.everyone):
             return tensor[0][self.index]
-        return tensor[self.rows[:, None], self.index]
+        return tensor[self._lines, self.index]
 
     def put_back(self, full: Tensor, packed: Tensor) -> None:
-        """Write [b, n, ...] into the selected positions of [B, N, ...]."""
-        rows = self.rows[:, None].expand_as(self.index)
-        if self.valid is None:
-            full[rows, self.index] = packed
-        else:
-            full[rows[self.valid], self.index[self.valid]] = packed[self.valid]
+        """Write [b, n, ...] into the selected positions of [B, N, ...]; every row holds one at least."""
+        full[self._lines, self.index] = packed if self.valid is None else packed[self._sources]
 
     def remembered(self, name: str, value: Any, make: Callable[[], Any]) -> Any:
         """`make()`, computed once for every (name, value): all layers get the same mask and rotary tables."""
@@ -99,11 +116,8 @@ def pack_mask(
         The packed mask, None where causal attention (or a single query's full attention) says the same.
     """
     if mask is not None and mask.ndim == 2:
-        if key_bias is not None:
-            raise UnsupportedError("flash attention takes no bias on its keys; load the model with attention 'sdpa'")
         packed = mask.gather(1, key_index)
-        return packed if valid is None else packed & valid.to(packed.dtype)
-    if mask is None:
+    elif mask is None:
         # Packed positions ascend and padding is on the right, so causal order is kept and hides the padding, except
         # from queries that came later (decoding).
         if key_bias is None and (valid is None or query_index is not None):
@@ -117,15 +131,35 @@ def pack_mask(
         if query_index is not None:
             packed = packed.gather(2, query_index[:, None, :, None].expand(-1, packed.shape[1], -1, packed.shape[3]))
         packed = packed.gather(3, key_index[:, None, None, :].expand(-1, packed.shape[1], packed.shape[2], -1))
+    over_queries = [None if each is None else each[:, None, None, :] for each in (valid, key_bias)]
+    return combine_mask(packed, over_queries[0], over_queries[1], dtype)
+
+
+def combine_mask(packed: Tensor, valid: Tensor | None, key_bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A mask between packed queries and packed keys, without padding and with a bias on the keys.
+
+    Args:
+        packed: [b, 1, q, k] boolean or additive, or [b, k] (flash attention).
+        valid: [b, 1, 1, k] False where a key is padding; None where none is.
+        key_bias: [b, 1, 1, k] added to the scores of a key; None for nothing.
+        dtype: type of an additive mask made here.
+
+    Raises:
+        UnsupportedError: a bias, with flash attention.
+    """
+    if packed.ndim == 2:
+        if key_bias is not None:
+            raise UnsupportedError("flash attention takes no bias on its keys; load the model with attention 'sdpa'")
+        return packed if valid is None else packed & valid[:, 0, 0].to(packed.dtype)
     if packed.dtype == torch.bool:
         if valid is not None:
-            packed = packed & valid[:, None, None, :]
+            packed = packed & valid
         if key_bias is None:
             return packed
         packed = torch.zeros_like(packed, dtype=dtype).masked_fill(~packed, torch.finfo(dtype).min)
     elif valid is not None:
-        packed = packed.masked_fill(~valid[:, None, None, :], torch.finfo(packed.dtype).min)
-    return packed if key_bias is None else packed + key_bias[:, None, None, :].to(packed.dtype)
+        packed = packed.masked_fill(~valid, torch.finfo(packed.dtype).min)
+    return packed if key_bias is None else packed + key_bias.to(packed.dtype)
 
 
 @dataclass

@@ -20,7 +20,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -32,7 +32,6 @@ from dyvte.errors import UnsupportedError
 from dyvte.instrument.cache import KeptLayer, check_cache, kept_layer, restore_layers
 from dyvte.instrument.hooks import (
     LayerCall,
-    Selection,
     check_model,
     drive_layers,
     is_driven,
@@ -43,103 +42,13 @@ from dyvte.instrument.hooks import (
 from dyvte.layout import TokenLayout
 from dyvte.mllm import as_mllm
 from dyvte.model_parts import inner_models
+from dyvte.policies.decoding import Decoding
 from dyvte.policies.generation import check_generation, same_settings
 from dyvte.policies.method import Calibration, Need, Source
+from dyvte.policies.prefill import Prefill as Prefill
 
 if TYPE_CHECKING:
     from dyvte.mllm import MLLM
-
-
-@dataclass
-class Prefill:
-    """One prefill as a policy sees it.
-
-    Attributes:
-        mllm: the model.
-        layout: role of every position of the prompts.
-        hidden: [B, N, d] input states of the layer about to run, for every position (those that left keep the states
-            they left with). A policy may assign changed states, as token merging does.
-        kept: [B, N] positions that the layer will see; padding never is.
-        key_bias: [B, N] added to the attention scores of a key from this layer on, or None.
-        place: [B, N] the position whose rotary embedding a position takes from this layer on; None for its own.
-        layers_with_image: [B] number of layers so far that saw a visual position of the row: at the end of the
-            prefill, the row's exit layer k.
-        state: for policies to remember things between the layers of one prefill.
-        running: while a layer runs, the positions that it runs on; a layer runs once for rows with and once for rows
-            without visual tokens. None between layers.
-    """
-
-    mllm: MLLM
-    layout: TokenLayout
-    hidden: Tensor
-    kept: Tensor
-    layers_with_image: Tensor
-    key_bias: Tensor | None = None
-    place: Tensor | None = None
-    state: dict[Any, Any] = field(default_factory=dict)
-    running: Selection | None = None
-    _token_counts: list[int] | None = None
-    _changed: bool = False
-    _selections: list[Selection] | None = None
-
-    def drop(self, positions: Tensor) -> None:
-        """Take visual positions out of this layer and all later ones.
-
-        Args:
-            positions: [B, N] boolean; text positions in it stay where they are.
-        """
-        self.kept = self.kept & ~(positions & self.layout.visual)
-        self._changed = True
-
-    @property
-    def has_visual(self) -> Tensor:
-        """[B] whether the layer will see a visual position of the row."""
-        return (self.kept & self.layout.visual).any(1)
-
-    @contextmanager
-    def running_on(self, selection: Selection | None) -> Iterator[None]:
-        """Within the block a layer runs on these positions; None for all of them."""
-        if selection is None:
-            rows = torch.arange(len(self.kept), device=self.kept.device)
-            position = torch.arange(self.kept.shape[1], device=self.kept.device)
-            selection = Selection(rows, position.expand_as(self.kept), self.kept)
-        self.running = selection
-        try:
-            yield
-        finally:
-            self.running = None
-
-    def selections(self) -> list[Selection] | None:
-        """The kept positions, as one selection for rows with and one for rows without visual tokens.
-
-        None as long as no row left any position out. Costs one host synchronisation after a `drop`.
-        """
-        if self._changed:
-            self._changed = False
-            if self._token_counts is None:
-                self._token_counts = (~self.layout.padding).sum(1).tolist()
-            counts, seeing = torch.stack([self.kept.sum(1), self.has_visual.long()]).tolist()
-            if counts == self._token_counts:
-                return self._selections
-            groups = [[row for row, sees in enumerate(seeing) if sees == wanted] for wanted in (1, 0)]
-            self.forget()
-            self._selections = [
-                Selection.of(self.kept, torch.tensor(rows, device=self.kept.device), [counts[row] for row in rows])
-                for rows in groups
-                if rows
-            ]
-        return self._selections
-
-    def places(self, selection: Selection) -> Selection | None:
-        """Where the rotary embeddings of a selection come from, where that is not from its own positions."""
-        if self.place is None:
-            return None
-        return Selection(selection.rows, selection.pack(self.place), selection.valid)
-
-    def forget(self) -> None:
-        """Let go of masks and tables packed for the layers."""
-        for selection in self._selections or []:
-            selection.forget()
 
 
 @dataclass
@@ -248,7 +157,7 @@ class _Engine:
         self.policies: list[tuple[Policy, TokenLayout | None, PolicyRun]] = []
         self.prefill: Prefill | None = None
         self._decoding = False
-        self._step_masks: dict[Any, tuple[Any, Tensor | None]] = {}  # of one decoding step; many layers share them
+        self._steps = Decoding(mllm)
 
     @classmethod
     def of(cls, mllm: MLLM) -> _Engine:
@@ -315,20 +224,21 @@ class _Engine:
         self.prefill, self._decoding = None, cache is not None and cache.get_seq_length() > 0
         if self._decoding:
             self._check_continued(cache, input_ids, inputs.get("pixel_values"))
+            self._steps.begin()
             return
         mask = inputs.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise UnsupportedError("a policy needs a 2-D attention mask [batch, length] to tell padding from text")
         layout = self._layout(input_ids, mask)
-        if layout.visual.gather(1, layout.last_prompt[:, None]).any():
-            raise UnsupportedError("a prompt ends with a visual token, so no text token would be left to answer from")
         self.prefill = Prefill(
             self.mllm,
             layout,
             hidden=input_ids.new_empty(0),
             kept=~layout.padding,
-            layers_with_image=torch.zeros_like(input_ids[:, 0]),
         )
+        if self.prefill.ends_with_visual:
+            self.prefill = None
+            raise UnsupportedError("a prompt ends with a visual token, so no text token would be left to answer from")
         for _, _, run in self.policies:
             run.prefill = self.prefill
 
@@ -367,33 +277,24 @@ class _Engine:
             )
 
     def _end(self, *_: Any) -> None:
+        self._steps.end()
         if self.prefill is not None:
             self.prefill.hidden = self.prefill.hidden.new_empty(0)  # do not hold on to activations
             self.prefill.forget()
         self.prefill, self._decoding = None, False
-        self._step_masks.clear()
 
     # -------------------------------------------------------------------------- a layer
 
     def _run_layer(self, call: LayerCall) -> Any:
         if self._decoding:
-            return self._decode_layer(call)
+            layer = call.cache.layers[self._cache_index(call.index)]
+            return self._steps.run_layer(call, layer) if isinstance(layer, KeptLayer) else call.run()
         if self.prefill is None:
             raise UnsupportedError(
                 f"decoder layer {call.index} was called outside of {type(self.mllm.model).__name__}.forward; a policy "
                 "needs the ids of the whole model's forward call"
             )
         return self._prefill_layer(call, self.prefill)
-
-    def _decode_layer(self, call: LayerCall) -> Any:
-        layer = call.cache.layers[self._cache_index(call.index)]
-        if not isinstance(layer, KeptLayer):
-            return call.run()
-        key = (id(call.mask), layer.mask_key)
-        if key not in self._step_masks:
-            self._step_masks[key] = (call.mask, layer.mask(call.mask, call.hidden.shape[1], call.hidden.dtype))
-        with layer.decoding():
-            return call.run(attention_mask=self._step_masks[key][1])
 
     def _prefill_layer(self, call: LayerCall, prefill: Prefill) -> Any:
         if call.index == 0 and call.cache is not None:
@@ -405,7 +306,7 @@ class _Engine:
             for policy, _, _ in self.policies:
                 policy.before_layer(call.index, prefill)
         selections = prefill.selections()
-        prefill.layers_with_image = prefill.layers_with_image + prefill.has_visual
+        prefill.count_layer()
         hidden = prefill.hidden
         if selections is None:
             with prefill.running_on(None):

@@ -87,23 +87,34 @@ class DynamicExit(Policy):
 
     @torch.no_grad()
     def before_layer(self, layer: int, prefill: Prefill) -> None:
-        """Ask the gate after the layer before this one, and drop the visual tokens of the rows that it lets go."""
+        """Ask the gate after the layer before this one, and drop the visual tokens of the rows that it lets go.
+
+        The host waits for what gates say where a row may leave: not where no row sees its image any longer, nor where
+        the threshold decides alone.
+        """
         assert isinstance(self.gates, Gates)
-        if layer == 0 or layer < self.min_layer:
+        if layer == 0 or layer < self.min_layer or not prefill.sees_image:
             return
-        visual = prefill.layout.visual
         if layer == self.max_layer:
-            prefill.drop(visual)
+            prefill.drop_image()
             return
-        gates, weights = self.gates, prefill.state.get(self._key)
-        if weights is None:
-            weights = prefill.state[self._key] = status_weights(prefill.layout, gates.status)
-        device = gates.inner.device  # a model may be spread over devices
-        status = token_status(prefill.hidden, weights.to(prefill.hidden.device)).to(device)
-        probability = gates.exit_probability(status, layer - 1)
+        probability = self.gates.exit_probability(self._status(prefill), layer - 1)
         prefill.state.setdefault(PROBABILITIES, {})[layer] = probability
-        leaves = probability > self._thresholds[layer - 1]
-        prefill.drop(visual & leaves.to(visual.device)[:, None])
+        threshold = self._thresholds[layer - 1]
+        if threshold < 0:  # a probability is above it, and below 1
+            prefill.drop_image()
+        elif threshold < 1:
+            prefill.drop_image(probability > threshold)
+
+    def _status(self, prefill: Prefill) -> Tensor:
+        """What the gates look at, [B, P * d] on their device."""
+        assert isinstance(self.gates, Gates)
+        weights = prefill.state.get(self._key)
+        if weights is None:
+            hidden = prefill.hidden
+            weights = status_weights(prefill.layout, self.gates.status).to(hidden.device, hidden.dtype)
+            prefill.state[self._key] = weights
+        return token_status(prefill.hidden, weights.to(prefill.hidden.device)).to(self.gates.inner.device)
 
     @property
     def thresholds(self) -> list[float]:

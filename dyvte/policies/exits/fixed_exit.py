@@ -46,4 +46,4 @@ class FixedExit(Policy):
     def before_layer(self, layer: int, prefill: Prefill) -> None:
         """Drop every visual position at layer k."""
         if layer == self.layer:
-            prefill.drop(prefill.layout.visual)
+            prefill.drop_image()

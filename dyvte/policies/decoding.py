@@ -1,0 +1,107 @@
+"""Decoding with a KV cache whose layers store some of the positions they stand for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from dyvte.errors import UnsupportedError
+from dyvte.instrument.attention_calls import replace_attention
+from dyvte.instrument.cache import KeptLayer
+from dyvte.instrument.hooks import LayerCall
+from dyvte.instrument.kept_keys import KeyTable, attend_apart
+
+if TYPE_CHECKING:
+    from dyvte.mllm import MLLM
+
+
+class Decoding:
+    """Runs decoder layers on new tokens, step by step.
+
+    Rows that left their image before a layer and rows that did not attend one group after the other, each to keys of
+    its own length. Where a model does not hand what it stored to its attention function as it is, or wants attention
+    weights of all rows, they attend together, to a rectangle as wide as the longest.
+    """
+
+    def __init__(self, mllm: MLLM) -> None:
+        self.mllm = mllm
+        self._masks: dict[Any, tuple[Any, Tensor | None]] = {}  # of one step; many layers share them
+        self._attends_apart = mllm.text_config._attn_implementation not in (None, "eager")  # eager returns weights
+        self._apart: tuple[KeptLayer, list[Tensor | None]] | None = None  # the layer that runs, and its groups' masks
+        self._door = ExitStack()
+
+    def begin(self) -> None:
+        """A decoding step begins: within it, groups of rows can attend apart."""
+        if self._attends_apart:
+            try:
+                self._door.enter_context(replace_attention(self.mllm, self._attend))
+            except UnsupportedError:
+                self._attends_apart = False
+
+    def end(self) -> None:
+        """A step ends."""
+        self._door.close()
+        self._masks.clear()
+
+    def run_layer(self, call: LayerCall, layer: KeptLayer) -> Any:
+        """Run a decoder layer on new tokens.
+
+        Args:
+            call: of the layer.
+            layer: of the KV cache, which holds some of the positions.
+        """
+        new = call.hidden.shape[1]
+        groups = layer.groups(new)
+        if groups is not None and len(groups) > 1:
+            if self._attends_apart:
+                masks = [self._mask(call, layer, each) for each in groups]
+                try:
+                    return self._run_apart(call, layer, masks)
+                except _CannotAttendApartError:
+                    self._attends_apart = False
+            layer.make_table()
+            groups = None
+        mask = self._mask(call, layer, None if groups is None else groups[0])
+        with layer.decoding():
+            return call.run(attention_mask=mask)
+
+    def _mask(self, call: LayerCall, layer: KeptLayer, table: KeyTable | None) -> Tensor | None:
+        """The mask of a group of rows, or of the whole table of a layer; layers share them for a step."""
+        mask, new, dtype = call.mask, call.hidden.shape[1], call.hidden.dtype
+        key = (id(mask), layer.length, layer.mask_key if table is None else id(table))
+        if key not in self._masks:
+            made = layer.mask(mask, new, dtype) if table is None else layer.group_mask(table, mask, new, dtype)
+            self._masks[key] = (mask, made)
+        return self._masks[key][1]
+
+    def _run_apart(self, call: LayerCall, layer: KeptLayer, masks: list[Tensor | None]) -> Any:
+        """Run a layer whose groups of rows attend one after the other."""
+        self._apart = layer, masks
+        try:
+            with layer.attending_apart():
+                result = call.run(attention_mask=None)
+        finally:
+            attended, self._apart = self._apart is None, None
+        if not attended:
+            raise _CannotAttendApartError
+        return result
+
+    def _attend(self, original: Callable[..., Any], module: nn.Module, **arguments: Any) -> Any:
+        """Stands in for the attention function while decoding."""
+        if self._apart is None:
+            return original(module, **arguments)
+        (layer, masks), self._apart = self._apart, None
+        query, mask = arguments.pop("query"), arguments.pop("attention_mask", None)
+        store = layer.take(arguments.pop("key"), arguments.pop("value")) if mask is None else None
+        if store is None:
+            raise _CannotAttendApartError
+        arguments.pop("position_ids", None)  # of all rows; flash attention takes those for packed sequences
+        return attend_apart(functools.partial(original, module), store, query, masks, **arguments)
+
+
+class _CannotAttendApartError(Exception):
+    """The model does not hand what it stored to its attention function as it is."""
