@@ -14,8 +14,8 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -27,26 +27,22 @@ import torch
 import dyvte
 from analysis.statistics.markdown import markdown_table
 from benchmarks.common import VISUAL_TOKENS, add_output, random_llava, random_prompts, write_page
-from benchmarks.dynamic_exit import QUESTION_TOKENS, ROWS, SYSTEM_TOKENS, mixed_exits
+from benchmarks.dynamic_exit import QUESTION_TOKENS, ROWS, SYSTEM_TOKENS, UNCHANGED, mixed_exits
 from dyvte.batch import Batch
 from dyvte.cost.operators import LayerWork, OperatorCounter, Work, count_layers
 from dyvte.gates import Gates
 from dyvte.instrument.cache import KeptLayer
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy
-from dyvte.policies.compose import Compose
 from dyvte.policies.exits.dynamic_exit import DynamicExit
 from dyvte.policies.exits.fixed_exit import FixedExit
 from dyvte.policies.exits.vtw import VTW
-from dyvte.policies.merging.pooling import AveragePool, DownsampleImage
+from dyvte.policies.fastv_dynamic_exit import FastVDynamicExit
 from dyvte.policies.merging.tome import ToMe
-from dyvte.policies.pruning.divprune import DivPrune
-from dyvte.policies.pruning.drop import RandomDrop, UniformDrop
 from dyvte.policies.pruning.fastv import FastV
 from dyvte.policies.pruning.fitprune import FitPrune, Recipe
-from dyvte.policies.pruning.pyramid_drop import PyramidDrop
+from dyvte.policies.registry import methods
 from dyvte.policies.skip_attention import SkipAttention
-from dyvte.policies.vision.fastervlm import FasterVLM
 
 BATCH_SIZES = (1, ROWS)
 LAYERS, HIDDEN, HEAD_SIZE = 16, 64, 32
@@ -54,7 +50,9 @@ VISION_LAYERS = 2  # methods look at the last but one
 STEPS = 4
 """Decoding steps: the first, which prepares the others, and three that are as all later ones."""
 PACKAGE = str(Path(dyvte.__file__).parent) + os.sep
-KEEP, STAGES = 0.5, 4
+KEEP = 0.5
+NEARLY_NEVER = 1 - 1e-6
+"""A threshold that no random gate reaches, but that the host cannot know of."""
 
 
 def counted_model(layers: int = LAYERS) -> MLLM:
@@ -68,38 +66,38 @@ def prompts(mllm: MLLM, batch_size: int) -> Batch:
 
 
 def policies(mllm: MLLM) -> dict[str, Callable[[Batch], Policy]]:
-    """Every kind of policy, by name: what makes it for a batch of prompts."""
+    """Every method of the registry, by what tables call it: what makes it for a batch of prompts."""
     layers = mllm.num_layers
     half = layers // 2
     recipe = Recipe([1.0, 1.0, *[KEEP] * (layers - 2)], alpha=0.0, budget=KEEP, cost=KEEP, num_samples=1)
 
-    def gates_at(layer: int) -> DynamicExit:
+    def gates_at(layer: int, first: int = 1) -> DynamicExit:
         """Gates that are all asked until every row leaves at this layer."""
-        thresholds = [1 - 1e-6] * (layer - 1) + [-1.0] + [1 - 1e-6] * (layers - 1 - layer)
-        return DynamicExit(Gates(layers, mllm.hidden_size), threshold=thresholds)
+        thresholds = [NEARLY_NEVER] * (layer - 1) + [0.0] + [NEARLY_NEVER] * (layers - 1 - layer)
+        return DynamicExit(Gates(layers, mllm.hidden_size), threshold=thresholds, min_layer=first)
 
     def mixed(batch: Batch) -> Policy:
         return mixed_exits(mllm, batch) if len(batch["input_ids"]) > 1 else gates_at(half)
 
-    return {
-        f"FixedExit({half})": lambda batch: FixedExit(half),
-        f"VTW({half})": lambda batch: VTW(half),
-        f"DynamicExit, all rows at {half}": lambda batch: gates_at(half),
-        "DynamicExit, mixed": mixed,
-        "FastV(2)": lambda batch: FastV(layer=2, keep=KEEP),
-        "FastV(2) + DynamicExit": lambda batch: Compose([FastV(layer=2, keep=KEEP), gates_at(half)]),
-        f"PyramidDrop({STAGES})": lambda batch: PyramidDrop(stages=STAGES, keep=KEEP),
-        "FitPrune": lambda batch: FitPrune(recipe),
-        "DivPrune": lambda batch: DivPrune(keep=KEEP),
-        "FasterVLM": lambda batch: FasterVLM(keep=KEEP),
-        "UniformDrop": lambda batch: UniformDrop(keep=KEEP),
-        "RandomDrop": lambda batch: RandomDrop(keep=KEEP),
-        "AveragePool(2)": lambda batch: AveragePool(block=2),
-        "DownsampleImage(2)": lambda batch: DownsampleImage(block=2),
-        "ToMe(0.5)": lambda batch: ToMe(keep=KEEP),
-        "ToMe, every layer": lambda batch: ToMe(merges=VISUAL_TOKENS // (2 * layers)),
-        "SkipAttention": lambda batch: SkipAttention(layers=[half]),
+    made: dict[str, dict[str, Callable[[Batch], Policy]]] = {
+        "none": {},
+        "fixed_exit": {"": lambda batch: FixedExit(half)},
+        "vtw": {"": lambda batch: VTW(half)},
+        "dynamic_exit": {", all rows at once": lambda batch: gates_at(half), ", mixed": mixed},
+        "fastv_dynamic_exit": {"": lambda batch: FastVDynamicExit([FastV(), gates_at(half, first=FastV.layer + 1)])},
+        "fitprune": {"": lambda batch: FitPrune(recipe)},
+        "tome": {
+            "": lambda batch: ToMe(keep=KEEP),
+            ", every layer": lambda batch: ToMe(merges=VISUAL_TOKENS // (2 * layers)),
+        },
+        "skip_attention": {"": lambda batch: SkipAttention(layers=[half])},
     }
+    found: dict[str, Callable[[Batch], Policy]] = {}
+    for name, method in methods().items():
+        keeps = {"keep": KEEP} if "keep" in {each.name for each in fields(method)} else {}
+        for variant, make in made.get(name, {"": lambda batch, method=method, keeps=keeps: method(**keeps)}).items():
+            found[method.label + variant] = make
+    return found
 
 
 def instruments(mllm: MLLM) -> dict[str, Callable[[Batch], object]]:
@@ -142,15 +140,10 @@ class Count:
     step_calls: int
 
 
-def active(mllm: MLLM, policy: Policy | None) -> AbstractContextManager[Any]:
-    """The policy's block; for None one that does nothing."""
-    return nullcontext() if policy is None else policy(mllm)
-
-
 @torch.no_grad()
-def count_generation(mllm: MLLM, batch: Batch, policy: Policy | None = None) -> Count:
+def count_generation(mllm: MLLM, batch: Batch, policy: Policy = UNCHANGED) -> Count:
     """Count a prefill as `generate` does it, and `STEPS` decoding steps."""
-    with active(mllm, policy):
+    with policy(mllm):
         mllm.model(**batch, use_cache=True, logits_to_keep=1)  # what is made once a block is not counted
         with count_layers(mllm) as prefill:
             cache = mllm.model(**batch, use_cache=True, logits_to_keep=1).past_key_values

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from families import FAMILIES, random_batch
 
 from benchmarks import counts
-from dyvte import policies
 from dyvte.cost.operators import OperatorCounter, Work, count_layers
 from dyvte.gates import Gates
 from dyvte.mllm import MLLM
-from dyvte.policies.attention_policy import AttentionPolicy
-from dyvte.policies.base import Policy
-from dyvte.policies.compose import Compose
 from dyvte.policies.exits.dynamic_exit import DynamicExit
 from dyvte.policies.exits.fixed_exit import FixedExit
-from dyvte.policies.scorer import ScorerPolicy
+from dyvte.policies.registry import labels
+from dyvte.policies.unchanged import Unchanged
 
 
 def counted(run: Callable[[], object]) -> Work:
@@ -98,28 +93,12 @@ def test_python_calls_are_those_of_the_package() -> None:
         assert once == counts.python_calls(lambda: mllm.model(**batch)) > 0
 
 
-def kinds_of_policies(kind: type[Policy] = Policy) -> Iterator[type[Policy]]:
-    for each in kind.__subclasses__():
-        if each.__module__.startswith("dyvte."):
-            yield each
-        yield from kinds_of_policies(each)
-
-
-def test_every_policy_is_counted() -> None:
-    for module in pkgutil.walk_packages(policies.__path__, "dyvte.policies."):
-        importlib.import_module(module.name)
-    mllm = counts.counted_model(layers=4)
-    batch = counts.prompts(mllm, 1)
-    made = [make(batch) for make in counts.policies(mllm).values()]
-    inner = [each for policy in made if isinstance(policy, Compose) for each in policy.policies]
-    counted_kinds = {type(policy) for policy in (*made, *inner)}
-    assert set(kinds_of_policies()) - counted_kinds <= {AttentionPolicy, ScorerPolicy}, "bases of others"
-
-
 def test_the_page_is_made_of_every_policy_and_instrument() -> None:
     mllm = counts.counted_model(layers=4)
     text = "\n".join(counts.page(mllm, batch_sizes=(2,)))
-    for name in (*counts.policies(mllm), *counts.instruments(mllm)):
+    named = [*counts.policies(mllm), *counts.instruments(mllm)]
+    assert {name.partition(",")[0] for name in named} >= set(labels().values()) - {Unchanged.label}
+    for name in named:
         assert text.count(f"| {name} | 2 |") == 1
 
 
@@ -144,7 +123,7 @@ def counts_of(name: str, batch_size: int, mllm: MLLM) -> tuple[counts.Count, cou
     )
 
 
-@pytest.mark.parametrize("name", ["FixedExit(4)", "DynamicExit, all rows at 4", "FastV(2)", "UniformDrop"])
+@pytest.mark.parametrize("name", ["fixed exit", "dynamic exit, all rows at once", "FastV", "uniform"])
 @pytest.mark.parametrize("batch_size", [1, counts.ROWS])
 def test_decoding_dispatches_no_more_than_the_plain_model(name: str, batch_size: int) -> None:
     plain, count = counts_of(name, batch_size, counts.counted_model(LAYERS))
@@ -155,7 +134,7 @@ def test_decoding_dispatches_no_more_than_the_plain_model(name: str, batch_size:
 
 
 def test_decoding_of_rows_that_left_at_different_layers() -> None:
-    plain, count = counts_of("DynamicExit, mixed", counts.ROWS, counts.counted_model(counts.LAYERS))
+    plain, count = counts_of("dynamic exit, mixed", counts.ROWS, counts.counted_model(counts.LAYERS))
     for own, step in zip(plain.steps[1:], count.steps[1:], strict=True):
         assert step.operators <= 1.15 * own.operators
         assert step.output_bytes < own.output_bytes
@@ -166,7 +145,7 @@ def test_decoding_of_rows_that_left_at_different_layers() -> None:
 
 @pytest.mark.parametrize("batch_size", [1, counts.ROWS])
 def test_an_exit_in_the_prefill(batch_size: int) -> None:
-    plain, count = counts_of("FixedExit(4)", batch_size, counts.counted_model(LAYERS))
+    plain, count = counts_of("fixed exit", batch_size, counts.counted_model(LAYERS))
     extra = [own - other for own, other in zip(count.prefill.layers, plain.prefill.layers, strict=True)]
     assert count.leaving == [LAYERS // 2]
     assert {each.operators for each in extra[: LAYERS // 2]} == {0}
@@ -179,7 +158,7 @@ def test_gates_make_the_host_wait_only_where_a_row_may_leave(thresholds: str) ->
     """One transfer a layer decides for the batch; none where no row sees its image, or the threshold decides alone."""
     mllm = counts.counted_model(LAYERS)
     batch = counts.prompts(mllm, counts.ROWS)
-    undecided = 1 - 1e-6
+    undecided = counts.NEARLY_NEVER
     of_gates = {
         "all stay": [undecided] * (LAYERS - 1),
         "all leave": [undecided] * (EXIT - 1) + [0.0] + [undecided] * (LAYERS - 1 - EXIT),
