@@ -1,7 +1,7 @@
 """Attention between image and text, layer by layer, and the stages it falls into: `python -m analysis.stages`.
 
 Reads the data in batches, writes one row per sample and layer, and makes from that table the curves with their bands,
-the stage verdict (`docs/stage_verdict.md`), the same per question kind, and attention maps of a few samples.
+the stage verdict (`docs/stage_rules.md`), the same per question kind, and attention maps of a few samples.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from .measuring.runs import closing_line, measure_dataset
 from .plots.attention import draw_attention_map, draw_measures, draw_stages_by_kind, draw_three_stages
 from .statistics.bands import Array, Band, keyed_array, mean_band
 from .statistics.stages import StageVerdict, stage_verdict
-from .statistics.verdicts import verdict_in_words
+from .statistics.verdicts import verdict_in_words, verdict_word
 
-ENDPOINT = "enrichment_no_sink"
-"""What the verdict looks at, fixed before any data were seen."""
+ENDPOINT, BESIDE = "enrichment_no_sink", "mass"
+"""What the verdict looks at, fixed before any data were seen; and what the same claims are made of beside it."""
 LEVEL = 0.95
 Bands = dict[str, Band]
 
@@ -48,6 +48,9 @@ def main(cfg: DictConfig) -> None:
     print(f"stages: {verdict_in_words(summary['stages'])}")
     for reason in summary["stages"]["reasons"][1:]:
         print(f"  also: {reason}")
+    for claim, found in summary["stages"]["claims"].items():
+        print(f"  {claim.replace('_', ' ')}: {verdict_word(found)}")
+    print(f"  of the raw attention mass: {verdict_word(summary['stages_by_mass']['verdict'])}")
     if summary["stages"]["boundaries"]:
         print(f"  95% intervals of the boundaries: {summary['stages']['boundaries_ci']}")
     print(closing_line(summary, folder))
@@ -90,19 +93,10 @@ class LayerTable:
         parts = zip(columns, band.mean, band.low, band.high, strict=True)
         return {name: Band(*limits) for name, *limits in parts if np.isfinite(limits[0]).any()}
 
-    def verdict(self, cfg: DictConfig, level: float = LEVEL) -> StageVerdict:
+    def verdict(self, cfg: DictConfig, level: float = LEVEL, measure: str = ENDPOINT) -> StageVerdict:
         """The stage verdict on these samples."""
-        cross, visual, text = (self.by_layer(f"{curve}_{ENDPOINT}") for curve in CURVES)
-        return stage_verdict(
-            cross,
-            visual,
-            text,
-            self.images,
-            level=level,
-            n_boot=cfg.bootstrap,
-            n_perm=cfg.permutations,
-            seed=cfg.seed,
-        )
+        cross, visual = (self.by_layer(f"{curve}_{measure}") for curve in ("cross", "visual"))
+        return stage_verdict(cross, visual, self.images, level=level, n_boot=cfg.bootstrap, seed=cfg.seed)
 
 
 def summarize_stages(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM, dataset: Dataset) -> dict[str, Any]:
@@ -139,6 +133,7 @@ def summarize_stages(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM, datas
             "bands": {name: as_lists(found) for name, found in curves.items()},
             "entropy": as_lists(entropies),
             "stages": layers.verdict(cfg).to_dict(),
+            "stages_by_mass": layers.verdict(cfg, measure=BESIDE).to_dict(),
             "kinds": {
                 kind: {
                     **rows.counts(),

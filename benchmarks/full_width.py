@@ -84,7 +84,7 @@ def commands(model: Path, folder: Path, samples: int, train_samples: int) -> lis
     short = "max_new_tokens=4"
     reference = [f"comparison_dir={folder}/compare", f"reference_dir={folder}/reference"]
     return [
-        ("analysis.stages", samples, [*common, *few, "permutations=99", f"output_dir={folder}/stages"]),
+        ("analysis.stages", samples, [*common, *few, f"output_dir={folder}/stages"]),
         (
             "analysis.exits",
             samples,

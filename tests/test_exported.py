@@ -337,7 +337,7 @@ def test_generate_command(setting: SimpleNamespace, tmp_path: Path) -> None:
 def test_stages_command(setting: SimpleNamespace, tmp_path: Path) -> None:
     from analysis.stages import main
 
-    main(compose("stages", [*command_settings(setting, tmp_path), "bootstrap=20", "permutations=19", "maps.count=1"]))
+    main(compose("stages", [*command_settings(setting, tmp_path), "bootstrap=20", "maps.count=1"]))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["num_samples"] == 4
     assert len(summary["curves"]["cross"]) == 3

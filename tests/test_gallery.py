@@ -85,7 +85,7 @@ def small_gallery(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     cfg.runs = {"stages": cfg.runs.stages}
     cfg.pictures = {name: cfg.pictures[name] for name in ("stages.png", "attention_map.png")}
     cfg.hero = None
-    cfg.runs.stages.settings = ["data.limit=24", "bootstrap=200", "permutations=19", "maps.count=2"]
+    cfg.runs.stages.settings = ["data.limit=24", "bootstrap=200", "maps.count=2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         gallery.gallery(cfg)

@@ -33,7 +33,7 @@ def stages_summary(name: str) -> dict[str, Any]:
     reasons = ["no split of the layers holds both a fall and a rise of cross attention above the minimum effect"]
     counts = {"num_samples": 8, "num_images": 3}
     kinds = {f"{name} {i}": {**counts, "bands": bands} for i in range(5)}
-    stages = {"verdict": "undetermined", "reasons": reasons, "boundaries": None, "checks": {"effect": False}}
+    stages = {"verdict": "undetermined", "reasons": reasons, "boundaries": None, "claims": {"valley": "undetermined"}}
     summary = {"model": name, "data": name, "num_layers": LAYERS, **counts, "endpoint": "enrichment_no_sink"}
     return {**summary, "bands": bands, "stages": stages, "kinds": kinds}
 

@@ -51,7 +51,8 @@ def stages_summary(rng: np.random.Generator) -> dict[str, Any]:
     bands = {name: {curve: band(rng, LAYERS) for curve in ("cross", "visual", "text")} for name in measures}
     endpoint = bands["enrichment_no_sink"]
     stages = {"verdict": "other", "reasons": ["no fall"], "boundaries": None, "boundaries_ci": None}
-    stages |= {"fall": [-0.2, -0.3, -0.1], "rise": [0.1, 0.05, 0.2], "share_in": None, "share_out": None}
+    contrasts = {"fall": [-0.2, -0.3, -0.1], "rise": [0.1, 0.05, 0.2], "visual_in": None, "visual_out": None}
+    stages |= {"contrasts": contrasts, "claims": {"valley": "not_found", "shape": "undetermined"}}
     kind = {"num_samples": 4, "num_images": 2, "bands": {"enrichment_no_sink": endpoint}, "stages": stages}
     return {
         "endpoint": "enrichment_no_sink",

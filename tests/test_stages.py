@@ -39,7 +39,7 @@ from tests.families import build, random_batch
 ROOT = Path(__file__).parent.parent
 LAYERS = 9
 SHAPES = ["data.limit=11", "data.kinds=[attribute,count]"]
-QUICK = ["batch_size=3", "bootstrap=50", "permutations=99", "maps.count=2"]
+QUICK = ["batch_size=3", "bootstrap=50", "maps.count=2"]
 SMALL = [*SHAPES, *QUICK]
 
 
@@ -84,7 +84,8 @@ def test_summary_holds_what_others_read(finished: Path) -> None:
     assert (summary["num_samples"], summary["num_failed"], summary["num_layers"]) == (11, 0, LAYERS)
     assert set(summary["curves"]) == {"cross", "visual", "text"}
     assert all(len(curve) == LAYERS for curve in summary["curves"].values())
-    assert {"verdict", "boundaries", "boundaries_ci"} <= set(summary["stages"])
+    for stages_of in (summary["stages"], summary["stages_by_mass"]):
+        assert {"verdict", "boundaries", "boundaries_ci", "claims", "registered"} <= set(stages_of)
     assert OmegaConf.load(finished / "config.yaml").data.limit == 11
     for name in summary["figures"]:
         for suffix in ("png", "pdf"):
@@ -330,8 +331,8 @@ def test_no_finding_on_random_weights(family: str) -> None:
                 mllm.model(**batch)
             for curve in CURVES:
                 curves[curve].append(probe.stats.mean_curve(curve, stages.ENDPOINT))
-        cross, visual, text = (torch.cat(curves[curve]).numpy() for curve in CURVES)
-        verdict = stage_verdict(cross, visual, text, np.arange(len(cross)), n_boot=200, n_perm=499)
+        cross, visual = (torch.cat(curves[curve]).numpy() for curve in ("cross", "visual"))
+        verdict = stage_verdict(cross, visual, np.arange(len(cross)), n_boot=200)
         assert verdict.verdict != "three_stage", (family, seed)
         assert verdict.boundaries is None
 
@@ -348,13 +349,13 @@ def test_planted_layer_is_found() -> None:
                 mllm.model(**batch)
             for curve in CURVES:
                 curves[curve].append(probe.stats.mean_curve(curve, stages.ENDPOINT))
-        cross, visual, text = (torch.cat(curves[curve]).numpy() for curve in CURVES)
+        cross, visual = (torch.cat(curves[curve]).numpy() for curve in ("cross", "visual"))
         assert np.isnan(cross[:, exit_layer:]).all()  # nothing to see is no enrichment; the table says 0
         cross = np.nan_to_num(cross)
-        outcome = stage_verdict(cross, visual, text, np.arange(len(cross)), n_boot=100, n_perm=99)
+        outcome = stage_verdict(cross, visual, np.arange(len(cross)), n_boot=100)
         assert outcome.verdict == "other"
-        assert outcome.change_points is not None
-        assert exit_layer in outcome.change_points
+        assert outcome.contrasts is not None
+        assert exit_layer in outcome.contrasts.split
 
 
 def test_views_cover_the_image() -> None:

@@ -73,12 +73,12 @@ def _band(run: FinishedRun, label: str, unit: str, place: str, index: int | None
 
 def _stages(run: FinishedRun) -> Iterator[RunFinding]:
     effects = [
-        _triple(run, label, unit, f"/stages/{key}", SIMULTANEOUS)
-        for label, unit, key in (
-            ("fall of attention on the image into the middle stage (0.69 = halved)", "log", "fall"),
-            ("its rise out of the middle stage (0.69 = doubled)", "log", "rise"),
-            ("within-modality share, middle stage minus the stage before", "points", "share_in"),
-            ("within-modality share, middle stage minus the stage after", "points", "share_out"),
+        _triple(run, label, "log", f"/stages/contrasts/{key}", SIMULTANEOUS)
+        for label, key in (
+            ("fall of attention on the image into the middle stage (0.69 = halved)", "fall"),
+            ("its rise out of the middle stage (0.69 = doubled)", "rise"),
+            ("image to image attention, middle stage less the stage before (0.69 = doubled)", "visual_in"),
+            ("image to image attention, middle stage less the stage after (0.69 = doubled)", "visual_out"),
         )
     ]
     for index, name in enumerate(("second", "third")):

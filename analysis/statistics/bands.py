@@ -175,3 +175,23 @@ def simultaneous_band(estimate: npt.ArrayLike, replicates: Array, level: float =
     standardised = np.divide(deviation, error, out=np.zeros_like(deviation), where=error > 1e-12)
     critical = float(np.quantile(standardised.reshape(len(replicates), -1).max(1), level))
     return Band(estimate, estimate - critical * error, estimate + critical * error)
+
+
+def one_sided_band(estimate: npt.ArrayLike, replicates: Array, level: float = 0.95) -> Band:
+    """Lower limits that hold for *all* entries at once with probability `level`, and upper limits that do (sup-t).
+
+    As :func:`simultaneous_band`, each side by itself: `c` is the `level` quantile of the largest deviation upwards for
+    the lower limits, downwards for the upper ones.
+
+    Args:
+        estimate: `[...]`.
+        replicates: `[B, ...]`.
+        level: of each side.
+    """
+    estimate = np.asarray(estimate, dtype=np.float64)
+    error = replicates.std(0, ddof=1)
+    deviation = replicates - estimate
+    standardised = np.divide(deviation, error, out=np.zeros_like(deviation), where=error > 1e-12)
+    flat = standardised.reshape(len(replicates), -1)
+    above, below = (float(np.quantile(side.max(1), level)) for side in (flat, -flat))
+    return Band(estimate, estimate - above * error, estimate + below * error)

@@ -1,13 +1,13 @@
-"""Curves over layers cut into segments: change points, contrasts, permutation tests, and fits of curve families."""
+"""Curves over layers cut into three segments, and compared with fits of curve families (`docs/stage_rules.md`)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import numpy.typing as npt
-import ruptures
 from scipy.optimize import isotonic_regression
 
 from .bands import Array
@@ -16,28 +16,23 @@ MIN_STAGE_LAYERS = 2
 """A single layer is not a stage."""
 
 
-def change_points(curve: npt.ArrayLike, n_points: int = 2, min_size: int = MIN_STAGE_LAYERS) -> list[int]:
-    """Layers at which a new segment starts: the least-squares optimal split of `curve [L]` or `[L, channels]`.
+def registered_split(num_layers: int) -> tuple[int, int]:
+    """(L/6, 2L/3), rounded to the nearest layer, the first at least 2: the split that is fixed before looking.
 
-    Exact dynamic programming from `ruptures` (linear kernel, which is the squared-error cost).
+    From 6 layers on each stage has the layers that a stage needs.
+
+    Example:
+        >>> registered_split(12), registered_split(30)
+        ((2, 8), (5, 20))
     """
-    signal = np.asarray(curve, dtype=np.float64).reshape(len(np.asarray(curve)), -1)
-    algorithm = ruptures.KernelCPD(kernel="linear", min_size=min_size).fit(signal)
-    return [int(point) for point in algorithm.predict(n_bkps=n_points)[:-1]]
+    return max(MIN_STAGE_LAYERS, round(num_layers / 6)), round(2 * num_layers / 3)
 
 
 @lru_cache(maxsize=64)
 def stage_splits(num_layers: int) -> npt.NDArray[np.int64]:
-    """All splits `(b1, b2)` that could be the three stages: `[0, b1) [b1, b2) [b2, L)`, shape `[C, 2]`.
-
-    Every stage has at least `MIN_STAGE_LAYERS` layers and the first one ends in the first half of the decoder,
-    because the claim is that cross attention falls "after the first layers".
-    """
-    splits = [
-        (first, second)
-        for first in range(MIN_STAGE_LAYERS, num_layers // 2 + 1)
-        for second in range(first + MIN_STAGE_LAYERS, num_layers - MIN_STAGE_LAYERS + 1)
-    ]
+    """All splits `(b1, b2)` into `[0, b1) [b1, b2) [b2, L)` with at least `MIN_STAGE_LAYERS` layers each: `[C, 2]`."""
+    borders = range(MIN_STAGE_LAYERS, num_layers - MIN_STAGE_LAYERS + 1)
+    splits = [pair for pair in combinations(borders, 2) if pair[1] - pair[0] >= MIN_STAGE_LAYERS]
     return np.array(splits, dtype=np.int64).reshape(-1, 2)
 
 
@@ -67,41 +62,6 @@ def stage_contrasts(curves: Array, splits: npt.NDArray[np.int64]) -> tuple[Array
     return means[0] - means[1], means[2] - means[1], residual
 
 
-def signature_statistic(curves: Array) -> Array:
-    """How clearly each curve falls and rises again: `[B, L] -> [B]`.
-
-    The larger over all splits of the smaller of the two t-like ratios of fall and rise. Dividing by the residual
-    within the stages is what gives power against random walks, whose "stages" wander.
-    """
-    num_layers = curves.shape[1]
-    splits = stage_splits(num_layers)
-    fall, rise, residual = stage_contrasts(curves, splits)
-    first, second = splits.T
-    middle = 1.0 / (second - first)
-    spread = np.sqrt(residual / (num_layers - 3)) + 1e-9
-    ratio = np.minimum(fall / np.sqrt(1.0 / first + middle), rise / np.sqrt(1.0 / (num_layers - second) + middle))
-    return np.asarray((ratio / spread).max(1))
-
-
-def permutation_p_values(curve: Array, n_perm: int = 1999, seed: int = 0) -> dict[str, float]:
-    """One-sided p-values of :func:`signature_statistic` under two nulls about the order of the layers.
-
-    `increments`: the steps from layer to layer come in random order (the curve is a random walk or drifts).
-    `levels`: the layers themselves come in random order (the curve is noise around a constant, as under random
-    weights). Both are Monte Carlo permutation tests, exact at their level when their null holds.
-    """
-    rng = np.random.default_rng(seed)
-    observed = signature_statistic(curve[None])[0]
-    steps = rng.permuted(np.tile(np.diff(curve), (n_perm, 1)), axis=1)
-    walks = np.concatenate([np.zeros((n_perm, 1)), steps.cumsum(1)], axis=1)
-    shuffles = rng.permuted(np.tile(curve, (n_perm, 1)), axis=1)
-
-    def p_value(null: Array) -> float:
-        return float((1 + np.sum(signature_statistic(null) >= observed - 1e-12)) / (n_perm + 1))
-
-    return {"increments": p_value(walks), "levels": p_value(shuffles)}
-
-
 @lru_cache(maxsize=64)
 def _bases(num_layers: int) -> dict[str, tuple[Array, int]]:
     """Orthonormal bases `[candidates, L, coefficients]` of the curve families, with their number of parameters."""
@@ -111,22 +71,32 @@ def _bases(num_layers: int) -> dict[str, tuple[Array, int]]:
     def orthonormal(designs: list[list[Array]]) -> Array:
         return np.stack([np.linalg.qr(np.stack(columns, axis=1))[0] for columns in designs])
 
-    rates = np.geomspace(1.0, 4.0 * num_layers, 40)  # from nearly linear to gone after a quarter of a layer
+    rates = np.geomspace(1.0, 4.0 * num_layers, RATES)  # from nearly linear to gone after a quarter of a layer
     knots = list(combinations(range(1, num_layers - 1), 2))
     steps = range(MIN_STAGE_LAYERS, num_layers - MIN_STAGE_LAYERS + 1)
     return {
         "constant": (orthonormal([[one]]), 1),
         "linear": (orthonormal([[one, layer]]), 2),
-        "quadratic": (orthonormal([[one, layer, layer**2]]), 3),
+        "parabola": (orthonormal([[one, layer, layer**2]]), 3),
+        "cubic": (orthonormal([[one, layer, layer**2, layer**3]]), 4),
         "exponential": (orthonormal([[one, np.exp(-rate * layer)] for rate in rates]), 3),
         "exponential_rise": (orthonormal([[one, np.exp(-rate * (1 - layer))] for rate in rates]), 3),
+        "skewed_u": (
+            orthonormal([[one, np.exp(-rate * layer), layer**power] for rate, power in product(rates, POWERS)]),
+            5,
+        ),
+        "skewed_u_mirrored": (
+            orthonormal(
+                [[one, np.exp(-rate * (1 - layer)), (1 - layer) ** power] for rate, power in product(rates, POWERS)]
+            ),
+            5,
+        ),
         "step": (orthonormal([[one, (np.arange(num_layers) >= at) * one] for at in steps]), 3),
         "three_levels": (
             orthonormal(
                 [
                     [one, (np.arange(num_layers) >= first) * one, (np.arange(num_layers) >= second) * one]
-                    for first, second in combinations(steps, 2)
-                    if second - first >= MIN_STAGE_LAYERS
+                    for first, second in stage_splits(num_layers)
                 ]
             ),
             5,
@@ -144,16 +114,20 @@ def _bases(num_layers: int) -> dict[str, tuple[Array, int]]:
     }
 
 
+RATES = 40
+"""Decay rates that are tried for an exponential."""
+POWERS = (1.0, 1.5, 2.0, 3.0, 4.0)
+"""Exponents that are tried for the slow side of a skewed U."""
 THREE_STAGE_FITS = ("three_levels", "three_slopes")
 
 
 def fit_bic(curve: Array, sampling_variance: float = 0.0) -> dict[str, float]:
     """Bayesian information criterion of each curve family fitted to `curve [L]` (lower is better).
 
-    Smooth: constant, linear, quadratic, exponential. Monotone: step, isotonic (either direction). Three stages:
-    three levels, or three connected line segments. Change points count as parameters; an isotonic fit counts its
-    levels. The noise variance is not allowed below `sampling_variance`, so no family profits from fitting
-    differences that are sampling error.
+    Smooth: constant, linear, parabola, cubic, exponential, skewed U (exponential plus power), the last two from either
+    end. Monotone: step, isotonic (either direction). Three stages: three levels, or three connected line segments.
+    Change points, rates and powers count as parameters; an isotonic fit counts its levels. The noise variance is not
+    allowed below `sampling_variance`, so no family profits from fitting differences that are sampling error.
     """
     num_layers = len(curve)
 
@@ -172,3 +146,16 @@ def fit_bic(curve: Array, sampling_variance: float = 0.0) -> dict[str, float]:
         levels = 1 + int(np.sum(np.abs(np.diff(fit)) > 1e-12))
         scores[name] = bic(float(((centred - fit) ** 2).sum()), levels)
     return scores
+
+
+def posterior_weights(bic: Mapping[str, float]) -> dict[str, float]:
+    """Approximate posterior probability of each family with equal priors: exp(-BIC/2) over its sum.
+
+    Example:
+        >>> posterior_weights({"a": 10.0, "b": 10.0})
+        {'a': 0.5, 'b': 0.5}
+    """
+    least = min(bic.values())
+    weights = {name: float(np.exp((least - value) / 2)) for name, value in bic.items()}
+    total = sum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}

@@ -1,19 +1,19 @@
-"""The stage verdict: do the layers fall into the paper's three stages? `docs/stage_verdict.md` explains it on one page.
+"""The stage finding by attention: valley, stages or a bend, and the recipe over runs (`docs/stage_rules.md`).
 
-Everything here is a pure function of numpy arrays. Layers are not samples: deviations that all samples share at a
-layer belong to the one model at hand, no amount of data averages them away, and three segments always fit some curve.
-The verdict therefore asks for a signature that was fixed beforehand and compares it with what chance orderings of the
-layers produce.
+Everything here is a pure function of numpy arrays. Layers are not samples: deviations that all questions share at a
+layer belong to the one model at hand, and no amount of data averages them away. A claim about one model therefore has
+images as its units; a claim about a way of training has independently seeded runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy import stats
 
 from .bands import (
     MIN_CLUSTERS,
@@ -24,42 +24,74 @@ from .bands import (
     cluster_mean,
     count_images,
     generator,
-    simultaneous_band,
+    one_sided_band,
 )
-from .segments import THREE_STAGE_FITS, change_points, fit_bic, permutation_p_values, stage_contrasts, stage_splits
-from .verdicts import CHECK_ORDER
+from .segments import (
+    THREE_STAGE_FITS,
+    fit_bic,
+    posterior_weights,
+    registered_split,
+    stage_contrasts,
+    stage_splits,
+)
 
 MIN_LAYERS = 8
-"""Below this depth no ordering of the layers is rare enough to be evidence."""
-ENRICHMENT_FLOOR = 0.01
-"""Enrichment below a hundredth of uniform attention counts as this much (keeps the logarithm finite)."""
+"""Below this depth three stages of two layers leave next to nothing that could be told from a bend."""
+ENDPOINT_FLOOR = 0.01
+"""Enrichment (or mass) below a hundredth counts as this much; keeps the logarithm finite."""
+MIN_EFFECT = float(np.log(1.1))
+"""Smallest change of level that counts, in log enrichment: a tenth."""
+MIN_BIC_GAIN = 4.0
+FOUND, NOT_FOUND, UNDETERMINED = "found", "not_found", "undetermined"
+NOT_TESTED = "not_tested_by_attention"
 Triple = list[float]
-"""`[estimate, lower, upper]`."""
+"""`[estimate, lower, upper]`, each limit one-sided and simultaneous over fall and rise of every split."""
+
+
+@dataclass(frozen=True)
+class SplitContrasts:
+    """What attention does at one split `(b1, b2)`, in log enrichment (0.69 = a factor of two).
+
+    Attributes:
+        fall, rise: of cross attention into [b1, b2) and out of it.
+        visual_in, visual_out: visual -> visual, the middle less before, and less after; None where it is not defined.
+    """
+
+    split: list[int]
+    fall: Triple
+    rise: Triple
+    visual_in: Triple | None
+    visual_out: Triple | None
 
 
 @dataclass(frozen=True)
 class StageVerdict:
     """Outcome of :func:`stage_verdict`; every field is plain data that goes to `summary.json` as it is.
 
-    `fall`, `rise`, `share_in`, `share_out` are `[estimate, lower, upper]` at the detected change points, with the
-    limits of a band that is simultaneous over every possible pair of boundaries. Fall and rise are in log
-    enrichment (0.69 = a factor of two), the share is a fraction.
+    Attributes:
+        verdict: `three_stage`, `other` or `undetermined`.
+        reasons: why it is not `three_stage`, what decides first.
+        boundaries: first layers of stages 2 and 3, None without `three_stage`; `boundaries_ci` their 95% intervals.
+        claims: `valley` and `shape` -> found, not_found or undetermined; `visual_peak` -> found or
+            not_tested_by_attention, at `contrasts`.
+        contrasts: at the split that fits best, with the least squared residual around its three means.
+        registered: the same at the split that is fixed beforehand.
+        prevalence: share of questions whose own curve falls and rises by more than the minimum effect at `contrasts`.
+        bic: of every curve family; `bic_gain` of three stages over the best rival, `rival`; `weights` exp(-BIC/2).
     """
 
     verdict: str
     reasons: list[str]
-    boundaries: list[int] | None
-    boundaries_ci: list[list[int]] | None
-    change_points: list[int] | None = None
-    change_points_ci: list[list[int]] | None = None
-    change_points_stability: list[float] | None = None
-    fall: Triple | None = None
-    rise: Triple | None = None
-    share_in: Triple | None = None
-    share_out: Triple | None = None
-    p_values: dict[str, float] = field(default_factory=dict)
+    boundaries: list[int] | None = None
+    boundaries_ci: list[list[int]] | None = None
+    claims: dict[str, str] = field(default_factory=dict)
+    contrasts: SplitContrasts | None = None
+    registered: SplitContrasts | None = None
+    prevalence: float | None = None
     bic: dict[str, float] = field(default_factory=dict)
-    checks: dict[str, bool] = field(default_factory=dict)
+    bic_gain: float | None = None
+    rival: str | None = None
+    weights: dict[str, float] = field(default_factory=dict)
     settings: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,160 +99,233 @@ class StageVerdict:
         return asdict(self)
 
 
-def intra_modality_share(cross: Array, visual: Array, text: Array) -> Array:
-    """Share of attention, relative to uniform attention, that stays within a modality; any common shape.
+def log_endpoint(values: npt.ArrayLike) -> Array:
+    """Logarithm of enrichment or mass, not below that of `ENDPOINT_FLOOR`."""
+    return np.asarray(np.log(np.maximum(values, ENDPOINT_FLOOR)))
 
-    `intra / (intra + cross)` with `intra` the mean of the visual -> visual and text -> text enrichment. A curve
-    that is NaN (no second visual token to attend to, say) leaves the mean.
+
+def split_band(curve: Array, replicates: Array, level: float) -> Band:
+    """Fall and rise of `curve [L]` at every split with simultaneous one-sided limits: `[C, 2]`.
+
+    Args:
+        curve: on the scale on which levels are compared.
+        replicates: `[B, L]` of it.
+        level: of each side.
     """
-    intra = cluster_mean(np.stack([visual, text]))
-    return np.asarray(intra / np.maximum(intra + cross, ENRICHMENT_FLOOR))
+    splits = stage_splits(len(curve))
+    estimate = np.stack(stage_contrasts(curve[None], splits)[:2], axis=-1)[0]
+    return one_sided_band(estimate, np.stack(stage_contrasts(replicates, splits)[:2], axis=-1), level)
+
+
+def valley_claim(band: Band, min_effect: float = MIN_EFFECT) -> str:
+    """Claim 1 from the limits of fall and rise `[C, 2]` at every split."""
+    if (band.low > min_effect).all(1).any():
+        return FOUND
+    return UNDETERMINED if (band.high > min_effect).all(1).any() else NOT_FOUND
+
+
+def shape_claim(bic: dict[str, float], min_gain: float = MIN_BIC_GAIN) -> tuple[str, float, str]:
+    """Claim 2 from the BIC of every family: the claim, the gain of three stages over the best rival, and that rival."""
+    rivals = {name: value for name, value in bic.items() if name not in THREE_STAGE_FITS}
+    rival = min(rivals, key=rivals.__getitem__)
+    gain = rivals[rival] - min(bic[name] for name in THREE_STAGE_FITS)
+    return FOUND if gain >= min_gain else NOT_FOUND if gain <= -min_gain else UNDETERMINED, gain, rival
 
 
 def stage_verdict(
     cross: npt.ArrayLike,
     visual: npt.ArrayLike,
-    text: npt.ArrayLike,
     clusters: Clusters,
     *,
-    min_effect: float = float(np.log(1.1)),
-    min_bic_gain: float = 4.0,
+    min_effect: float = MIN_EFFECT,
+    min_bic_gain: float = MIN_BIC_GAIN,
     level: float = 0.95,
     n_boot: int = 1000,
-    n_perm: int = 1999,
     seed: int = 0,
 ) -> StageVerdict:
-    """Decide whether the layers show the paper's three stages (arXiv 2411.19628, section 3).
+    """Decide whether the layers of one model show three stages of attention (arXiv 2411.19628, section 3).
 
-    The endpoint is fixed: the mean cross enrichment without the attention sink, on a log scale. `three_stage`
-    needs all of the following; anything else is `other` (the data speak against the signature) or
-    `undetermined` (they cannot tell).
-
-    1. `effect`: at the change points, cross attention falls and rises again, each by more than `min_effect` at
-       the lower limit of a simultaneous band from a bootstrap clustered by image.
-    2. `share`: the intra-modality share is higher in the middle stage than before and after (lower limits > 0).
-    3. `shape`: a three-stage fit beats every smooth and every monotone fit by `min_bic_gain` in BIC.
-    4. `order`: the signature is rarer than `1 - level` when the increments between layers, or the layers, are
-       put in random order.
+    `three_stage` needs both claims, a valley at some split and three stages rather than a bend; `other` is where one of
+    them is not found. Visual -> visual attention is tested by itself and does not enter.
 
     Args:
-        cross, visual, text: `[n, L]`, enrichment without the sink per sample and layer, averaged over heads:
-            instruction -> visual, visual -> visual, instruction -> text. Samples with NaN in `cross` (no image)
-            are left out.
+        cross, visual: `[n, L]`, enrichment without the sink (or mass) per sample and layer, averaged over heads:
+            instruction -> visual, visual -> visual. Samples with NaN in `cross` (no image) are left out.
         clusters: length n, the image of each sample.
-        min_effect: smallest change of level that counts, in log enrichment (default: a tenth).
+        min_effect: smallest change of level that counts, in log enrichment.
+        min_bic_gain: smallest difference in BIC that counts.
+        level: of each one-sided limit.
+        n_boot: draws of images.
+        seed: of the draws.
 
     Raises:
         ValueError: the arrays do not have one shape `[n, L]`.
+
+    Example:
+        >>> noise = np.random.default_rng(0).lognormal(0, 0.1, (60, 15))
+        >>> cross = np.repeat([1.0, 0.3, 0.8], 5) * noise
+        >>> found = stage_verdict(cross, np.ones_like(cross), range(60))
+        >>> found.verdict, found.boundaries, found.claims["visual_peak"]
+        ('three_stage', [5, 10], 'not_tested_by_attention')
     """
-    curves = [np.asarray(array, dtype=np.float64) for array in (cross, visual, text)]
-    if curves[0].ndim != 2 or len({curve.shape for curve in curves}) > 1:
-        raise ValueError(
-            f"stage_verdict: shapes {', '.join(str(each.shape) for each in curves)}; need one shape [n, L]"
-        )
-    usable = np.isfinite(curves[0]).all(1)
+    cross, visual = (np.asarray(array, dtype=np.float64) for array in (cross, visual))
+    if cross.ndim != 2 or cross.shape != visual.shape:
+        raise ValueError(f"stage_verdict: shapes {cross.shape}, {visual.shape}; need one shape [n, L]")
+    usable = np.isfinite(cross).all(1)
     labels = np.asarray(clusters).astype(str)[usable]
-    curves = [curve[usable] for curve in curves]
-    num_layers, num_clusters = curves[0].shape[1], count_images(labels)
-    settings = {"min_effect": min_effect, "min_bic_gain": min_bic_gain, "level": level, "n_boot": n_boot}
-    settings |= {"n_perm": n_perm, "seed": seed, "num_samples": len(labels), "num_clusters": num_clusters}
-    settings["num_layers"] = num_layers
+    cross, visual = cross[usable], visual[usable]
+    num_layers, num_clusters = cross.shape[1], count_images(labels)
+    settings = {"min_effect": min_effect, "min_bic_gain": min_bic_gain, "level": level, "n_boot": n_boot, "seed": seed}
+    settings |= {"num_samples": len(labels), "num_clusters": num_clusters, "num_layers": num_layers}
     too_little = []
     if num_layers < MIN_LAYERS:
-        too_little.append(f"{num_layers} layers; fewer than {MIN_LAYERS} cannot tell stages from chance")
+        too_little.append(f"{num_layers} layers; fewer than {MIN_LAYERS} cannot tell stages from a bend")
     if num_clusters < MIN_CLUSTERS:
         too_little.append(f"{num_clusters} images; fewer than {MIN_CLUSTERS} give no interval")
     if too_little:
-        return StageVerdict("undetermined", too_little, None, None, settings=settings)
+        return StageVerdict(UNDETERMINED, too_little, settings=settings)
 
-    means = [cluster_mean(array) for array in curves]
-    boots = [cluster_bootstrap(array, labels, n_boot, seed) for array in curves]
-    curve, replicates = (np.log(np.maximum(array, ENRICHMENT_FLOOR)) for array in (means[0], boots[0]))
-    share, share_replicates = intra_modality_share(*means), intra_modality_share(*boots)
-    points = change_points(curve)
-    ci, stability = _change_point_stability(curve, replicates, points, level, seed)
-    band = simultaneous_band(
-        _contrasts(curve[None], share[None])[0], _contrasts(replicates, share_replicates), level=level
+    curve, replicates = (log_endpoint(each) for each in _mean_and_draws(cross, labels, n_boot, seed))
+    band = split_band(curve, replicates, level)
+    visual_band = None
+    if np.isfinite(cluster_mean(visual)).all():
+        visual_curve, visual_draws = (log_endpoint(each) for each in _mean_and_draws(visual, labels, n_boot, seed))
+        known = np.isfinite(visual_draws).all(1)
+        visual_band = split_band(-visual_curve, -visual_draws[known], level)  # a peak is a valley upside down
+    valley = valley_claim(band, min_effect)
+    sampling_variance = float(replicates.var(0, ddof=1).mean())
+    bic = fit_bic(curve, sampling_variance)
+    shape, gain, rival = shape_claim(bic, min_bic_gain)
+    best = int(_best_split(curve[None])[0])
+    contrasts, at_registered = (
+        _contrasts_at(place, num_layers, band, visual_band)
+        for place in (best, _place(registered_split(num_layers), num_layers))
     )
-    chosen = np.flatnonzero((stage_splits(num_layers) == points).all(1))
-    at_points = Band(*(part[chosen] for part in (band.mean, band.low, band.high)))  # [1 or 0, 4]
-    triples = np.stack([at_points.mean, at_points.low, at_points.high], axis=-1).reshape(-1, 4, 3)
-    fall, rise, share_in, share_out = triples[0].tolist() if len(triples) else [None] * 4
-    p_values = permutation_p_values(curve, n_perm, seed)
-    bic = fit_bic(curve, float(replicates.var(0, ddof=1).mean()))
-    rivals = {name: value for name, value in bic.items() if name not in THREE_STAGE_FITS}
-    gain = min(rivals.values()) - min(bic[name] for name in THREE_STAGE_FITS)
-    checks = {
-        "effect": bool(len(chosen) and (at_points.low[0, :2] > min_effect).all()),
-        "share": bool(len(chosen) and (at_points.low[0, 2:] > 0).all()),
-        "shape": bool(gain >= min_bic_gain),
-        "order": bool(max(p_values.values()) <= 1 - level),
-    }
-    # Evidence against: no split anywhere in the decoder could hold a relevant fall and a relevant rise, or a smooth
-    # or monotone curve describes the layers clearly better than three stages do.
-    absent = not bool((band.high[:, :2] > min_effect).all(1).any())
-    found, against = all(checks.values()), absent or gain <= -min_bic_gain
+    fall, rise, _ = stage_contrasts(log_endpoint(cross), stage_splits(num_layers)[[best]])
+    at_best = bool((band.low[best] > min_effect).all())
+    three = shape == FOUND and at_best
     return StageVerdict(
-        verdict="three_stage" if found else "other" if against else "undetermined",
-        reasons=_reasons(checks, against, absent, p_values, min(rivals, key=rivals.__getitem__), gain),
-        boundaries=points if found else None,
-        boundaries_ci=ci if found else None,
-        change_points=points,
-        change_points_ci=ci,
-        change_points_stability=stability,
-        fall=fall,
-        rise=rise,
-        share_in=share_in,
-        share_out=share_out,
-        p_values=p_values,
+        verdict="three_stage" if three else "other" if NOT_FOUND in (valley, shape) else UNDETERMINED,
+        reasons=_reasons(valley, shape, at_best, rival, gain),
+        boundaries=contrasts.split if three else None,
+        boundaries_ci=_boundary_intervals(curve, replicates, best, seed) if three else None,
+        claims={"valley": valley, "shape": shape, "visual_peak": visual_claim(contrasts, min_effect)},
+        contrasts=contrasts,
+        registered=at_registered,
+        prevalence=float(((fall > min_effect) & (rise > min_effect)).mean()),
         bic=bic,
-        checks=checks,
+        bic_gain=gain,
+        rival=rival,
+        weights=posterior_weights(bic),
         settings=settings,
     )
 
 
-def _contrasts(logs: Array, shares: Array) -> Array:
-    """Fall, rise and the share's two differences for every split: the band holds for the one that the data chose."""
-    splits = stage_splits(logs.shape[1])
-    fall, rise, _ = stage_contrasts(logs, splits)
-    before, after, _ = stage_contrasts(shares, splits)
-    return np.stack([fall, rise, -before, -after], axis=-1)  # [B, C, 4]
+def visual_claim(contrasts: SplitContrasts, min_effect: float = MIN_EFFECT) -> str:
+    """Whether visual -> visual attention peaks in the middle stage: found, or not tested by attention."""
+    parts = (contrasts.visual_in, contrasts.visual_out)
+    return FOUND if all(part is not None and part[1] > min_effect for part in parts) else NOT_TESTED
 
 
-def _reasons(
-    checks: dict[str, bool], against: bool, absent: bool, p_values: dict[str, float], rival: str, gain: float
-) -> list[str]:
-    """Why it is not `three_stage`, a sentence for each check that fails; what decides comes first."""
-    worst = max(p_values, key=p_values.__getitem__)
-    what = "steps between layers" if worst == "increments" else "layers"
-    effect = "fall and rise at the change points are not both above the minimum effect"
-    if absent:
-        effect = "no split of the layers holds both a fall and a rise of cross attention above the minimum effect"
+def _mean_and_draws(values: Array, labels: Clusters, n_boot: int, seed: int) -> tuple[Array, Array]:
+    return cluster_mean(values), cluster_bootstrap(values, labels, n_boot, seed)
+
+
+def _place(split: Sequence[int], num_layers: int) -> int:
+    """Row of a split in :func:`stage_splits`."""
+    return int(np.flatnonzero((stage_splits(num_layers) == list(split)).all(1))[0])
+
+
+def _best_split(curves: Array) -> npt.NDArray[np.int64]:
+    """For every curve `[B, L]` the row of the split whose three means leave the least squared residual (exact)."""
+    return np.asarray(stage_contrasts(curves, stage_splits(curves.shape[1]))[2].argmin(1))
+
+
+def _contrasts_at(place: int, num_layers: int, band: Band, visual_band: Band | None) -> SplitContrasts:
+    def triples(of: Band) -> list[Triple]:
+        return np.stack([of.mean[place], of.low[place], of.high[place]], axis=-1).tolist()
+
+    visual = [None, None] if visual_band is None else triples(visual_band)
+    return SplitContrasts(stage_splits(num_layers)[place].tolist(), *triples(band), *visual)
+
+
+def _boundary_intervals(curve: Array, replicates: Array, best: int, seed: int) -> list[list[int]]:
+    """95% interval of each boundary: images drawn anew, and the layers' residuals from the three-level fit as well.
+
+    Deviations that all images share are invisible to a bootstrap over images.
+    """
+    num_layers = len(curve)
+    stage = np.searchsorted(stage_splits(num_layers)[best], np.arange(num_layers), side="right")
+    fit = np.array([curve[stage == each].mean() for each in range(3)])[stage]
+    residuals = (curve - fit) * np.sqrt(num_layers / (num_layers - 3))
+    redrawn = fit + generator(seed, "residuals").choice(residuals, size=replicates.shape) + (replicates - curve)
+    found = stage_splits(num_layers)[_best_split(redrawn)]
+    return np.percentile(found, [2.5, 97.5], axis=0, method="nearest").astype(int).T.tolist()
+
+
+def _reasons(valley: str, shape: str, at_best: bool, rival: str, gain: float) -> list[str]:
+    """Why it is not `three_stage`, a sentence for each claim that is not found; those against three stages first."""
+    clear = "fall and rise of cross attention are not both clearly above the minimum effect"
     sentences = {
-        "effect": effect,
-        "order": f"putting the {what} in random order gives as clear a fall and rise in {p_values[worst]:.0%} of "
-        f"the tries (p = {p_values[worst]:.3f}), so it may be chance",
+        "valley": "no split of the layers holds both a fall and a rise of cross attention above the minimum effect"
+        if valley == NOT_FOUND
+        else f"{clear} at {'the split that fits best' if valley == FOUND else 'any split'}",
         "shape": f"a plain curve ({rival.replace('_', ' ')}) describes the layers as well as three stages do (BIC gain "
         f"of three stages {gain:.1f})",
-        "share": "attention within a modality does not peak in the middle stage",
     }
-    return [sentences[name] for name in CHECK_ORDER[against] if not checks[name]]
+    open_claims = ([] if at_best else ["valley"]) + ([] if shape == FOUND else ["shape"])
+    claims = {"valley": valley, "shape": shape}
+    return [sentences[name] for name in sorted(open_claims, key=lambda name: claims[name] != NOT_FOUND)]
 
 
-def _change_point_stability(
-    curve: Array, replicates: Array, points: list[int], level: float, seed: int
-) -> tuple[list[list[int]], list[float]]:
-    """Interval of each change point, and the share of bootstrap replicates that find the very same layer.
+MIN_RUNS, MIN_RUNS_FOR_STAGES = 3, 5
+SHARE_OF_RUNS = 0.8
+BOUNDARY_SPREAD = 1 / 8
+"""Share of the layers by which a run's boundary may be off the median of the runs."""
 
-    The stability uses the bootstrap over images alone. The interval also redraws the layers' residuals from the
-    three-level fit, since deviations that all images share are invisible to a bootstrap over images.
+
+@dataclass(frozen=True)
+class RecipeVerdict:
+    """Claim 3, about a way of training; each part found, not_found or undetermined.
+
+    Attributes:
+        levels: (a) at the registered split; `p_fall`, `p_rise` of the one-sided t-tests over runs.
+        stages: (b) `num_three_stage` of the runs show three stages with boundaries close to the median.
     """
-    edges = [0, *points, len(curve)]
-    fit = np.concatenate([np.full(stop - start, curve[start:stop].mean()) for start, stop in pairwise(edges)])
-    residuals = (curve - fit) * np.sqrt(len(curve) / (len(curve) - 3))
-    redrawn = generator(seed, "residuals").choice(residuals, size=replicates.shape)
-    found = np.array([change_points(replicate) for replicate in replicates])
-    spread = np.array([change_points(row) for row in fit + redrawn + (replicates - curve)])
-    tail = 100 * (1 - level) / 2
-    limits = np.percentile(spread, [tail, 100 - tail], axis=0, method="nearest").astype(int)
-    return limits.T.tolist(), [float(value) for value in (found == points).mean(0)]
+
+    num_runs: int
+    levels: str
+    p_fall: float | None
+    p_rise: float | None
+    stages: str
+    num_three_stage: int
+
+
+def recipe_verdict(
+    runs: Sequence[Mapping[str, Any]], *, min_effect: float = MIN_EFFECT, level: float = 0.95
+) -> RecipeVerdict:
+    """Claim 3 from independently seeded runs of one depth.
+
+    Args:
+        runs: `StageVerdict.to_dict()` of each (`stages` of its summary). The seeds must be of everything that was
+            trained, the vision tower included.
+        min_effect: as in :func:`stage_verdict`.
+        level: one less the error of each t-test.
+    """
+    known = [each for each in runs if each["registered"] is not None]
+    p_values: list[float] | None = None
+    if len(known) >= MIN_RUNS:
+        falls, rises = ([each["registered"][name][0] for each in known] for name in ("fall", "rise"))
+        p_values = [
+            float(stats.ttest_1samp(values, min_effect, alternative="greater").pvalue) for values in (falls, rises)
+        ]
+    levels = UNDETERMINED if p_values is None else FOUND if max(p_values) <= 1 - level else NOT_FOUND
+    found = [each for each in known if each["boundaries"] is not None]
+    agreeing = 0
+    if found:
+        boundaries = np.array([each["boundaries"] for each in found], dtype=float)
+        reach = BOUNDARY_SPREAD * found[0]["settings"]["num_layers"]
+        agreeing = int((np.abs(boundaries - np.median(boundaries, axis=0)) <= reach).all(1).sum())
+    enough = len(known) >= MIN_RUNS_FOR_STAGES
+    stages = UNDETERMINED if not enough else FOUND if agreeing >= SHARE_OF_RUNS * len(known) else NOT_FOUND
+    return RecipeVerdict(len(known), levels, *(p_values or (None, None)), stages, agreeing)

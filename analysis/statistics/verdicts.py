@@ -11,25 +11,20 @@ VERDICTS = {
     "other": "not found",
     "not_found": "not found",
     "undetermined": "undetermined",
+    "not_tested_by_attention": "not tested by attention",
 }
 ADVICE = {
     "images": "more images would (data.limit=)",
     "layers": "it cannot be decided for a decoder of so few layers",
-    "order": "more questions do not help here, a model with more layers would",
-    "shape": "more questions may sharpen the curve (data.limit=)",
-    "share": "attention within the image may not be what the middle layers are about: see measures.png",
-    "effect": "more questions may sharpen the curve (data.limit=)",
+    "shape": "a model with more layers would",
+    "valley": "more questions may sharpen the curve (data.limit=)",
 }
-"""What would decide a verdict that a check leaves open."""
-CHECK_ORDER = (("effect", "order", "shape", "share"), ("effect", "shape", "order", "share"))
-"""Which failing check is named first: of an open verdict, and of one against three stages."""
+"""What would decide a verdict that a claim leaves open."""
 SHORT = {
     "images": "too few images",
     "layers": "too few layers",
-    "order": "their order may be chance",
     "shape": "a plain curve fits as well",
-    "share": "attention within a modality does not peak in the middle",
-    "effect": "no clear fall and rise",
+    "valley": "no clear fall and rise",
 }
 
 
@@ -48,33 +43,32 @@ def verdict_in_words(stages: Mapping[str, Any]) -> str:
 
     Example:
         >>> verdict_in_words({"verdict": "three_stage", "boundaries": [3, 8]})
-        'Three stages found: they begin at layers 0, 3 and 8.'
+        'Three stages of attention found: they begin at layers 0, 3 and 8.'
     """
     reasons = stages.get("reasons") or ["no reason is recorded"]
     if stages["verdict"] == "three_stage":
         first, second = stages["boundaries"]
-        return f"Three stages found: they begin at layers 0, {first} and {second}."
+        return f"Three stages of attention found: they begin at layers 0, {first} and {second}."
     if stages["verdict"] == "other":
-        return f"No three stages in this model: {reasons[0]}."
-    return (
-        f"Three stages neither shown nor ruled out: {reasons[0]}. What would decide it: {ADVICE[_open_check(stages)]}."
-    )
+        return f"No three stages of attention in this model: {reasons[0]}."
+    advice = ADVICE[_open_claim(stages)]
+    return f"Three stages of attention neither shown nor ruled out: {reasons[0]}. What would decide it: {advice}."
 
 
 def verdict_in_short(stages: Mapping[str, Any]) -> str:
     """The verdict and what it hangs on, as a line of a figure.
 
     Example:
-        >>> verdict_in_short({"verdict": "undetermined", "checks": {"order": False}})
-        'three stages: undetermined (their order may be chance)'
+        >>> verdict_in_short({"verdict": "undetermined", "claims": {"valley": "found", "shape": "undetermined"}})
+        'three stages: undetermined (a plain curve fits as well)'
     """
-    return f"three stages: {verdict_word(stages['verdict'])} ({SHORT[_open_check(stages)]})"
+    return f"three stages: {verdict_word(stages['verdict'])} ({SHORT[_open_claim(stages)]})"
 
 
-def _open_check(stages: Mapping[str, Any]) -> str:
-    """The first check that fails, or what there is too little of."""
-    checks = stages.get("checks") or {}
-    failed = [name for name in CHECK_ORDER[stages["verdict"] == "other"] if checks.get(name) is False]
-    if failed or stages["verdict"] == "other":
-        return failed[0] if failed else "effect"
+def _open_claim(stages: Mapping[str, Any]) -> str:
+    """The claim that decides, or what there is too little of."""
+    claims = stages.get("claims") or {}
+    wanted = "not_found" if stages["verdict"] == "other" else "undetermined"
+    if failed := [name for name in ("valley", "shape") if claims.get(name) == wanted]:
+        return failed[0]
     return "layers" if " layers; " in str((stages.get("reasons") or [""])[0]) else "images"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from analysis.statistics.markdown import markdown_table
+from analysis.statistics.verdicts import verdict_word
 from docs.tooling.generated import fill
 from docs.tooling.testbed_probes import NEIGHBOR, OWN
 from dyvte.testbed.questions import IMAGE_KINDS, KINDS, PATH_KINDS
@@ -73,12 +74,15 @@ def depth_markdown(runs: dict[str, dict[str, Any]]) -> str:
 
 
 def verdicts_markdown(runs: dict[str, dict[str, Any]]) -> str:
-    """The verdict on three stages after each training stage, one row a run."""
+    """The verdict on three stages after each training stage, one row a run; runs of earlier rules are left out."""
     rows = []
     for name, run in runs.items():
-        if run.get("attention"):
-            found = {stage: run["attention"][stage]["stages"] for stage in AFTER if stage in run["attention"]}
+        attention = run.get("attention") or {}
+        found = {stage: attention[stage]["stages"] for stage in AFTER if stage in attention}
+        if any("claims" in stages for stages in found.values()):
             rows.append([name, *(_verdict_cell(found[stage]) if stage in found else "-" for stage in AFTER)])
+    if not rows:
+        return "The training runs were recorded before these rules and have not been judged by them."
     return joined_table(["run", *(f"after {name}" for name in AFTER.values())], rows)
 
 
@@ -87,18 +91,16 @@ AFTER = {"language": "stage 0 (language)", "align": "stage 2 (alignment)", "inst
 
 
 def _verdict_cell(stages: dict[str, Any]) -> str:
-    """The verdict, with the middle stage's layers, fall and rise, the rarity of the signature, and what fails."""
+    """The verdict, with the middle stage's layers, fall and rise, and the claims."""
     word = str(stages["verdict"]).replace("_", " ")
-    if stages["change_points"] is None or stages["fall"] is None:
+    if (contrasts := stages["contrasts"]) is None:
         return word
-    first, last = stages["change_points"]
+    first, last = contrasts["split"]
     fall, rise = (
-        f"{stages[name][0]:+.2f} [{stages[name][1]:+.2f}, {stages[name][2]:+.2f}]" for name in ("fall", "rise")
+        f"{contrasts[name][0]:+.2f} [{contrasts[name][1]:+.2f}, {contrasts[name][2]:+.2f}]" for name in ("fall", "rise")
     )
-    p_value = max(stages["p_values"].values())
-    failed = [check for check, passed in stages["checks"].items() if not passed]
-    missing = f"; fails {', '.join(failed)}" if failed else ""
-    return f"{word}: middle stage layers {first} to {last - 1}, fall {fall}, rise {rise}, p = {p_value:.3f}{missing}"
+    claims = ", ".join(f"{claim.replace('_', ' ')} {verdict_word(found)}" for claim, found in stages["claims"].items())
+    return f"{word}: middle stage layers {first} to {last - 1}, fall {fall}, rise {rise}; {claims}"
 
 
 KEPT_ANSWERS, DEEP = 0.9, 0.75

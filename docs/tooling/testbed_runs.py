@@ -96,8 +96,8 @@ def attention_record(mllm: MLLM, records: list[ShapesRecord], batch_size: int, s
     record: dict[str, Any] = {measure: {} for measure in MEASURES}
     for (measure, curve), of_questions in values.items():
         record[measure][curve] = mean_band(of_questions, clusters, seed=seed).to_dict()
-    cross, visual, text = (values["enrichment_no_sink", curve] for curve in CURVES)
-    record["stages"] = stage_verdict(cross, visual, text, clusters, seed=seed).to_dict()
+    cross, visual = (values["enrichment_no_sink", curve] for curve in ("cross", "visual"))
+    record["stages"] = stage_verdict(cross, visual, clusters, seed=seed).to_dict()
     return record
 
 
