@@ -49,7 +49,7 @@ def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any] | None:
     if objects and not knows_targets(dataset):
         raise ConfigError(f"objects=true: data={cfg.data.name} does not say which objects an answer rests on")
     measure = KnockoutMeasurement.of(mllm, cfg, objects)
-    names = ("max_new_tokens", "width", "windows", "paths", "replace", "control", "entry_exit")
+    names = ("max_new_tokens", "width", "windows", "paths", "replace", "control", "splits", "entry_exit")
     settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(names)))
     settings["objects"] = objects
     folder = measure_dataset(cfg, mllm, dataset, measure, **settings)
@@ -108,6 +108,7 @@ def summarise(cfg: DictConfig, folder: store.RunFolder, measure: KnockoutMeasure
             "only_right": cfg.only_right,
             "width": max(stop - start for start, stop in measure.windows),
             "windows": measure.windows,
+            "splits": measure.splits,
             "entry_exit_windows": windows if cfg.entry_exit else None,
             "overall": summary_of.pop("all"),
             "kinds": summary_of,

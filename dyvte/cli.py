@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "stages": ("dyvte.analysis.stages", "attention between image and text in every layer, and the verdict on stages"),
     "exits": ("dyvte.analysis.exits", "what happens if the image leaves at exit layer k, for every k"),
     "knockout": ("dyvte.analysis.knockout", "what an answer loses when a path through attention is cut"),
+    "stage-table": ("dyvte.analysis.stage_table", "which stages hold by attention, and which by cause"),
     "lens": ("dyvte.analysis.lens", "what each patch says after each layer, and when the answer appears"),
     "tables": ("dyvte.analysis.tables", "methods at matched cost"),
     "cost": ("dyvte.analysis.cost", "latency, FLOPs and memory of every method"),

@@ -22,6 +22,8 @@ from dyvte.instrument.causal.groups import group_masks
 from dyvte.instrument.sweep import greedy_answer_ids
 from dyvte.mllm import MLLM
 
+from ..statistics.segments import MIN_STAGE_LAYERS, registered_split, stage_splits
+from ..statistics.stage_table import cuts_of_split
 from .image_objects import target_keys
 
 RANDOM = "as many random keys"
@@ -96,13 +98,32 @@ def windows_to_cut(cfg: DictConfig, num_layers: int) -> list[tuple[int, int]]:
     return named
 
 
+def splits_of(cfg: DictConfig, num_layers: int) -> list[tuple[int, int]]:
+    """The splits that the stage table is to be made for; none where the decoder is too short for three stages.
+
+    Raises:
+        ConfigError: a split does not cut the decoder into three stages.
+    """
+    possible = [tuple(split) for split in stage_splits(num_layers).tolist()]
+    if cfg.splits is None:
+        return [registered_split(num_layers)] if possible else []
+    for split in cfg.splits:
+        if tuple(split) not in possible:
+            raise ConfigError(
+                f"splits: {list(split)} does not cut {num_layers} layers into three stages of at least "
+                f"{MIN_STAGE_LAYERS} layers"
+            )
+    return [tuple(split) for split in cfg.splits]
+
+
 @dataclass
 class KnockoutMeasurement:
-    """Turns the samples of a batch into the tables `samples`, `knockouts` and `entry_exit`."""
+    """Turns the samples of a batch into the tables `samples`, `knockouts`, `stage_cuts` and `entry_exit`."""
 
     mllm: MLLM
     cuts: list[Cut]
     windows: list[tuple[int, int]]
+    splits: list[tuple[int, int]]
     entry_exit: bool
     max_new_tokens: int
     branch_tokens: int | None
@@ -113,7 +134,14 @@ class KnockoutMeasurement:
         """The measurement that a configuration asks for; `objects` if the data know what answers rest on."""
         windows = windows_to_cut(cfg, mllm.num_layers)
         return cls(
-            mllm, cuts_of(cfg, objects), windows, cfg.entry_exit, cfg.max_new_tokens, cfg.branch_tokens, cfg.seed
+            mllm,
+            cuts_of(cfg, objects),
+            windows,
+            splits_of(cfg, mllm.num_layers),
+            cfg.entry_exit,
+            cfg.max_new_tokens,
+            cfg.branch_tokens,
+            cfg.seed,
         )
 
     @torch.no_grad()
@@ -144,6 +172,8 @@ class KnockoutMeasurement:
             ),
             "knockouts": self._knockouts(samples, batch, answers),
         }
+        if self.splits:
+            found["stage_cuts"] = self._stage_cuts(samples, batch, answers)
         if self.entry_exit:
             windows = all_windows(self.mllm.num_layers)
             cut = self._run(samples, batch, answers, [("instruction", "visual")], windows, invert=True)
@@ -192,11 +222,8 @@ class KnockoutMeasurement:
             paths = [(each.queries, each.name if each.name in sets else each.keys) for each in chosen]
             donors = find_donors(batch.layout, [sample.image_id for sample in samples]) if mode == "swap" else None
             cut = self._run(samples, batch, answers, paths, self.windows, mode=mode, donors=donors, key_sets=sets)
-            table = _rows(ids, cut, indices, self.windows)
-            if donors is not None:  # rows without a donor say nothing
-                alone = [ids[row] for row, donor in enumerate(donors) if donor == row]
-                table = table[~table["id"].isin(alone)]
-            if of_image:  # nor do rows whose objects are unknown
+            table = _without_donor(_rows(ids, cut, indices, self.windows), ids, donors)
+            if of_image:  # rows whose objects are unknown say nothing
                 unknown = [ids[row] for row, found in enumerate(keys["objects"].any(1).tolist()) if not found]
                 numbers = [self.cuts.index(each) for each in of_image]
                 table = table[~(table["id"].isin(unknown) & table["cut"].isin(numbers))]
@@ -204,6 +231,23 @@ class KnockoutMeasurement:
         joined = pd.concat(tables, ignore_index=True)
         joined.insert(2, "name", [self.cuts[index].name for index in joined["cut"]])
         return joined
+
+    def _stage_cuts(self, samples: list[Sample], batch: Batch, answers: Tensor) -> pd.DataFrame:
+        """What the stage table asks for at each split."""
+        ids = [sample.id for sample in samples]
+        asked = dict.fromkeys(cut for split in self.splits for cut in cuts_of_split(split, self.mllm.num_layers))
+        windows_of: dict[tuple[str, str], list[tuple[int, int]]] = {}
+        for path, what, window in asked:
+            windows_of.setdefault((path, what), []).append(window)
+        tables = []
+        for (path, what), windows in windows_of.items():
+            donors = find_donors(batch.layout, [sample.image_id for sample in samples]) if what == "swap" else None
+            queries, keys = path.split("->")
+            cut = self._run(samples, batch, answers, [(queries, keys)], windows, mode=what, donors=donors)
+            table = _without_donor(_rows(ids, cut, [0], windows), ids, donors).drop(columns=["cut", "window"])
+            table.insert(1, "name", Cut(queries, keys, what).name)
+            tables.append(table)
+        return pd.concat(tables, ignore_index=True)
 
     def _random_keys(self, ids: Sequence[str], batch: Batch, cut: Cut) -> Tensor:
         """As many positions of each prompt as the path's keys, drawn anew for each sample and path."""
@@ -215,6 +259,13 @@ class KnockoutMeasurement:
             some = generator.choice(prompt, size=int(wanted[row].sum()), replace=False)
             drawn[row, torch.as_tensor(some, device=drawn.device)] = True
         return drawn
+
+
+def _without_donor(table: pd.DataFrame, ids: Sequence[str], donors: Sequence[int] | None) -> pd.DataFrame:
+    """Without the rows of samples that had no other image to swap with, which say nothing."""
+    if donors is None:
+        return table
+    return table[~table["id"].isin([ids[row] for row, donor in enumerate(donors) if donor == row])]
 
 
 def _rows(

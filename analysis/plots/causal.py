@@ -1,4 +1,4 @@
-"""Figures of `analysis.knockout` and `analysis.lens`.
+"""Figures of `analysis.knockout` and `analysis.stage_table`.
 
 As in `analysis.plots.exits`, functions take a summary and return a figure; nothing is computed here but layout.
 """
@@ -16,7 +16,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..statistics.bands import Band
-from .style import CYCLE, GREY, Summary, add_legend, draw_band, figure_style, kind_panels, layer_axis, title_of
+from ..statistics.stage_table import USE_POINTS
+from ..statistics.stages import MIN_EFFECT
+from ..statistics.verdicts import verdict_word
+from .style import (
+    CYCLE,
+    DASHED,
+    GREY,
+    Summary,
+    add_legend,
+    draw_band,
+    figure_style,
+    kind_panels,
+    layer_axis,
+    title_of,
+    wrapped,
+)
 
 SIMULTANEOUS = "bands: 95% over images, for all lines and windows at once"
 LABELS = {
@@ -129,6 +144,58 @@ def draw_knockouts_by_kind(summary: Summary) -> Figure:
         figure.suptitle(title_of(summary))
         add_legend(figure, next(iter(panels.values())), f"windows of {summary['width']} layers; {SIMULTANEOUS}")
         return figure
+
+
+VERDICT_COLORS = {"confirmed": CYCLE[2].color, "refuted": CYCLE[1].color}
+"""Of a stage; what is undetermined or not tested is grey."""
+
+
+def draw_stage_table(summary: Summary) -> Figure:
+    """Both kinds of evidence for each stage, one row of panels a split: every number with its limits and the margin."""
+    sides = (
+        ("attention", "by attention (log enrichment)", MIN_EFFECT),
+        ("cause", "by cause (answers changed, percentage points)", USE_POINTS),
+    )
+    with figure_style():
+        splits = summary["evidence"]
+        figure, axes = plt.subplots(
+            len(splits), 2, figsize=(11.0, 3.6 * len(splits) + 0.6), layout="constrained", squeeze=False
+        )
+        for row, evidence in zip(axes, splits, strict=True):
+            for axis, (side, title, margin) in zip(row, sides, strict=True):
+                _draw_evidence(axis, evidence[side], margin)
+                axis.set_title(f"split ({evidence['split'][0]}, {evidence['split'][1]}), {title}")
+        counts = " and ".join(
+            f"{summary[side]['num_samples']:,} questions on {summary[side]['num_images']:,} images ({side})"
+            for side, *_ in sides
+        )
+        figure.suptitle(f"The three stages by attention and by cause: {title_of(summary)}")
+        figure.supxlabel(
+            wrapped(f"bars: one-sided limits as docs/stage_rules.md sets them; dashed: the margin; n = {counts}", 150),
+            fontsize=8,
+        )
+        return figure
+
+
+def _draw_evidence(axis: Axes, stages: Sequence[Mapping[str, Any]], margin: float) -> None:
+    """Numbers of the three stages from top to bottom, each stage headed by its verdict."""
+    labels: list[tuple[float, str]] = []
+    place = 0.0
+    for number, stage in enumerate(stages, start=1):
+        color = VERDICT_COLORS.get(stage["verdict"], GREY)
+        heading = f"{number} {stage['stage']}: {verdict_word(stage['verdict'])}"
+        axis.text(
+            0.01, place, heading, color=color, fontweight="bold", va="center", transform=axis.get_yaxis_transform()
+        )
+        for name, (mean, low, high) in stage["numbers"].items():
+            place += 1
+            labels.append((place, name.replace("_", " ")))
+            axis.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=2.5)
+        place += 1.4
+    axis.axvline(0, color=GREY, linewidth=0.8, zorder=0)
+    axis.axvline(margin, color=GREY, linewidth=0.8, linestyle=DASHED, zorder=0)
+    axis.set_yticks([each for each, _ in labels], [name for _, name in labels])
+    axis.set_ylim(place - 0.9, -0.7)
 
 
 def draw_entry_exit(summary: Summary) -> Figure:

@@ -313,13 +313,16 @@ def recipe_verdict(
         level: one less the error of each t-test.
     """
     known = [each for each in runs if each["registered"] is not None]
-    p_values: list[float] | None = None
+    p_fall = p_rise = None
+    levels = UNDETERMINED
     if len(known) >= MIN_RUNS:
-        falls, rises = ([each["registered"][name][0] for each in known] for name in ("fall", "rise"))
-        p_values = [
-            float(stats.ttest_1samp(values, min_effect, alternative="greater").pvalue) for values in (falls, rises)
-        ]
-    levels = UNDETERMINED if p_values is None else FOUND if max(p_values) <= 1 - level else NOT_FOUND
+        p_fall, p_rise = (
+            float(
+                stats.ttest_1samp([each["registered"][name][0] for each in known], min_effect, alternative="greater")[1]
+            )
+            for name in ("fall", "rise")
+        )
+        levels = FOUND if max(p_fall, p_rise) <= 1 - level else NOT_FOUND
     found = [each for each in known if each["boundaries"] is not None]
     agreeing = 0
     if found:
@@ -328,4 +331,4 @@ def recipe_verdict(
         agreeing = int((np.abs(boundaries - np.median(boundaries, axis=0)) <= reach).all(1).sum())
     enough = len(known) >= MIN_RUNS_FOR_STAGES
     stages = UNDETERMINED if not enough else FOUND if agreeing >= SHARE_OF_RUNS * len(known) else NOT_FOUND
-    return RecipeVerdict(len(known), levels, *(p_values or (None, None)), stages, agreeing)
+    return RecipeVerdict(len(known), levels, p_fall, p_rise, stages, agreeing)

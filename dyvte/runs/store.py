@@ -99,7 +99,7 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
-    packages = ("torch", "transformers", "numpy", "scipy", "pandas", "pyarrow", "ruptures")
+    packages = ("torch", "transformers", "numpy", "scipy", "pandas", "pyarrow")
     return {
         "python": platform.python_version(),
         "dyvte": __version__,

@@ -1,0 +1,172 @@
+"""Which of the three stages hold by attention and which by cause: `python -m analysis.stage_table`.
+
+Joins a run of `analysis.stages` and one of `analysis.knockout` by rules that were fixed beforehand
+(`docs/stage_rules.md`), and judges a recipe where runs of several seeds are given. No model is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import DictConfig
+
+from dyvte.errors import ConfigError, RunFolderError
+from dyvte.runs import store
+from dyvte.runs.config import command
+
+from .plots.causal import draw_stage_table
+from .statistics.bands import count_images
+from .statistics.markdown import markdown_table, write_table_page
+from .statistics.stage_table import (
+    LEVEL,
+    StageEvidence,
+    attention_stages,
+    causal_stages,
+    losses_of,
+    stage_rows,
+)
+from .statistics.stages import recipe_verdict
+from .statistics.verdicts import verdict_word
+
+SHARED = ("model", "data", "num_layers")
+
+
+@command("stage_table")
+def main(cfg: DictConfig) -> None:
+    """Join, judge, write."""
+    make_stage_table(cfg)
+
+
+def make_stage_table(cfg: DictConfig) -> dict[str, Any]:
+    """The command; returns its summary.
+
+    Raises:
+        RunFolderError: a run is not finished.
+        ConfigError: the two runs are of different models or data, or no split has both kinds of evidence.
+    """
+    stages, knockout = read_summary(cfg.stages), read_summary(cfg.knockout)
+    for key in SHARED:
+        if stages[key] != knockout[key]:
+            raise ConfigError(f"{key} is {stages[key]} in {cfg.stages} and {knockout[key]} in {cfg.knockout}")
+    folder = store.RunFolder(Path(cfg.knockout))
+    samples = folder.read_table("samples")
+    kept = samples["visual_tokens"] > 0
+    if knockout["only_right"]:
+        kept &= samples["right"].fillna(False).astype(bool)
+    ids, images = samples.loc[kept, "id"].to_numpy(), samples.loc[kept, "image_id"].to_numpy()
+    cuts = folder.read_table("stage_cuts")
+    evidence = {}
+    for split, contrasts in known_splits(stages["stages"]).items():
+        if list(split) in knockout["splits"]:
+            losses = losses_of(cuts, split, knockout["num_layers"], ids)
+            evidence[split] = (attention_stages(contrasts), causal_stages(losses, split, images))
+    if not evidence:
+        asked = ",".join(f"[{first},{second}]" for first, second in known_splits(stages["stages"]))
+        raise ConfigError(
+            f"{cfg.knockout} has cut the splits {knockout['splits']}, and {cfg.stages} has judged others: run "
+            f"python -m analysis.knockout 'splits=[{asked}]' overwrite=true"
+        )
+    rows = [row for split, both in evidence.items() for row in stage_rows(split, stages["num_layers"], *both)]
+    summary = store.plain(
+        {
+            **{key: stages[key] for key in SHARED},
+            "attention": {key: stages[key] for key in ("num_samples", "num_images")},
+            "cause": {"num_samples": len(ids), "num_images": count_images(images), "level": LEVEL},
+            "verdict": stages["stages"]["verdict"],
+            "rows": rows,
+            "evidence": [
+                {
+                    "split": list(split),
+                    "attention": [asdict(each) for each in attention],
+                    "cause": [asdict(each) for each in cause],
+                }
+                for split, (attention, cause) in evidence.items()
+            ],
+            "recipe": asdict(recipe_verdict([read_summary(each)["stages"] for each in cfg.seed_runs]))
+            if cfg.seed_runs
+            else None,
+            "versions": store.versions(),
+        }
+    )
+    out = store.RunFolder(Path(cfg.output_dir))
+    out.path.mkdir(parents=True, exist_ok=True)
+    out.write_table("stage_table", pd.DataFrame(rows))
+    out.write_table("numbers", numbers_table(evidence))
+    out.save_figure("stage_table", draw_stage_table(summary))
+    write_table_page(out, page(summary))
+    store.write_json(out.path / "summary.json", {**summary, "figures": ["stage_table"]})
+    return dict(summary)
+
+
+def read_summary(folder: str) -> dict[str, Any]:
+    """`summary.json` of a finished run.
+
+    Raises:
+        RunFolderError: there is none.
+    """
+    file = Path(folder) / "summary.json"
+    if not file.is_file():
+        raise RunFolderError(f"no finished run in {folder} (its command writes {file.name} last)")
+    return dict(json.loads(file.read_text()))
+
+
+def known_splits(stages: dict[str, Any]) -> dict[tuple[int, int], dict[str, Any]]:
+    """The registered split and, where three stages were found, their boundaries; with what attention does there."""
+    found = [stages["registered"], stages["contrasts"] if stages["boundaries"] else None]
+    return {(each["split"][0], each["split"][1]): each for each in found if each is not None}
+
+
+def numbers_table(evidence: dict[tuple[int, int], tuple[list[StageEvidence], list[StageEvidence]]]) -> pd.DataFrame:
+    """Every number behind the table, one row each."""
+    return pd.DataFrame(
+        [
+            {"first_boundary": split[0], "second_boundary": split[1], "stage": each.stage, "evidence": kind,
+             "number": name, "estimate": limits[0], "low": limits[1], "high": limits[2]}
+            for split, both in evidence.items()
+            for kind, of_kind in zip(("attention", "cause"), both, strict=True)
+            for each in of_kind
+            for name, limits in each.numbers.items()
+        ]
+    )  # fmt: skip
+
+
+def page(summary: dict[str, Any]) -> list[str]:
+    """The table in Markdown, with what its numbers are of."""
+    head = ["split", "stage", "layers", "by attention", "by cause", "attention (log enrichment)", "cause (points)"]
+    rows = [
+        [
+            row["split"],
+            row["stage"],
+            f"{row['first_layer']}-{row['last_layer']}",
+            verdict_word(row["by_attention"]),
+            verdict_word(row["by_cause"]) + (f" ({row['note']})" if row["note"] else ""),
+            row["attention_numbers"],
+            row["cause_numbers"],
+        ]
+        for row in summary["rows"]
+    ]
+    attention, cause = summary["attention"], summary["cause"]
+    lines = [
+        f"### Stages of {summary['model']} on {summary['data']}, by attention and by cause",
+        "",
+        *markdown_table(head, rows),
+        "",
+        f"Attention: {attention['num_samples']:,} questions on {attention['num_images']:,} images, one-sided 95% "
+        f"limits for all splits together. Cause: {cause['num_samples']:,} questions on {cause['num_images']:,} images, "
+        f"answers changed in percentage points, one-sided {100 * cause['level']:.1f}% limits.",
+    ]
+    if (recipe := summary["recipe"]) is not None:
+        levels, stages = verdict_word(recipe["levels"]), verdict_word(recipe["stages"])
+        lines += [
+            "",
+            f"Recipe, {recipe['num_runs']} runs: levels {levels}; stages {stages} ({recipe['num_three_stage']} runs).",
+        ]
+    return lines
+
+
+if __name__ == "__main__":
+    main()
