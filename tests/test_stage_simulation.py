@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from scipy.stats import binomtest
 
-from docs.tooling.stage_simulation import BENDS, NO_VALLEY, WANDERING, Curve, model_rates, recipe_rates, three_stages
+from docs.tooling.stages.simulation import BENDS, NO_VALLEY, WANDERING, Curve, model_rates, recipe_rates, three_stages
 
 DEPTHS = (12, 32)
 MODELS, N_BOOT = 40, 100

@@ -26,7 +26,7 @@ from analysis.statistics.stages import (
     stage_verdict,
     valley_claim,
 )
-from docs.tooling.stage_simulation import judge, samples, three_stages, unit
+from docs.tooling.stages.simulation import judge, samples, three_stages, unit
 
 DEPTHS = (12, 24, 32)
 

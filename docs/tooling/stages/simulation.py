@@ -1,4 +1,4 @@
-"""How often the stage claims err, and how often they find what is there: `python -m docs.tooling.stage_simulation`.
+"""How often the stage claims err, and how often they find what is there: `python -m docs.tooling.stages.simulation`.
 
 Curves of known shape are given the errors of real data and judged by `analysis.statistics.stages`. The table goes to
 `docs/stage_simulation.md`; `tests/test_stage_simulation.py` holds a smaller one to its limits.
@@ -28,7 +28,7 @@ N_BOOT = 100
 RUNS = 5
 RUN_SPREAD = 0.15
 """Standard deviation between runs of one recipe, of the level of the curve (log enrichment)."""
-COMMAND = "python -m docs.tooling.stage_simulation"
+COMMAND = "python -m docs.tooling.stages.simulation"
 
 
 def unit(num_layers: int) -> Array:
