@@ -78,7 +78,7 @@ def cost(cfg: DictConfig) -> dict[str, Any]:
         found = {name: each.assign(batch_size=batch_size) for name, each in measured.items()}
         folder.write_shard(index, found, num_samples=batch_size, seconds=time.perf_counter() - started)
     folder.merge()
-    table = summarize(folder.read_table("repeats"), folder.read_table("constants"))
+    table = summarize(folder.read_table("repeats"), folder.read_table("constants"), settings.new_tokens)
     table["setting"] = table["method"].map({name: describe(policy) for name, policy in policies.items()})
     folder.write_table("cost", table)
     write_table_page(folder, markdown(cfg, table))
@@ -114,37 +114,46 @@ def measure(
     """Time every policy in every repeat, in an order drawn anew; one more repeat before them warms up.
 
     Returns:
-        One row a repeat and policy: `prefill_seconds` and `decode_seconds` (of one step, the mean of `new_tokens` - 1).
+        One row a repeat and policy: what `time_generation` returns.
     """
     order = np.random.default_rng(seed)
     rows = []
     for repeat in range(repeats + 1):
         for name in order.permutation(list(policies)):
-            prefill, decode = _time(mllm, batch, policies[str(name)], new_tokens)
+            timed = time_generation(mllm, batch, policies[str(name)], new_tokens)
             if repeat:
-                row = {"repeat": repeat, "method": str(name), "prefill_seconds": prefill, "decode_seconds": decode}
-                rows.append(row)
+                rows.append({"repeat": repeat, "method": str(name), **timed})
     return pd.DataFrame(rows)
 
 
-def _time(mllm: MLLM, batch: Batch, policy: Policy, new_tokens: int) -> tuple[float, float]:
-    """Seconds of the prefill, and of one decoding step after it."""
-    clock = Stopwatch(mllm.device)
-    inputs = batch.left_padded()
-    with policy(mllm):
-        clock.mark()
-        output = mllm.model(**inputs, use_cache=True, logits_to_keep=1)
-        clock.mark()
-        mask = inputs["attention_mask"]
-        for _ in range(new_tokens - 1):
-            token = output.logits[:, -1:].argmax(-1)
-            mask = torch.cat([mask, torch.ones_like(token)], dim=1)
-            output = mllm.model(
-                input_ids=token, attention_mask=mask, past_key_values=output.past_key_values, use_cache=True
-            )
-        clock.mark()
-    prefill, decode = clock.seconds()
-    return prefill, decode / max(new_tokens - 1, 1)
+def time_generation(mllm: MLLM, batch: Batch, policy: Policy, new_tokens: int) -> dict[str, float]:
+    """Seconds of one generation of so many tokens, all of a batch's rows together, the policy's work included.
+
+    Returns:
+        `vision_seconds` up to the decoder's start (vision tower, projector, embedding), `prefill_seconds` of the first
+        forward with it, and `decode_seconds` of one later step.
+    """
+    clock, decoder = Stopwatch(mllm.device), mllm.decoder
+
+    def starts(module: torch.nn.Module, *_: Any) -> None:
+        if len(clock.marks) == (module is decoder):
+            clock.mark()
+
+    handles = [each.register_forward_pre_hook(starts) for each in (mllm.model, decoder)]
+    handles.append(mllm.model.register_forward_hook(lambda *_: clock.mark()))
+    try:
+        with policy(mllm):
+            settings = {"do_sample": False, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+            mllm.model.generate(**batch.left_padded(), **settings)
+    finally:
+        for handle in handles:
+            handle.remove()
+    vision, decoding, *steps = clock.seconds()
+    return {
+        "vision_seconds": vision,
+        "prefill_seconds": vision + decoding,
+        "decode_seconds": sum(steps) / max(len(steps), 1),
+    }
 
 
 class Stopwatch:
@@ -194,8 +203,11 @@ def constant(mllm: MLLM, batch: Batch, policy: Policy) -> dict[str, float]:
 # ---------------------------------------------------------------------------- summary
 
 
-def summarize(repeats: pd.DataFrame, constants: pd.DataFrame) -> pd.DataFrame:
-    """One row a batch size and method: medians, quartiles, and the paired ratio to the unchanged model."""
+def summarize(repeats: pd.DataFrame, constants: pd.DataFrame, new_tokens: int) -> pd.DataFrame:
+    """One row a batch size and method: medians, quartiles, and the paired ratio to the unchanged model.
+
+    And the shares of the time of an answer of `new_tokens` tokens: before the decoder, its prefill, decoding.
+    """
     rows = []
     key: Any
     for key, own in repeats.groupby(["batch_size", "method"], sort=False):
@@ -210,6 +222,11 @@ def summarize(repeats: pd.DataFrame, constants: pd.DataFrame) -> pd.DataFrame:
             row |= {f"{name}_ms": median, f"{name}_ms_q25": low, f"{name}_ms_q75": high}
             row[f"{name}_ratio"] = float(ratio.median())
             row[f"{name}_ratio_q25"], row[f"{name}_ratio_q75"] = np.quantile(ratio, [0.25, 0.75])
+        answer = (new_tokens - 1) * own["decode_seconds"]
+        whole = own["prefill_seconds"] + answer
+        row["vision_share"] = float((own["vision_seconds"] / whole).median())
+        row["prefill_share"] = float(((own["prefill_seconds"] - own["vision_seconds"]) / whole).median())
+        row["decode_share"] = float((answer / whole).median())
         row["tokens_per_second"] = 1e3 * float(batch_size) / row["decode_ms"]
         rows.append(row)
     table = pd.DataFrame(rows).merge(constants, on=["batch_size", "method"], validate="one_to_one")
@@ -220,11 +237,14 @@ def summarize(repeats: pd.DataFrame, constants: pd.DataFrame) -> pd.DataFrame:
 def markdown(cfg: DictConfig, table: pd.DataFrame) -> list[str]:
     """The lines of the page to put into a document."""
     columns = ["batch", "method", "prefill, ms", "of full", "decode step, ms", "of full", "tokens/s"]
+    columns += ["vision / prefill / decoding, %"]
     columns += ["decoder GFLOPs", "total GFLOPs", "KV cache, kB", "peak memory, MB"]
     note = (
         f"median of {cfg.cost.repeats} repeats [quartiles], {torch.get_num_threads()} threads; ratios are taken within "
         "a repeat. FLOPs and KV cache are of one question; peak memory is what the prefill of the whole batch takes at "
-        "most above what the process held before it"
+        "most above what the process held before it. Vision (tower, projector, embedding), the decoder's prefill and "
+        f"decoding are shares of the time of an answer of {cfg.cost.new_tokens} tokens; an exit can save no more than "
+        "the second, and of the third what attention to visual keys takes"
     )
     rows = [
         [
@@ -235,6 +255,7 @@ def markdown(cfg: DictConfig, table: pd.DataFrame) -> list[str]:
             f"{row['decode_ms']:.2f} [{row['decode_ms_q25']:.2f}, {row['decode_ms_q75']:.2f}]",
             f"{row['decode_ratio']:.2f}",
             f"{row['tokens_per_second']:.0f}",
+            " / ".join(f"{100 * row[f'{part}_share']:.0f}" for part in ("vision", "prefill", "decode")),
             f"{row['flops_decoder'] / 1e9:.3f}",
             f"{row['flops_total'] / 1e9:.3f}",
             f"{row['kv_cache_bytes'] / 1e3:.0f}",

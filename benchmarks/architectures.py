@@ -159,12 +159,14 @@ def count_visual_tokens(mllm: MLLM, inputs: dict[str, Tensor]) -> int:
     return sum(len(each) for each in features) if not isinstance(features, Tensor) else features.shape[:-1].numel()
 
 
-def prompt(mllm: MLLM, known: Architecture, num_visual: int) -> Batch:
+def prompt(
+    mllm: MLLM, known: Architecture, num_visual: int, before: int = WORDS, after: int = WORDS, seed: int = 0
+) -> Batch:
     """Random text, an image, random text, as a batch of one."""
-    text = torch.randint(3, 200, (2 * WORDS,), generator=torch.Generator().manual_seed(0)).tolist()
+    text = torch.randint(3, 200, (before + after,), generator=torch.Generator().manual_seed(seed)).tolist()
     middle = [mllm.image_token_id] * num_visual
-    ids = torch.tensor([[*text[:WORDS], *middle, *text[WORDS:]]])
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **image_inputs(known)}
+    ids = torch.tensor([[*text[:before], *middle, *text[before:]]])
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **image_inputs(known, seed)}
     types = (ids == mllm.image_token_id).long()
     model_type = mllm.model.config.model_type
     if model_type == "gemma3":

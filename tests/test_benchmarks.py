@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from benchmarks import busy_machine as bench_busy_machine
 from benchmarks import dynamic_exit as bench_dynamic_exit
 from benchmarks import fitprune as bench_fitprune
 from benchmarks import full_width as bench_full_width
+from benchmarks import gpu as bench_gpu
 from benchmarks import probe as bench_probe
 from benchmarks import sweep as bench_sweep
 from benchmarks.common import VISUAL_TOKENS, extra_mib, random_llava, random_prompts, spread, write_page
@@ -154,3 +157,29 @@ def test_commands_are_timed_alone_and_beside_a_busy_process() -> None:
     found = bench_busy_machine.busy_ratios(["-c", "import time; time.sleep(0.05)"], repeats=1)
     assert len(found) == 2
     assert all(second > 0.05 for alone, beside in found.values() for second in (*alone, *beside))
+
+
+def test_a_dry_run_of_what_waits_for_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--results", str(tmp_path / "gpu.json"), "--output", str(tmp_path / "gpu.md")]
+    tiny = ["--dry-run", "--models", "llava7b", "--repeats", "1", "--new-tokens", "3", *where]
+    bench_gpu.main([*tiny, "--minutes", "0"])
+    assert "No time was left for: llava7b, sdpa, policies, batch 1;" in (tmp_path / "gpu.md").read_text()
+    cut = mock.patch.object(bench_gpu, "measure_instruments", side_effect=KeyboardInterrupt)
+    with cut, pytest.raises(KeyboardInterrupt):
+        bench_gpu.main(tiny)
+    kept = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert len(kept) == 2, "what was measured before it was cut short"
+    bench_gpu.main(tiny)
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(results["parts"]) == len(bench_gpu.parts(("llava7b",)))
+    assert results["left_out"] == []
+    for name, part in kept.items():
+        assert results["parts"][name] == part, "what was measured is not measured again"
+    text = (tmp_path / "gpu.md").read_text()
+    for method in ("none", "fixed_exit", "dynamic_exit", "fastv", "tome"):
+        assert f"| llava7b | sdpa | 8 | {method} |" in text
+    assert "| llava7b | output_attentions |" in text
+    assert "| A | FastV | 0.171 | 0.722 |" in text
+    with pytest.raises(SystemExit):
+        bench_gpu.main(where)
+    assert "needs a GPU" in capsys.readouterr().err

@@ -487,7 +487,12 @@ def test_policies_take_turns_and_ratios_are_paired() -> None:
     constants = pd.DataFrame([{"method": name, **constant(mllm, batch, policy)} for name, policy in policies.items()])
     assert constants["flops_decoder"][1] < constants["flops_decoder"][0]
     assert constants["kv_cache_bytes"][1] < constants["kv_cache_bytes"][0]
-    table = summarize(repeats.assign(batch_size=2), constants.assign(batch_size=2)).set_index("method")
+    table = summarize(repeats.assign(batch_size=2), constants.assign(batch_size=2), new_tokens=3).set_index("method")
+    shares = table[["vision_share", "prefill_share", "decode_share"]]
+    assert (shares > 0).all().all()
+    slow = repeats.assign(vision_seconds=1.0, prefill_seconds=3.0, decode_seconds=0.5, batch_size=2)
+    known = summarize(slow, constants.assign(batch_size=2), new_tokens=3).set_index("method").loc["fixed_exit"]
+    assert known[["vision_share", "prefill_share", "decode_share"]].tolist() == [0.25, 0.5, 0.25]
     assert table.loc["none", "prefill_ratio"] == 1
     pairs = repeats.pivot(index="repeat", columns="method", values="prefill_seconds")
     expected = (pairs["fixed_exit"] / pairs["none"]).median()
