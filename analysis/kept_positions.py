@@ -3,7 +3,9 @@
 Methods get settings of the same cost (`dyvte.policies.method`) and run on the same questions. A map says in which
 share of the questions, and of the layers that a method has thinned, a place is still seen. Places are numbered in the
 order of the visual tokens; their mean number, 0 for the first and 1 for the last, is 0.5 for a method that has no
-preference. Ranking by attention is known to favour late places, whose tokens are nearest to the question.
+preference; twice that less one is the position bias, -1 for the first token alone and 1 for the last. Ranking by
+attention is known to favour late places, whose tokens are nearest to the question. A matrix says how far every two
+methods keep the same tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -33,7 +36,7 @@ from dyvte.runs import distributed
 from dyvte.runs.config import command, load_model
 from dyvte.runs.store import RunFolder, fingerprint
 
-from .measuring.methods import SeenPositions, describe, encoded, known_methods, load_calibration
+from .measuring.methods import ALL, SeenPositions, describe, encoded, known_methods, load_calibration
 from .plots.style import figure_style
 from .statistics.bands import mean_band
 
@@ -55,7 +58,8 @@ def kept_positions(cfg: DictConfig) -> dict[str, Any] | None:
         DataError: no question shows an image whose visual tokens lie on a grid.
     """
     mllm, dataset = load_model(cfg), build_dataset(cfg.data)
-    known_methods(cfg.methods, "methods")
+    names = known_methods(cfg.methods, "methods")
+    cfg.methods = [name for name in names if methods()[name].acts == "thins"] if cfg.methods == ALL else names
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     settings = {key: plain[key] for key in ("methods", "budget", "calibration")}
     folder = RunFolder.open(cfg.output_dir, fingerprint(mllm, dataset, cfg, **settings), cfg, cfg.overwrite)
@@ -74,7 +78,7 @@ def kept_positions(cfg: DictConfig) -> dict[str, Any] | None:
         tables: dict[str, Any] = {"settings": setting}
         if rows:
             table = pd.DataFrame(rows)
-            mean = np.stack(table.pop("share").to_list()).mean(0)
+            mean = np.stack(table["share"].to_list()).mean(0)
             tables["places"] = table.assign(method=name)
             tables["maps"] = pd.DataFrame({"method": name, "place": np.arange(len(mean)), "share": mean})
         folder.write_shard(index, tables, num_samples=len(rows), seconds=time.perf_counter() - started)
@@ -133,6 +137,38 @@ def common_grid(mllm: MLLM, samples: Sequence[Sample]) -> tuple[View, set[str]]:
     return next(of_sample[name] for name in shapes if name in chosen), chosen
 
 
+def overlap(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> float:
+    """How far two methods keep the same tokens: 1 if always, 0 if as often as by chance, below if they avoid it.
+
+    The mean over questions of sum min(a, b), less what tokens drawn at random in the same numbers share, as a part of
+    the most that it could be.
+
+    Args:
+        first, second: [n, V] share of the thinned layers that see each visual token, of the same questions.
+    """
+    shared = np.minimum(first, second).sum(1)
+    most = np.minimum(first.sum(1), second.sum(1))
+    # of tokens drawn independently: the mean over all pairs of places
+    chance = np.array([np.minimum.outer(a, b).mean() * len(a) for a, b in zip(first, second, strict=True)])
+    room = most - chance
+    return float(np.mean((shared - chance)[room > 0] / room[room > 0])) if (room > 0).any() else np.nan
+
+
+def overlaps(table: pd.DataFrame, names: Sequence[str]) -> list[list[float]]:
+    """`overlap` of every two methods, over the questions that both thin."""
+    of_method = {name: rows.set_index("id")["share"] for name, rows in table.groupby("method")}
+
+    def stacked(name: str, ids: pd.Index) -> npt.NDArray[np.float64]:
+        return np.stack(of_method[name].loc[ids].to_list())
+
+    found = []
+    for one in names:
+        both = [of_method[one].index.intersection(of_method[other].index) for other in names]
+        pairs = zip(names, both, strict=True)
+        found.append([overlap(stacked(one, ids), stacked(other, ids)) if len(ids) else np.nan for other, ids in pairs])
+    return found
+
+
 def places(
     mllm: MLLM, policy: Policy, batches: Sequence[tuple[list[Sample], Batch]], chosen: set[str]
 ) -> list[dict[str, Any]]:
@@ -175,10 +211,14 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, grid: View, num_quest
                 "kept": float(rows["kept"].mean()),
                 "mean_place": float(band.mean),
                 "mean_place_ci": [float(band.low), float(band.high)],
+                "position_bias": 2 * float(band.mean) - 1,
                 "preference": preference(float(band.low), float(band.high)),
                 "map": grid.arrange(share).tolist(),
             }
         )
+    names = [each["method"] for each in found]
+    shared = overlaps(table, names)
+    folder.write_table("overlap", pd.DataFrame(shared, columns=names).assign(method=names)[["method", *names]])
     note = f"{num_questions} questions; mean place: 0 first, 1 last visual token, intervals 95%, bootstrap over images"
     with figure_style():
         path = folder.save_figure("kept_positions", figure(found, f"{cfg.model.name} on {cfg.data.name}, {note}"))
@@ -190,6 +230,7 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, grid: View, num_quest
         budget=cfg.budget,
         grid=[grid.rows, grid.columns],
         methods=found,
+        overlap={one: dict(zip(names, row, strict=True)) for one, row in zip(names, shared, strict=True)},
     )
     for each in found:
         low, high = each["mean_place_ci"]
@@ -197,8 +238,25 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, grid: View, num_quest
             f"{labels()[each['method']]:>20}  keeps {100 * each['kept']:3.0f}%, mean place {each['mean_place']:.3f} "
             f"[{low:.3f}, {high:.3f}]: {each['preference']}"
         )
+    drawn = overlap_figure([labels()[name] for name in names], shared)
+    with figure_style():
+        print(f"overlap: {folder.save_figure('overlap', drawn)}")
     print(f"figure: {path}")
     return summary
+
+
+def overlap_figure(names: Sequence[str], shared: Sequence[Sequence[float]]) -> Figure:
+    """The matrix of overlaps, with its numbers."""
+    side = 1.8 + 0.42 * len(names)
+    drawing, axis = plt.subplots(figsize=(side, side), layout="constrained")
+    axis.imshow(shared, cmap="RdBu", vmin=-1, vmax=1)
+    for row, values in enumerate(shared):
+        for column, value in enumerate(values):
+            axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6)
+    axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
+    axis.set_yticks(range(len(names)), names, fontsize=7)
+    axis.set_title("Tokens that two methods both keep:\n1 as many as can be, 0 as by chance", fontsize=8)
+    return drawing
 
 
 def preference(low: float, high: float) -> str:

@@ -78,8 +78,8 @@ def tables(cfg: DictConfig) -> dict[str, Any] | None:
     todo = [index for index in mine if not folder.has_shard(index)]
     if todo:
         batches = list(encoded(mllm, dataset, cfg.batch_size))
-        calibration = load_calibration(mllm, cfg, gates)
-        calibration.asked = Calibration(mllm, [batch for _, batch in batches])
+        calibration = load_calibration(mllm, cfg, gates, experiment.counted)
+        calibration.asked = Calibration(mllm, [batch for _, batch in batches], counted=experiment.counted)
         progress: dict[str, Any] = {
             "initial": len(mine) - len(todo),
             "total": len(mine),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, random_batch
 
 import dyvte
-from analysis.kept_positions import kept_by_layer, kept_positions, mean_place, preference, share_kept
+from analysis.kept_positions import kept_by_layer, kept_positions, mean_place, overlap, preference, share_kept
 from dyvte.errors import ConfigError
 from dyvte.runs.config import compose
 from dyvte.testbed.model import TestbedSizes, build_model
@@ -63,7 +64,20 @@ def test_the_command_draws_every_method(tmp_path: Path) -> None:
         assert torch.tensor(each["map"]).shape == (rows, columns)
         low, high = each["mean_place_ci"]
         assert low <= each["mean_place"] <= high
+        assert each["position_bias"] == pytest.approx(2 * each["mean_place"] - 1)
+        assert summary["overlap"][each["method"]][each["method"]] == pytest.approx(1)
     assert (tmp_path / "run" / "figures" / "kept_positions.png").stat().st_size > 5000
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["methods"] == summary["methods"]
     with pytest.raises(ConfigError, match="methods names 'vtv'"):
         kept_positions(compose("kept_positions", [*settings, "methods=[vtv]"]))
+
+
+def test_overlap_is_one_for_the_same_tokens_and_zero_by_chance() -> None:
+    rng = np.random.default_rng(0)
+    first = (rng.random((200, 16)).argsort(1) < 6).astype(float)
+    second = (rng.random((200, 16)).argsort(1) < 6).astype(float)
+    assert overlap(first, first) == pytest.approx(1)
+    assert abs(overlap(first, second)) < 0.05
+    assert overlap(first, 1 - first) < -0.5
+    by_hand = [(np.minimum(a, b).sum() - 6 * 6 / 16) / (6 - 6 * 6 / 16) for a, b in zip(first, second, strict=True)]
+    assert overlap(first, second) == pytest.approx(np.mean(by_hand))

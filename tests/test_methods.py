@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pkgutil
 import re
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import get_args
@@ -17,9 +18,11 @@ from omegaconf import OmegaConf
 
 import dyvte
 import dyvte.policies
+from dyvte.calibrate import build_policy
 from dyvte.policies.base import Policy
 from dyvte.policies.method import Calibration, Need
 from dyvte.policies.registry import labels, methods
+from dyvte.runs.config import compose
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {file.stem: OmegaConf.load(file) for file in sorted((ROOT / "conf" / "policy").glob("*.yaml"))}
@@ -95,3 +98,18 @@ def test_a_method_that_thins_says_what_its_layers_see(name: str) -> None:
     counts = torch.stack(seen, dim=1) / batch.layout.visual.sum(1, keepdim=True)
     expected = torch.tensor(policy.shares(mllm)).expand_as(counts)
     torch.testing.assert_close(counts, expected.to(counts), atol=1.5 / 16, rtol=0)
+
+
+@pytest.mark.parametrize("name", [name for name, method in methods().items() if "gates" not in method.needs])
+def test_its_configuration_makes_the_method_with_its_own_defaults(name: str) -> None:
+    """Settings in `conf/policy/` are checked, and are those of the class to two digits."""
+    needed = {"fixed_exit": ["policy.layer=1"], "vtw": ["policy.layer=1"], "skip_attention": ["policy.layers=[1]"]}
+    if name == "fitprune":
+        needed[name] = ["policy.recipe={keep: [1.0], alpha: 0.1, budget: 1.0, cost: 1.0, num_samples: 1}"]
+    cfg = compose("evaluate", [f"policy={name}", *needed.get(name, [])])
+    policy = build_policy(cfg.policy)
+    assert type(policy) is methods()[name]
+    if name not in needed and name != "tome":
+        own = methods()[name]()
+        for each in fields(own):
+            assert getattr(policy, each.name) == pytest.approx(getattr(own, each.name), abs=0.005), each.name

@@ -24,6 +24,8 @@ from analysis.measuring.methods import (
     CALIBRATION,
     Job,
     SeenPositions,
+    answer,
+    budgeted_methods,
     deciding_cost,
     describe,
     exit_agreement,
@@ -34,12 +36,14 @@ from analysis.plots.methods import draw_methods_at_cost
 from analysis.statistics.methods import Outcome, accuracy_of, compare_methods, exit_mixture, sentence
 from analysis.statistics.needs_image import in_words, known_hops, needs_image
 from analysis.statistics.pairwise import Contest, pairs_of, seeded_bootstrap, standings
+from analysis.statistics.published import beside, published_page, published_pruning
 from analysis.tables import tables
 from docs.tooling import comparison
 from dyvte.batch import Batch
 from dyvte.cost.flops import plan_decoder_flops, prefill_flops
 from dyvte.cost.measure import PeakMemory
 from dyvte.data.shapes import ShapesDataset
+from dyvte.errors import ConfigError
 from dyvte.gates.metrics import best_mixture, mixture_cost
 from dyvte.gates.module import Gates
 from dyvte.mllm import MLLM
@@ -106,6 +110,21 @@ def test_the_threshold_of_gates_meets_the_budget_on_the_questions_that_are_asked
         for each in (others, asked, Calibration(mllm, others.batches, gate, asked=asked))
     ]
     assert thresholds[0] != thresholds[1] == thresholds[2]
+
+
+@pytest.mark.parametrize("name", MATCHED)
+@torch.no_grad()
+def test_every_method_meets_a_share_of_tokens(name: str) -> None:
+    mllm, batch = model(), prompts()
+    calibration = Calibration(mllm, [batch], gates(), counted="tokens")
+    for budget in (0.7, 1 / 3):
+        policy = methods()[name].at_cost(calibration, budget)
+        assert policy is not None
+        samples = [SimpleNamespace(id=str(row), answer=None) for row in range(len(batch["input_ids"]))]
+        rows = answer(mllm, policy, samples, batch, 1)
+        seen = np.mean([row["visual_tokens"] for row in rows])
+        coarse = name in ("vtw", "yopo", "aim", "fitprune", "dynamic_exit", "fastv_dynamic_exit")
+        assert budget - (0.25 if coarse else 0.08) <= seen <= budget + (0.1 if coarse else 0.04)
 
 
 def test_a_budget_below_the_text_alone_is_met_by_none() -> None:
@@ -258,11 +277,11 @@ def test_vtw_chooses_layers_with_less_divergence_than_all_before_them() -> None:
 
 def outcome(method: str, correct: np.ndarray, cost: float = 0.5) -> Outcome:
     same = np.full(len(correct), cost)
-    return Outcome(method, 0.5, "", correct.reshape(len(correct), -1), same, same, same)
+    return Outcome(method, 0.5, "", correct.reshape(len(correct), -1), same, same, same, same)
 
 
 def settings_of_comparison(tolerance: float = 0.02) -> Any:
-    experiment = {"budgets": [None, 0.5], "tolerance": tolerance}
+    experiment = {"budgets": [None, 0.5], "tolerance": tolerance, "counted": "flops", "equivalence": 0.02}
     return OmegaConf.create({"experiment": experiment, "bootstrap": 300, "seed": 0})
 
 
@@ -288,6 +307,8 @@ def test_a_lead_counts_only_beyond_the_band() -> None:
     assert verdict["lead"]["random"][1] > 0
     text = sentence(verdict, 0.02)
     assert "**not told apart** from" in text
+    assert verdict["equivalent"] == ([] if verdict["lead"][verdict["not_told_apart"][0]][2] > 0.02 else ["tome"])
+    assert "half-widths up to" in text
     assert "Behind it: random." in text
     assert "not met: VTW (0.45)" in text
     assert "spent by" not in text
@@ -386,6 +407,62 @@ def test_the_page_shows_who_is_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "mean of 10 draws, which are up to 12.5 points apart" in text
     kept = json.loads(comparison.RECORD.read_text())
     assert text == f"before\n<!-- comparison -->\n{comparison.comparison_section(kept)}\n<!-- /comparison -->\nafter\n"
+
+
+def test_equivalence_is_a_whole_interval_within_the_bound() -> None:
+    rng = np.random.default_rng(0)
+    base = (rng.random(4000) < 0.6).astype(float)
+    close = np.where(np.arange(4000) < 4, 1 - base, base)
+    images = list(range(4000))
+    cfg = settings_of_comparison()
+    (verdict,) = compare_methods(
+        [outcome("fastv", base), outcome("tome", close)], {"accuracy": np.ones(4000, dtype=bool)}, images, cfg
+    )
+    (other,) = verdict["lead"]
+    assert verdict["equivalent"] == [other]
+    cfg.experiment.equivalence = verdict["half_width"] / 2
+    (verdict,) = compare_methods(
+        [outcome("fastv", base), outcome("tome", close)], {"accuracy": np.ones(4000, dtype=bool)}, images, cfg
+    )
+    assert verdict["equivalent"] == []
+
+
+@pytest.mark.parametrize("tokens", [192, 128, 64])
+def test_published_numbers_stand_beside_a_run(tokens: int) -> None:
+    cfg = compose("tables", [f"experiment=llava15_{tokens}tokens", "experiment.benchmark=GQA"])
+    assert cfg.experiment.budgets == [pytest.approx(tokens / 576, abs=1e-4)]
+    assert cfg.experiment.counted == "tokens"
+    table = published_pruning(tokens)
+    assert set(table["tokens"]) == {tokens, 576}
+    assert table["source"].notna().all()
+    assert not table.duplicated(["method", "tokens", "source"]).any()
+    page = "\n".join(published_page(cfg.experiment))
+    assert f"at {tokens} of 576" in page
+    assert "[1] " in page
+    assert beside(cfg.experiment, "no such method") == "–"
+    own = table[table["method"] == "FastV"]["GQA"].dropna()
+    assert beside(cfg.experiment, "FastV").startswith(f"{own.min():g}")
+    assert beside(cfg.experiment, "full model") != "–"
+    with pytest.raises(ConfigError, match="papers print"):
+        published_pruning(7)
+    cfg.experiment.benchmark = "nothing"
+    with pytest.raises(ConfigError, match="benchmark is one of"):
+        beside(cfg.experiment, "FastV")
+
+
+def test_published_methods_have_the_names_of_the_tables() -> None:
+    names = set(published_pruning(192)["method"]) | set(published_pruning(64)["method"])
+    assert {"full model", "FastV", "PyramidDrop", "SparseVLM", "DART", "VisionZip", "PruMerge"} <= names & set(
+        labels().values()
+    )
+
+
+def test_all_methods_are_those_that_meet_budgets() -> None:
+    found = budgeted_methods()
+    assert found[0] == "none"
+    assert {"himap", "fastv", "dynamic_exit", "visionzip"} <= set(found)
+    assert not {"average_pool", "skip_attention"} & set(found)
+    assert set(MATCHED) == set(found) - {"none", "fixed_exit"}
 
 
 def test_the_comparison_that_ships_is_of_todays_settings() -> None:

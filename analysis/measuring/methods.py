@@ -23,7 +23,7 @@ from dyvte.policies.base import Policy, Prefill
 from dyvte.policies.compose import Compose
 from dyvte.policies.exits.fixed_exit import FixedExit
 from dyvte.policies.exits.vtw import mean_divergence
-from dyvte.policies.method import Calibration
+from dyvte.policies.method import Calibration, Counted
 from dyvte.policies.pruning.drop import RandomDrop
 from dyvte.policies.pruning.fitprune import FitPrune, Recipe
 from dyvte.policies.registry import methods
@@ -31,6 +31,7 @@ from dyvte.policies.unchanged import Unchanged
 
 CALIBRATION = "calibration"
 """Name of the run, and of its table, that says of every fixed exit what its calibration prompts make of it."""
+ALL = "all"
 UNPUBLISHED_BUDGET = 0.5
 """Cost, as a share of the full model's, of methods that have no published setting to fall back on."""
 
@@ -80,18 +81,26 @@ def gates_of(cfg: DictConfig) -> Gates | None:
     Raises:
         ConfigError: no method, or an unknown one.
     """
-    names = known_methods(cfg.experiment.methods, "experiment.methods")
+    names = cfg.experiment.methods = known_methods(cfg.experiment.methods, "experiment.methods")
     return load_gates(cfg.gates) if any("gates" in methods()[name].needs for name in names) else None
 
 
-def known_methods(names: Sequence[str], key: str) -> list[str]:
-    """The names, checked.
+def budgeted_methods() -> list[str]:
+    """Every method that meets budgets without anything that only some models have."""
+    found = methods().items()
+    return [name for name, each in found if each.meets_budgets and "text-image similarity" not in each.needs]
+
+
+def known_methods(names: Sequence[str] | str, key: str) -> list[str]:
+    """The names, checked; those of `budgeted_methods` for "all".
 
     Raises:
         ConfigError: none, or an unknown one.
     """
     known = ", ".join(methods())
-    if not names:
+    if names == ALL:
+        return budgeted_methods()
+    if not names or isinstance(names, str):
         raise ConfigError(f"{key} names no method; choose from {known}")
     if unknown := [name for name in names if name not in methods()]:
         raise ConfigError(f"{key} names {unknown[0]!r}, which is no method; choose from {known}")
@@ -103,10 +112,12 @@ def from_reference(method: str) -> bool:
     return issubclass(methods()[method], (Unchanged, FixedExit))
 
 
-def load_calibration(mllm: MLLM, cfg: DictConfig, gates: Gates | None = None) -> Calibration:
+def load_calibration(
+    mllm: MLLM, cfg: DictConfig, gates: Gates | None = None, counted: Counted = "flops"
+) -> Calibration:
     """The prompts of `calibration.data`, which settings are chosen on."""
     dataset = build_dataset(cfg.calibration.data)
-    return Calibration(mllm, [batch for _, batch in encoded(mllm, dataset, cfg.batch_size)], gates)
+    return Calibration(mllm, [batch for _, batch in encoded(mllm, dataset, cfg.batch_size)], gates, counted=counted)
 
 
 def exit_agreement(calibration: Calibration, max_new_tokens: int) -> Tensor:
@@ -150,7 +161,7 @@ def run_job(
         policy.seed = job.seed
     label = {"method": job.method, "budget": job.budget, "seed": job.seed}
     if policy is None:
-        columns = [*label, "id", "answer", "correct", "flops_decoder", "exit_layer"]
+        columns = [*label, "id", "answer", "correct", "flops_decoder", "visual_tokens", "exit_layer"]
         return {"answers": pd.DataFrame(columns=columns), "settings": pd.DataFrame([{**label, "setting": "cannot"}])}
     rows = [
         row for samples, batch in batches for row in answer(calibration.mllm, policy, samples, batch, max_new_tokens)
@@ -195,16 +206,20 @@ def answer(
     seen = SeenPositions()
     with policy(mllm) as run, seen(mllm):
         answers = mllm.decode(mllm.generate_ids(batch, max_new_tokens=max_new_tokens))
-        exits, counts = run.exit_layers.tolist(), torch.stack(seen.masks, dim=1).sum(2).tolist()
+        kept = torch.stack(seen.masks, dim=1)
+        exits, counts = run.exit_layers.tolist(), kept.sum(2).tolist()
+        visual = batch.layout.visual[:, None]
+        shares = ((kept & visual).sum(2) / visual.sum(2)).mean(1).tolist()  # NaN without an image
     return [
         {
             "id": sample.id,
             "answer": text,
             "correct": float("nan") if sample.answer is None else float(exact_match(text, sample.answer)),
             "flops_decoder": float(plan_decoder_flops(mllm, count)),
+            "visual_tokens": share,
             "exit_layer": exit_layer,
         }
-        for sample, text, exit_layer, count in zip(samples, answers, exits, counts, strict=True)
+        for sample, text, exit_layer, count, share in zip(samples, answers, exits, counts, shares, strict=True)
     ]
 
 

@@ -19,6 +19,7 @@ from dyvte.runs.store import RunFolder
 from ..measuring.methods import CALIBRATION, UNPUBLISHED_BUDGET, from_reference, plan
 from .markdown import heading, markdown_table, percent_with_limits, published
 from .pairwise import Contest, Values, pairs_of, standings
+from .published import beside, published_page
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Outcome:
         agree: [n] whether the answer is the full model's, the mean over seeds.
         cost: [n] decoder FLOPs of the prefill over the full model's mean.
         exit_layer: [n] layers that saw the image.
+        tokens: [n] share of the visual tokens that a layer sees, the mean over layers; NaN without an image.
         deciding: cost of choosing tokens or layers, on the same scale, which `cost` leaves out.
     """
 
@@ -43,7 +45,12 @@ class Outcome:
     agree: Values
     cost: Values
     exit_layer: Values
+    tokens: Values
     deciding: float = 0.0
+
+    def spent(self, counted: str) -> float:
+        """What a budget is compared with, see `dyvte.policies.method.Counted`."""
+        return float(self.cost.mean() if counted == "flops" else np.nanmean(self.tokens))
 
 
 def outcomes_of(folder: RunFolder, reference: LabelSet, experiment: DictConfig) -> list[Outcome]:
@@ -59,7 +66,7 @@ def outcomes_of(folder: RunFolder, reference: LabelSet, experiment: DictConfig) 
     for budget in experiment.budgets:
         for method in names:
             if method in judged and not (method == "fixed_exit" and budget is None):
-                found.append(exit_mixture(reference, method, budget, judged[method]))
+                found.append(exit_mixture(reference, method, budget, judged[method], experiment.counted))
             elif not from_reference(method):
                 assert answers is not None
                 assert settings is not None
@@ -81,7 +88,8 @@ def _from_runs(
         return None
     position = pd.Series(np.arange(len(reference)), index=reference.samples["id"])
     full_answer = reference.samples["answer"].to_numpy()
-    by_seed: dict[str, list[Values]] = {"correct": [], "agree": [], "flops_decoder": [], "exit_layer": []}
+    names = ("correct", "agree", "flops_decoder", "exit_layer", "visual_tokens")
+    by_seed: dict[str, list[Values]] = {name: [] for name in names}
     for _, one in rows.groupby("seed"):
         ordered = one.iloc[np.argsort(position.loc[one["id"]].to_numpy())]
         for name, columns in by_seed.items():
@@ -96,11 +104,14 @@ def _from_runs(
         agree=stacked["agree"].mean(1),
         cost=stacked["flops_decoder"].mean(1) / float(reference.flops[:, -1].double().mean()),
         exit_layer=stacked["exit_layer"].mean(1),
+        tokens=stacked["visual_tokens"].mean(1),
         deciding=float(setting["deciding"].iloc[0]),
     )
 
 
-def exit_mixture(reference: LabelSet, method: str, budget: float | None, judged: Values | None) -> Outcome | None:
+def exit_mixture(
+    reference: LabelSet, method: str, budget: float | None, judged: Values | None, counted: str = "flops"
+) -> Outcome | None:
     """Exits after two fixed layers, mixed at random over the questions so that they cost the budget on average.
 
     Of all pairs of layers it is the best on the calibration prompts (`dyvte.gates.metrics.best_mixture`). What layers
@@ -112,15 +123,21 @@ def exit_mixture(reference: LabelSet, method: str, budget: float | None, judged:
         budget: None: `UNPUBLISHED_BUDGET`.
         judged: [L + 1] what the calibration prompts say of every exit, large where it is good: the share of answers
             that stay for a fixed exit, the negative divergence for VTW. None: the full model.
+        counted: what the budget is a share of, see `dyvte.policies.method.Counted`.
 
     Returns:
         None if the cheapest exit costs more than the budget.
     """
     costs = reference.cost.numpy()
     last = reference.num_layers
+    depth = np.broadcast_to(np.arange(last + 1, dtype=float), costs.shape)
+    tokens = np.where(
+        (costs[:, :1] < costs[:, -1:]), depth / last, np.nan
+    )  # an exit costs all the same without an image
     mixture: tuple[int, int, float] | None = (last, last, 1.0)
     if judged is not None:
-        mixture = best_mixture(costs.mean(0), judged, UNPUBLISHED_BUDGET if budget is None else budget)
+        spent = costs.mean(0) if counted == "flops" else np.arange(last + 1) / last
+        mixture = best_mixture(spent, judged, UNPUBLISHED_BUDGET if budget is None else budget)
     if mixture is None:
         return None
     below, above, share = mixture
@@ -137,7 +154,8 @@ def exit_mixture(reference: LabelSet, method: str, budget: float | None, judged:
         correct=mixed(correct)[:, None],
         agree=mixed(agree),
         cost=mixed(costs),
-        exit_layer=mixed(np.broadcast_to(np.arange(costs.shape[1], dtype=float), costs.shape)),
+        exit_layer=mixed(depth),
+        tokens=mixed(tokens),
     )
 
 
@@ -173,7 +191,8 @@ def rows_by_kind(found: Sequence[Outcome], kinds: npt.NDArray[Any], images: Sequ
 
 def outcome_row(each: Outcome, subsets: Mapping[str, npt.NDArray[np.bool_]], images: Sequence[Any]) -> dict[str, Any]:
     """One line of the comparison: cost, and accuracy on each subset of the questions with its interval."""
-    row: dict[str, Any] = {"method": each.method, "budget": each.budget, "cost": float(each.cost.mean())}
+    row: dict[str, Any] = {"method": each.method, "budget": each.budget, "cost": each.spent("flops")}
+    row["tokens"] = each.spent("tokens") if np.isfinite(each.tokens).any() else np.nan
     for name, chosen in subsets.items():
         row |= accuracy_of(
             each.correct[chosen], [image for image, kept in zip(images, chosen, strict=True) if kept], name
@@ -198,21 +217,23 @@ def compare_methods(
 ) -> list[dict[str, Any]]:
     """At each budget the most accurate method, its lead over the others, and those it cannot be told apart from.
 
-    Methods whose cost is not within `experiment.tolerance` of the budget do not take part. The intervals of all leads,
-    on all subsets and at all budgets, hold together (`analysis.statistics.pairwise`).
+    Methods whose cost is not within `experiment.tolerance` of the budget do not take part. Equivalent to the best are
+    those whose whole interval lies within `experiment.equivalence`; `half_width` is the widest interval's. The
+    intervals of all leads, on all subsets and at all budgets, hold together (`analysis.statistics.pairwise`).
     """
     contests, about = [], []
+    counted, bound = cfg.experiment.counted, cfg.experiment.equivalence
     for name, chosen in subsets.items():
         for budget in [each for each in cfg.experiment.budgets if each is not None]:
             rivals = [each for each in found if each.budget == budget and each.method != "none"]
-            off = {each.method: float(each.cost.mean()) for each in rivals}
+            off = {each.method: each.spent(counted) for each in rivals}
             off = {method: cost for method, cost in off.items() if abs(cost - budget) > cfg.experiment.tolerance}
             matched = [each for each in rivals if each.method not in off]
             right = [np.where(chosen[:, None], each.correct, np.nan) for each in matched]
             if len(matched) > 1 and np.isfinite(right[0]).any():
                 contests.append(Contest([each.method for each in matched], right))
-                costs = {each.method: float(each.cost[chosen].mean()) for each in matched}
-                about.append({"on": name, "budget": budget, "costs": costs, "not_matched": off})
+                costs = {each.method: float(each.cost[chosen].mean()) for each in matched if counted == "flops"}
+                about.append({"on": name, "budget": budget, "counted": counted, "costs": costs, "not_matched": off})
     verdicts = []
     for head, standing in zip(about, standings(contests, images, cfg.bootstrap, cfg.seed), strict=True):
         best, names = standing.best, standing.methods
@@ -227,6 +248,9 @@ def compare_methods(
                 "ahead": names[best],
                 "accuracy": float(standing.accuracy[best]),
                 "not_told_apart": [names[i] for i in standing.tied],
+                "equivalent": [name for name, (_, low, high) in leads.items() if max(-low, high) <= bound],
+                "equivalence": bound,
+                "half_width": max((high - low) / 2 for _, low, high in leads.values()),
                 "lead": leads,
                 "comparisons": pairs_of(contests),
             }
@@ -244,20 +268,22 @@ def comparison_page(
     """The lines of the page to put into a document."""
     counts = [_count(rows[0], name) for name in ("accuracy", "accuracy_needs_image")]
     accuracies = [f"{title} (n = {n:,})" for title, n in zip(("accuracy", "image needed"), counts, strict=True)]
-    head = ["budget", "method", "decoder FLOPs", "image needed", "+ deciding", *accuracies]
+    head = ["budget", "method", "decoder FLOPs", "image needed", "+ deciding", "visual tokens", *accuracies]
+    benchmark = [f"published, {cfg.experiment.benchmark}"] if cfg.experiment.benchmark else []
     cells = [
         [
             _budget(row),
             labels()[row["method"]],
-            *(f"{row[name]:.3f}" for name in ("cost", "cost_needs_image", "deciding")),
+            *(f"{row[name]:.3f}" for name in ("cost", "cost_needs_image", "deciding", "tokens")),
             percent_with_limits(row, "accuracy"),
             percent_with_limits(row, "accuracy_needs_image"),
             f"{100 * row['agreement']:.1f}",
             row["setting"] + _spread_of_seeds(row),
+            *(beside(cfg.experiment, labels()[row["method"]]) for _ in benchmark),
         ]
         for row in rows
     ]
-    lines = [*heading(cfg, note), COLUMNS, "", *markdown_table([*head, "same answer", "setting"], cells)]
+    lines = [*heading(cfg, note), COLUMNS, "", *markdown_table([*head, "same answer", "setting", *benchmark], cells)]
     if verdicts:
         tolerance = cfg.experiment.tolerance
         lines += ["", *(sentence(each, tolerance) for each in verdicts), "", what_it_means(verdicts, tolerance)]
@@ -270,7 +296,7 @@ def comparison_page(
         head = ["budget", "method", *(f"{kind} (n = {n:,})" for kind, n in of_kind.items())]
         cells = [[*name, *(own[kind] for kind in of_kind)] for name, own in shown.items()]
         lines += ["", *markdown_table(head, cells)]
-    return [*lines, *published(cfg.experiment)]
+    return [*lines, *published_page(cfg.experiment), *published(cfg.experiment)]
 
 
 def _count(row: Mapping[str, Any], name: str) -> int:
@@ -289,8 +315,9 @@ def _spread_of_seeds(row: Mapping[str, Any]) -> str:
 
 COLUMNS = (
     "Decoder FLOPs of the prefill are shares of the full model's, over all questions and over those that need the "
-    "image; deciding, which no budget counts, is what choosing tokens or layers takes on top. Accuracy and answers "
-    "that are the full model's are percentages."
+    "image; deciding, which no budget counts, is what choosing tokens or layers takes on top; visual tokens are the "
+    "share that a decoder layer sees, the mean over layers. Accuracy and answers that are the full model's are "
+    "percentages."
 )
 
 
@@ -313,9 +340,14 @@ def sentence(verdict: Mapping[str, Any], tolerance: float) -> str:
     dearer = {method: cost for method, cost in verdict["costs"].items() if cost > verdict["budget"] + tolerance}
     if dearer:
         text += f" On these, more than the budget is spent by {_with_costs(dearer)}."
+    if "equivalent" in verdict:
+        within = f"within {100 * verdict['equivalence']:g} points"
+        same = ", ".join(labels()[each] for each in verdict["equivalent"]) or "no other"
+        text += f" Equivalent to it {within}: {same} (half-widths up to {100 * verdict['half_width']:.1f} points)."
     if verdict["not_matched"]:
         text += f" Not compared, as the budget is not met: {_with_costs(verdict['not_matched'])}."
-    return f"- {verdict['budget']:g} of the FLOPs, {where}: {text}"
+    of_what = "visual tokens" if verdict.get("counted") == "tokens" else "FLOPs"
+    return f"- {verdict['budget']:g} of the {of_what}, {where}: {text}"
 
 
 def _with_costs(costs: Mapping[str, float]) -> str:

@@ -65,6 +65,7 @@ class Policy:
         needs: what it takes beside the model and the prompt.
         acts: "exits" if all visual tokens leave at once, "thins" if some stay, "" for neither; says what composes.
         by_place: whether places in the whole grid of the image decide.
+        meets_budgets: whether some setting trades cost for answers.
     """
 
     name: ClassVar[str] = ""
@@ -73,6 +74,7 @@ class Policy:
     needs: ClassVar[tuple[Need, ...]] = ()
     acts: ClassVar[Literal["exits", "thins", ""]] = ""
     by_place: ClassVar[bool] = False
+    meets_budgets: ClassVar[bool] = True
 
     def shares(self, mllm: MLLM) -> list[float]:
         """Share of the visual tokens that each of the L decoder layers sees, from which a setting's cost is planned."""

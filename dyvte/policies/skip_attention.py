@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dyvte.batch import Batch
-from dyvte.errors import DataError, UnsupportedError
+from dyvte.errors import ConfigError, DataError, UnsupportedError
 from dyvte.instrument.hooks import LayerCall, drive_layers, is_driven, output_states, override_method, with_states
 from dyvte.instrument.sweep.criteria import kl_to_full
 from dyvte.layout import TokenLayout
@@ -40,11 +40,14 @@ class SkipAttention(Policy):
     name = "skip_attention"
     label = "skipped attention"
     source = Source("2403.15226", "DoubtedSteam/EAS")
+    meets_budgets = False
 
     layers: Sequence[int]
 
     def check(self, mllm: MLLM) -> None:
         """Refuse layers that the model does not have."""
+        if self.layers is None:
+            raise ConfigError("SkipAttention: name the layers: policy.layers=[4,7]")
         wrong = [layer for layer in self.layers if not 0 <= layer < mllm.num_layers]
         if wrong:
             raise ValueError(

@@ -107,7 +107,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("file", "image_folder", "split", "subset"), Rule(str, null=True)),
     # policies
     "layer": Rule(int, low=0, null=True),
-    "layers": Rule(int, low=0, many=True),
+    "layers": Rule(int, low=0, many=True, null=True),
     "keep": Rule(float, above=0, null=True),  # a share; for some methods a number of tokens, or as the image says
     "threshold": Rule(float, low=0, high=1, words=("auto",)),
     "min_layer": INDEX,
@@ -127,6 +127,9 @@ RULES: dict[str, Rule] = {
     "query": _choice("last", "instruction"),
     "budgets": Rule(float, above=0, high=1, null=True, many=True),
     "random_seeds": COUNT,
+    "counted": _choice("flops", "tokens"),
+    "equivalence": NOT_NEGATIVE,
+    "published_tokens": Rule(int, low=1, null=True),
     "tolerance": NOT_NEGATIVE,
     "batch_sizes": Rule(int, low=1, many=True),
     "new_tokens": COUNT,

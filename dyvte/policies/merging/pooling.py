@@ -61,6 +61,7 @@ class AveragePool(Policy):
     needs = ("square grid",)
     acts = "thins"
     by_place = True
+    meets_budgets = False
 
     block: int = 2
 
