@@ -10,6 +10,7 @@ methods keep the same tokens.
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -78,7 +79,7 @@ def kept_positions(cfg: DictConfig) -> dict[str, Any] | None:
         tables: dict[str, Any] = {"settings": setting}
         if rows:
             table = pd.DataFrame(rows)
-            mean = np.stack(table["share"].to_list()).mean(0)
+            mean = np.stack([json.loads(each) for each in table["share"]]).mean(0)
             tables["places"] = table.assign(method=name)
             tables["maps"] = pd.DataFrame({"method": name, "place": np.arange(len(mean)), "share": mean})
         folder.write_shard(index, tables, num_samples=len(rows), seconds=time.perf_counter() - started)
@@ -159,7 +160,7 @@ def overlaps(table: pd.DataFrame, names: Sequence[str]) -> list[list[float]]:
     of_method = {name: rows.set_index("id")["share"] for name, rows in table.groupby("method")}
 
     def stacked(name: str, ids: pd.Index) -> npt.NDArray[np.float64]:
-        return np.stack(of_method[name].loc[ids].to_list())
+        return np.stack([json.loads(each) for each in of_method[name].loc[ids]])
 
     found = []
     for one in names:
@@ -179,7 +180,9 @@ def places(
             share = share_kept(kept) if sample.id in chosen else None
             if share is not None:
                 place = {"mean_place": mean_place(share), "kept": float(share.mean())}
-                rows.append({"id": sample.id, "image_id": sample.image_id, **place, "share": share.tolist()})
+                rows.append(
+                    {"id": sample.id, "image_id": sample.image_id, **place, "share": json.dumps(share.tolist())}
+                )
     return rows
 
 

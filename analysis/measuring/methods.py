@@ -206,10 +206,8 @@ def answer(
     seen = SeenPositions()
     with policy(mllm) as run, seen(mllm):
         answers = mllm.decode(mllm.generate_ids(batch, max_new_tokens=max_new_tokens))
-        kept = torch.stack(seen.masks, dim=1)
-        exits, counts = run.exit_layers.tolist(), kept.sum(2).tolist()
-        visual = batch.layout.visual[:, None]
-        shares = ((kept & visual).sum(2) / visual.sum(2)).mean(1).tolist()  # NaN without an image
+        exits, counts = run.exit_layers.tolist(), torch.stack(seen.masks, dim=1).sum(2).tolist()
+        shares = visual_share(seen, batch).tolist()
     return [
         {
             "id": sample.id,
@@ -221,6 +219,12 @@ def answer(
         }
         for sample, text, exit_layer, count, share in zip(samples, answers, exits, counts, shares, strict=True)
     ]
+
+
+def visual_share(seen: SeenPositions, batch: Batch) -> Tensor:
+    """[B] share of a row's visual tokens that a decoder layer ran on, the mean over layers; NaN without an image."""
+    visual = batch.layout.visual[:, None]
+    return ((torch.stack(seen.masks, dim=1) & visual).sum(2) / visual.sum(2)).mean(1)
 
 
 def describe(policy: Policy) -> str:

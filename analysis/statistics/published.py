@@ -66,8 +66,8 @@ def published_page(experiment: DictConfig) -> list[str]:
     return [
         "",
         f"Published for LLaVA-1.5-7B at {experiment.published_tokens} of {UNPRUNED} visual tokens. What papers count "
-        "as so many tokens differs (before the decoder, or the mean over its layers), and so do their evaluations; only "
-        "rows of one source can be compared:",
+        "as so many tokens differs (before the decoder, or the mean over its layers), and so do their evaluations; "
+        "only rows of one source can be compared:",
         "",
         *markdown_table(["method", "tokens", *names, "source"], rows),
         "",

@@ -110,7 +110,6 @@ class Calibration:
         return sum(self._of_prompt(text, visual, shares) for text, visual in self.lengths.tolist())
 
     def _of_prompt(self, text: int, visual: int, shares: Sequence[float]) -> float:
-        seen = [int(visual * share + 0.5) for share in shares]
         if self.counted == "tokens":
-            return sum(seen)
-        return plan_decoder_flops(self.mllm, [text + number for number in seen])
+            return visual * sum(shares)
+        return plan_decoder_flops(self.mllm, [text + int(visual * share + 0.5) for share in shares])
