@@ -29,6 +29,7 @@ from .statistics.bands import (
     cluster_mean,
     count_images,
 )
+from .statistics.entropy import EntropyChange
 from .statistics.exit_summary import (
     CAPTIONS,
     EXIT_MEASURES,
@@ -118,9 +119,9 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, An
         "contribution_stops": overall.stops,
         "early_exit_disturbs_text_entropy": exit_statistics.early_exit_disturbs(
             results.entropies["text_entropy"],
+            results.swapped_entropy,
             layer,
             results.images,
-            max_change=cfg.findings.max_entropy_change,
             level=LEVEL,
             n_boot=cfg.bootstrap,
             seed=cfg.seed,
@@ -170,6 +171,14 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, An
             "needs_image_by": said_by,
             "kinds": {name.removeprefix("kind="): group for name, group in summary_groups.items()},
             "entropy": entropy,
+            "entropy_change": EntropyChange.of(
+                results.entropies["text_entropy"],
+                results.swapped_entropy,
+                results.exits["agree"],
+                results.images,
+                cfg.bootstrap,
+                cfg.seed,
+            ).to_dict(),
             "tokens": tokens,
             "settings": {"level": LEVEL, "bootstrap": cfg.bootstrap, "permutations": cfg.permutations, **cfg.findings},
         }
@@ -186,6 +195,7 @@ def draw(summary: Mapping[str, Any]) -> dict[str, plt.Figure]:
         "exits": plots.draw_exit_curves(summary),
         "kl": plots.draw_kl(summary),
         "entropy": plots.draw_text_entropy(summary),
+        "entropy_change": plots.draw_entropy_change(summary),
         "exit_depth": plots.draw_exit_depths(summary),
     }
     if len(summary["kinds"]) > 1:

@@ -17,19 +17,21 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig
 from planted import planted
 from scipy.special import entr
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from analysis import exits
 from analysis.measuring.exit_data import OtherImages, questions_and_captions
 from analysis.measuring.exits import Measurement, RowExit, logit_change
 from analysis.statistics import exits as exit_statistics
+from analysis.statistics.entropy import EntropyChange, rank_correlation
 from analysis.statistics.exit_summary import after_exit
 from dyvte.cost.flops import plan_decoder_flops
 from dyvte.data import Dataset, Sample
 from dyvte.data.metrics import exact_match
 from dyvte.data.shapes import ShapesDataset
 from dyvte.errors import ConfigError, ModelError, UnsupportedError
-from dyvte.instrument.sweep import ENTROPIES
+from dyvte.instrument.sweep import ENTROPIES, exit_sweep
 from dyvte.instrument.sweep.criteria import kl_exit_layer
 from dyvte.loading import SHIPPED_MODELS, load, wrap
 from dyvte.mllm import MLLM
@@ -234,7 +236,8 @@ def test_the_planted_layer_is_found(layer: int, tmp_path: Path):
     assert all(kind["stops"]["exit_layer"] == layer for kind in summary["kinds"].values())
     disturbed = summary["findings"]["early_exit_disturbs_text_entropy"]
     if layer < NUM_LAYERS - 1:
-        assert disturbed["estimates"]["late_change"][2] < 1e-4 < disturbed["estimates"]["early_change"][1]
+        late, early = (disturbed["estimates"][name] for name in ("late_change", "early_change"))
+        assert max(map(abs, late)) < 1e-4 < abs(early[0])
 
 
 def test_tokens_that_tie_are_both_the_full_models_choice(tmp_path: Path):
@@ -356,17 +359,69 @@ def entropies(early: float, late: float, boundary: int, num_layers: int = 8, num
     return np.where(after, entropy, np.nan)
 
 
+FLOOR = 0.1
+"""How far another image moves an entropy of 2 nats, in nats; to either side."""
+
+
+def swapped(num: int = 60, num_layers: int = 8) -> np.ndarray:
+    return np.tile(2.0 + FLOOR * np.where(np.arange(num) % 2, 1, -1)[:, None], num_layers)
+
+
 @pytest.mark.parametrize(
     ("early", "late", "verdict"),
-    [(0.2, 0.01, "found"), (0.02, 0.01, "not_found"), (0.2, 0.2, "not_found"), (0.2, 0.051, "undetermined")],
+    [
+        (0.2, 0.01, "found"),
+        (-0.2, -0.01, "found"),  # the direction does not matter, but is told
+        (0.02, 0.01, "not_found"),
+        (0.2, 0.2, "not_found"),
+        (0.2, 0.0505, "undetermined"),
+    ],
 )
 def test_entropy_is_disturbed_early_and_not_late(early: float, late: float, verdict: str):
     images = np.arange(60) // 2
-    finding = exit_statistics.early_exit_disturbs(entropies(early, late, 3), 3, images, n_boot=200)
+    entropy = entropies(early, late, 3)
+    finding = exit_statistics.early_exit_disturbs(entropy, swapped(), 3, images, n_boot=200)
     assert finding.verdict == verdict
-    assert finding.estimates["early_change"][0] == pytest.approx(early, rel=0.15)
-    untested = exit_statistics.early_exit_disturbs(entropies(early, late, 3), None, images)
-    assert untested.verdict == "undetermined"
+    assert finding.estimates["early_change"][0] == pytest.approx(2.0 * early, rel=0.15)
+    assert finding.estimates["early_floor"][0] == pytest.approx(FLOOR)
+    assert exit_statistics.early_exit_disturbs(entropy, swapped(), None, images).verdict == "undetermined"
+    nobody = exit_statistics.early_exit_disturbs(entropy, np.full((60, 8), np.nan), 3, images)
+    assert nobody.verdict == "undetermined"
+    assert "no floor" in nobody.reasons[0]
+
+
+def test_changes_that_cancel_are_no_change():
+    """Absolute values would have called this a disturbance."""
+    entropy = entropies(0.0, 0.0, 3)
+    entropy[:, 0] += np.where(np.arange(60) % 2, 0.5, -0.5)[:, None]
+    change = EntropyChange.of(entropy, swapped(), np.ones((60, 9)), np.arange(60), 50)
+    assert np.abs(change.signed.mean).max() < 1e-9
+    np.testing.assert_allclose(change.floor.mean, FLOOR)
+    assert np.isnan(change.answers.mean).all()  # no answer changed: nothing to correlate with
+
+
+@given(st.integers(0, 2**31 - 1), st.integers(6, 40))
+def test_the_link_to_answers_is_spearmans(seed: int, num: int):
+    rng = np.random.default_rng(seed)
+    values, changed = rng.normal(size=(num, 3)).round(1), (rng.random((num, 3)) < 0.5).astype(float)
+    changed[0], changed[1] = 0, 1
+    found = rank_correlation(values, changed, np.arange(num), 20, 0)
+    for column in range(3):
+        expected = spearmanr(values[:, column], changed[:, column]).statistic
+        assert found.mean[column] == pytest.approx(expected, abs=1e-9)
+
+
+def test_entropy_with_another_image_is_that_of_its_prompt(tmp_path: Path):
+    mllm, data = random_model(), ShapesDataset(limit=6)
+    execute(mllm, data, tmp_path / "run")
+    table = pd.read_parquet(tmp_path / "run" / "entropy_swapped.parquet")
+    samples = list(data)
+    others = OtherImages(data).of(samples)
+    row = next(index for index, image in enumerate(others) if image is not None)
+    batch = mllm.encode([others[row]], [samples[row].question])
+    sweep = exit_sweep(mllm, batch)
+    found = table[table["id"] == samples[row].id].sort_values("layer")["text_entropy"]
+    np.testing.assert_allclose(found, sweep.text_entropy[0, -1], atol=2e-5)
 
 
 def test_exit_depth_by_kind_is_tested_within_images():

@@ -60,6 +60,7 @@ def exits_summary(name: str) -> dict[str, Any]:
         "overall": group(),
         "kinds": {f"{name} {i}": group() for i in range(5)},
         "entropy": {"text_entropy": entropy},
+        "entropy_change": {name: band(LAYERS - 1) for name in ("signed", "floor", "answers")},
         "tokens": {"questions": tokens, "captions": tokens},
     }
 
@@ -103,6 +104,7 @@ FIGURES: dict[str, Callable[[str], Figure]] = {
     "exits by depth": lambda name: draw_exits_by_depth({name: exits_summary(name)}),
     "kl": lambda name: plots.draw_kl(exits_summary(name)),
     "entropy": lambda name: plots.draw_text_entropy(exits_summary(name)),
+    "entropy change": lambda name: plots.draw_entropy_change(exits_summary(name)),
     "depths": lambda name: plots.draw_exit_depths(exits_summary(name)),
     "policy's layers": lambda name: plots.draw_policy_exit_layers(exits_summary(name)),
     "tokens": lambda name: plots.draw_token_depths(exits_summary(name)),

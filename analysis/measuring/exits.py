@@ -18,6 +18,7 @@ from dyvte.data import Dataset, Sample
 from dyvte.data.base import image_numbers
 from dyvte.data.metrics import exact_match
 from dyvte.errors import ConfigError, ModelError
+from dyvte.instrument.attention import AttentionProbe
 from dyvte.instrument.hooks import check_model
 from dyvte.instrument.sweep import ENTROPIES, ExitSweep, exit_sweep, greedy_answer_ids
 from dyvte.instrument.sweep.criteria import exit_depth, kl_to_full, lucky_exit_depth, paper_labels
@@ -26,6 +27,7 @@ from dyvte.policies.base import Policy, Prefill
 
 from ..statistics.exit_summary import CAPTIONS, QUESTIONS, after_exit
 from ..statistics.needs_image import known_hops
+from .attention import run_for_attention
 from .exit_data import OtherImages, part_of
 
 # ------------------------------------------------------------------------ measuring
@@ -63,7 +65,7 @@ class Measurement:
 
     @torch.no_grad()
     def __call__(self, samples: list[Sample]) -> dict[str, pd.DataFrame]:
-        """The tables `samples`, `exits`, `tokens` and `entropy` of one batch."""
+        """The tables `samples`, `exits`, `tokens`, `entropy` and `entropy_swapped` of one batch."""
         images, questions = [sample.image for sample in samples], [sample.question for sample in samples]
         batch = self.mllm.encode(images, questions)
         answer_ids = greedy_answer_ids(self.mllm, batch, self.max_new_tokens)
@@ -84,18 +86,25 @@ class Measurement:
         answers = unpadded(answer_ids)
         text = self.mllm.decode(answers)
         exits = self._exits(samples, batch, sweep, text)
+        elsewhere, swapped = self._with_another_image(samples)
         return {
-            "samples": self._samples(samples, batch, sweep, answers, text),
+            "samples": self._samples(samples, batch, sweep, answers, text, elsewhere),
             "exits": exits,
             "tokens": token_table(samples, sweep),
             "entropy": entropy_table(samples, sweep),
+            "entropy_swapped": swapped_entropy_table(samples, swapped),
         }
 
     def _samples(
-        self, samples: list[Sample], batch: Batch, sweep: ExitSweep, answers: list[list[int]], text: list[str]
+        self,
+        samples: list[Sample],
+        batch: Batch,
+        sweep: ExitSweep,
+        answers: list[list[int]],
+        text: list[str],
+        elsewhere: list[list[int] | None],
     ) -> pd.DataFrame:
         labels = paper_labels(sweep.agree, sweep.nll)
-        elsewhere = self._answers_with_another_image(samples)
         layout = batch.layout
         return pd.DataFrame(
             {
@@ -121,16 +130,23 @@ class Measurement:
             }
         )
 
-    def _answers_with_another_image(self, samples: list[Sample]) -> list[list[int] | None]:
-        """Answer ids for each sample with another scene's image in place of its own."""
+    def _with_another_image(self, samples: list[Sample]) -> tuple[list[list[int] | None], Tensor]:
+        """Answer ids and text entropy [b, L] of each sample with another scene's image in place of its own.
+
+        None and NaN for a sample without an image, or where there is no other.
+        """
         images = self.other_images.of(samples)
         asked = [row for row, image in enumerate(images) if image is not None and part_of(samples[row]) == QUESTIONS]
         answers: list[list[int] | None] = [None] * len(samples)
+        entropy = torch.full((len(samples), self.mllm.num_layers), torch.nan)
         if asked:
             batch = self.mllm.encode([images[row] for row in asked], [samples[row].question for row in asked])
             for row, ids in zip(asked, unpadded(greedy_answer_ids(self.mllm, batch, self.max_new_tokens)), strict=True):
                 answers[row] = ids
-        return answers
+            with AttentionProbe(self.mllm) as probe:
+                run_for_attention(self.mllm, batch)
+            entropy[asked] = probe.stats.text_entropy.mean(-1).float().cpu()
+        return answers, entropy
 
     def _exits(self, samples: list[Sample], batch: Batch, sweep: ExitSweep, text: list[str]) -> pd.DataFrame:
         """One row per sample and exit layer, exit layers ascending."""
@@ -245,6 +261,18 @@ def entropy_table(samples: Sequence[Sample], sweep: ExitSweep) -> pd.DataFrame:
             "exit_layer": np.tile(exits, len(samples)),
             "layer": np.tile(layers, len(samples)),
             **{name: getattr(sweep, name)[:, exits, layers].flatten().numpy() for name in ENTROPIES},
+        }
+    )
+
+
+def swapped_entropy_table(samples: Sequence[Sample], entropy: Tensor) -> pd.DataFrame:
+    """One row per sample and layer; `entropy` [b, L] is NaN where no other image could be shown."""
+    num_layers = entropy.shape[1]
+    return pd.DataFrame(
+        {
+            "id": np.repeat([sample.id for sample in samples], num_layers),
+            "layer": np.tile(np.arange(num_layers), len(samples)),
+            "text_entropy": entropy.flatten().numpy(),
         }
     )
 

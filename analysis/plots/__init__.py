@@ -2,6 +2,7 @@
 
 from .attention import draw_attention_map, draw_attention_scores, draw_measures, draw_stages_by_kind, draw_three_stages
 from .exits import (
+    draw_entropy_change,
     draw_exit_curves,
     draw_exit_curves_by_kind,
     draw_exit_depths,
@@ -23,6 +24,7 @@ __all__ = [
     "ExitExample",
     "draw_attention_map",
     "draw_attention_scores",
+    "draw_entropy_change",
     "draw_exit_curves",
     "draw_exit_curves_by_kind",
     "draw_exit_depths",

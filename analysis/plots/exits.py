@@ -164,6 +164,27 @@ def draw_text_entropy(summary: Summary) -> Figure:
         return figure
 
 
+def draw_entropy_change(summary: Summary) -> Figure:
+    """Direction and size of the entropy's change under every exit beside another image's, and its link to answers."""
+    bands = bands_of(summary["entropy_change"])
+    exits = np.arange(len(bands["signed"].mean))
+    with figure_style():
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.9), layout="constrained")
+        floor = bands["floor"]
+        left.fill_between(exits, -floor.mean, floor.mean, color=GREY, alpha=0.25, linewidth=0, label="another image")
+        draw_band(left, exits, bands["signed"], CYCLE[0].named("exit at k"))
+        left.set_ylabel("change of text entropy in the layers after k (nats)")
+        draw_band(right, exits, bands["answers"], CYCLE[1].named("Spearman's correlation"))
+        right.set_ylim(-1.05, 1.05)
+        right.set_ylabel("correlation of a question's change of entropy\nwith its answer's change")
+        for axis in (left, right):
+            axis.axhline(0, color=GREY, linewidth=0.8, zorder=0)
+            layer_axis(axis, len(exits), "exit layer k")
+        figure.suptitle(f"What exits do to the text's entropy: {title_of(summary)}")
+        add_legend(figure, left, sample_note(summary["overall"]))
+        return figure
+
+
 ExitLayers = tuple[npt.NDArray[np.int64], Band]
 """Number of questions at each exit layer, `[L + 1]`, and the mean exit layer as a band without axes."""
 

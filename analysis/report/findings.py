@@ -111,8 +111,10 @@ ESTIMATES = {
     "gain": ("accuracy gained by showing the image", "points", ONE_SIDED),
     "accuracy_settles": ("exit layer from which accuracy stays (estimate)", "layer", BAND),
     "answers_settle": ("exit layer from which answers stay (estimate)", "layer", BAND),
-    "early_change": ("change of the text entropy by early exits", "share", ONE_SIDED),
-    "late_change": ("change of the text entropy by late exits", "share", ONE_SIDED),
+    "early_change": ("change of the text entropy by early exits", "nats", ONE_SIDED),
+    "early_floor": ("how far another image moves it in the same layers", "nats", ONE_SIDED),
+    "late_change": ("change of the text entropy by late exits", "nats", ONE_SIDED),
+    "late_floor": ("how far another image moves it in the same layers", "nats", ONE_SIDED),
 }
 
 

@@ -50,22 +50,27 @@ class ExitResults:
         samples: n rows.
         exits: column -> `[n, L + 1]`.
         entropies: name -> E[k, l] of each sample, `[n, L + 1, L]`; NaN where exit k is still to come.
+        swapped_entropy: the full model's text entropy with another scene's image, `[n, L]`; NaN where there is none.
     """
 
     samples: pd.DataFrame
     exits: dict[str, Array]
     entropies: dict[str, Array]
+    swapped_entropy: Array
 
     @classmethod
     def read(cls, folder: store.RunFolder) -> ExitResults:
         """From the run folder."""
-        samples, exits, entropy = (folder.read_table(name) for name in ("samples", "exits", "entropy"))
+        samples, exits, entropy, swapped = (
+            folder.read_table(name) for name in ("samples", "exits", "entropy", "entropy_swapped")
+        )
         ids = samples["id"]
         columns = [name for name in exits.columns if name not in ("id", "exit_layer", "answer")]
         return cls(
             samples,
             {name: keyed_array(exits, name, ids, "exit_layer") for name in columns},
             {name: keyed_array(entropy, name, ids, "exit_layer", "layer") for name in ENTROPIES},
+            keyed_array(swapped, "text_entropy", ids, "layer"),
         )
 
     def where(self, mask: npt.NDArray[np.bool_]) -> ExitResults:
@@ -74,6 +79,7 @@ class ExitResults:
             self.samples[mask],
             {name: values[mask] for name, values in self.exits.items()},
             {name: values[mask] for name, values in self.entropies.items()},
+            self.swapped_entropy[mask],
         )
 
     @property

@@ -35,6 +35,7 @@ from .bands import (
     count_images,
     generator,
 )
+from .entropy import exit_change, swap_floor
 
 ROUNDING = 1e-4
 """Relative change of the logits that float32 rounding can explain, with a hundredfold margin."""
@@ -289,70 +290,68 @@ def _stops_by_accuracy(
     return ExitFinding(STOPS, "not_found" if against else "undetermined", reasons, None, estimates, details)
 
 
-def entropy_change(entropy: npt.ArrayLike) -> Array:
-    """How much each exit changes the text self-attention entropy of the layers after it.
-
-    Args:
-        entropy: E[k, l] of each sample, `[n, L + 1, L]`; row L is the full model.
-
-    Returns:
-        `[n, L - 1]` for exits k = 0..L-2: sum over layers l > k of |E[k, l] - E[L, l]|, relative to the sum of E[L, l].
-        Layer l = k itself is left out, since its text queries and keys are those of the full model. NaN where the full
-        model's entropy is 0.
-    """
-    entropy = np.asarray(entropy, dtype=np.float64)
-    full = entropy[:, -1]
-    columns = []
-    for k in range(entropy.shape[2] - 1):
-        change = np.abs(entropy[:, k, k + 1 :] - full[:, k + 1 :]).sum(1)
-        total = full[:, k + 1 :].sum(1)
-        columns.append(np.divide(change, total, out=np.full(len(total), np.nan), where=total > 1e-9))
-    return np.stack(columns, axis=1) if columns else np.zeros((len(entropy), 0))
-
-
 def early_exit_disturbs(
     entropy: npt.ArrayLike,
+    swapped: npt.ArrayLike,
     exit_layer: int | None,
     clusters: Clusters,
     *,
-    max_change: float = 0.05,
     level: float = 0.95,
     n_boot: int = 1000,
     seed: int = 0,
 ) -> ExitFinding:
     """Finding 2: early exit disturbs the text self-attention entropy, late exit does not (arXiv 2411.19628, Fig. 4).
 
-    Early are the exits before the layer of finding 1, late those from it on; tested only if finding 1 holds. Found if
-    the mean relative change (:func:`entropy_change`) is above `max_change` for early exits at the lower limit, and at
-    most `max_change` for late exits at the upper limit.
+    Early are the exits before the layer of finding 1, late those from it on; tested only if finding 1 holds. An exit
+    disturbs the entropy where the mean change, with its sign, is further from 0 than another image moves it
+    (:func:`analysis.statistics.entropy.swap_floor`). Found if early exits, on average, exceed this floor at the lower
+    limit, and late ones stay below it at the upper limit.
 
     Args:
         entropy: `[n, L + 1, L]`.
+        swapped: `[n, L]`, of the full model with another image; questions with NaN are left out.
         exit_layer: of finding 1, None if it was not found.
     """
-    details = {"max_change": max_change, "level": level, "boundary": exit_layer}
+    details = {"level": level, "boundary": exit_layer}
+
+    def undetermined(why: str) -> ExitFinding:
+        return ExitFinding(DISTURBS, "undetermined", [why], details=details)
+
     if exit_layer is None:
-        why = "not tested: there is no layer from which visual tokens stop contributing, hence no early and late"
-        return ExitFinding(DISTURBS, "undetermined", [why], details=details)
-    change = entropy_change(entropy)
+        return undetermined(
+            "not tested: there is no layer from which visual tokens stop contributing, hence no early and late"
+        )
+    entropy, swapped = np.asarray(entropy, dtype=np.float64), np.asarray(swapped, dtype=np.float64)
+    known = np.isfinite(swapped).all(1)
+    if not known.any():
+        return undetermined("not tested: no question could be asked about another image, so there is no floor")
+    change, floor = exit_change(entropy[known]), swap_floor(entropy[known], swapped[known])
     if not 0 < exit_layer < change.shape[1]:
-        why = f"there are no exits on both sides of layer {exit_layer} with a layer after them"
-        return ExitFinding(DISTURBS, "undetermined", [why], details=details)
-    both = np.stack([cluster_mean(change[:, :exit_layer].T), cluster_mean(change[:, exit_layer:].T)], axis=1)
-    mean, replicates = cluster_mean(both), cluster_bootstrap(both, clusters, n_boot, seed)
-    low, high = np.nanpercentile(replicates, [100 * (1 - level), 100 * level], axis=0)
-    estimates = {
-        name: [float(mean[i]), float(low[i]), float(high[i])] for i, name in enumerate(("early_change", "late_change"))
-    }
+        return undetermined(f"there are no exits on both sides of layer {exit_layer} with a layer after them")
+    # question by question: change and floor, of early and of late exits
+    parts = [of[:, part].mean(1) for of in (change, floor) for part in (slice(exit_layer), slice(exit_layer, None))]
+    signs = np.sign(cluster_mean(parts[0])), np.sign(cluster_mean(parts[1]))
+    over = [sign * parts[index] - parts[index + 2] for index, sign in enumerate(signs)]
+    values = np.stack([*parts, *over], axis=1)
+    mean, replicates = cluster_mean(values), cluster_bootstrap(values, np.asarray(clusters)[known], n_boot, seed)
+    low, high = np.percentile(replicates, [100 * (1 - level), 100 * level], axis=0)
+    names = ("early_change", "late_change", "early_floor", "late_floor", "early_over_floor", "late_over_floor")
+    estimates = {name: [float(mean[i]), float(low[i]), float(high[i])] for i, name in enumerate(names)}
+
+    def sentence(when: str, index: int, what: str) -> str:
+        return (
+            f"{when} exits change the entropy by {mean[index]:+.3f} nats, {what} another image ({mean[index + 2]:.3f})"
+        )
+
     reasons = []
-    if low[0] <= max_change:
-        reasons.append(f"early exits change the entropy by {mean[0]:.1%}, not clearly more than {max_change:.0%}")
-    if high[1] > max_change:
-        reasons.append(f"late exits change the entropy by {mean[1]:.1%}, not clearly less than {max_change:.0%}")
+    if low[4] <= 0:
+        reasons.append(sentence("early", 0, "not clearly more than"))
+    if high[5] > 0:
+        reasons.append(sentence("late", 1, "not clearly less than"))
     if not reasons:
-        reasons = [f"exits before layer {exit_layer} change the entropy by {mean[0]:.1%}, later ones by {mean[1]:.1%}"]
+        reasons = [sentence("early", 0, "more than"), sentence("late", 1, "less than")]
         return ExitFinding(DISTURBS, "found", reasons, exit_layer, estimates, details)
-    against = high[0] < max_change or low[1] > max_change
+    against = high[4] < 0 or low[5] > 0
     return ExitFinding(DISTURBS, "not_found" if against else "undetermined", reasons, None, estimates, details)
 
 
