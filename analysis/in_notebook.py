@@ -16,10 +16,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dyvte.data import Dataset
-from dyvte.errors import RunFolderError
 from dyvte.loading import SHIPPED_MODELS
 from dyvte.runs.store import write_atomic
 
+from .measuring.runs import read_summary as read_summary
 from .statistics.markdown import markdown_table
 
 DPI = 100
@@ -83,18 +83,6 @@ def table(frame: pd.DataFrame, digits: int = 3) -> NotebookText:
         for row in frame.itertuples(index=False)
     ]
     return NotebookText("\n".join(markdown_table(list(frame.columns), rows)))
-
-
-def read_summary(folder: str | Path) -> dict[str, Any]:
-    """What a finished run says: its `summary.json`.
-
-    Raises:
-        RunFolderError: there is none.
-    """
-    file = Path(folder) / "summary.json"
-    if not file.is_file():
-        raise RunFolderError(f"{folder} has no summary.json: the run is not finished, or it is another folder")
-    return dict(json.loads(file.read_text()))
 
 
 def provenance(summary: Mapping[str, Any]) -> str:

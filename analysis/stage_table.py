@@ -6,7 +6,7 @@ Joins a run of `analysis.stages` and one of `analysis.knockout` by rules that we
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,15 @@ from typing import Any
 import pandas as pd
 from omegaconf import DictConfig
 
-from dyvte.errors import ConfigError, RunFolderError
+from dyvte.errors import ConfigError
 from dyvte.runs import store
 from dyvte.runs.config import command
 
+from .measuring.runs import read_summary
 from .plots.causal import draw_stage_table
 from .statistics.bands import count_images
 from .statistics.markdown import markdown_table, write_table_page
+from .statistics.segments import registered_split
 from .statistics.stage_table import (
     LEVEL,
     StageEvidence,
@@ -60,12 +62,14 @@ def make_stage_table(cfg: DictConfig) -> dict[str, Any]:
     ids, images = samples.loc[kept, "id"].to_numpy(), samples.loc[kept, "image_id"].to_numpy()
     cuts = folder.read_table("stage_cuts")
     evidence = {}
-    for split, contrasts in known_splits(stages["stages"]).items():
+    for split, contrasts in known_splits(stages["stages"], stages["num_layers"]).items():
         if list(split) in knockout["splits"]:
             losses = losses_of(cuts, split, knockout["num_layers"], ids)
             evidence[split] = (attention_stages(contrasts), causal_stages(losses, split, images))
     if not evidence:
-        asked = ",".join(f"[{first},{second}]" for first, second in known_splits(stages["stages"]))
+        asked = ",".join(
+            f"[{first},{second}]" for first, second in known_splits(stages["stages"], stages["num_layers"])
+        )
         raise ConfigError(
             f"{cfg.knockout} has cut the splits {knockout['splits']}, and {cfg.stages} has judged others: run "
             f"python -m analysis.knockout 'splits=[{asked}]' overwrite=true"
@@ -102,22 +106,15 @@ def make_stage_table(cfg: DictConfig) -> dict[str, Any]:
     return dict(summary)
 
 
-def read_summary(folder: str) -> dict[str, Any]:
-    """`summary.json` of a finished run.
+def known_splits(stages: Mapping[str, Any], num_layers: int) -> dict[tuple[int, int], dict[str, Any] | None]:
+    """The registered split and, where three stages were found, their boundaries; with what attention does there.
 
-    Raises:
-        RunFolderError: there is none.
+    None where the run had too few layers or images to say.
     """
-    file = Path(folder) / "summary.json"
-    if not file.is_file():
-        raise RunFolderError(f"no finished run in {folder} (its command writes {file.name} last)")
-    return dict(json.loads(file.read_text()))
-
-
-def known_splits(stages: dict[str, Any]) -> dict[tuple[int, int], dict[str, Any]]:
-    """The registered split and, where three stages were found, their boundaries; with what attention does there."""
-    found = [stages["registered"], stages["contrasts"] if stages["boundaries"] else None]
-    return {(each["split"][0], each["split"][1]): each for each in found if each is not None}
+    found: dict[tuple[int, int], dict[str, Any] | None] = {registered_split(num_layers): stages["registered"]}
+    if stages["boundaries"]:
+        found[tuple(stages["boundaries"])] = stages["contrasts"]
+    return found
 
 
 def numbers_table(evidence: dict[tuple[int, int], tuple[list[StageEvidence], list[StageEvidence]]]) -> pd.DataFrame:

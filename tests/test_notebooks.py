@@ -14,7 +14,7 @@ from docs.tooling.notebooks import FOLDER, chosen, execute, without_progress
 from dyvte.errors import ConfigError
 
 FILES = sorted(FOLDER.glob("*.ipynb"))
-NAMES = ["01_three_stages", "02_manual_exit", "03_dyvte", "04_compare_methods", "05_your_model"]
+NAMES = ["01_three_stages", "02_manual_exit", "03_dyvte", "04_compare_methods", "05_your_model", "06_causes"]
 MACHINE = re.compile(r"/(home|root|tmp|work|usr|opt|Users|var)/|[A-Z]:\\\\")
 NUMBER = re.compile(r"\d+\.\d+|\d\s?%|\b\d{3,}\b")
 
@@ -23,6 +23,7 @@ LESS_DATA = {
     "data.limit=144": "data.limit=24",
     "data.limit=480": "data.limit=240",
     "LIMIT = 48": "LIMIT = 12",
+    "data.limit=36": "data.limit=12",
 }
 """What a notebook is run on here, so that it takes seconds; the outputs that are kept are of all its data."""
 

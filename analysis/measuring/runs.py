@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from dyvte.data import Dataset
+from dyvte.errors import RunFolderError
 from dyvte.mllm import MLLM
 from dyvte.runs import distributed, runner
 from dyvte.runs.store import RunFolder, fingerprint
@@ -39,3 +42,15 @@ def closing_line(summary: dict[str, Any], folder: RunFolder) -> str:
     """What a command prints last: how many samples there were, how many were left out, and where the results are."""
     failed = f", {summary['num_failed']} left out (failures.jsonl)" if summary["num_failed"] else ""
     return f"{summary['num_samples']} samples{failed}; results in {folder.path}"
+
+
+def read_summary(folder: str | Path) -> dict[str, Any]:
+    """What a finished run says: its `summary.json`.
+
+    Raises:
+        RunFolderError: there is none.
+    """
+    file = Path(folder) / "summary.json"
+    if not file.is_file():
+        raise RunFolderError(f"{folder} has no summary.json: the run is not finished, or it is another folder")
+    return dict(json.loads(file.read_text()))
