@@ -153,8 +153,8 @@ VERDICT_COLORS = {"confirmed": CYCLE[2].color, "refuted": CYCLE[1].color}
 def draw_stage_table(summary: Summary) -> Figure:
     """Both kinds of evidence for each stage, one row of panels a split: every number with its limits and the margin."""
     sides = (
-        ("attention", "by attention (log enrichment)", MIN_EFFECT),
-        ("cause", "by cause (answers changed, percentage points)", USE_POINTS),
+        ("attention", "change of enrichment (log)", MIN_EFFECT),
+        ("cause", "answers changed (percentage points)", USE_POINTS),
     )
     with figure_style():
         splits = summary["evidence"]
@@ -162,9 +162,10 @@ def draw_stage_table(summary: Summary) -> Figure:
             len(splits), 2, figsize=(11.0, 3.6 * len(splits) + 0.6), layout="constrained", squeeze=False
         )
         for row, evidence in zip(axes, splits, strict=True):
-            for axis, (side, title, margin) in zip(row, sides, strict=True):
+            for axis, (side, unit, margin) in zip(row, sides, strict=True):
                 _draw_evidence(axis, evidence[side], margin)
-                axis.set_title(f"split ({evidence['split'][0]}, {evidence['split'][1]}), {title}")
+                axis.set_title(f"by {side}, split ({evidence['split'][0]}, {evidence['split'][1]})")
+                axis.set_xlabel(unit)
         counts = " and ".join(
             f"{summary[side]['num_samples']:,} questions on {summary[side]['num_images']:,} images ({side})"
             for side, *_ in sides

@@ -68,13 +68,18 @@ def what_holds(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for split in dict.fromkeys(row["split"] for row in rows):
         of_split = [row for row in rows if row["split"] == split]
-        parts = [
-            f"{row['stage']} is {verdict_word(row['by_attention'])} by attention and "
-            f"{verdict_word(row['by_cause'])} by cause{_disagreement(row)}"
-            for row in of_split
-        ]
+        parts = [f"{row['stage']} {_by_attention(row)}, {_by_cause(row)}{_disagreement(row)}" for row in of_split]
         lines.append(f"At the split {split}: {'; '.join(parts)}.")
     return "\n\n".join(lines)
+
+
+def _by_attention(row: Mapping[str, Any]) -> str:
+    word = verdict_word(row["by_attention"])
+    return word if word.endswith("by attention") else f"{word} by attention"
+
+
+def _by_cause(row: Mapping[str, Any]) -> str:
+    return f"{verdict_word(row['by_cause'])} by cause"
 
 
 def _disagreement(row: Mapping[str, Any]) -> str:
