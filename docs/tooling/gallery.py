@@ -38,8 +38,8 @@ DIGITS = 4
 USE_GATES = ("evaluate", "tables")
 """Commands whose numbers depend on the shipped gates too."""
 COMMAND, SECTION = "make figures", "gallery"
-OWN_PAGES = ("docs/testbed",)
-"""Pictures below these folders are made by other commands (`make testbed-eval`), with their page."""
+OWN_PAGES = ("docs/testbed", "docs/stages/")
+"""Pictures below these folders are made by other commands, with their page (see docs/generated.json)."""
 
 COMMANDS: dict[str, Callable[[DictConfig], Any]] = {
     "stages": stages.main,
