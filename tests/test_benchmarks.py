@@ -9,13 +9,16 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import pandas as pd
 import pytest
 import torch
 
 import dyvte
 from benchmarks import architectures
 from benchmarks import busy_machine as bench_busy_machine
+from benchmarks import decoding as bench_decoding
 from benchmarks import dynamic_exit as bench_dynamic_exit
+from benchmarks import end_to_end as bench_end_to_end
 from benchmarks import fitprune as bench_fitprune
 from benchmarks import full_width as bench_full_width
 from benchmarks import gpu as bench_gpu
@@ -183,3 +186,24 @@ def test_a_dry_run_of_what_waits_for_a_gpu(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         bench_gpu.main(where)
     assert "needs a GPU" in capsys.readouterr().err
+
+
+def test_decoding_steps_take_turns(tmp_path: Path) -> None:
+    tiny = ["--layers", "4", "--hidden", "32", "--head-size", "16", "--images", "1", "--rounds", "2"]
+    bench_decoding.main([*tiny, "--output", str(tmp_path / "decoding.md")])
+    text = (tmp_path / "decoding.md").read_text()
+    assert text.count("\n| 576 |") == 3
+    known = [{"full model": 2.0, "mixed exits": 1.0}, {"full model": 4.0, "mixed exits": 2.0}]
+    assert bench_decoding.table(5, known)[1][3:] == ["0.500 [0.500, 0.500]", "below 1"]
+
+
+def test_questions_a_second(tmp_path: Path) -> None:
+    tiny = ["--layers", "4", "--hidden", "32", "--head-size", "16", "--questions", "8", "--answer-tokens", "2", "3"]
+    bench_end_to_end.main([*tiny, "--output", str(tmp_path / "page.md")])
+    text = (tmp_path / "page.md").read_text()
+    assert text.count("\n| 2 |") == text.count("\n| 3 |") == 5
+    columns = ["tokens", "method", "batch", "flops", "vision_seconds", "prefill_seconds", "decode_seconds"]
+    known = [[3, "full model", 0, 100, 1.0, 5.0, 0.5], [3, "other", 0, 60, 1.0, 3.5, 0.25]]
+    full, other = bench_end_to_end.table(pd.DataFrame(known, columns=columns))
+    assert full[2:] == ["1.33", "1.00", "", "17 / 67 / 17"]
+    assert other[2:] == ["2.00", "1.50", "1.00", "25 / 62 / 12"]  # 2 s saved, .4 of 5 s predicted

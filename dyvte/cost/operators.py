@@ -6,6 +6,7 @@ it wait for the queue of kernels. Both are the same on every machine, and the sa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -70,6 +71,7 @@ class OperatorCounter(TorchDispatchMode):
 
     Attributes:
         work: what was counted so far; give another object to count into that one.
+        by_name: operators by their name.
 
     Example:
         >>> with OperatorCounter() as counter:
@@ -81,6 +83,7 @@ class OperatorCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.work = Work()
+        self.by_name: Counter[str] = Counter()
         self._reads = _HostReads(self)
 
     def __enter__(self) -> OperatorCounter:
@@ -99,6 +102,7 @@ class OperatorCounter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         work, name = self.work, func.overloadpacket.__name__
         work.operators += 1
+        self.by_name[name] += 1
         work.synchronisations += _synchronises(name, args, result)
         if name in _ALLOCATIONS:
             return result
