@@ -52,6 +52,7 @@ _PUBLIC = {
     "VScanDecoder": "dyvte.policies.decoder.vscan",
     "AIM": "dyvte.policies.decoder.aim",
     "YOPO": "dyvte.policies.decoder.yopo",
+    "TopV": "dyvte.policies.decoder.topv",
     "FitPrune": "dyvte.policies.pruning.fitprune",
     "DivPrune": "dyvte.policies.pruning.divprune",
     "FasterVLM": "dyvte.policies.vision.fastervlm",
@@ -110,6 +111,7 @@ if TYPE_CHECKING:  # what a type checker sees; a test holds it to the names abov
     from dyvte.policies.decoder.feather import FEATHER as FEATHER
     from dyvte.policies.decoder.himap import HiMAP as HiMAP
     from dyvte.policies.decoder.sparsevlm import SparseVLM as SparseVLM
+    from dyvte.policies.decoder.topv import TopV as TopV
     from dyvte.policies.decoder.vscan import VScanDecoder as VScanDecoder
     from dyvte.policies.decoder.yopo import YOPO as YOPO
     from dyvte.policies.exits.dynamic_exit import DynamicExit as DynamicExit

@@ -22,6 +22,7 @@ from dyvte.policies.decoder.dart import least_alike
 from dyvte.policies.decoder.feather import grid_places
 from dyvte.policies.decoder.sparsevlm import COUNTS, density_peaks, raters
 from dyvte.policies.decoder.stages import in_proportion, projection_of
+from dyvte.policies.decoder.topv import importance
 from dyvte.policies.decoder.yopo import within_window
 from dyvte.policies.registry import methods
 from dyvte.policies.scorer import top
@@ -221,6 +222,23 @@ def test_feather_ranks_by_attention_as_if_all_stood_at_one_place(family: str) ->
     torch.testing.assert_close(found[0], scores, atol=1e-5, rtol=1e-3)
 
 
+# -------------------------------------------------------------------------------- TopV
+
+
+def test_topv_weighs_what_a_plan_brings_to_each_token() -> None:
+    g = torch.Generator().manual_seed(0)
+    inputs, outputs = torch.randn(9, 4, generator=g), torch.randn(9, 4, generator=g)
+    found = importance(inputs, outputs, torch.arange(9), 9)
+    assert float(found.sum()) == pytest.approx(1, abs=1e-5), "every token gives a ninth"
+    assert (found > 0).all()
+    same = importance(inputs, 3 * outputs, torch.arange(9), 9)
+    torch.testing.assert_close(found, same, atol=1e-5, rtol=0)  # lengths do not matter
+    tokens = picture(hidden=outputs, earlier=inputs)
+    stay = dyvte.TopV(recovered=0.0).choose(tokens, 4)
+    assert kept_of(stay) == sorted(found.topk(4).indices.tolist())
+    assert int(dyvte.TopV(recovered=0.5).choose(tokens, 4).sum()) == 4
+
+
 # -------------------------------------------------------------------------------- AIM
 
 
@@ -297,7 +315,7 @@ def test_yopo_is_the_exit_where_the_window_is_as_large_as_the_image() -> None:
 # ------------------------------------------------------------------------------- scoring
 
 
-@pytest.mark.parametrize("name", ["HiMAP", "SparseVLM", "DART", "FEATHER", "VScanDecoder", "AIM"])
+@pytest.mark.parametrize("name", ["HiMAP", "SparseVLM", "DART", "FEATHER", "VScanDecoder", "TopV", "AIM"])
 @torch.no_grad()
 def test_what_ranking_takes_is_in_total_and_not_in_decoder_flops(name: str) -> None:
     mllm = model("llava")

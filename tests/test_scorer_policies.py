@@ -60,6 +60,7 @@ DROPPING: dict[str, Callable[[], Policy]] = {
     "himap": lambda: dyvte.HiMAP(keep=0.6),
     "dart": lambda: dyvte.DART(keep=0.5, layer=1, image_pivots=1, text_pivots=2),
     "feather": lambda: dyvte.FEATHER(keep=0.6),
+    "topv": lambda: dyvte.TopV(keep=0.5, recovered=0.3),
     "vscan_decoder": lambda: dyvte.VScanDecoder(keep=0.5),
 }
 """Methods that leave positions out and change nothing else, by what they are configured as."""

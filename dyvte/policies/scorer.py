@@ -45,6 +45,7 @@ class VisualTokens:
         seen: [n] what `look` gave for the tokens in the last layer looked at; None where none was.
         tower: what the vision tower says about them; None where nothing was asked for.
         mllm: the model.
+        earlier: [n, d] states that the method put aside in `Prefill.state[id(self), "earlier"]`; None where it did not.
     """
 
     layer: int
@@ -56,6 +57,7 @@ class VisualTokens:
     text_seen: Tensor | None
     tower: TowerTokens | None
     mllm: MLLM
+    earlier: Tensor | None = None
 
     @property
     def grid(self) -> tuple[Tensor, Tensor, int, int]:
@@ -84,6 +86,7 @@ class VisualTokens:
             place=self.place[index],
             seen=None if self.seen is None else self.seen[index],
             tower=None if self.tower is None else self.tower.at(index),
+            earlier=None if self.earlier is None else self.earlier[index],
         )
 
     @property
@@ -245,7 +248,7 @@ class ScorerPolicy(Policy):
         number = (visual.flatten().cumsum(0) - 1).view_as(image)  # of a token among all of the batch
         text = prefill.layout.text_status_positions
         tower = self._tower(prefill) if self.tower_needs(prefill.mllm) else None
-        found = prefill.state.get((id(self), "seen"))
+        found, earlier = (prefill.state.get((id(self), name)) for name in ("seen", "earlier"))
         for row, most in enumerate((image.amax(1) + 1).tolist()):
             for index in range(most):
                 whole = (image[row] == index).nonzero().flatten()
@@ -263,6 +266,7 @@ class ScorerPolicy(Policy):
                             text_seen=None if found is None else found[1][row, text[row]],
                             tower=None if tower is None else tower.at(number[row, at]),
                             mllm=prefill.mllm,
+                            earlier=None if earlier is None else earlier[row, at],
                         ),
                     )
 
