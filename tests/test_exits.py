@@ -612,4 +612,6 @@ def test_the_command_writes_the_run_folder(tmp_path: Path, capsys: pytest.Captur
     for name in summary["figures"]:
         assert (tmp_path / "run" / "figures" / f"{name}.png").is_file()
         assert (tmp_path / "run" / "figures" / f"{name}.pdf").is_file()
-    assert set(summary["figures"]) == {"exits", "kinds", "kl", "entropy", "exit_depth", "tokens"}
+    assert set(summary["figures"]) == {
+        "exits", "kinds", "kl", "entropy", "entropy_change", "exit_depth", "tokens"
+    }  # fmt: skip

@@ -173,10 +173,10 @@ def draw_entropy_change(summary: Summary) -> Figure:
         floor = bands["floor"]
         left.fill_between(exits, -floor.mean, floor.mean, color=GREY, alpha=0.25, linewidth=0, label="another image")
         draw_band(left, exits, bands["signed"], CYCLE[0].named("exit at k"))
-        left.set_ylabel("change of text entropy in the layers after k (nats)")
+        left.set_ylabel("change of text entropy\nin the layers after k (nats)")
         draw_band(right, exits, bands["answers"], CYCLE[1].named("Spearman's correlation"))
         right.set_ylim(-1.05, 1.05)
-        right.set_ylabel("correlation of a question's change of entropy\nwith its answer's change")
+        right.set_ylabel("rank correlation: change of\nentropy and changed answer")
         for axis in (left, right):
             axis.axhline(0, color=GREY, linewidth=0.8, zorder=0)
             layer_axis(axis, len(exits), "exit layer k")

@@ -176,6 +176,12 @@ def _entropy(summary: Summary) -> str:
     )
 
 
+def _entropy_change(summary: Summary) -> str:
+    change = summary["entropy_change"]["signed"]["mean"]
+    signed = course("Change in nats, mean over the layers after the exit", change, "nats", "exit layer")
+    return f"Two line plots over exit layers. {signed}. Right, its correlation with changed answers."
+
+
 def _exit_depth(summary: Summary) -> str:
     groups = {**summary["kinds"], "all": summary["overall"]}
     means = [f"{kind.replace('_', ' ')} {each['exit_depth']['mean']:.1f}" for kind, each in groups.items()]
@@ -255,6 +261,11 @@ DESCRIPTIONS: dict[tuple[str, str], tuple[Callable[[Summary], str], str]] = {
     ("exits", "entropy"): (
         _entropy,
         "How the attention among the text changes after an exit, against the full model.",
+    ),
+    ("exits", "entropy_change"): (
+        _entropy_change,
+        "Which way the entropy of the text's attention moves after an exit, how far another image moves it, and whether "
+        "questions whose entropy moves are those whose answers change.",
     ),
     ("exits", "exit_depth"): (
         _exit_depth,
