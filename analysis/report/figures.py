@@ -264,8 +264,8 @@ DESCRIPTIONS: dict[tuple[str, str], tuple[Callable[[Summary], str], str]] = {
     ),
     ("exits", "entropy_change"): (
         _entropy_change,
-        "Which way the entropy of the text's attention moves after an exit, how far another image moves it, and whether "
-        "questions whose entropy moves are those whose answers change.",
+        "Which way the entropy of the text's attention moves after an exit, how far another image moves it, and "
+        "whether questions whose entropy moves are those whose answers change.",
     ),
     ("exits", "exit_depth"): (
         _exit_depth,
