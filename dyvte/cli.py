@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "cost": ("dyvte.analysis.cost", "latency, FLOPs and memory of every method"),
     "kept-positions": ("dyvte.analysis.kept_positions", "which places of the image each method keeps"),
     "gate-findings": ("dyvte.analysis.gate_findings", "what the gates read, against controls"),
+    "gate-claims": ("dyvte.analysis.gate_claims", "do gates read the state of the text, or the question"),
     "report": ("dyvte.analysis.report.__main__", "every run so far on one HTML page"),
     "train": ("dyvte.train", "DyVTE's gates"),
     "evaluate": ("dyvte.evaluate", "what a policy costs in answers and saves in computation"),

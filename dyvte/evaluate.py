@@ -23,9 +23,9 @@ from dyvte.cost.measure import measure_generation, peak_memory_bytes
 from dyvte.data.base import Dataset, Sample, build_dataset
 from dyvte.data.metrics import exact_match
 from dyvte.gates.controls import control_exits, exits_by_hops
+from dyvte.gates.features import QUESTION
 from dyvte.gates.labels import LabelSet, LabelSettings, collect_labels, label_fingerprint
 from dyvte.gates.metrics import at_exit, cluster_interval, mixture_cost, share_interval
-from dyvte.gates.module import QUESTION
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy
 from dyvte.policies.exits.dynamic_exit import DynamicExit

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from dyvte.data.base import build_dataset
 from dyvte.errors import ConfigError, DataError
 from dyvte.gates.controls import QUESTION_GATES
+from dyvte.gates.features import QUESTION
 from dyvte.gates.labels import LabelSet, LabelSettings, collect_labels
 from dyvte.gates.metrics import (
     at_exit,
@@ -34,7 +35,7 @@ from dyvte.gates.metrics import (
     thresholds_by_depth,
     upper_limit,
 )
-from dyvte.gates.module import QUESTION, Gates
+from dyvte.gates.module import Gates
 from dyvte.gates.training import GateData, Recipe, average_gates, evaluate_loss, gate_probabilities, train_gates
 from dyvte.runs import distributed
 from dyvte.runs.config import command, load_model
@@ -64,9 +65,7 @@ def train(cfg: DictConfig) -> Gates | None:
     """
     mllm = load_model(cfg)
     dataset = build_dataset(cfg.data)
-    settings = LabelSettings(
-        cfg.labels.max_new_tokens, tuple(cfg.labels.status), ground_truth=bool(cfg.labels.ground_truth)
-    )
+    settings = label_settings(cfg.labels)
     labels = collect_labels(mllm, dataset, cfg, cfg.labels.dir, settings)
     made_of = json.loads((labels.folder.path / "fingerprint.json").read_text())
     run_settings = {
@@ -116,6 +115,17 @@ def train(cfg: DictConfig) -> Gates | None:
     if cfg.comparison_dir is not None:
         compare(Path(cfg.comparison_dir))
     return fit.gates
+
+
+def label_settings(labels: DictConfig) -> LabelSettings:
+    """What a label set holds, from the block `labels` of a configuration."""
+    return LabelSettings(
+        labels.max_new_tokens,
+        tuple(labels.status),
+        exits=tuple(labels.exits),
+        swapped=bool(labels.swapped),
+        ground_truth=bool(labels.ground_truth),
+    )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from dyvte.gates.controls import QUESTION_GATES
-from dyvte.gates.module import QUESTION, Gates
+from dyvte.gates.features import QUESTION
+from dyvte.gates.module import Gates
 from dyvte.runs.locks import replace_folder
 from dyvte.train import save_gates
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -17,8 +18,11 @@ from scipy.stats import binomtest
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from dyvte.errors import ConfigError, ModelError
+from dyvte import DynamicExit, exit_sweep
+from dyvte.errors import ConfigError, ModelError, UnsupportedError
 from dyvte.gates import Gates
+from dyvte.gates.features import assemble
+from dyvte.gates.lens import lens_features
 from dyvte.gates.metrics import (
     at_exit,
     choose_threshold,
@@ -102,6 +106,34 @@ def test_one_gate_agrees_with_all_gates_together() -> None:
     together = gates(status).softmax(-1)[..., 1]
     for layer in range(4):
         torch.testing.assert_close(gates.exit_probability(status[:, layer], layer), together[:, layer])
+
+
+@torch.no_grad()
+def test_change_and_lens_are_what_the_states_say_and_no_policy_runs_them() -> None:
+    base = {"text_last": torch.randn(3, 4, 6), "lens": torch.randn(3, 4, 3)}
+    found = assemble(["lens", "text_last_change"], base)
+    assert torch.equal(found[..., :3], base["lens"])
+    assert torch.equal(found[:, 0, 3:], torch.zeros(3, 6))
+    assert torch.equal(found[:, 2, 3:], base["text_last"][:, 2] - base["text_last"][:, 1])
+    gates = Gates(5, 6, ["lens", "text_last_change"])
+    assert gates(found).shape == (3, 4, 2)
+    with pytest.raises(UnsupportedError, match="'lens'"):
+        DynamicExit(gates)
+
+    mllm = FAMILIES["llava"](num_layers=2)
+    batch = random_batch(mllm, torch.Generator().manual_seed(0), (1, 1), "left")
+    status = exit_sweep(mllm, batch)
+    logits = status.logits[:, -1].double()
+    probability = logits.softmax(-1)
+    best = probability.topk(2).values
+    wanted = [-(probability * logits.log_softmax(-1)).sum(-1) / math.log(logits.shape[-1]), best[:, 0]]
+    last = status.text_status[:, -1, mllm.hidden_size :]  # of the last layer the lens reads the model's own prediction
+    torch.testing.assert_close(
+        lens_features(mllm, last).double(),
+        torch.stack([*wanted, (best[:, 0] / best[:, 1]).log()], -1),
+        atol=1e-4,
+        rtol=1e-4,
+    )
 
 
 def test_thresholds_are_one_number_or_one_a_gate() -> None:

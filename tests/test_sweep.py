@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import cache
 
 import pytest
@@ -135,6 +136,32 @@ def test_text_status_is_that_of_a_plain_forward(family: str, side: str) -> None:
     expected = torch.stack([token_status(each, weights) for each in states], 1)
     if family != "qwen3_vl":  # DeepStack adds to visual positions after the layer
         assert_same(exit_sweep(mllm, batch, status_parts=STATUS_PARTS).text_status, expected, 1e-5)
+
+
+def _keep_output(states: list[Tensor], module: torch.nn.Module, args: object, output: Tensor) -> None:
+    states.append(output)
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen3_vl", "gemma3"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_status_under_an_exit_is_that_of_a_model_with_masked_visual_keys(family: str, side: str) -> None:
+    mllm = model(family)
+    batch = batch_of(mllm, (2, 1, 0), side)
+    exits = [2, 0, LAYERS]
+    found = exit_sweep(mllm, batch, status_of_exits=exits).exit_status
+    assert found.shape == (3, 3, LAYERS, 2 * mllm.hidden_size)
+    for place, exit_layer in enumerate(exits):
+        states: list[Tensor] = []
+        look = functools.partial(_keep_output, states)
+        handles = [each.register_forward_hook(look) for each in mllm.layers]
+        masked_forward(mllm, batch, exit_layer)
+        for handle in handles:
+            handle.remove()
+        assert_same(found[:, place], torch.stack([text_status(each, batch.layout) for each in states], 1))
+    assert exit_sweep(mllm, batch).exit_status.shape == (3, 0, LAYERS, 2 * mllm.hidden_size)
+    with pytest.raises(ValueError, match="give exit layers in 0"):
+        exit_sweep(mllm, batch, status_of_exits=[LAYERS + 1])
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dyvte.data.base import Dataset, Sample, check_limit, text_fingerprint
 from dyvte.errors import ConfigError
-from dyvte.testbed.questions import ShapesQuestions
+from dyvte.testbed.questions import IMAGE_KINDS, ShapesQuestions, ShapesRecord
 
 
 class ShapesDataset(Dataset):
@@ -32,7 +32,9 @@ class ShapesDataset(Dataset):
     ) -> None:
         check_limit(limit)
         try:
-            self.records = ShapesQuestions(split, limit, seed, kinds=kinds, per_scene=per_scene, matched=matched)
+            self.records: Sequence[ShapesRecord] = ShapesQuestions(
+                split, limit, seed, kinds=kinds, per_scene=per_scene, matched=matched
+            )
         except ValueError as error:
             raise ConfigError(f"data=shapes: {error}") from error
 
@@ -55,3 +57,39 @@ class ShapesDataset(Dataset):
     def fingerprint(self) -> str:
         """Of the questions and answers."""
         return text_fingerprint(f"{r.question_id}\t{r.question}\t{r.answer}" for r in self.records)
+
+
+class RecurringShapesDataset(ShapesDataset):
+    """Questions whose text recurs: the same words about many images, for what may depend on the image alone.
+
+    Of `pool` drawn questions those of the kinds that need the image, in equal numbers a kind, from the texts that
+    were asked of the most images. Texts are chosen by how often they recur, whatever a model answers.
+
+    Args:
+        split, seed, per_scene: as of `ShapesDataset`.
+        limit: number of questions over all kinds; as many as the pool has, if that is fewer.
+        pool: number of questions drawn.
+        per_text: most questions with the same text.
+    """
+
+    def __init__(
+        self,
+        split: str = "test",
+        limit: int = 2000,
+        seed: int = 0,
+        pool: int = 20_000,
+        per_text: int = 25,
+        per_scene: int = 3,
+    ) -> None:
+        super().__init__(split, pool, seed, per_scene=per_scene)
+        check_limit(limit)
+        asked: dict[str, dict[str, list[int]]] = {kind: {} for kind in IMAGE_KINDS}
+        for index, record in enumerate(self.records):
+            if record.kind in asked:
+                asked[record.kind].setdefault(record.question, []).append(index)
+        chosen: list[int] = []
+        for number, texts in enumerate(asked.values()):
+            wanted = limit // len(asked) + (number < limit % len(asked))
+            often = sorted(texts, key=lambda text: (-len(texts[text]), text))
+            chosen += [index for text in often for index in texts[text][:per_text]][:wanted]
+        self.records = [self.records[index] for index in sorted(chosen)]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from dyvte.gates.features import QUESTION
 from dyvte.gates.metrics import cluster_interval, difference_interval, first_exit
-from dyvte.gates.module import QUESTION, SHIPPED_GATES, load_gates
+from dyvte.gates.module import SHIPPED_GATES, load_gates
 from dyvte.gates.training import gate_probabilities
 from dyvte.instrument.sweep.criteria import exit_depth, lucky_exit_depth
 

@@ -7,15 +7,18 @@ and a folder never mixes models, data or settings. Label rules, ratios and statu
     samples      id image_id kind metadata reference answer correct answer_tokens text_tokens visual_tokens
     exits        id exit_layer agree nll flops_total flops_decoder,
                  with `ground_truth` truth_agree truth_nll, with `answers` answer correct
-    status       (tensors) one [b, L - 1, d] a part, after every layer but the last; [b, 1, d] for the part `question`
+    status       (tensors) one [b, L - 1, d] a part, after every layer but the last; [b, 1, d] for the part `question`,
+                 [b, L - 1, 3] for `lens`
+    counterfactual  (tensors, half precision) text status and lens of runs that saw less of the image, or another one:
+                 [b, E, L - 1, 2d] and [b, E, L - 1, 3] of the E exit layers `exits`, [b, 1, L - 1, ...] of `swapped`
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +35,11 @@ from dyvte.cost.flops import FlopCount
 from dyvte.data.base import Dataset, Sample, image_numbers
 from dyvte.data.metrics import exact_match
 from dyvte.errors import ConfigError, DataError
-from dyvte.gates.module import QUESTION
+from dyvte.gates.features import LENS, QUESTION, assemble, base_of
+from dyvte.gates.lens import lens_features
+from dyvte.instrument.hooks import output_states
 from dyvte.instrument.states import STATUS_PARTS, TEXT_STATUS, status_weights, token_status
-from dyvte.instrument.sweep import exit_sweep, greedy_answer_ids
+from dyvte.instrument.sweep import ExitSweep, exit_sweep, greedy_answer_ids
 from dyvte.instrument.sweep.criteria import paper_labels
 from dyvte.mllm import MLLM
 from dyvte.policies.exits.fixed_exit import FixedExit
@@ -54,26 +59,35 @@ class LabelSettings:
         max_new_tokens: the full model's answers are cut at this length.
         status: token status parts to keep, of `STATUS_PARTS`; `question` adds the status that a model has at its end
             when it never saw the image, for the control that may look at the question only.
+        exits: exit layers k for which the text status of a run whose image left at k is kept as well, at every layer
+            behind it: k = 0 is a status that never saw the image.
+        swapped: also keep the text status of a run that was shown another image.
         ground_truth: also score the reference answer (needed by the label rule `release`).
         answers: also decode the answer of every exit that disagrees (needed for the accuracy of every exit).
     """
 
     max_new_tokens: int = 64
     status: tuple[str, ...] = (*STATUS_PARTS, QUESTION)
+    exits: tuple[int, ...] = ()
+    swapped: bool = False
     ground_truth: bool = False
     answers: bool = False
 
     def __post_init__(self) -> None:
-        unknown = [part for part in self.status if part not in (*STATUS_PARTS, QUESTION)]
+        known = (*STATUS_PARTS, LENS, QUESTION)
+        unknown = [part for part in self.status if part not in known]
         if unknown:
-            raise ConfigError(f"unknown status part {unknown[0]!r}; choose from {', '.join((*STATUS_PARTS, QUESTION))}")
+            raise ConfigError(f"unknown status part {unknown[0]!r}; choose from {', '.join(known)}")
 
 
 def label_fingerprint(mllm: MLLM, dataset: Dataset, cfg: DictConfig, settings: LabelSettings) -> dict[str, Any]:
     """What a label set depends on, see `dyvte.runs.store.fingerprint`."""
     own = OmegaConf.merge(cfg, {"command": "labels"})
     assert isinstance(own, DictConfig)
-    return fingerprint(mllm, dataset, own, **{**asdict(settings), "status": list(settings.status)})
+    kept = {**asdict(settings), "status": list(settings.status), "exits": list(settings.exits)}
+    for added in ("exits", "swapped"):  # sets made before these could be kept stay what they are
+        kept = {key: each for key, each in kept.items() if key != added or each}
+    return fingerprint(mllm, dataset, own, **kept)
 
 
 def collect_labels(
@@ -120,9 +134,16 @@ def label_batch(
     """
     batch = mllm.encode([sample.image for sample in samples], [sample.question for sample in samples])
     answer_ids = greedy_answer_ids(mllm, batch, settings.max_new_tokens)
-    parts = [part for part in settings.status if part != QUESTION]
+    parts = [part for part in settings.status if part in STATUS_PARTS]
+    blind = [0] if QUESTION in settings.status and 0 not in settings.exits else []
     sweep = exit_sweep(
-        mllm, batch, answer_ids, shared_image=image_numbers(samples), status_parts=parts or TEXT_STATUS, entropy=False
+        mllm,
+        batch,
+        answer_ids,
+        shared_image=image_numbers(samples),
+        status_parts=parts or TEXT_STATUS,
+        status_of_exits=[*settings.exits, *blind],
+        entropy=False,
     ).up_to_ties()
     answers = mllm.decode(_ids(answer_ids))
     text_tokens, visual_tokens = batch.layout.text.sum(1), batch.layout.visual.sum(1)
@@ -167,8 +188,39 @@ def label_batch(
     pieces = sweep.text_status[:, :-1].to("cpu", mllm.dtype).chunk(len(parts), dim=-1) if parts else ()
     status = {part: piece.contiguous() for part, piece in zip(parts, pieces, strict=True)}
     if QUESTION in settings.status:
-        status[QUESTION] = _question_status(mllm, batch).to("cpu", mllm.dtype)
-    return {"samples": table, "exits": pd.DataFrame(exits), "status": status}
+        last = sweep.exit_status[:, [*settings.exits, *blind].index(0), -1, mllm.hidden_size :]
+        status[QUESTION] = last[:, None].to("cpu", mllm.dtype).contiguous()
+    made: dict[str, pd.DataFrame | dict[str, Tensor]] = {
+        "samples": table,
+        "exits": pd.DataFrame(exits),
+        "status": status,
+    }
+    if LENS in settings.status:
+        status[LENS] = lens_features(mllm, sweep.text_status[:, :-1, _last(parts, mllm.hidden_size)]).cpu().contiguous()
+    if settings.exits or settings.swapped:
+        made["counterfactual"] = _counterfactual(mllm, batch, samples, sweep, settings)
+    return made
+
+
+def _last(parts: Sequence[str], size: int) -> slice:
+    """Where the prompt's last state lies in a status; the lens reads it."""
+    if "text_last" not in parts:
+        raise ConfigError("the status part 'lens' is read from the part 'text_last': keep both (labels.status)")
+    place = list(parts).index("text_last")
+    return slice(place * size, (place + 1) * size)
+
+
+def _counterfactual(
+    mllm: MLLM, batch: Batch, samples: Sequence[Sample], sweep: ExitSweep, settings: LabelSettings
+) -> dict[str, Tensor]:
+    """Text statuses of runs that saw less of the image, or another one, as listed at the top of this file."""
+    found = {"exits": sweep.exit_status[:, : len(settings.exits), :-1]}
+    if settings.swapped:
+        others = mllm.encode(other_images(samples), [sample.question for sample in samples])
+        found["swapped"] = plain_status(mllm, others)[:, None, :-1]
+    if LENS in settings.status:
+        found |= {f"{name}_lens": lens_features(mllm, each[..., mllm.hidden_size :]) for name, each in found.items()}
+    return {name: each.to("cpu", torch.float16).contiguous() for name, each in found.items()}
 
 
 def _flat(tensor: Tensor) -> np.ndarray[Any, Any]:
@@ -213,25 +265,27 @@ def _answers_by_exit(
     return by_exit
 
 
-def _question_status(mllm: MLLM, batch: Batch) -> Tensor:
-    """[b, 1, d] last prompt state after the last layer of a model that never saw the image."""
-    weights = status_weights(batch.layout, ["text_last"])
-    with _layer_output(mllm, mllm.num_layers - 1) as outputs, FixedExit(0)(mllm):
-        mllm.model(**batch, logits_to_keep=1)
-    return token_status(outputs[0], weights)[:, None]
+def other_images(samples: Sequence[Sample]) -> list[Any]:
+    """For each sample the image of the next one in the batch about another image; its own where all share one."""
+    others = []
+    for row, sample in enumerate(samples):
+        behind = [*samples[row + 1 :], *samples[:row]]
+        fits = (each.image for each in behind if each.image is not None and each.image_id != sample.image_id)
+        others.append(None if sample.image is None else next(fits, sample.image))
+    return others
 
 
-@contextmanager
-def _layer_output(mllm: MLLM, layer: int) -> Iterator[list[Tensor]]:
-    """Within the block, collect the hidden states that decoder layer `layer` returns."""
-    outputs: list[Tensor] = []
-    handle = mllm.layers[layer].register_forward_hook(
-        lambda module, args, output: outputs.append(output[0] if isinstance(output, tuple) else output)
-    )
-    try:
-        yield outputs
-    finally:
-        handle.remove()
+def plain_status(mllm: MLLM, batch: Batch) -> Tensor:
+    """[b, L, 2d] text status after every layer of the unchanged model."""
+    weights, found = status_weights(batch.layout), []
+    with ExitStack() as stack:
+        for layer in mllm.layers:
+            look = layer.register_forward_hook(
+                lambda module, args, output: found.append(token_status(output_states(output), weights))
+            )
+            stack.callback(look.remove)
+        mllm.model(**batch, use_cache=False)
+    return torch.stack(found, dim=1)
 
 
 class LabelSet:
@@ -308,14 +362,49 @@ class LabelSet:
         raise ConfigError(f"unknown label rule {rule!r}; choose from {', '.join(LABEL_RULES)}")
 
     def status(self, parts: Sequence[str]) -> Tensor:
-        """[n, L - 1, P * d] status after every layer but the last.
+        """[n, L - 1, inputs] what gates look at after every layer but the last, see `dyvte.gates.features`.
 
         Raises:
             ConfigError: the set holds no such part.
         """
-        try:
-            shards = list(self.folder.tensors("status", parts))
-        except Exception as error:  # safetensors names the key in an error type of its own
-            raise ConfigError(f"the labels in {self.folder.path} do not hold the status {list(parts)}") from error
         gates = self.num_layers - 1
-        return torch.cat([torch.cat([shard[part].expand(-1, gates, -1) for part in parts], -1) for shard in shards])
+        base = {
+            part: torch.cat([shard[part] for shard in self._tensors("status", [part])]).expand(-1, gates, -1)
+            for part in dict.fromkeys(map(base_of, parts))
+        }
+        return assemble(parts, base)
+
+    def counterfactual(self, run: str, parts: Sequence[str]) -> Tensor:
+        """[n, E, L - 1, inputs] the same in runs that saw less of the image, or another one, in half precision.
+
+        Args:
+            run: `exits`, runs whose image left at one of the E exits that the set was collected with, or `swapped`,
+                one run with another image (E = 1).
+            parts: what the gates look at.
+
+        Raises:
+            ConfigError: the set holds no such runs, or `parts` are not of the text.
+        """
+        wanted = [run, *([f"{run}_lens"] if LENS in map(base_of, parts) else [])]
+        shards = self._tensors("counterfactual", wanted)
+        stored = {name: torch.cat([shard[name] for shard in shards]) for name in wanted}
+        mean, last = stored[run].chunk(2, dim=-1)
+        base = {"text_mean": mean, "text_last": last, LENS: stored.get(f"{run}_lens")}
+        if missing := [part for part in parts if base_of(part) not in base]:
+            raise ConfigError(f"statuses of runs that saw less of the image are of the text, not {missing[0]!r}")
+        return assemble(parts, {name: each for name, each in base.items() if each is not None})
+
+    @property
+    def exits(self) -> list[int]:
+        """The exit layers k of `counterfactual("exits", ...)`."""
+        made_of = json.loads((self.folder.path / "fingerprint.json").read_text())
+        return list(made_of["settings"].get("exits", []))
+
+    def _tensors(self, name: str, keys: Sequence[str]) -> list[dict[str, Tensor]]:
+        try:
+            shards = list(self.folder.tensors(name, keys))
+        except Exception as error:  # safetensors names the key in an error type of its own
+            raise ConfigError(f"the labels in {self.folder.path} do not hold {' and '.join(keys)} ({name})") from error
+        if not shards:
+            raise ConfigError(f"the labels in {self.folder.path} hold no {name}: collect them anew with it")
+        return shards

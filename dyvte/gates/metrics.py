@@ -340,7 +340,7 @@ def cluster_interval(
     """
     numbers = values.double().numpy()
     mean = float(numbers.mean())
-    half = _half_width((numbers - mean) / len(numbers), clusters, level)
+    half = half_width((numbers - mean) / len(numbers), clusters, level)
     if largest:  # one cluster says nothing about others
         least = largest * float(share_interval(np.zeros(len(numbers)), clusters, level)[2])
         half = largest if math.isnan(half) else max(half, least)
@@ -371,12 +371,12 @@ def difference_interval(
     influence[one] = (numbers[one] - means[0]) / one.sum()
     influence[other] = -(numbers[other] - means[1]) / other.sum()
     either = one | other
-    half = _half_width(influence[either], np.asarray(clusters)[either], level)
+    half = half_width(influence[either], np.asarray(clusters)[either], level)
     step = float(means[0] - means[1])
     return step, step - half, step + half
 
 
-def _half_width(influence: npt.NDArray[np.float64], clusters: Sequence[Any] | npt.NDArray[Any], level: float) -> float:
+def half_width(influence: npt.NDArray[np.float64], clusters: Sequence[Any] | npt.NDArray[Any], level: float) -> float:
     """Half width of the normal interval of an estimate from what each sample adds to its error; NaN for one cluster."""
     _, index = np.unique(np.asarray(clusters).astype(str), return_inverse=True)
     num_clusters = int(index.max()) + 1

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from dyvte.errors import ModelError
-from dyvte.instrument.states import STATUS_PARTS, TEXT_STATUS
+from dyvte.gates.features import GATE_PARTS, QUESTION, width_of
+from dyvte.instrument.states import TEXT_STATUS
 from dyvte.runs.locks import one_at_a_time, write_atomic
 from dyvte.runs.store import write_json
 from dyvte.stored_files import check_safetensors, read_json, reason_of, short
@@ -27,27 +28,25 @@ if TYPE_CHECKING:
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 SHIPPED_GATES = {"llava_shapes": Path(__file__).parents[1] / "testbed" / "gates"}
 """Gates that come with the package, by the name of their model."""
-QUESTION = "question"
-"""A status part for the control that never saw the image (see `dyvte.gates.labels`); it cannot be run in a policy."""
 
 
 class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual-token-exit", "dyvte"]):
     """One small classifier per decoder layer that looks at the token status after it and says stay (0) or exit (1).
 
-    Per layer `Linear(P * d -> width) -> GELU -> Linear(width -> 2)`, in DyVTE (arXiv 2411.19628, Section 4, and its
+    Per layer `Linear(I -> width) -> GELU -> Linear(width -> 2)`, in DyVTE (arXiv 2411.19628, Section 4, and its
     published code) without biases. Gate i decides after decoder layer i; its exit layer is k = i + 1. A model of L
     layers has L - 1 gates, since after the last layer nothing is left to save.
 
     Attributes:
         num_layers: L, decoder layers of the model that the gates are for.
         hidden_size: d, the model's hidden size.
-        status: what the gates look at, of `dyvte.instrument.states.STATUS_PARTS`; P parts.
+        status: what the gates look at, of `dyvte.gates.features.GATE_PARTS`; I entries in all, P * d for P statuses.
         width: hidden width of a gate.
         threshold: exit where the exit probability is above it. One number, or one a gate.
         facts: how the gates were made (model, data, recipe, validation figures), for the model card.
         bias: whether the first layer has one. Standardised statuses need it: raw ones have entries that hardly vary and
             serve as one.
-        shift, scale: [L - 1, P * d] the status is standardised as `(status - shift) * scale`; 0 and 1 leave it as is.
+        shift, scale: [L - 1, I] the status is standardised as `(status - shift) * scale`; 0 and 1 leave it as is.
     """
 
     def __init__(
@@ -75,9 +74,10 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
             ModelError: an unknown status part, or no layer to exit before.
         """
         super().__init__()
-        unknown = [part for part in status if part not in (*STATUS_PARTS, QUESTION)]
+        unknown = [part for part in status if part not in GATE_PARTS]
         if unknown or not status:
-            raise ModelError(f"gates: status {list(status)} must be parts of {', '.join(STATUS_PARTS)}")
+            known = ", ".join(part for part in GATE_PARTS if part != QUESTION)
+            raise ModelError(f"gates: status {list(status)} must be parts of {known}")
         if num_layers < 2:
             raise ModelError(f"gates: a model of {num_layers} layer has no layer that visual tokens could leave before")
         self.num_layers, self.hidden_size = num_layers, hidden_size
@@ -85,7 +85,7 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
         self.width = width or hidden_size // 2
         self.threshold: float | list[float] = threshold if isinstance(threshold, (int, float)) else list(threshold)
         self.facts = dict(facts or {})
-        inputs = len(self.status) * hidden_size
+        inputs = sum(width_of(part, hidden_size) for part in self.status)
         self.inner = nn.Parameter(torch.empty(num_layers - 1, inputs, self.width))
         self.inner_bias = nn.Parameter(torch.zeros(num_layers - 1, 1, self.width)) if bias else None
         self.outer = nn.Parameter(torch.empty(num_layers - 1, self.width, 2))
@@ -105,7 +105,7 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
         return self.num_layers - 1
 
     def forward(self, status: Tensor) -> Tensor:
-        """Logits [B, L - 1, 2] (stay, exit) of the statuses [B, L - 1, P * d] after every layer but the last."""
+        """Logits [B, L - 1, 2] (stay, exit) of the statuses [B, L - 1, I] after every layer but the last."""
         standardised = (status.to(self.inner.dtype) - self.shift) * self.scale
         hidden = torch.bmm(standardised.transpose(0, 1), self.inner)
         if self.inner_bias is not None:
@@ -113,7 +113,7 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
         return torch.bmm(F.gelu(hidden), self.outer).transpose(0, 1)
 
     def exit_probability(self, status: Tensor, layer: int) -> Tensor:
-        """[B] probability of exit by the gate after decoder layer `layer`, from its status [B, P * d]."""
+        """[B] probability of exit by the gate after decoder layer `layer`, from its status [B, I]."""
         standardised = (status.to(self.inner.dtype) - self.shift[layer]) * self.scale[layer]
         hidden = standardised @ self.inner[layer]
         if self.inner_bias is not None:

@@ -62,6 +62,8 @@ class ExitSweep:
             token, exit k generates the same answer if and only if this holds (but for ties, see `up_to_ties`).
         nll: [B, L + 1] mean of `token_nll`: the cross-entropy of the answer.
         text_status: [B, L, P * d] status after every layer of the full model: the input of a gate there.
+        exit_status: [B, E, L, 2d] the paper's text status after every layer under each exit asked for; before exit k it
+            is the full model's.
         text_entropy: [B, L + 1, L] entropy in nats of the attention of the question (instruction after the last image)
             restricted to text keys and renormalised, mean over queries and heads, in layer l under exit k; NaN for
             l < k, where exit k has not happened yet. Row L is the full model.
@@ -78,6 +80,7 @@ class ExitSweep:
     agree: Tensor
     nll: Tensor
     text_status: Tensor
+    exit_status: Tensor
     text_entropy: Tensor
     text_entropy_normalised: Tensor
     text_entropy_no_sink: Tensor
@@ -111,6 +114,7 @@ def exit_sweep(
     *,
     shared_image: Sequence[int] | None = None,
     status_parts: Sequence[str] = TEXT_STATUS,
+    status_of_exits: Sequence[int] = (),
     entropy: bool = True,
     branch_tokens: int | None = None,
 ) -> ExitSweep:
@@ -127,13 +131,14 @@ def exit_sweep(
             ask: such rows share the main pass up to the image's last token. Ignored where attention lets the image see
             the question (prefix-LM).
         status_parts: what `text_status` is made of, see `dyvte.instrument.states.status_weights`.
+        status_of_exits: E exit layers k in 0..L whose text status is kept in `exit_status`.
         entropy: whether to compute the entropies (else NaN).
         branch_tokens: most tokens of branches that go through a layer at once: bounds memory, changes no result. By
             default as many as the main pass has.
 
     Raises:
         UnsupportedError: the layers cannot be driven, or a policy is active.
-        ValueError: answers that do not fit the batch.
+        ValueError: answers that do not fit the batch, or no such exit.
         ModelError: NaN among the logits.
     """
     if is_driven(mllm):
@@ -144,7 +149,9 @@ def exit_sweep(
         if len(shared_image) != len(batch["input_ids"]):
             raise ValueError(f"shared_image has {len(shared_image)} entries for {len(batch['input_ids'])} rows")
         inputs = inputs.right_padded()  # the same image must stand at the same positions
-    sweep = _Sweep(mllm, inputs, answers, shared_image, status_parts, entropy, branch_tokens)
+    if wrong := [k for k in status_of_exits if not 0 <= k <= mllm.num_layers]:
+        raise ValueError(f"status_of_exits holds {wrong[0]}; give exit layers in 0..{mllm.num_layers}")
+    sweep = _Sweep(mllm, inputs, answers, shared_image, status_parts, status_of_exits, entropy, branch_tokens)
     return sweep.run()
 
 
@@ -158,6 +165,7 @@ class _Sweep:
         answers: Tensor | None,
         shared_image: Sequence[int] | None,
         status_parts: Sequence[str],
+        status_of_exits: Sequence[int],
         entropy: bool,
         branch_tokens: int | None,
     ) -> None:
@@ -168,6 +176,10 @@ class _Sweep:
         self.wants_entropy = entropy
         self.status_weights = status_weights(self.layout, status_parts)
         self.status: list[Tensor] = []
+        self.status_of_exits = list(status_of_exits)
+        self.text_weights = status_weights(self.layout) if self.status_of_exits else None
+        self.exit_status: list[Tensor] = []  # [B, E, 2d] after every layer
+        self.no_status = torch.zeros(self.batch_size, 0, 2 * mllm.hidden_size, device=mllm.device)
         num_layers = mllm.num_layers
         self.entropies = torch.full(
             (num_layers + 1, num_layers, self.batch_size, len(ENTROPIES)), torch.nan, device=mllm.device
@@ -210,6 +222,8 @@ class _Sweep:
         self.status.append(token_status(hidden, self.status_weights))
         if self.branches is not None:
             self._run_branches(call, self.branches, early)
+        if self.text_weights is not None:
+            self.exit_status.append(self._exit_status(hidden, call.index, self.text_weights))
         if call.index == self.mllm.num_layers - 1:
             self.final = hidden
         return output
@@ -279,6 +293,19 @@ class _Sweep:
             self._expect(call, self.branch, self.branch_entropy_plan, slice(first, first + len(exits)))
             states = self._run_frame(call, self.branch, exits.reshape(-1, tokens, size), early, len(exits))
             exits.copy_(states.view_as(exits))
+
+    def _exit_status(self, hidden: Tensor, layer: int, weights: Tensor) -> Tensor:
+        """[B, E, 2d] text status after a layer under the exits asked for: the full model's where none has happened."""
+        found = token_status(hidden, weights)[:, None].repeat(1, len(self.status_of_exits), 1)
+        happened = [place for place, k in enumerate(self.status_of_exits) if k <= layer]
+        if self.branches is not None and happened:
+            own = self.branch.own
+            packed = own.pack(weights.transpose(1, 2)).transpose(1, 2)  # [b, 2, M]
+            if own.valid is not None:
+                packed = packed * own.valid[:, None]
+            for place in happened:
+                found[self.seeing, place] = token_status(self.branches[self.status_of_exits[place]], packed)
+        return found
 
     def _run_frame(
         self, call: LayerCall, frame: Frame, states: Tensor, earlier: tuple[Tensor, Tensor] | None, times: int
@@ -375,6 +402,7 @@ class _Sweep:
             agree=(token_agree | ~valid[:, None]).all(-1),
             nll=sequence_nll(token_nll, valid),
             text_status=torch.stack(self.status, dim=1),
+            exit_status=torch.stack(self.exit_status or [self.no_status] * self.mllm.num_layers, dim=2),
             **dict(zip(ENTROPIES, entropies, strict=True)),
         )
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from dyvte.errors import ConfigError, UnsupportedError
+from dyvte.gates.features import QUESTION
 from dyvte.gates.metrics import at_exit, first_exit
-from dyvte.gates.module import QUESTION, Gates, load_gates
-from dyvte.instrument.states import status_weights, token_status
+from dyvte.gates.module import Gates, load_gates
+from dyvte.instrument.states import STATUS_PARTS, status_weights, token_status
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy, PolicyRun, Prefill
 from dyvte.policies.method import Calibration, Source, largest_within
@@ -61,6 +62,11 @@ class DynamicExit(Policy):
         self._thresholds = self.gates.thresholds(None if isinstance(self.threshold, str) else self.threshold)
         if QUESTION in self.gates.status:
             raise UnsupportedError("gates that look at the question alone are a control; they cannot run in a policy")
+        if derived := [part for part in self.gates.status if part not in STATUS_PARTS]:
+            raise UnsupportedError(
+                f"gates that look at {derived[0]!r} are for comparison on stored labels; DynamicExit runs gates of "
+                f"{', '.join(STATUS_PARTS)}"
+            )
 
     def check(self, mllm: MLLM) -> None:
         """Refuse gates for another model, and exit layers outside 1..L; move the gates to the model's device."""

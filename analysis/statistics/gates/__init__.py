@@ -1,0 +1,1 @@
+"""What gates know, as tests on numbers."""

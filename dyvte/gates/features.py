@@ -1,0 +1,53 @@
+"""What a gate looks at, put together from token statuses: the status, its change between layers, and the lens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from dyvte.gates.lens import LENS_FEATURES
+from dyvte.instrument.states import STATUS_PARTS
+
+LENS = "lens"
+"""A status part of three numbers: how sure the model already is of its next token, see `dyvte.gates.lens`."""
+QUESTION = "question"
+"""A status part for the control that never saw the image (see `dyvte.gates.labels`); no policy can run it."""
+CHANGE = "_change"
+"""Ending of a part that is the change of the part named before it: its value less that after the layer before."""
+GATE_PARTS = (*STATUS_PARTS, LENS, QUESTION, *(f"{part}{CHANGE}" for part in (*STATUS_PARTS, LENS)))
+"""What a gate may look at."""
+
+
+def base_of(part: str) -> str:
+    """The part that a change is of; any other part itself."""
+    return part.removesuffix(CHANGE)
+
+
+def width_of(part: str, hidden_size: int) -> int:
+    """Entries of a part."""
+    return len(LENS_FEATURES) if base_of(part) == LENS else hidden_size
+
+
+def assemble(parts: Sequence[str], base: Mapping[str, Tensor]) -> Tensor:
+    """[..., L - 1, inputs] what the gates of all layers look at, parts one after the other.
+
+    Args:
+        parts: of `GATE_PARTS`.
+        base: [..., L - 1, width] every part that `parts` name or are changes of, after every layer but the last. Behind
+            the first layer there is no change: 0.
+
+    Example:
+        >>> assemble(["lens", "lens_change"], {"lens": torch.tensor([[1.0, 2, 3], [1, 4, 9]])})
+        tensor([[1., 2., 3., 0., 0., 0.],
+                [1., 4., 9., 0., 2., 6.]])
+    """
+    found = []
+    for part in parts:
+        value = base[base_of(part)]
+        if part.endswith(CHANGE):
+            value = F.pad(value[..., 1:, :] - value[..., :-1, :], (0, 0, 1, 0))
+        found.append(value)
+    return torch.cat(found, dim=-1)
