@@ -48,7 +48,8 @@ def target_keys(mllm: MLLM, batch: Batch, samples: Sequence[Sample], seed: int) 
         number = place.arrange(torch.arange(len(positions)))
         patch_rows, patch_columns = (torch.arange(size) * GRID // size for size in number.shape)
         cell = patch_rows[:, None] * GRID + patch_columns
-        inside = torch.isin(cell, torch.tensor([r * GRID + c for r, c in cells]))
+        named = [int(r) * GRID + int(c) for r, c in cells or ()]
+        inside = torch.isin(cell, torch.tensor(named))
         of_objects, elsewhere = number[inside], number[~inside].numpy()
         if len(of_objects) > len(elsewhere):
             continue
