@@ -60,6 +60,11 @@ _PUBLIC = {
     "FoPru": "dyvte.policies.vision.fopru",
     "VisionZip": "dyvte.policies.vision.visionzip",
     "VisPruner": "dyvte.policies.vision.vispruner",
+    "VScan": "dyvte.policies.vision.vscan",
+    "SparsityMeetsSimilarity": "dyvte.policies.vision.sparsity_similarity",
+    "CDPruner": "dyvte.policies.vision.cdpruner",
+    "ToDRE": "dyvte.policies.vision.todre",
+    "GPrune": "dyvte.policies.vision.gprune",
     "HoloV": "dyvte.policies.vision.holov",
     "HiRED": "dyvte.policies.vision.hired",
     "PruMergePlus": "dyvte.policies.vision.prumerge",
@@ -132,14 +137,19 @@ if TYPE_CHECKING:  # what a type checker sees; a test holds it to the names abov
     from dyvte.policies.scorer import ScorerPolicy as ScorerPolicy
     from dyvte.policies.skip_attention import SkipAttention as SkipAttention
     from dyvte.policies.unchanged import Unchanged as Unchanged
+    from dyvte.policies.vision.cdpruner import CDPruner as CDPruner
     from dyvte.policies.vision.fastervlm import FasterVLM as FasterVLM
     from dyvte.policies.vision.fopru import FoPru as FoPru
+    from dyvte.policies.vision.gprune import GPrune as GPrune
     from dyvte.policies.vision.hired import HiRED as HiRED
     from dyvte.policies.vision.holov import HoloV as HoloV
     from dyvte.policies.vision.prumerge import PruMerge as PruMerge
     from dyvte.policies.vision.prumerge import PruMergePlus as PruMergePlus
+    from dyvte.policies.vision.sparsity_similarity import SparsityMeetsSimilarity as SparsityMeetsSimilarity
+    from dyvte.policies.vision.todre import ToDRE as ToDRE
     from dyvte.policies.vision.visionzip import VisionZip as VisionZip
     from dyvte.policies.vision.vispruner import VisPruner as VisPruner
+    from dyvte.policies.vision.vscan import VScan as VScan
     from dyvte.policies.vision.vtc_cls import VTCCLS as VTCCLS
 
 

@@ -21,14 +21,19 @@ from dyvte.cost.measure import kv_cache_bytes
 from dyvte.errors import ConfigError, DyvteError, UnsupportedError
 from dyvte.policies.base import Policy
 from dyvte.policies.scorer import ScorerPolicy, VisualTokens, number_kept, top
+from dyvte.policies.vision.cdpruner import CDPruner
 from dyvte.policies.vision.fastervlm import FasterVLM
 from dyvte.policies.vision.fopru import FoPru
+from dyvte.policies.vision.gprune import GPrune
 from dyvte.policies.vision.hired import HiRED
 from dyvte.policies.vision.holov import HoloV
 from dyvte.policies.vision.prumerge import PruMerge, PruMergePlus
+from dyvte.policies.vision.sparsity_similarity import SparsityMeetsSimilarity
 from dyvte.policies.vision.tiles import shared_out, tiles
+from dyvte.policies.vision.todre import ToDRE
 from dyvte.policies.vision.visionzip import VisionZip
 from dyvte.policies.vision.vispruner import VisPruner
+from dyvte.policies.vision.vscan import VScan
 from dyvte.policies.vision.vtc_cls import VTCCLS
 
 FAMILIES = ("llava", "llava_next", "internvl", "qwen2_5_vl", "gemma3")
@@ -55,6 +60,11 @@ DROPPING: dict[str, Callable[[], Policy]] = {
     "fopru": lambda: FoPru(keep=0.5),
     "fopru_row": lambda: FoPru(keep=0.5, by="row"),
     "vispruner": lambda: VisPruner(keep=0.5),
+    "similarity_knee": lambda: SparsityMeetsSimilarity(),
+    "similarity": lambda: SparsityMeetsSimilarity(keep=0.75),
+    "cdpruner": lambda: CDPruner(keep=0.5),
+    "todre": lambda: ToDRE(keep=0.5),
+    "gprune": lambda: GPrune(keep=0.5),
     "holov": lambda: HoloV(keep=0.5),
     "hired": lambda: HiRED(keep=0.5),
     "himap": lambda: dyvte.HiMAP(keep=0.6),
@@ -68,6 +78,7 @@ DROPPING: dict[str, Callable[[], Policy]] = {
 MERGING: dict[str, Callable[[], Policy]] = {
     "sparsevlm": lambda: dyvte.SparseVLM(keep=0.5),
     "visionzip": lambda: VisionZip(keep=0.5, contextual=0.5),
+    "vscan": lambda: VScan(keep=0.5),
     "prumerge_plus": lambda: PruMergePlus(keep=0.5),
     "prumerge_outliers": lambda: PruMerge(neighbours=2),
     "prumerge": lambda: PruMerge(keep=0.5, neighbours=2),
@@ -254,6 +265,7 @@ def picture(**fields: Any) -> VisualTokens:
         "layer": 0,
         "hidden": torch.zeros(count, 2),
         "text": torch.zeros(1, 2),
+        "text_ids": torch.zeros(1, dtype=torch.long),
         "place": torch.arange(count),
         "size": count,
         "seen": None,

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_policies import batch_of, kept_under, model
 from test_scorer_policies import kept_of, picture
 from torch import Tensor, tensor
 
 from dyvte.errors import ConfigError
 from dyvte.instrument.vision_tower import TowerTokens
+from dyvte.policies.scorer import top
+from dyvte.policies.vision.cdpruner import greedy_map
 from dyvte.policies.vision.fastervlm import FasterVLM
 from dyvte.policies.vision.fopru import FoPru
+from dyvte.policies.vision.gprune import GPrune
 from dyvte.policies.vision.hired import HiRED
 from dyvte.policies.vision.holov import HoloV, holistic
 from dyvte.policies.vision.prumerge import PruMerge, PruMergePlus, outlier_share
+from dyvte.policies.vision.sparsity_similarity import SparsityMeetsSimilarity, knee
 from dyvte.policies.vision.tiles import shared_out
+from dyvte.policies.vision.todre import ToDRE
 from dyvte.policies.vision.visionzip import VisionZip
 from dyvte.policies.vision.vispruner import VisPruner
+from dyvte.policies.vision.vscan import VScan
 from dyvte.policies.vision.vtc_cls import VTCCLS
 
 DEPTH = 24
@@ -173,3 +182,77 @@ def test_holov_keeps_the_most_attended_of_every_strip() -> None:
     for part, quota in zip(range(3), quotas, strict=True):
         inside = stay.view(3, 4)[part]
         assert kept_of(inside) == sorted(attention.view(3, 4)[part].topk(quota).indices.tolist())
+
+
+def test_gprune_scores_what_flows_to_a_token() -> None:
+    tokens = picture(hidden=tensor([[2.0, 0.0], [1.8, 0.2], [0.0, 1.0], [0.6, 0.8]]))
+    torch.testing.assert_close(GPrune().score(tokens), tensor([0.635, 0.635, 0.5, 0.25]), atol=5e-4, rtol=0)
+    assert kept_of(GPrune().choose(tokens, 2)) == [0, 1]
+
+
+def test_vscan_keeps_locally_and_globally_and_merges_the_rest() -> None:
+    """24 x 24 patches, 100 of them: three in each of 16 windows, the rest by the upper layer."""
+    generator = torch.Generator().manual_seed(0)
+    low, high = torch.rand(576, generator=generator), torch.rand(576, generator=generator)
+    tower = tower_of(576, width=24, attentions={5: low, -2: high})
+    tokens = picture(hidden=torch.randn(576, 3, generator=generator), tower=tower)
+    policy = VScan(local_layer=5)
+    stay = policy.choose(tokens, 100)
+    blocks = low.view(4, 6, 4, 6).transpose(1, 2).reshape(16, 36)
+    local = torch.zeros(16, 36, dtype=torch.bool).scatter_(1, blocks.topk(3, dim=1).indices, True)
+    local = local.view(4, 4, 6, 6).transpose(1, 2).reshape(576)
+    expected = local | top(high.masked_fill(local, -1), 100 - 48)
+    assert torch.equal(stay, expected)
+    hidden = tensor([[1.0, 0.0], [0.0, 1.0], [0.8, 0.2], [0.1, 0.9]])
+    attention = tensor([0.9, 0.8, 0.1, 0.1])
+    tower = tower_of(4, attentions={5: attention, -2: attention})
+    stay, states = policy.reduce_tile(picture(hidden=hidden, tower=tower), 2)
+    assert states is not None
+    torch.testing.assert_close(states[stay], tensor([[0.9, 0.1], [0.05, 0.95]]))
+
+
+def test_the_knee_is_farthest_below_the_chord() -> None:
+    assert knee(tensor([0.9, 0.6, 0.3, 0.2, 0.15, 0.1])) == 2
+    assert knee(tensor([0.15, 0.9, 0.2, 0.6, 0.1, 0.3])) == 2
+    assert knee(torch.ones(5)) in range(5)
+
+
+def test_similarity_to_the_class_token_then_to_the_text() -> None:
+    features = directions(*torch.rad2deg(tensor([0.9, 0.6, 0.3, 0.2, 0.15, 0.1]).acos()).tolist())
+    tower = tower_of(
+        6, states={-1: features, -2: features}, class_states={-1: tensor([[5.0, 0.0]]), -2: tensor([[5.0, 0.0]])}
+    )
+    tokens = picture(hidden=directions(0, 60, 90, 30, 180, 10), tower=tower, text=tensor([[1.0, 0.0], [3.0, 0.0]]))
+    policy = SparsityMeetsSimilarity()
+    torch.testing.assert_close(policy.score(tokens), tensor([0.9, 0.6, 0.3, 0.2, 0.15, 0.1]))
+    assert kept_of(policy.choose(tokens, 6)) == [0, 1, 2]
+    assert kept_of(SparsityMeetsSimilarity(keep=4).choose(tokens, 4)) == [0, 1, 2, 3]
+    assert kept_of(policy.choose(replace(tokens, layer=2), 6)) == [0, 3, 5]
+
+
+def test_todre_adds_what_resembles_the_chosen_least() -> None:
+    attention = tensor([0.9, 0.1, 0.1, 0.1, 0.1])
+    tokens = picture(hidden=directions(0, 5, 90, 170, 100), tower=tower_of(5, attentions={-1: attention}))
+    assert kept_of(ToDRE().choose(tokens, 2)) == [0, 3]
+    assert kept_of(ToDRE().choose(tokens, 3)) == [0, 1, 3]
+
+
+def test_cdpruner_weighs_relevance_and_diversity() -> None:
+    relevance, features = tensor([1.0, 0.9, 0.4, 0.6]), tensor([[1.0, 0.0], [0.98, 0.199], [0.0, 1.0], [0.7, 0.714]])
+    assert greedy_map(relevance[:, None] * features, 2).tolist() == [0, 3]
+
+
+@given(st.integers(2, 7), st.integers(2, 9), st.integers(0, 2**16))
+def test_the_greedy_set_has_the_largest_determinant_of_every_next_one(count: int, width: int, seed: int) -> None:
+    vectors = torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    number = min(count, width)
+    chosen = greedy_map(vectors, number).tolist()
+    assert len(set(chosen)) == number
+    for step in range(number):
+        gains = {
+            other: float(torch.linalg.det(vectors[[*chosen[:step], other]] @ vectors[[*chosen[:step], other]].T))
+            for other in range(count)
+            if other not in chosen[:step]
+        }
+        assert gains[chosen[step]] == pytest.approx(max(gains.values()), rel=1e-6)
+    assert len(set(greedy_map(vectors[:, :1], count).tolist())) == count, "more than the space has dimensions"

@@ -237,6 +237,7 @@ class _Engine:
             layout,
             hidden=input_ids.new_empty(0),
             kept=~layout.padding,
+            input_ids=input_ids,
         )
         if self.prefill.ends_with_visual:
             self.prefill = None

@@ -74,6 +74,7 @@ class Prefill:
         kept: [B, N] positions that the layer will see; padding never is.
         key_bias: [B, N] added to the attention scores of a key from this layer on, or None.
         place: [B, N] the position whose rotary embedding a position takes from this layer on; None for its own.
+        input_ids: [B, N] of the prompts.
         state: for policies to remember things between the layers of one prefill.
     """
 
@@ -81,6 +82,7 @@ class Prefill:
     layout: TokenLayout
     hidden: Tensor
     kept: Tensor
+    input_ids: Tensor
     key_bias: Tensor | None = None
     place: Tensor | None = None
     state: dict[Any, Any] = field(default_factory=dict)

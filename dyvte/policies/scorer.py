@@ -39,6 +39,7 @@ class VisualTokens:
         layer: the decoder layer about to run.
         hidden: [n, d] its input states; before layer 0 what the projector made.
         text: [t, d] input states of the text after the row's last image.
+        text_ids: [t] ids of that text.
         text_seen: [t] as `seen`, for that text.
         place: [n] number of the token in the whole image, 0 for its first.
         size: number of tokens of the whole image.
@@ -51,6 +52,7 @@ class VisualTokens:
     layer: int
     hidden: Tensor
     text: Tensor
+    text_ids: Tensor
     place: Tensor
     size: int
     seen: Tensor | None
@@ -77,6 +79,17 @@ class VisualTokens:
     def view(self) -> Tensor:
         """[n] number of the tile that a token is of, -1 for separators; all 0 where the tower was not looked at."""
         return torch.zeros_like(self.place) if self.tower is None else self.tower.view
+
+    @property
+    def question(self) -> str:
+        """The text after the row's last image, without special tokens.
+
+        Raises:
+            UnsupportedError: the model has no tokenizer.
+        """
+        if self.mllm.tokenizer is None:
+            raise UnsupportedError("this method reads the question: load the model with its processor")
+        return self.mllm.tokenizer.decode(self.text_ids, skip_special_tokens=True)
 
     def at(self, index: Tensor) -> VisualTokens:
         """The tokens at `index` [m] (of n), all else as it is."""
@@ -260,6 +273,7 @@ class ScorerPolicy(Policy):
                             layer=layer,
                             hidden=prefill.hidden[row, at],
                             text=prefill.hidden[row, text[row]],
+                            text_ids=prefill.input_ids[row, text[row]],
                             place=at - whole[0],
                             size=len(whole),
                             seen=None if found is None else found[1][row, at],
