@@ -323,11 +323,9 @@ def run_every_command(
     )
     monkeypatch.chdir(tmp_path)
     common = [*chosen, "device=cpu", "data.limit=12", "batch_size=12", "data=shapes", "data.per_scene=1"]
-    quick = ["bootstrap=20", "permutations=19"]
-    analysis.stages.main(compose("stages", [*common, *quick, "output_dir=stages", "maps.count=1"]))
-    analysis.exits.main(
-        compose("exits", [*common, *quick, "output_dir=exits", "captions=0", "max_new_tokens=2", "accuracy=false"])
-    )
+    analysis.stages.main(compose("stages", [*common, "bootstrap=20", "output_dir=stages", "maps.count=1"]))
+    quick = ["bootstrap=20", "permutations=19", "captions=0", "max_new_tokens=2", "accuracy=false"]
+    analysis.exits.main(compose("exits", [*common, *quick, "output_dir=exits"]))
     dyvte.train.main(
         compose(
             "train",
