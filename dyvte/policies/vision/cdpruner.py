@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from dyvte.instrument.vision_text import TextSimilarity
+from dyvte.policies.merging.nearest import unit
 from dyvte.policies.method import Source
 from dyvte.policies.scorer import VisualTokens
-from dyvte.policies.vision.merging import unit
 from dyvte.policies.vision.tiles import PerTile, shown_layer
 
 SMALL = 1e-6

@@ -16,9 +16,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from dyvte.policies.merging.nearest import unit
 from dyvte.policies.method import Source
 from dyvte.policies.scorer import VisualTokens
-from dyvte.policies.vision.merging import unit
 from dyvte.policies.vision.tiles import PerTile
 
 CLOSED = -5000.0

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from dyvte.instrument.vision_tower import TowerNeeds
 from dyvte.mllm import MLLM
+from dyvte.policies.merging.nearest import unit
 from dyvte.policies.method import Source
 from dyvte.policies.scorer import ScorerPolicy, VisualTokens, top
-from dyvte.policies.vision.merging import unit
 from dyvte.policies.vision.tiles import shared_out, with_spare_separators
 
 

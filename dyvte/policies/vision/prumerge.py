@@ -26,10 +26,10 @@ from torch import Tensor
 
 from dyvte.instrument.vision_tower import TowerNeeds
 from dyvte.mllm import MLLM
+from dyvte.policies.merging.nearest import merging_needs, merging_space, unit
 from dyvte.policies.method import Source
 from dyvte.policies.scorer import VisualTokens, top
 from dyvte.policies.token_scores import evenly_spaced
-from dyvte.policies.vision.merging import merging_needs, merging_space, unit
 from dyvte.policies.vision.tiles import PerTile
 
 BY_ATTENTION = 1 / 5

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dyvte.policies.merging.nearest import unit
 from dyvte.policies.method import Source
 from dyvte.policies.scorer import VisualTokens
-from dyvte.policies.vision.merging import unit
 from dyvte.policies.vision.tiles import ByClassAttention
 
 

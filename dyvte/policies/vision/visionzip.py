@@ -21,9 +21,9 @@ from torch import Tensor
 
 from dyvte.instrument.vision_tower import TowerNeeds
 from dyvte.mllm import MLLM
+from dyvte.policies.merging.nearest import merging_needs, merging_space, with_nearest
 from dyvte.policies.method import Source
 from dyvte.policies.scorer import VisualTokens, top
-from dyvte.policies.vision.merging import merging_needs, merging_space, with_nearest
 from dyvte.policies.vision.tiles import ByClassAttention
 
 

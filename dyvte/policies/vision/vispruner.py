@@ -20,9 +20,9 @@ from torch import Tensor
 
 from dyvte.instrument.vision_tower import TowerNeeds
 from dyvte.mllm import MLLM
+from dyvte.policies.merging.nearest import unit
 from dyvte.policies.method import Source
 from dyvte.policies.scorer import VisualTokens, top
-from dyvte.policies.vision.merging import unit
 from dyvte.policies.vision.tiles import ByClassAttention, shown_layer
 
 A_ROUND = 8

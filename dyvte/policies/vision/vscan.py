@@ -22,9 +22,9 @@ from torch import Tensor
 
 from dyvte.instrument.vision_tower import TowerNeeds, VisionTower
 from dyvte.mllm import MLLM
+from dyvte.policies.merging.nearest import with_nearest
 from dyvte.policies.method import Source
 from dyvte.policies.scorer import VisualTokens, top
-from dyvte.policies.vision.merging import with_nearest
 from dyvte.policies.vision.tiles import ByClassAttention, grid_of_tile
 
 LOW = 5 / 24
