@@ -62,9 +62,9 @@ _PUBLIC = {
     "VisPruner": "dyvte.policies.vision.vispruner",
     "VScan": "dyvte.policies.vision.vscan",
     "SparsityMeetsSimilarity": "dyvte.policies.vision.sparsity_similarity",
-    "CDPruner": "dyvte.policies.vision.cdpruner",
+    "CDPruner": "dyvte.policies.pruning.cdpruner",
     "ToDRE": "dyvte.policies.vision.todre",
-    "GPrune": "dyvte.policies.vision.gprune",
+    "GPrune": "dyvte.policies.pruning.gprune",
     "HoloV": "dyvte.policies.vision.holov",
     "HiRED": "dyvte.policies.vision.hired",
     "PruMergePlus": "dyvte.policies.vision.prumerge",
@@ -127,20 +127,20 @@ if TYPE_CHECKING:  # what a type checker sees; a test holds it to the names abov
     from dyvte.policies.merging.pooling import AveragePool as AveragePool
     from dyvte.policies.merging.pooling import DownsampleImage as DownsampleImage
     from dyvte.policies.merging.tome import ToMe as ToMe
+    from dyvte.policies.pruning.cdpruner import CDPruner as CDPruner
     from dyvte.policies.pruning.divprune import DivPrune as DivPrune
     from dyvte.policies.pruning.drop import RandomDrop as RandomDrop
     from dyvte.policies.pruning.drop import StratifiedDrop as StratifiedDrop
     from dyvte.policies.pruning.drop import UniformDrop as UniformDrop
     from dyvte.policies.pruning.fastv import FastV as FastV
     from dyvte.policies.pruning.fitprune import FitPrune as FitPrune
+    from dyvte.policies.pruning.gprune import GPrune as GPrune
     from dyvte.policies.pruning.pyramid_drop import PyramidDrop as PyramidDrop
     from dyvte.policies.scorer import ScorerPolicy as ScorerPolicy
     from dyvte.policies.skip_attention import SkipAttention as SkipAttention
     from dyvte.policies.unchanged import Unchanged as Unchanged
-    from dyvte.policies.vision.cdpruner import CDPruner as CDPruner
     from dyvte.policies.vision.fastervlm import FasterVLM as FasterVLM
     from dyvte.policies.vision.fopru import FoPru as FoPru
-    from dyvte.policies.vision.gprune import GPrune as GPrune
     from dyvte.policies.vision.hired import HiRED as HiRED
     from dyvte.policies.vision.holov import HoloV as HoloV
     from dyvte.policies.vision.prumerge import PruMerge as PruMerge

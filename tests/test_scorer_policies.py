@@ -20,11 +20,11 @@ import dyvte
 from dyvte.cost.measure import kv_cache_bytes
 from dyvte.errors import ConfigError, DyvteError, UnsupportedError
 from dyvte.policies.base import Policy
+from dyvte.policies.pruning.cdpruner import CDPruner
+from dyvte.policies.pruning.gprune import GPrune
 from dyvte.policies.scorer import ScorerPolicy, VisualTokens, number_kept, top
-from dyvte.policies.vision.cdpruner import CDPruner
 from dyvte.policies.vision.fastervlm import FasterVLM
 from dyvte.policies.vision.fopru import FoPru
-from dyvte.policies.vision.gprune import GPrune
 from dyvte.policies.vision.hired import HiRED
 from dyvte.policies.vision.holov import HoloV
 from dyvte.policies.vision.prumerge import PruMerge, PruMergePlus

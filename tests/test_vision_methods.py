@@ -15,11 +15,11 @@ from torch import Tensor, tensor
 
 from dyvte.errors import ConfigError
 from dyvte.instrument.vision_tower import TowerTokens
+from dyvte.policies.pruning.cdpruner import greedy_map
+from dyvte.policies.pruning.gprune import GPrune
 from dyvte.policies.scorer import top
-from dyvte.policies.vision.cdpruner import greedy_map
 from dyvte.policies.vision.fastervlm import FasterVLM
 from dyvte.policies.vision.fopru import FoPru
-from dyvte.policies.vision.gprune import GPrune
 from dyvte.policies.vision.hired import HiRED
 from dyvte.policies.vision.holov import HoloV, holistic
 from dyvte.policies.vision.prumerge import PruMerge, PruMergePlus, outlier_share
