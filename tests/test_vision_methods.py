@@ -27,7 +27,7 @@ from dyvte.policies.vision.sparsity_similarity import SparsityMeetsSimilarity, k
 from dyvte.policies.vision.tiles import shared_out
 from dyvte.policies.vision.todre import ToDRE
 from dyvte.policies.vision.visionzip import VisionZip
-from dyvte.policies.vision.vispruner import VisPruner
+from dyvte.policies.vision.vispruner import VisPruner, thinned_out
 from dyvte.policies.vision.vscan import VScan
 from dyvte.policies.vision.vtc_cls import VTCCLS
 
@@ -93,6 +93,7 @@ def test_fopru_keeps_tokens_or_rows() -> None:
     assert kept_of(FoPru().choose(tokens, 2)) == [0, 3]
     assert kept_of(FoPru(by="row").choose(tokens, 2)) == [2, 3]
     assert kept_of(FoPru(by="row").choose(tokens, 1)) == [2, 3], "one row at least"
+    assert kept_of(FoPru(by="row").choose(tokens, 5)) == [0, 1, 2, 3], "as many as fit whole"
     with pytest.raises(ConfigError, match="'rank' or 'row'"):
         FoPru(by="column")
 
@@ -116,11 +117,15 @@ def test_vispruner_thins_the_rest_out() -> None:
     assert kept_of(VisPruner(important=0.34).choose(tokens, 6)) == [0, 1, 2, 4, 5, 6]
     for number in range(1, 9):  # odd, tiny and empty second parts, where the paper's code fails
         assert int(VisPruner().choose(tokens, number).sum()) == number
+    pairs = directions(0, 1, 90, 95, 200, 220)  # every even one has its like among the odd ones
+    assert thinned_out(torch.arange(6), pairs, 5).sort().values.tolist() == [1, 2, 3, 4, 5]
+    assert thinned_out(torch.arange(6), pairs, 4).sort().values.tolist() == [1, 3, 4, 5]
 
 
 def test_prumerge_takes_outliers_and_merges_by_keys() -> None:
     attention = tensor([0.02, 0.03, 0.02, 0.04, 0.03, 0.30, 0.02, 0.25, 0.03, 0.02, 0.22, 0.02])
     assert outlier_share(attention) == 0.25
+    assert outlier_share(tensor([1.0, 2.0, 3.0, 4.0, 7.0])) == 0, "7 is not above 4 + 1.5 * (4 - 2)"
     mllm = model("internvl")  # merges after the projector
     tower = tower_of(12, attentions={-1: attention}, all_keys={-1: directions(*range(0, 120, 10))})
     tokens = picture(hidden=torch.zeros(12, 2), tower=tower, mllm=mllm)
@@ -169,6 +174,21 @@ def test_holov_scores_attention_and_variety() -> None:
     torch.testing.assert_close(holistic(attention / 1000, features, 0.09) * 1000, holistic(attention, features, 0.09))
 
 
+@given(st.integers(2, 8), st.integers(0, 2**16))
+def test_holov_takes_the_variance_of_each_row_about_the_mean_of_the_others(count: int, seed: int) -> None:
+    features = torch.randn(count, 3, generator=torch.Generator().manual_seed(seed))
+    attention = torch.rand(count, generator=torch.Generator().manual_seed(seed + 1))
+    unit = features / features.norm(dim=1, keepdim=True)
+    variance = []
+    for i in range(count):
+        row = [float(unit[i] @ unit[j]) if i != j else 0.0 for j in range(count)]
+        mean = sum(row) / (count - 1)
+        variance.append(sum((value - mean) ** 2 for value in row) / (count - 1))
+    scale = float(attention.mean()) / (sum(variance) / count + 1e-6)
+    expected = attention + 0.09 * tensor(variance) * scale
+    torch.testing.assert_close(holistic(attention, features, 0.09), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_holov_keeps_the_most_attended_of_every_strip() -> None:
     attention = torch.rand(12, generator=torch.Generator().manual_seed(0)) + tensor([5.0, 2.0, 0.0]).repeat_interleave(
         4
@@ -188,6 +208,18 @@ def test_gprune_scores_what_flows_to_a_token() -> None:
     tokens = picture(hidden=tensor([[2.0, 0.0], [1.8, 0.2], [0.0, 1.0], [0.6, 0.8]]))
     torch.testing.assert_close(GPrune().score(tokens), tensor([0.635, 0.635, 0.5, 0.25]), atol=5e-4, rtol=0)
     assert kept_of(GPrune().choose(tokens, 2)) == [0, 1]
+
+
+@given(st.integers(1, 8), st.integers(0, 2**16))
+def test_gprune_is_five_powers_of_the_transition_matrix(count: int, seed: int) -> None:
+    hidden = torch.randn(count, 3, generator=torch.Generator().manual_seed(seed))
+    unit = hidden / hidden.norm(dim=1, keepdim=True)
+    cosine = unit @ unit.T
+    weight = torch.where(cosine >= 0.5, (cosine / 0.03).exp(), 0.0).double()
+    power = torch.linalg.matrix_power(weight / weight.sum(1, keepdim=True), 5)
+    expected = torch.stack([sum(hidden[i].norm() * power[i, j] for i in range(count)) for j in range(count)])
+    expected = expected / (cosine >= 0.5).sum(1)
+    torch.testing.assert_close(GPrune().score(picture(hidden=hidden)).double(), expected, atol=1e-4, rtol=1e-3)
 
 
 def test_vscan_keeps_locally_and_globally_and_merges_the_rest() -> None:
