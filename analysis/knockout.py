@@ -45,13 +45,13 @@ def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any] | None:
         The summary; None in processes other than the main one.
     """
     check_model(mllm)
-    objects = knows_targets(dataset) if cfg.objects is None else cfg.objects
-    if objects and not knows_targets(dataset):
+    known = cfg.objects is not False and knows_targets(dataset)
+    if cfg.objects and not known:
         raise ConfigError(f"objects=true: data={cfg.data.name} does not say which objects an answer rests on")
-    measure = KnockoutMeasurement.of(mllm, cfg, objects)
+    measure = KnockoutMeasurement.of(mllm, cfg, known)
     names = ("max_new_tokens", "width", "windows", "paths", "replace", "control", "splits", "entry_exit")
     settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(names)))
-    settings["objects"] = objects
+    settings["objects"] = known
     folder = measure_dataset(cfg, mllm, dataset, measure, **settings)
     if folder is None:
         return None

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from dyvte.batch import Batch
+from dyvte.layout import TokenLayout
 from dyvte.loading import wrap
 from dyvte.mllm import MLLM
 
@@ -422,3 +423,13 @@ def processor_for(family: str, chat_template: bool = True) -> Any:
 
 
 PROCESSOR_FAMILIES = ("llava", "llava_next", "gemma3", "idefics3")
+
+
+def with_answer(mllm: MLLM, batch: Batch, length: int) -> TokenLayout:
+    """The batch's layout if the last `length` tokens of each prompt were a teacher-forced answer."""
+    return TokenLayout.from_input_ids(
+        batch["input_ids"],
+        batch["attention_mask"],
+        mllm.visual_token_ids,
+        answer_start=batch.layout.last_prompt + 1 - length,
+    )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, IMAGE_TOKEN, build, random_batch
+from families import FAMILIES, IMAGE_TOKEN, build, random_batch, with_answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -119,12 +119,7 @@ def test_equals_eager_attention_maps(
         padding_side=padding_side,
         system_length=system_length,
     )
-    layout = TokenLayout.from_input_ids(
-        batch["input_ids"],
-        batch["attention_mask"],
-        mllm.visual_token_ids,
-        answer_start=batch.layout.last_prompt + 1 - answer_length,
-    )
+    layout = with_answer(mllm, batch, answer_length)
     with torch.no_grad(), AttentionProbe(mllm, layout=layout, maps=True) as probe:
         mllm.model(**batch)
     stats = probe.stats

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, build, random_batch
+from families import FAMILIES, build, random_batch, with_answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dyvte import AttentionProbe
 from dyvte.batch import Batch
 from dyvte.errors import UnsupportedError
-from dyvte.layout import ROLES, TokenLayout
+from dyvte.layout import ROLES
 from dyvte.mllm import MLLM
 
 PROJECTIONS = ("o_proj", "out_proj", "dense")
@@ -91,12 +91,7 @@ def test_equal_a_direct_sum(
         num_images=num_images,
         padding_side=padding_side,
     )
-    layout = TokenLayout.from_input_ids(
-        batch["input_ids"],
-        batch["attention_mask"],
-        mllm.visual_token_ids,
-        answer_start=batch.layout.last_prompt + 1 - answer_length,
-    )
+    layout = with_answer(mllm, batch, answer_length)
     norm, share = direct(mllm, batch, layout.roles)
     with torch.no_grad(), AttentionProbe(mllm, layout=layout, contributions=True) as probe:
         probed = mllm.model(**batch, use_cache=False).logits

@@ -18,7 +18,8 @@ from dyvte.testbed.world import GRID
 TARGET = "target"
 """Entry of a sample's metadata: cells (row, column) of the drawn scene's grid, those of the objects on the way."""
 
-LOOKED_AT = 64
+LOOKED_AT = 16
+"""Samples that are read to see whether the data know."""
 
 
 def knows_targets(dataset: Dataset) -> bool:

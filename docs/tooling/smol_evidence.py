@@ -163,7 +163,7 @@ def write_page(result: dict[str, Any], record: dict[str, Any]) -> str:
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(TEMPLATE.read_text())
     return template.render(
         result=result, settings=settings, hours=sum(last.values()) / 3600, rows=rows, hops=KINDS, cell=_cell,
-        conditions=CONDITIONS,
+        conditions=CONDITIONS, notes=record["notes"],
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dyvte.errors import UnsupportedError
-from dyvte.instrument.contributions import OutputProjection, ValueMixtures
+from dyvte.instrument.contributions import OutputProjection, RoleKeys, ValueMixtures
 from dyvte.instrument.role_attention import (
     ENTROPIES,
     QUESTION,
@@ -239,6 +239,7 @@ class _Pass:
         self.geometries: dict[int, Geometry] = {}
         self._groups: dict[torch.device, Groups] = {}
         self._known: dict[tuple[Any, ...], tuple[Any, Geometry]] = {}
+        self._role_keys: dict[int, RoleKeys] = {}
 
     def geometry(self, call: AttentionCall) -> Geometry:
         """What the mask of a call allows; layers that share a mask (and a device) share the result."""
@@ -252,6 +253,12 @@ class _Pass:
             geometry = Geometry.of(self._groups[device], allowed, bias, self.num_heads)
             self._known[name] = (call.mask, geometry)  # holding the mask keeps its id taken
         return self._known[name][1]
+
+    def role_keys(self, geometry: Geometry) -> RoleKeys:
+        """Where the roles' keys are, for one of this pass's geometries."""
+        if id(geometry) not in self._role_keys:
+            self._role_keys[id(geometry)] = RoleKeys.of(geometry)
+        return self._role_keys[id(geometry)]
 
 
 class AttentionProbe:
@@ -425,7 +432,9 @@ class AttentionProbe:
         geometry = current.geometry(call)
         current.geometries[index] = geometry
         num_heads = call.query.shape[1]
-        mixtures = ValueMixtures(call.value[:, :, :length], geometry, num_heads) if self._contributions else None
+        mixtures = None
+        if self._contributions:
+            mixtures = ValueMixtures(call.value[:, :, :length], current.role_keys(geometry), num_heads)
         also = None if mixtures is None else mixtures.add
         current.sums[index] = role_sums(call.rows(geometry), geometry, num_heads, self._maps, also)
         if mixtures is not None:

@@ -9,7 +9,8 @@ and what is left of the layer's own output is the image's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,68 @@ from dyvte.instrument.role_attention import Block, Geometry
 from dyvte.layout import ROLES, VISUAL
 
 Linear = Callable[[Tensor], Tensor]
+TINY = torch.finfo(torch.float32).tiny
+
+
+Index = slice | Tensor
+"""Positions: a slice where they are a run, so that indexing copies nothing, else a tensor on the CPU."""
+
+
+@dataclass(frozen=True)
+class RoleKeys:
+    """Where the keys of every role are and which queries see them, worked out once for all layers that share a mask.
+
+    Positions are on the CPU, so that nothing in a layer waits for the device.
+
+    Attributes:
+        members: [B, 4, N] membership of every position in a role, 0 or 1.
+        columns: a role's positions in any sample, by role.
+        rows: positions of the queries that see a role's keys and whose share of them is summed directly, by role: for
+            visual keys those of text, since what is left of the output tells what visual queries take from them.
+        shared: whether a role has the same positions in all samples.
+        text, image: the positions with text in any sample, and the others.
+    """
+
+    members: Tensor
+    columns: list[Tensor]
+    rows: list[Tensor]
+    shared: list[bool]
+    text: Tensor
+    image: Tensor
+
+    @classmethod
+    def of(cls, geometry: Geometry) -> RoleKeys:
+        """The keys of a mask."""
+        groups = geometry.groups
+        members = groups.queries[:, : len(ROLES)]
+        if geometry.allowed is None:
+            seeing = members.cumsum(-1) > 0
+        else:
+            seeing = (geometry.allowed.float() @ members.transpose(1, 2) > 0).transpose(1, 2)
+        seeing[:, VISUAL] &= groups.text
+        has, seen, text = members.any(0).cpu(), seeing.any(0).cpu(), groups.text.cpu()
+        return cls(
+            members=members,
+            columns=[each.nonzero().flatten() for each in has],
+            rows=[each.nonzero().flatten() for each in seen],
+            shared=(members.bool().all(0).cpu() == has).all(-1).tolist(),
+            text=text.nonzero().flatten(),
+            image=(~text).nonzero().flatten(),
+        )
+
+    def in_block(self, block: Block) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The roles whose keys a block has: role, their positions, and their numbers among the role's."""
+        for role, columns in enumerate(self.columns):
+            inside = ((columns >= block.columns.start) & (columns < block.columns.stop)).nonzero().flatten()
+            if len(inside) and len(self.rows[role]) and (role != VISUAL or block.text):
+                yield role, columns[inside], inside
+
+    def among(self, queries: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The roles that some of `queries` see: role, their numbers among the role's rows, and among `queries`."""
+        for role, rows in enumerate(self.rows):
+            inside = torch.isin(rows, queries).nonzero().flatten()
+            if len(inside):
+                yield role, inside, torch.searchsorted(queries, rows[inside])
 
 
 class ValueMixtures:
@@ -29,43 +92,27 @@ class ValueMixtures:
 
     Args:
         value: [B, H_kv, N, value size].
-        geometry: of the layer's mask.
+        keys: where the roles are.
         num_heads: H, a multiple of H_kv.
     """
 
-    def __init__(self, value: Tensor, geometry: Geometry, num_heads: int) -> None:
-        self.groups = geometry.groups
+    def __init__(self, value: Tensor, keys: RoleKeys, num_heads: int) -> None:
         batch, key_heads, length, size = value.shape
+        self.keys = keys
         self._value = value.float()
         self._shape = batch, key_heads, num_heads // key_heads, size
-        self._members = members = self.groups.queries[:, : len(ROLES)]  # [B, R, N]
-        self._columns = [each.nonzero().flatten() for each in members.any(0)]
-        self._shared = [bool(members[:, role, columns].all()) for role, columns in enumerate(self._columns)]
-        if geometry.allowed is None:
-            seeing = members.cumsum(-1) > 0
-        else:
-            seeing = (geometry.allowed.float() @ members.transpose(1, 2) > 0).transpose(1, 2)
-        # what visual queries take from visual keys follows from the layer's output
-        seeing[:, VISUAL] &= self.groups.text
-        self._rows = [rows.nonzero().flatten() for rows in seeing.any(0)]
-        self._few = [len(columns) < size for columns in self._columns]
+        self._few = [len(columns) < size for columns in keys.columns]
         self._kept = [
             self._value.new_zeros(batch, length if len(rows) else 0, num_heads, len(columns) if few else size)
-            for rows, columns, few in zip(self._rows, self._columns, self._few, strict=True)
+            for rows, columns, few in zip(keys.rows, keys.columns, self._few, strict=True)
         ]
 
     def add(self, block: Block, attention: Tensor) -> None:
         """Take in attention rows [B, H, queries, keys] of a block."""
-        for role, columns in enumerate(self._columns):
-            if not len(self._rows[role]) or (role == VISUAL and not block.text):
-                continue
-            inside = ((columns >= block.columns.start) & (columns < block.columns.stop)).nonzero().flatten()
-            if not len(inside):
-                continue
-            seen = columns[inside]
+        for role, seen, inside in self.keys.in_block(block):
             weights = attention[..., _span(seen - block.columns.start)]
-            if not self._shared[role]:  # the role of a key differs between samples
-                weights = weights * self._members[:, None, None, role, seen]
+            if not self.keys.shared[role]:
+                weights = weights * self.keys.members[:, None, None, role, seen]
             if self._few[role]:
                 self._kept[role][:, block.rows, :, _span(inside)] = weights.transpose(1, 2)
             else:
@@ -80,15 +127,15 @@ class ValueMixtures:
 
     def _write(self, role: int, projection: nn.Module) -> Tensor:
         """What a role writes at the rows that see it: [B, rows, d]."""
-        kept = self._kept[role][:, _span(self._rows[role])]  # [B, rows, H, keys or value size]
+        kept = self._kept[role][:, _span(self.keys.rows[role])]  # [B, rows, H, keys or value size]
         if self._few[role] and type(projection) is nn.Linear:
             _, key_heads, group, size = self._shape
             weight = projection.weight.float().view(-1, key_heads, group, size)
-            values = self._value[:, :, _span(self._columns[role])]
+            values = self._value[:, :, _span(self.keys.columns[role])]
             projected = torch.einsum("bksv,dkgv->bkgsd", values, weight).flatten(1, 3)  # [B, H x keys, d]
             return kept.flatten(2) @ projected
         if self._few[role]:
-            kept = self._mix(kept.transpose(1, 2), self._columns[role]).transpose(1, 2)
+            kept = self._mix(kept.transpose(1, 2), self.keys.columns[role]).transpose(1, 2)
         return linear_part(projection)(kept.flatten(2)).float()
 
     def through(self, projection: nn.Module, output: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,18 +151,17 @@ class ValueMixtures:
             (shares add to 1 over key roles): two times [B, 4, 4] (query role, key role), NaN where a role is absent.
         """
         output = without_bias(projection, self._kept[0].shape[2] * self._shape[-1], output).float()
-        written = [self._write(role, projection) if len(rows) else None for role, rows in enumerate(self._rows)]
+        written = [self._write(role, projection) if len(rows) else None for role, rows in enumerate(self.keys.rows)]
         norms, shares = (output.new_zeros(*output.shape[:2], len(ROLES)) for _ in range(2))
-        text = self.groups.text
-        for rows in (text.nonzero().flatten(), (~text).nonzero().flatten()):
+        for rows in (self.keys.text, self.keys.image):
             if not len(rows):
                 continue
             parts: list[tuple[int, Tensor, Tensor]] = []  # role, places among the rows, what it writes there
-            for role, vectors in enumerate(written):
-                inside = torch.isin(self._rows[role], rows).nonzero().flatten()
-                if vectors is not None and len(inside):
-                    parts.append((role, torch.searchsorted(rows, self._rows[role][inside]), vectors[:, _span(inside)]))
-            if text[rows[0]]:
+            for role, inside, places in self.keys.among(rows):
+                vectors = written[role]
+                assert vectors is not None
+                parts.append((role, places, vectors[:, _span(inside)]))
+            if rows is self.keys.text:
                 total = output.new_zeros(len(output), len(rows), output.shape[-1])
                 for _, places, vectors in parts:
                     total[:, _span(places)] += vectors
@@ -124,22 +170,22 @@ class ValueMixtures:
                 rest = total.clone()
                 for _, places, vectors in parts:
                     rest[:, _span(places)] -= vectors
-                parts.append((VISUAL, torch.arange(len(rows), device=rows.device), rest))
-            squared = total.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+                parts.append((VISUAL, torch.arange(len(rows)), rest))
+            squared = total.square().sum(-1).clamp_min(TINY)
             for role, places, vectors in parts:
-                norms[:, rows[places], role] = vectors.norm(dim=-1)
+                norms[:, _span(rows[places]), role] = vectors.norm(dim=-1)
                 along = torch.linalg.vecdot(vectors, total[:, _span(places)])
-                shares[:, rows[places], role] = along / squared[:, places]
-        norms /= residual.float().norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        queries = self._members.sum(-1)  # [B, 4]
+                shares[:, _span(rows[places]), role] = along / squared[:, _span(places)]
+        norms /= residual.float().norm(dim=-1, keepdim=True).clamp_min(TINY)
+        queries = self.keys.members.sum(-1)  # [B, 4]
         absent = ~((queries > 0)[:, :, None] & (queries > 0)[:, None])
         divisor = queries.clamp_min(1)[..., None]
-        norm, share = ((self._members @ each / divisor).masked_fill(absent, torch.nan) for each in (norms, shares))
+        norm, share = ((self.keys.members @ each / divisor).masked_fill(absent, torch.nan) for each in (norms, shares))
         return norm, share
 
 
-def _span(index: Tensor) -> slice | Tensor:
-    """Ascending positions as a slice where they are a run, so that indexing copies nothing."""
+def _span(index: Tensor) -> Index:
+    """Ascending positions on the CPU, as a slice where they are a run."""
     first, last = int(index[0]), int(index[-1])
     return slice(first, last + 1) if last - first + 1 == len(index) else index
 

@@ -6,8 +6,9 @@ the most attention from the raters stay, by fixed counts; three tenths of those 
 peaks, and each cluster's mean stays too.
 
 Deviations: clusters count within the budget, where the code adds them on top (309 for its 300); a mean takes the place
-of its centre, where the code appends it; position ids are kept, as in version 2. Counts other than the code's for 192,
-128, 96 and 64 of 576 are interpolated. Ties go to the earlier token, where the code draws noise.
+of its centre, where the code appends it; position ids are kept, as in version 2. Between the
+code's four settings its counts are interpolated, as shares of the image's tokens. Ties go to the earlier token, where
+the code draws noise.
 """
 
 from __future__ import annotations
@@ -24,8 +25,15 @@ from dyvte.policies.decoder.stages import StagedScorer
 from dyvte.policies.method import Source
 from dyvte.policies.scorer import VisualTokens, top
 
-COUNTS = {0: (0, 0, 0), 64: (66, 30, 17), 96: (238, 48, 26), 128: (303, 110, 36), 192: (300, 200, 110), 576: (576,) * 3}
-"""Tokens that each stage leaves of LLaVA-1.5's 576, by the nominal number."""
+LEFT = {
+    0.0: (0.0, 0.0, 0.0),
+    1 / 9: (0.1146, 0.0521, 0.0295),
+    1 / 6: (0.4132, 0.0833, 0.0451),
+    2 / 9: (0.5260, 0.1910, 0.0625),
+    1 / 3: (0.5208, 0.3472, 0.1910),
+    1.0: (1.0, 1.0, 1.0),
+}
+"""Share of the image's tokens that each stage leaves, by the nominal share: the code's numbers for LLaVA-1.5."""
 RECYCLED, A_CLUSTER = 0.3, 10
 """Share of the tokens that leave which is clustered, and tokens a cluster."""
 
@@ -35,11 +43,11 @@ class SparseVLM(StagedScorer):
     """Prune three times by the attention of the words that look at the image.
 
     Attributes:
-        keep: the nominal number over the image's tokens, 192/576 for the code's 192.
+        keep: the nominal share of the image's tokens; a third, two ninths, a sixth and a ninth are the code's settings.
         layers: of the three stages; None for 3, 7 and 16 of 32, in proportion.
 
     Example:
-        >>> with dyvte.SparseVLM(keep=128 / 576)(mllm):
+        >>> with dyvte.SparseVLM(keep=2 / 9)(mllm):
         ...     answers = mllm.generate(batch)
     """
 
@@ -48,12 +56,11 @@ class SparseVLM(StagedScorer):
     source = Source("2410.04417", "Gumpest/SparseVLMs", unverified="the paper's rank-based ratio is not in its code")
     paper_layers = (3, 7, 16)
 
-    keep: float = 192 / 576
+    keep: float = 1 / 3
 
     def budgets(self) -> list[float]:
-        """The code's counts, interpolated."""
-        counts = np.array([COUNTS[number] for number in sorted(COUNTS)]) / 576
-        return [float(np.interp(self.keep, np.array(sorted(COUNTS)) / 576, stage)) for stage in counts.T]
+        """The code's shares, interpolated."""
+        return [float(np.interp(self.keep, list(LEFT), stage)) for stage in zip(*LEFT.values(), strict=True)]
 
     @torch.no_grad()
     def before_layer(self, layer: int, prefill: Prefill) -> None:

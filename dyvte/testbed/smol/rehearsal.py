@@ -26,6 +26,10 @@ class Teacher:
     words: Tensor
     log_probabilities: Tensor
 
+    def to(self, device: torch.device) -> Teacher:
+        """The same on another device."""
+        return Teacher(self.words.to(device), self.log_probabilities.to(device))
+
     @classmethod
     def concatenate(cls, parts: Sequence[Teacher]) -> Teacher:
         """The positions of several texts, one after the other."""

@@ -20,7 +20,6 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -28,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dyvte.errors import ConfigError
 from dyvte.runs.config import command
 from dyvte.runs.store import write_atomic
-from dyvte.testbed.packing import IGNORE, PackedBatch
+from dyvte.testbed.packing import PackedBatch
 from dyvte.testbed.smol.assemble import HELD_OUT_TEXT, export_parts
 from dyvte.testbed.smol.base import (
     GGUF_FILE,
@@ -47,6 +46,7 @@ from dyvte.testbed.training.forward import (
     hidden_states,
     initialise_projector,
     packed_accuracy,
+    packed_loss,
     visual_features,
 )
 from dyvte.testbed.training.loop import run_stage
@@ -168,19 +168,6 @@ def start_from_parts(parts: Path, projector: nn.Module, adapter: nn.Module | Non
             matrix.data.copy_(stored)
 
 
-def answers_and_rehearsal(model: Any, states: Tensor, batch: PackedBatch, teacher: Teacher | None) -> Tensor:
-    """Weighted mean (nats) of the answers' cross-entropy and the divergence from the teacher in the text rows."""
-    chosen = batch.labels != IGNORE
-    logits = model.lm_head(states[chosen]).float()
-    losses = cross_entropy(logits, batch.labels[chosen], reduction="none")
-    if teacher is not None:  # text rows come last
-        taught = Teacher(teacher.words.to(logits.device), teacher.log_probabilities.to(logits.device))
-        number = len(taught.words)
-        losses = torch.cat([losses[:-number], teacher_divergence(logits[-number:], taught)])
-    weights = batch.weights[chosen]
-    return (losses * weights).sum() / weights.sum()
-
-
 def phase_settings(cfg: DictConfig, name: str) -> DictConfig:
     """What all phases share, and what one of them changes.
 
@@ -239,7 +226,10 @@ def train(cfg: DictConfig, folder: Path) -> None:
             with torch.no_grad():
                 features = None if images is None else visual_features(model, images.to(device))
             states = hidden_states(model, model.model.language_model, batch, features)
-            return answers_and_rehearsal(model, states, batch, teacher)
+            if teacher is None:
+                return packed_loss(model, states, batch)
+            taught = teacher.to(device)  # of the text rows, which come last
+            return packed_loss(model, states, batch, (len(taught.words), partial(teacher_divergence, teacher=taught)))
 
     held_out: list[tuple[PackedBatch, Tensor | None]] = []
 

@@ -137,11 +137,23 @@ def hidden_states(
     ).last_hidden_state
 
 
-def packed_loss(model: LlavaForConditionalGeneration, states: Tensor, batch: PackedBatch) -> Tensor:
-    """Weighted mean cross-entropy (nats) over the labelled positions."""
+def packed_loss(
+    model: LlavaForConditionalGeneration,
+    states: Tensor,
+    batch: PackedBatch,
+    last: tuple[int, Callable[[Tensor], Tensor]] | None = None,
+) -> Tensor:
+    """Weighted mean cross-entropy (nats) over the labelled positions.
+
+    Args:
+        last: (n, loss): the last n labelled positions have a loss of their own, of their logits [n, vocabulary].
+    """
     chosen = batch.labels != IGNORE
     logits = model.lm_head(states[chosen]).float()
     losses = cross_entropy(logits, batch.labels[chosen], reduction="none")
+    if last is not None:
+        number, loss = last
+        losses = torch.cat([losses[:-number], loss(logits[-number:])])
     weights = batch.weights[chosen]
     return (losses * weights).sum() / weights.sum()
 
