@@ -186,7 +186,14 @@ def _draw_evidence(axis: Axes, stages: Sequence[Mapping[str, Any]], margin: floa
         color = VERDICT_COLORS.get(stage["verdict"], GREY)
         heading = f"{number} {stage['stage']}: {verdict_word(stage['verdict'])}"
         axis.text(
-            0.01, place, heading, color=color, fontweight="bold", va="center", transform=axis.get_yaxis_transform()
+            0.01,
+            place,
+            heading,
+            color=color,
+            fontweight="bold",
+            va="center",
+            transform=axis.get_yaxis_transform(),
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # the margins' lines do not cross the words
         )
         for name, (mean, low, high) in stage["numbers"].items():
             place += 1

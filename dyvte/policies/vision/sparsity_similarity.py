@@ -24,7 +24,7 @@ from torch import Tensor
 from dyvte.instrument.vision_tower import TowerNeeds
 from dyvte.mllm import MLLM
 from dyvte.policies.merging.nearest import unit
-from dyvte.policies.method import Source
+from dyvte.policies.method import Calibration, Source
 from dyvte.policies.scorer import ScorerPolicy, VisualTokens, top
 from dyvte.policies.vision.tiles import shown_layer
 
@@ -55,6 +55,13 @@ class SparsityMeetsSimilarity(ScorerPolicy):
     def __post_init__(self) -> None:
         if self.keep is not None:
             super().__post_init__()
+
+    @classmethod
+    def at_cost(cls, calibration: Calibration, budget: float) -> SparsityMeetsSimilarity | None:
+        """The second stage halves what is left as long as the first can meet the budget, and gives way above that."""
+        return calibration.solve(
+            lambda share: cls(keep=min(1.0, share / cls.relevant), relevant=max(cls.relevant, share)), budget
+        )
 
     def stages(self, mllm: MLLM) -> Mapping[int, float]:
         """Before the decoder and before `layer`; of unknown numbers the largest."""
