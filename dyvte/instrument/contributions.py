@@ -161,21 +161,28 @@ class ValueMixtures:
                 vectors = written[role]
                 assert vectors is not None
                 parts.append((role, places, vectors[:, _span(inside)]))
-            if rows is self.keys.text:
+            visual_queries = rows is self.keys.image
+            if visual_queries:
+                total = output[:, _span(rows)]
+                rest, shares[:, _span(rows), VISUAL] = total, 1.0
+                for _, places, vectors in parts:
+                    if len(places) == len(rows):
+                        rest = rest - vectors
+                    else:
+                        rest = rest.index_add(1, places.to(rest.device), -vectors)
+                norms[:, _span(rows), VISUAL] = rest.norm(dim=-1)
+            else:
                 total = output.new_zeros(len(output), len(rows), output.shape[-1])
                 for _, places, vectors in parts:
                     total[:, _span(places)] += vectors
-            else:
-                total = output[:, _span(rows)]
-                rest = total.clone()
-                for _, places, vectors in parts:
-                    rest[:, _span(places)] -= vectors
-                parts.append((VISUAL, torch.arange(len(rows)), rest))
             squared = total.square().sum(-1).clamp_min(TINY)
             for role, places, vectors in parts:
-                norms[:, _span(rows[places]), role] = vectors.norm(dim=-1)
+                at = _span(rows[places])
+                norms[:, at, role] = vectors.norm(dim=-1)
                 along = torch.linalg.vecdot(vectors, total[:, _span(places)])
-                shares[:, _span(rows[places]), role] = along / squared[:, _span(places)]
+                shares[:, at, role] = along / squared[:, _span(places)]
+                if visual_queries:  # shares add to one, and the image has what is left
+                    shares[:, at, VISUAL] -= shares[:, at, role]
         norms /= residual.float().norm(dim=-1, keepdim=True).clamp_min(TINY)
         queries = self.keys.members.sum(-1)  # [B, 4]
         absent = ~((queries > 0)[:, :, None] & (queries > 0)[:, None])
