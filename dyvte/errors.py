@@ -7,7 +7,15 @@ its stack trace.
 
 
 class DyvteError(Exception):
-    """Base class of the errors this package raises on purpose."""
+    """Base class of the errors this package raises on purpose.
+
+    Example:
+        >>> try:
+        ...     dyvte.DynamicExit("a/folder/that/is/not/there")
+        ... except dyvte.DyvteError as error:
+        ...     print("a/folder" in str(error))
+        True
+    """
 
 
 class ConfigError(DyvteError, ValueError):
@@ -15,11 +23,28 @@ class ConfigError(DyvteError, ValueError):
 
 
 class ModelError(DyvteError, ValueError):
-    """A model cannot be found, loaded or read (weights missing, no image token, wrong width or depth)."""
+    """A model cannot be found, loaded or read (weights missing, no image token, wrong width or depth).
+
+    Example:
+        >>> try:
+        ...     dyvte.load("a/folder/that/is/not/there")
+        ... except dyvte.ModelError as error:
+        ...     print("a/folder" in str(error))
+        True
+    """
 
 
 class UnsupportedError(DyvteError):
-    """A model, cache or combination of methods that cannot be driven exactly, refused with the reason."""
+    """A model, cache or combination of methods that cannot be driven exactly, refused with the reason.
+
+    Example:
+        >>> try:
+        ...     with dyvte.FixedExit(layer=6)(mllm):
+        ...         mllm.model(inputs_embeds=torch.zeros(1, 4, mllm.hidden_size))
+        ... except dyvte.UnsupportedError as error:
+        ...     print("input_ids" in str(error))
+        True
+    """
 
 
 class DataError(DyvteError):

@@ -23,6 +23,11 @@ class TokenLayout:
 
     Attributes:
         roles: [B, N] with the index into `ROLES`, or -1 for padding. Padding may be on either side.
+
+    Example:
+        >>> layout = dyvte.TokenLayout.from_input_ids(torch.tensor([[1, 7, 7, 5]]), None, [7])
+        >>> [dyvte.ROLES[role] for role in layout.roles[0]]
+        ['system', 'visual', 'visual', 'instruction']
     """
 
     roles: Tensor

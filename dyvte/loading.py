@@ -23,6 +23,10 @@ def wrap(model: nn.Module, processor: Any = None) -> MLLM:
 
     Raises:
         ModelError: the model is not a decoder-only multimodal LLM with visual tokens in its sequence.
+
+    Example:
+        >>> dyvte.wrap(mllm.model, mllm.processor).num_layers
+        12
     """
     if processor is not None:
         _complete_processor(processor, model)
@@ -64,6 +68,11 @@ def load(
 
     Raises:
         ModelError: with one line that says what is wrong and what to do.
+
+    Example:
+        >>> mllm = dyvte.load("llava_shapes", device="cpu")
+        >>> mllm.num_layers
+        12
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 

@@ -37,6 +37,12 @@ class MLLM:
         image_token_id: id of the placeholder that stands for one visual token.
         visual_token_ids: all placeholder ids that count as visual (image and, where there is one, video).
         commit: of the Hub repository that `load` read; None where the model did not come from the Hub.
+
+    Example:
+        >>> mllm = dyvte.load("llava_shapes", device="cpu")
+        >>> batch = mllm.encode(images=[sample.image], questions=[sample.question])
+        >>> len(mllm.generate(batch)), mllm(**batch).logits.shape[0]
+        (1, 1)
     """
 
     commit: str | None = None

@@ -232,6 +232,18 @@ def test_eager_attention_ranks_the_same(name: str) -> None:
     assert torch.equal(kept, kept_eager)
 
 
+def test_a_method_cannot_assign_what_is_kept() -> None:
+    """The host counts what leaves: a mask that was only assigned would leave nothing out, without a word."""
+
+    class Assigns(Policy):
+        def before_layer(self, layer: int, prefill: Prefill) -> None:
+            prefill.kept = prefill.kept & ~prefill.layout.visual
+
+    mllm = model("llava")
+    with pytest.raises(UnsupportedError, match="drop"), Assigns()(mllm):
+        mllm(**batch_of(mllm))
+
+
 @pytest.mark.parametrize(
     "policy",
     [

@@ -42,15 +42,17 @@ class FlopCount:
 class FlopCounter:
     """Count the operations of a model's forward passes.
 
-        with FlopCounter(mllm) as counter:
-            mllm.model(**batch)
-        counter.count
-
-    Works inside and around policies, and in `generate`. Not reentrant.
+        Works inside and around policies, and in `generate`. Not reentrant.
 
     Raises:
         UnsupportedError: the model runs kernels whose operations cannot be seen, or (during the forward pass) an
             operation whose cost is unknown.
+
+    Example:
+        >>> with dyvte.FlopCounter(mllm) as counter:
+        ...     logits = mllm(**batch).logits
+        >>> counter.count.total > counter.count.decoder > 0
+        True
     """
 
     def __init__(self, mllm: MLLM) -> None:

@@ -184,8 +184,9 @@ def count_layers(mllm: MLLM) -> Iterator[LayerWork]:
 
     Example:
         >>> with dyvte.FixedExit(layer=3)(mllm), count_layers(mllm) as work:
-        ...     mllm.model(**batch)
-        >>> work.layers[3].operators
+        ...     logits = mllm(**batch).logits
+        >>> work.layers[3].operators > work.layers[2].operators  # where the image leaves, what stays is packed
+        True
     """
     found = LayerWork([Work() for _ in mllm.layers])
 

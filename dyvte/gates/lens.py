@@ -42,7 +42,9 @@ def lens_features(mllm: MLLM, states: Tensor) -> Tensor:
         states: of the prompt's last position.
 
     Example:
-        >>> lens_features(mllm, status[..., -mllm.hidden_size :])  # doctest: +SKIP
+        >>> status = dyvte.exit_sweep(mllm, batch).text_status  # [B, L, P * d], the last position's part last
+        >>> lens_features(mllm, status[..., -mllm.hidden_size :]).shape
+        torch.Size([2, 12, 3])
     """
     weight = next(final_norm(mllm).parameters())
     logits = mllm.lm_head(final_norm(mllm)(states.to(weight.device, weight.dtype))).float()

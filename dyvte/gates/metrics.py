@@ -268,7 +268,7 @@ def best_mixture(
         exit); None where the cheapest exit costs more.
 
     Example:
-        >>> best_mixture([0.2, 0.4, 0.6, 1.0], [0.3, 0.8, 0.8, 1.0], 0.7)
+        >>> best_mixture([0.25, 0.5, 0.75, 1.0], [0.3, 0.8, 0.8, 1.0], 0.75)
         (1, 3, 0.5)
     """
     costs, hull = np.asarray(cost, dtype=np.float64), mixture_hull(cost, value)

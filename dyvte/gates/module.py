@@ -47,6 +47,11 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
         bias: whether the first layer has one. Standardised statuses need it: raw ones have entries that hardly vary and
             serve as one.
         shift, scale: [L - 1, I] the status is standardised as `(status - shift) * scale`; 0 and 1 leave it as is.
+
+    Example:
+        >>> gates = dyvte.Gates(num_layers=12, hidden_size=256, width=8)
+        >>> gates.threshold
+        0.5
     """
 
     def __init__(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dyvte.errors import UnsupportedError
+from dyvte.instrument.attention_calls import AttentionCall, watch_attention
 from dyvte.instrument.contributions import OutputProjection, RoleKeys, ValueMixtures
 from dyvte.instrument.role_attention import (
     ENTROPIES,
@@ -33,9 +34,6 @@ from dyvte.model_parts import inner_models
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from dyvte.mllm import MLLM
-from dyvte.instrument.attention_calls import AttentionCall, watch_attention
 
 MEASURES = ("mass", "mean_score", "enrichment", "mass_no_sink", "mean_score_no_sink", "enrichment_no_sink")
 """The measures between two roles; definitions at `AttentionStats`."""
@@ -66,10 +64,7 @@ class AttentionStats:
       divided by the log of the number of allowed text keys; `..._no_sink` without the sink.
     - `total_entropy`: entropy over all keys.
 
-    Per key, [B, L, H, N]:
-
-    - `received_last`: attention from the last prompt token.
-    - `received_instruction`: mean attention from the instruction queries.
+    Per key, [B, L, H, N]: `received_last` from the last prompt token, `received_instruction` the instruction's mean.
 
     The papers do not define their averages further than this; these are our reading.
 
@@ -85,6 +80,12 @@ class AttentionStats:
             the probe was told to measure it, like the next (`dyvte.instrument.contributions`).
         contribution_share: [B, L, 4, 4] the part of what attention writes that comes from a role; shares add to 1 over
             key roles.
+
+    Example:
+        >>> with dyvte.AttentionProbe(mllm) as probe:
+        ...     logits = mllm(**batch).logits
+        >>> probe.stats.mass.shape  # [B, L, H, query role, key role]
+        torch.Size([2, 12, 5, 4, 4])
     """
 
     layout: TokenLayout
@@ -273,6 +274,12 @@ class AttentionProbe:
 
     Attributes:
         history: statistics of every prefill seen, in order.
+
+    Example:
+        >>> with dyvte.AttentionProbe(mllm) as probe:
+        ...     logits = mllm(**batch).logits
+        >>> probe.stats.mass[..., 2, 1].shape  # instruction -> visual, [B, L, H]
+        torch.Size([2, 12, 5])
     """
 
     def __init__(

@@ -107,7 +107,22 @@ class LayerAttention:
 
 @dataclass
 class AttentionPolicy(Policy):
-    """A policy that decides from the attention of earlier layers. Override `watched_layers` and `see`."""
+    """A policy that decides from the attention of earlier layers. Override `watched_layers` and `see`.
+
+    Example:
+        >>> class LastTokensHalf(dyvte.AttentionPolicy):
+        ...     def watched_layers(self, mllm):
+        ...         return [1]
+        ...     def see(self, layer, prefill, attention):
+        ...         received = attention.row(prefill.layout.last_prompt).mean(1)  # [b, n], of the layer's positions
+        ...         prefill.state["received"] = attention.unpacked(received, prefill.kept.float())
+        ...     def before_layer(self, layer, prefill):
+        ...         if layer == 2:
+        ...             received = prefill.state["received"]
+        ...             prefill.drop(received < received[prefill.layout.visual].median())
+        >>> with LastTokensHalf()(mllm) as run:
+        ...     logits = mllm(**batch).logits
+    """
 
     def watched_layers(self, mllm: MLLM) -> Collection[int]:
         """Layers whose attention the policy looks at."""

@@ -66,6 +66,16 @@ class Policy:
         acts: "exits" if all visual tokens leave at once, "thins" if some stay, "" for neither; says what composes.
         by_place: whether places in the whole grid of the image decide.
         meets_budgets: whether some setting trades cost for answers.
+
+    Example:
+        >>> class LeaveAtThird(dyvte.Policy):
+        ...     def before_layer(self, layer, prefill):
+        ...         if layer == 3:
+        ...             prefill.drop(prefill.layout.visual)
+        >>> with LeaveAtThird()(mllm) as run:
+        ...     logits = mllm(**batch).logits
+        >>> run.exit_layers.tolist()
+        [3, 3]
     """
 
     name: ClassVar[str] = ""
@@ -134,6 +144,12 @@ class PolicyRun:
 
     Attributes:
         prefill: the last prefill, None before the first.
+
+    Example:
+        >>> with dyvte.FixedExit(layer=6)(mllm) as run:
+        ...     logits = mllm(**batch).logits
+        >>> run.exit_layers.tolist()
+        [6, 6]
     """
 
     prefill: Prefill | None = None
@@ -236,7 +252,7 @@ class _Engine:
             self.mllm,
             layout,
             hidden=input_ids.new_empty(0),
-            kept=~layout.padding,
+            _kept=~layout.padding,
             input_ids=input_ids,
         )
         if self.prefill.ends_with_visual:

@@ -24,6 +24,13 @@ class Compose(Policy):
 
     Attributes:
         policies: two or more.
+
+    Example:
+        >>> policy = dyvte.Compose([dyvte.FastV(layer=2, keep=0.5), dyvte.FixedExit(layer=8)])
+        >>> with policy(mllm) as run:
+        ...     logits = mllm(**batch).logits
+        >>> run.exit_layers.tolist()
+        [8, 8]
     """
 
     policies: Sequence[Policy]

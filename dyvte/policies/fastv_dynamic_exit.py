@@ -18,6 +18,11 @@ class FastVDynamicExit(Compose):
 
     Attributes:
         policies: the two.
+
+    Example:
+        >>> parts = [dyvte.FastV(layer=2, keep=0.5), dyvte.DynamicExit("llava_shapes", min_layer=3)]
+        >>> with dyvte.FastVDynamicExit(parts)(mllm) as run:
+        ...     answers = mllm.generate(batch)
     """
 
     name = "fastv_dynamic_exit"

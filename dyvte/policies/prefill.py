@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from dyvte.errors import UnsupportedError
 from dyvte.instrument.hooks import Selection
 from dyvte.layout import TokenLayout
 
@@ -71,17 +72,22 @@ class Prefill:
         layout: role of every position of the prompts.
         hidden: [B, N, d] input states of the layer about to run, for every position (those that left keep the states
             they left with). A policy may assign changed states, as token merging does.
-        kept: [B, N] positions that the layer will see; padding never is.
         key_bias: [B, N] added to the attention scores of a key from this layer on, or None.
         place: [B, N] the position whose rotary embedding a position takes from this layer on; None for its own.
         input_ids: [B, N] of the prompts.
         state: for policies to remember things between the layers of one prefill.
+
+    Example:
+        >>> with dyvte.FastV(layer=2, keep=0.5)(mllm) as run:
+        ...     logits = mllm(**batch).logits
+        >>> int((run.prefill.kept & run.prefill.layout.visual)[0].sum())
+        72
     """
 
     mllm: MLLM
     layout: TokenLayout
     hidden: Tensor
-    kept: Tensor
+    _kept: Tensor
     input_ids: Tensor
     key_bias: Tensor | None = None
     place: Tensor | None = None
@@ -93,13 +99,28 @@ class Prefill:
     def __post_init__(self) -> None:
         self._rows = Rows.of(self.layout)
 
+    @property
+    def kept(self) -> Tensor:
+        """[B, N] positions that the layer will see; padding never is. To read only: the host counts what leaves.
+
+        Raises:
+            UnsupportedError: it is assigned (the layers would not notice): `drop` and `drop_image` take positions out.
+        """
+        return self._kept
+
+    @kept.setter
+    def kept(self, _: Tensor) -> None:
+        raise UnsupportedError(
+            "Prefill.kept is for reading: take positions out with prefill.drop(mask) or .drop_image()"
+        )
+
     def drop(self, positions: Tensor) -> None:
         """Take visual positions out of this layer and all later ones: one host synchronisation for all of a layer.
 
         Args:
             positions: [B, N] boolean; text positions in it stay where they are.
         """
-        self.kept = self.kept & ~(positions & self.layout.visual)
+        self._kept = self._kept & ~(positions & self.layout.visual)
         self._rows.unknown = True
 
     def drop_image(self, rows: Tensor | None = None) -> None:
@@ -115,7 +136,7 @@ class Prefill:
         visual = self.layout.visual
         if rows is not None and leaving != self._rows.seeing:
             visual = visual & rows.to(visual.device)[:, None]
-        self.kept = self.kept & ~visual
+        self._kept = self._kept & ~visual
         self._rows.leave(leaving)
 
     @property

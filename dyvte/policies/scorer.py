@@ -141,6 +141,15 @@ class ScorerPolicy(Policy):
         keep: share (0..1, with a decimal point) or number of the tokens of an image that stay.
         positions: "kept" leaves the tokens that stay their position ids; "contiguous" counts anew, as if the others had
             never been there (only for what leaves before layer 0).
+
+    Example:
+        >>> class LongestStates(dyvte.ScorerPolicy):
+        ...     def score(self, tokens):
+        ...         return tokens.hidden.norm(dim=-1)
+        >>> with LongestStates(keep=16)(mllm) as run:
+        ...     logits = mllm(**batch).logits
+        >>> (run.prefill.kept & run.prefill.layout.visual).sum(1).tolist()
+        [16, 16]
     """
 
     acts = "thins"

@@ -35,6 +35,10 @@ class SkipAttention(Policy):
 
     Attributes:
         layers: decoder layers, 0-based.
+
+    Example:
+        >>> with dyvte.SkipAttention(layers=[9, 10])(mllm):
+        ...     answers = mllm.generate(batch)
     """
 
     name = "skip_attention"

@@ -18,7 +18,14 @@ from dyvte.policies.method import Calibration, Source
 
 @dataclass
 class Unchanged(Policy):
-    """Take nothing out, and drive no layer: models that no other policy can run on are not refused."""
+    """Take nothing out, and drive no layer: models that no other policy can run on are not refused.
+
+    Example:
+        >>> with dyvte.Unchanged()(mllm):
+        ...     same = mllm(**batch).logits
+        >>> torch.equal(same, mllm(**batch).logits)
+        True
+    """
 
     name = "none"
     label = "full model"

@@ -31,6 +31,11 @@ class LogitLens:
         answer_probability: [B, L + 1, n] probability of `answer_ids`; NaN likewise.
         answer_ids: [B] the token whose probability is followed.
         positions: [B, n] where in the prompt these are; -1 likewise.
+
+    Example:
+        >>> lens = dyvte.logit_lens(mllm, batch, positions="last")
+        >>> lens.answer_probability.shape  # [B, L + 1, n]
+        torch.Size([2, 13, 1])
     """
 
     ids: Tensor
@@ -66,8 +71,9 @@ def logit_lens(
         UnsupportedError: a policy is active.
 
     Example:
-        >>> lens = dyvte.logit_lens(mllm, batch, positions="last")  # doctest: +SKIP
-        >>> lens.answer_probability[:, :, 0]  # [B, L + 1]  # doctest: +SKIP
+        >>> lens = dyvte.logit_lens(mllm, batch, positions="last")
+        >>> lens.answer_probability[:, :, 0].shape  # [B, L + 1]
+        torch.Size([2, 13])
     """
     if is_driven(mllm):
         raise UnsupportedError("logit_lens runs the model itself: give policy= instead of an active one")

@@ -6,9 +6,8 @@ k <= i go through layer i together as one batch. With causal attention the text 
 every exit, so a branch carries only the tokens after the first visual position and attends to the main pass's own keys
 of the earlier text. Where that text does see the image (prefix-LM attention), branches carry all text.
 
-With L layers, N tokens and M of them after the image, this costs L + (M / N) L (L - 1) / 2 layers instead of the
-L (L + 1) / 2 and more of one run per exit. Questions on one image also share the main pass of everything up to the
-image's last token.
+With L layers, N tokens, M of them after the image, this costs L + (M / N) L (L - 1) / 2 layers, one run per exit more
+than L (L + 1) / 2. Questions on one image also share the main pass up to the image's last token.
 """
 
 from __future__ import annotations
@@ -62,14 +61,16 @@ class ExitSweep:
             token, exit k generates the same answer if and only if this holds (but for ties, see `up_to_ties`).
         nll: [B, L + 1] mean of `token_nll`: the cross-entropy of the answer.
         text_status: [B, L, P * d] status after every layer of the full model: the input of a gate there.
-        exit_status: [B, E, L, 2d] the paper's text status after every layer under each exit asked for; before exit k it
-            is the full model's.
+        exit_status: [B, E, L, 2d] the paper's text status after every layer under each exit asked for.
         text_entropy: [B, L + 1, L] entropy in nats of the attention of the question (instruction after the last image)
             restricted to text keys and renormalised, mean over queries and heads, in layer l under exit k; NaN for
             l < k, where exit k has not happened yet. Row L is the full model.
-        text_entropy_normalised: the same, each query's divided by the log of the number of its text keys.
-        text_entropy_no_sink: without the first token that is not padding.
-        text_entropy_normalised_no_sink: both.
+        text_entropy_normalised: the same, each query's divided by the log of the number of its text keys. `..._no_sink`
+            is either without the first token that is not padding.
+
+    Example:
+        >>> dyvte.exit_sweep(mllm, batch).agree.int().argmax(1).shape  # [B] first exit that keeps the next token
+        torch.Size([2])
     """
 
     logits: Tensor
@@ -125,21 +126,24 @@ def exit_sweep(
     Args:
         mllm: the model.
         batch: prompts from `encode` or `batch`, padded on either side. Answers that it was encoded with are scored.
-        answer_ids: [B, A] answers to score, teacher-forced after the prompts, -100 at padding (on the right). None:
-            only the next token after the prompt is compared, with the full model's own choice.
+        answer_ids: [B, A] answers to score after the prompts, -100 at padding (on the right). None: the full model's
+            next token.
         shared_image: [B] equal numbers for rows that show the same images after the same system text, whatever they
             ask: such rows share the main pass up to the image's last token. Ignored where attention lets the image see
             the question (prefix-LM).
         status_parts: what `text_status` is made of, see `dyvte.instrument.states.status_weights`.
         status_of_exits: E exit layers k in 0..L whose text status is kept in `exit_status`.
         entropy: whether to compute the entropies (else NaN).
-        branch_tokens: most tokens of branches that go through a layer at once: bounds memory, changes no result. By
-            default as many as the main pass has.
+        branch_tokens: most tokens of branches in a layer at once (bounds memory); by default the main pass's number.
 
     Raises:
         UnsupportedError: the layers cannot be driven, or a policy is active.
         ValueError: answers that do not fit the batch, or no such exit.
         ModelError: NaN among the logits.
+
+    Example:
+        >>> dyvte.exit_sweep(mllm, batch).agree[:, -1].tolist()  # the last exit is the full model
+        [True, True]
     """
     if is_driven(mllm):
         raise UnsupportedError("exit_sweep runs every exit itself: call it outside of any `with policy(mllm):` block")

@@ -41,6 +41,12 @@ class DynamicExit(Policy):
             training chose on validation data and stored with the gates.
         min_layer: no exit layer k below this one; 1 at the least, as the first gate follows the first layer.
         max_layer: rows still there leave at this exit layer at the latest. None lets them stay to the end (k = L).
+
+    Example:
+        >>> with dyvte.DynamicExit("llava_shapes")(mllm) as run:
+        ...     answers = mllm.generate(batch)
+        >>> run.exit_layers.shape
+        torch.Size([2])
     """
 
     name = "dynamic_exit"
@@ -137,6 +143,12 @@ def exit_probabilities(run: PolicyRun) -> dict[int, Tensor]:
     """Exit probability [B] of every gate that was asked in the last prefill, by the exit layer k it decides on.
 
     What a gate says about a row that left before it has no meaning.
+
+    Example:
+        >>> with dyvte.DynamicExit("llava_shapes")(mllm) as run:
+        ...     logits = mllm(**batch).logits
+        >>> {layer: probability.shape[0] for layer, probability in dyvte.exit_probabilities(run).items()}[1]
+        2
     """
     return {} if run.prefill is None else dict(run.prefill.state.get(PROBABILITIES, {}))
 

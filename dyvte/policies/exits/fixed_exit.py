@@ -19,6 +19,12 @@ class FixedExit(Policy):
     Attributes:
         layer: exit layer k in 0..L, the number of decoder layers that still see visual tokens. L changes nothing, 0
             shows the decoder no image.
+
+    Example:
+        >>> with dyvte.FixedExit(layer=8)(mllm):
+        ...     answers = mllm.generate(batch)
+        >>> len(answers)
+        2
     """
 
     name = "fixed_exit"

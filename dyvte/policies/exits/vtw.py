@@ -28,6 +28,10 @@ class VTW(FixedExit):
 
     Attributes:
         layer: exit layer k in 0..L.
+
+    Example:
+        >>> 0 <= dyvte.VTW.calibrate(mllm, [batch], eta=0.01).layer <= mllm.num_layers
+        True
     """
 
     name = "vtw"

@@ -53,6 +53,12 @@ class AveragePool(Policy):
 
     Attributes:
         block: side of a block in tokens; `block ** 2` tokens become one.
+
+    Example:
+        >>> with dyvte.AveragePool(block=2)(mllm) as run:
+        ...     logits = mllm(**batch).logits
+        >>> int((run.prefill.kept & run.prefill.layout.visual)[0].sum())
+        36
     """
 
     name = "average_pool"
@@ -94,6 +100,12 @@ class DownsampleImage(AveragePool):
     The image is averaged over `block x block` pixels and brought back to the size that the tower needs, so it holds no
     more than a smaller image would; of every block of tokens, which now see the same, the first one stays. The decoder
     saves what it would with a smaller image, the vision tower does not.
+
+    Example:
+        >>> with dyvte.DownsampleImage(block=2)(mllm) as run:
+        ...     logits = mllm(**batch).logits
+        >>> int((run.prefill.kept & run.prefill.layout.visual)[0].sum())
+        36
     """
 
     name = "downsample_image"

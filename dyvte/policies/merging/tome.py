@@ -87,6 +87,12 @@ class ToMe(Policy):
         keep: share of an image's tokens that is left before the decoder, above 0.
         merges: tokens merged away in every image, before each of the layers 1..L-1 (one number, the paper's r), or
             before each layer 0..L-1 (L numbers).
+
+    Example:
+        >>> with dyvte.ToMe(keep=0.25)(mllm) as run:
+        ...     logits = mllm(**batch).logits
+        >>> int((run.prefill.kept & run.prefill.layout.visual)[0].sum())
+        36
     """
 
     name = "tome"

@@ -20,6 +20,12 @@ class DivPrune(Policy):
 
     Attributes:
         keep: share of a row's visual tokens that stays, 0..1.
+
+    Example:
+        >>> with dyvte.DivPrune(keep=0.25)(mllm) as run:
+        ...     logits = mllm(**batch).logits
+        >>> int((run.prefill.kept & run.prefill.layout.visual)[0].sum())
+        36
     """
 
     name = "divprune"

@@ -21,6 +21,12 @@ class UniformDrop(Policy):
     Attributes:
         keep: share of an image's tokens that stays, 0..1.
         layer: number of decoder layers that see all visual tokens, 0..L-1.
+
+    Example:
+        >>> with dyvte.UniformDrop(keep=0.25)(mllm) as run:
+        ...     logits = mllm(**batch).logits
+        >>> int((run.prefill.kept & run.prefill.layout.visual)[0].sum())
+        36
     """
 
     name = "uniform"
@@ -74,6 +80,12 @@ class RandomDrop(UniformDrop):
     Attributes:
         seed: of the draw.
         stratified: draw one token from each of as many compact regions of the grid as tokens stay.
+
+    Example:
+        >>> with dyvte.RandomDrop(keep=0.25, seed=3)(mllm) as run:
+        ...     logits = mllm(**batch).logits
+        >>> int((run.prefill.kept & run.prefill.layout.visual)[0].sum())
+        36
     """
 
     name = "random"
@@ -91,7 +103,14 @@ class RandomDrop(UniformDrop):
 
 @dataclass
 class StratifiedDrop(RandomDrop):
-    """Keep one random visual token of every region of the grid."""
+    """Keep one random visual token of every region of the grid.
+
+    Example:
+        >>> with dyvte.StratifiedDrop(keep=0.25)(mllm) as run:
+        ...     logits = mllm(**batch).logits
+        >>> int((run.prefill.kept & run.prefill.layout.visual)[0].sum())
+        36
+    """
 
     name = "random_stratified"
     label = "stratified random"

@@ -27,6 +27,12 @@ class FastV(AttentionPolicy):
     Attributes:
         layer: number of decoder layers that see all visual tokens, 1..L-1 (the paper's K).
         keep: share of the visual tokens that stay, 0..1 (one minus the paper's R).
+
+    Example:
+        >>> with dyvte.FastV(layer=2, keep=0.5)(mllm) as run:
+        ...     logits = mllm(**batch).logits
+        >>> int((run.prefill.kept & run.prefill.layout.visual)[0].sum())
+        72
     """
 
     name = "fastv"

@@ -272,6 +272,11 @@ class FitPrune(AttentionPolicy):
 
     Attributes:
         recipe: a recipe, its fields, or a JSON file with one.
+
+    Example:
+        >>> policy = dyvte.FitPrune.fit(mllm, [batch], budget=0.6)
+        >>> round(sum(policy.shares(mllm)) / mllm.num_layers, 1) < 1
+        True
     """
 
     name = "fitprune"

@@ -24,6 +24,12 @@ class PyramidDrop(AttentionPolicy):
     Attributes:
         stages: number of stages of equal length, 2..L.
         keep: share that survives each of the `stages - 1` stage ends; after n of them `keep ** n` is left.
+
+    Example:
+        >>> with dyvte.PyramidDrop(stages=4, keep=0.5)(mllm) as run:
+        ...     logits = mllm(**batch).logits
+        >>> int((run.prefill.kept & run.prefill.layout.visual)[0].sum())
+        18
     """
 
     name = "pyramid_drop"

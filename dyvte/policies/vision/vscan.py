@@ -42,7 +42,7 @@ class VScan(ByClassAttention):
         local_layer: encoder layer that ranks within windows; None is 5/24 of the tower's depth.
 
     Example:
-        >>> with dyvte.Compose([dyvte.VScan(keep=96), dyvte.FastV(layer=16, keep=1 / 3)])(mllm):
+        >>> with dyvte.Compose([dyvte.VScan(keep=96), dyvte.FastV(layer=6, keep=1 / 3)])(mllm):
         ...     answers = mllm.generate(batch)
     """
 
