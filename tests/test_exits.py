@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from analysis import exits
 from analysis.measuring.exit_data import OtherImages, questions_and_captions
-from analysis.measuring.exits import Measurement, RowExit, logit_change
+from analysis.measuring.exits import Measurement, logit_change
 from analysis.statistics import exits as exit_statistics
 from analysis.statistics.entropy import EntropyChange, rank_correlation
 from analysis.statistics.exit_summary import after_exit
@@ -449,7 +449,7 @@ def test_rows_that_leave_together_answer_as_they_do_alone():
     samples = list(data)
     layers = [0, 3, 2, 0, 1, NUM_LAYERS]
     batch = mllm.encode([sample.image for sample in samples], [sample.question for sample in samples])
-    with RowExit(torch.tensor(layers))(mllm) as run:
+    with FixedExit(layers)(mllm) as run:
         together = mllm.generate_ids(batch, max_new_tokens=4)
     assert run.exit_layers.tolist() == layers
     for sample, layer, answer in zip(samples, layers, together, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -11,41 +11,20 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from dyvte.batch import IGNORE_INDEX, Batch
-from dyvte.cost.exit_flops import exit_flops
-from dyvte.cost.flops import FlopCount
 from dyvte.data import Dataset, Sample
-from dyvte.data.base import image_numbers
 from dyvte.data.metrics import exact_match
-from dyvte.errors import ConfigError, ModelError
+from dyvte.errors import ConfigError
+from dyvte.gates.every_exit import ExitCosts, SweptAnswers, answers_by_exit, sweep_answers, unpadded
 from dyvte.instrument.attention import AttentionProbe
 from dyvte.instrument.hooks import check_model
-from dyvte.instrument.sweep import ENTROPIES, ExitSweep, exit_sweep, greedy_answer_ids
+from dyvte.instrument.sweep import ENTROPIES, ExitSweep, greedy_answer_ids
 from dyvte.instrument.sweep.criteria import exit_depth, kl_to_full, lucky_exit_depth, paper_labels
 from dyvte.mllm import MLLM
-from dyvte.policies.base import Policy, Prefill
 
 from ..statistics.exit_summary import CAPTIONS, QUESTIONS, after_exit
 from ..statistics.needs_image import known_hops
 from .attention import run_for_attention
 from .exit_data import OtherImages, part_of
-
-# ------------------------------------------------------------------------ measuring
-
-
-@dataclass
-class RowExit(Policy):
-    """`FixedExit` with an exit layer for every row of the batch.
-
-    Attributes:
-        layers: [B] exit layer of each row.
-    """
-
-    layers: Tensor
-
-    def before_layer(self, layer: int, prefill: Prefill) -> None:
-        """Drop the visual positions of the rows whose exit this is."""
-        prefill.drop(prefill.layout.visual & (self.layers == layer)[:, None])
 
 
 @dataclass
@@ -56,39 +35,22 @@ class Measurement:
     dataset: Dataset
     max_new_tokens: int
     accuracy: bool
-    batch_size: int
     branch_tokens: int | None
-    _flops: dict[tuple[int, int], list[FlopCount]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.costs = ExitCosts(self.mllm)
         self.other_images = OtherImages(self.dataset)
 
     @torch.no_grad()
     def __call__(self, samples: list[Sample]) -> dict[str, pd.DataFrame]:
         """The tables `samples`, `exits`, `tokens`, `entropy` and `entropy_swapped` of one batch."""
-        images, questions = [sample.image for sample in samples], [sample.question for sample in samples]
-        batch = self.mllm.encode(images, questions)
-        answer_ids = greedy_answer_ids(self.mllm, batch, self.max_new_tokens)
-        try:
-            sweep = exit_sweep(
-                self.mllm,
-                batch,
-                answer_ids,
-                shared_image=image_numbers(samples),
-                branch_tokens=self.branch_tokens,
-            ).to("cpu")
-        except ModelError as error:
-            raise ModelError(
-                f"{error} (questions {samples[0].id} to {samples[-1].id}, in this order; half precision may overflow: "
-                "try model.dtype=float32 or bfloat16)"
-            ) from error
-        sweep = sweep.up_to_ties()
-        answers = unpadded(answer_ids)
-        text = self.mllm.decode(answers)
-        exits = self._exits(samples, batch, sweep, text)
+        swept = sweep_answers(self.mllm, samples, self.max_new_tokens, branch_tokens=self.branch_tokens)
+        swept = replace(swept, sweep=swept.sweep.to("cpu"))
+        sweep = swept.sweep
+        exits = self._exits(samples, swept)
         elsewhere, swapped = self._with_another_image(samples)
         return {
-            "samples": self._samples(samples, batch, sweep, answers, text, elsewhere),
+            "samples": self._samples(samples, swept, elsewhere),
             "exits": exits,
             "tokens": token_table(samples, sweep),
             "entropy": entropy_table(samples, sweep),
@@ -98,14 +60,11 @@ class Measurement:
     def _samples(
         self,
         samples: list[Sample],
-        batch: Batch,
-        sweep: ExitSweep,
-        answers: list[list[int]],
-        text: list[str],
+        swept: SweptAnswers,
         elsewhere: list[list[int] | None],
     ) -> pd.DataFrame:
-        labels = paper_labels(sweep.agree, sweep.nll)
-        layout = batch.layout
+        labels = paper_labels(swept.sweep.agree, swept.sweep.nll)
+        layout, answers = swept.batch.layout, unpadded(swept.answer_ids)
         return pd.DataFrame(
             {
                 "id": [sample.id for sample in samples],
@@ -114,7 +73,7 @@ class Measurement:
                 "kind": [sample.kind for sample in samples],
                 "question": [sample.question for sample in samples],
                 "reference": [sample.answer for sample in samples],
-                "answer": text,
+                "answer": swept.answers,
                 "answer_tokens": [len(ids) for ids in answers],
                 "visual_tokens": layout.visual.sum(1).tolist(),
                 "text_tokens": layout.text.sum(1).tolist(),
@@ -148,9 +107,15 @@ class Measurement:
             entropy[asked] = probe.stats.text_entropy.mean(-1).float().cpu()
         return answers, entropy
 
-    def _exits(self, samples: list[Sample], batch: Batch, sweep: ExitSweep, text: list[str]) -> pd.DataFrame:
+    def _exits(self, samples: list[Sample], swept: SweptAnswers) -> pd.DataFrame:
         """One row per sample and exit layer, exit layers ascending."""
-        answers = self._exit_answers(samples, sweep, text)
+        sweep = swept.sweep
+        asked = [
+            row
+            for row, sample in enumerate(samples)
+            if self.accuracy and sample.answer is not None and part_of(sample) != CAPTIONS
+        ]
+        answers = answers_by_exit(self.mllm, swept, self.max_new_tokens, asked)
         correct: list[bool | None] = []
         for sample, of_sample in zip(samples, answers, strict=True):
             known = [answer for answer in of_sample if answer is not None]
@@ -159,7 +124,7 @@ class Measurement:
                 correct += [None] * len(of_sample)
             else:
                 correct += [exact_match(answer, sample.answer) for answer in known]
-        flops = [count for row in range(len(samples)) for count in self._exit_flops(samples[row], batch, row)]
+        flops = [count for row, sample in enumerate(samples) for count in self.costs.of(swept.batch, row, sample)]
         return pd.DataFrame(
             {
                 "id": np.repeat([sample.id for sample in samples], self.mllm.num_layers + 1),
@@ -176,45 +141,6 @@ class Measurement:
                 "flops_decoder": [count.decoder for count in flops],
             }
         )
-
-    def _exit_answers(self, samples: list[Sample], sweep: ExitSweep, text: list[str]) -> list[list[str | None]]:
-        """Answer of every sample under every exit. Only those that differ from the full model's are decoded."""
-        answers: list[list[str | None]] = [
-            [text[row] if agrees else None for agrees in sweep.agree[row].tolist()] for row in range(len(samples))
-        ]
-        if not self.accuracy:
-            return answers
-        missing = [
-            (exit_layer, row)
-            for row, sample in enumerate(samples)
-            if sample.answer is not None and part_of(sample) != CAPTIONS
-            for exit_layer, answer in enumerate(answers[row])
-            if answer is None
-        ]
-        missing.sort()  # neighbours leave at neighbouring layers: fewer layers run in two groups
-        for start in range(0, len(missing), self.batch_size):
-            pairs = missing[start : start + self.batch_size]
-            asked = [samples[row] for _, row in pairs]
-            batch = self.mllm.encode([sample.image for sample in asked], [sample.question for sample in asked])
-            layers = torch.tensor([exit_layer for exit_layer, _ in pairs], device=batch["input_ids"].device)
-            with RowExit(layers)(self.mllm):
-                decoded = self.mllm.decode(unpadded(greedy_answer_ids(self.mllm, batch, self.max_new_tokens)))
-            for (exit_layer, row), answer in zip(pairs, decoded, strict=True):
-                answers[row][exit_layer] = answer
-        return answers
-
-    def _exit_flops(self, sample: Sample, batch: Batch, row: int) -> list[FlopCount]:
-        """FLOPs of the prefill under every exit; counted once for every prompt shape."""
-        shape = int(batch.layout.visual[row].sum()), int(batch.layout.text[row].sum())
-        if shape not in self._flops:
-            alone = self.mllm.encode([sample.image], [sample.question])
-            self._flops[shape] = exit_flops(self.mllm, alone)
-        return self._flops[shape]
-
-
-def unpadded(answer_ids: Tensor) -> list[list[int]]:
-    """Answer ids [B, A] without their padding."""
-    return [[token for token in row if token != IGNORE_INDEX] for row in answer_ids.tolist()]
 
 
 def logit_change(logits: Tensor) -> Tensor:
@@ -293,4 +219,4 @@ def measurement(mllm: MLLM, dataset: Dataset, cfg: DictConfig) -> Measurement:
     if not cfg.etas or min(cfg.etas) < 0:
         raise ConfigError(f"etas is {cfg.etas}; give one or more thresholds in nats, for instance etas=[0.003]")
     check_model(mllm)
-    return Measurement(mllm, dataset, cfg.max_new_tokens, cfg.accuracy, cfg.batch_size, cfg.branch_tokens)
+    return Measurement(mllm, dataset, cfg.max_new_tokens, cfg.accuracy, cfg.branch_tokens)

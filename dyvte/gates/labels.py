@@ -29,20 +29,18 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from dyvte.batch import IGNORE_INDEX, Batch
-from dyvte.cost.exit_flops import exit_flops
-from dyvte.cost.flops import FlopCount
+from dyvte.batch import Batch
 from dyvte.data.base import Dataset, Sample, image_numbers
 from dyvte.data.metrics import exact_match
 from dyvte.errors import ConfigError, DataError
+from dyvte.gates.every_exit import ExitCosts, answers_by_exit, sweep_answers
 from dyvte.gates.features import LENS, QUESTION, assemble, base_of
 from dyvte.gates.lens import lens_features
 from dyvte.instrument.hooks import output_states
 from dyvte.instrument.states import STATUS_PARTS, TEXT_STATUS, status_weights, token_status
-from dyvte.instrument.sweep import ExitSweep, exit_sweep, greedy_answer_ids
+from dyvte.instrument.sweep import ExitSweep, exit_sweep
 from dyvte.instrument.sweep.criteria import paper_labels
 from dyvte.mllm import MLLM
-from dyvte.policies.exits.fixed_exit import FixedExit
 from dyvte.runs.runner import consecutive_batches, run
 from dyvte.runs.store import RunFolder, fingerprint
 
@@ -115,59 +113,45 @@ def collect_labels(
     remedy = f"name another folder for the labels (labels.dir=FOLDER), or delete {path}"
     folder = RunFolder.open(path, label_fingerprint(mllm, dataset, cfg, settings), cfg, remedy=remedy)
     batches = consecutive_batches(len(dataset), cfg.batch_size)
-    counted: FlopsByLength = {}
-    run(folder, dataset, batches, functools.partial(label_batch, mllm, settings=settings, counted=counted), description)
+    costs = ExitCosts(mllm)
+    run(folder, dataset, batches, functools.partial(label_batch, mllm, settings=settings, costs=costs), description)
     return LabelSet(folder)
-
-
-FlopsByLength = dict[tuple[int, int], list[FlopCount]]
-"""What every exit costs, by number of text and of visual tokens."""
 
 
 @torch.no_grad()
 def label_batch(
-    mllm: MLLM, samples: Sequence[Sample], settings: LabelSettings, counted: FlopsByLength
+    mllm: MLLM, samples: Sequence[Sample], settings: LabelSettings, costs: ExitCosts
 ) -> dict[str, pd.DataFrame | dict[str, Tensor]]:
-    """Tables and tensors of one batch, as listed at the top of this file.
-
-    `counted` remembers what prompts of a length cost; lengths that it lacks are counted on a prefill and added.
-    """
-    batch = mllm.encode([sample.image for sample in samples], [sample.question for sample in samples])
-    answer_ids = greedy_answer_ids(mllm, batch, settings.max_new_tokens)
+    """Tables and tensors of one batch, as listed at the top of this file."""
     parts = [part for part in settings.status if part in STATUS_PARTS]
     blind = [0] if QUESTION in settings.status and 0 not in settings.exits else []
-    sweep = exit_sweep(
+    swept = sweep_answers(
         mllm,
-        batch,
-        answer_ids,
-        shared_image=image_numbers(samples),
+        samples,
+        settings.max_new_tokens,
         status_parts=parts or TEXT_STATUS,
         status_of_exits=[*settings.exits, *blind],
         entropy=False,
-    ).up_to_ties()
-    answers = mllm.decode(_ids(answer_ids))
-    text_tokens, visual_tokens = batch.layout.text.sum(1), batch.layout.visual.sum(1)
-    lengths = list(zip(text_tokens.tolist(), visual_tokens.tolist(), strict=True))
-    for length, sample in zip(lengths, samples, strict=True):
-        if length not in counted:
-            counted[length] = exit_flops(mllm, mllm.encode([sample.image], [sample.question]))
+    )
+    batch, answers, sweep = swept.batch, swept.answers, swept.sweep
+    flops = [count for row, sample in enumerate(samples) for count in costs.of(batch, row, sample)]
     num_exits = mllm.num_layers + 1
     exits = {
         "id": np.repeat([sample.id for sample in samples], num_exits),
         "exit_layer": np.tile(np.arange(num_exits), len(samples)),
         "agree": _flat(sweep.agree),
         "nll": _flat(sweep.nll),
-        "flops_total": [count.total for length in lengths for count in counted[length]],
-        "flops_decoder": [count.decoder for length in lengths for count in counted[length]],
+        "flops_total": [count.total for count in flops],
+        "flops_decoder": [count.decoder for count in flops],
     }
     if settings.ground_truth:
         exits.update(_truth_columns(mllm, batch, samples))
     correct = [_correct(answer, sample.answer) for answer, sample in zip(answers, samples, strict=True)]
     if settings.answers:
-        by_exit = _answers_by_exit(mllm, samples, answers, sweep.agree, settings.max_new_tokens)
+        by_exit = answers_by_exit(mllm, swept, settings.max_new_tokens)
         exits["answer"] = np.array([answer for row in by_exit for answer in row], dtype=object)
         exits["correct"] = np.array(
-            [_correct(answer, sample.answer) for row, sample in zip(by_exit, samples, strict=True) for answer in row]
+            [_correct(each or "", sample.answer) for row, sample in zip(by_exit, samples, strict=True) for each in row]
         )
     table = pd.DataFrame(
         {
@@ -179,9 +163,9 @@ def label_batch(
             "reference": [sample.answer for sample in samples],
             "answer": answers,
             "correct": correct,
-            "answer_tokens": _flat((answer_ids != IGNORE_INDEX).sum(1)),
-            "text_tokens": _flat(text_tokens),
-            "visual_tokens": _flat(visual_tokens),
+            "answer_tokens": _flat(sweep.answer_valid.sum(1)),
+            "text_tokens": _flat(batch.layout.text.sum(1)),
+            "visual_tokens": _flat(batch.layout.visual.sum(1)),
         }
     )
     # [b, L, P * d] -> one [b, L - 1, d] a part, in the model's own precision
@@ -227,10 +211,6 @@ def _flat(tensor: Tensor) -> np.ndarray[Any, Any]:
     return tensor.cpu().flatten().numpy()
 
 
-def _ids(answer_ids: Tensor) -> list[list[int]]:
-    return [[token for token in row if token != IGNORE_INDEX] for row in answer_ids.tolist()]
-
-
 def _correct(answer: str, reference: str | None) -> float:
     return float("nan") if reference is None else float(exact_match(answer, reference))
 
@@ -246,23 +226,6 @@ def _truth_columns(mllm: MLLM, batch: Batch, samples: Sequence[Sample]) -> dict[
     same = (sweep.token_argmax == sweep.token_argmax[:, -1:]) & sweep.answer_valid[:, None, :]
     share = same.sum(-1) / sweep.answer_valid.sum(-1)[:, None]
     return {"truth_agree": _flat(share), "truth_nll": _flat(sweep.nll)}
-
-
-def _answers_by_exit(
-    mllm: MLLM, samples: Sequence[Sample], answers: Sequence[str], agree: Tensor, max_new_tokens: int
-) -> list[list[str]]:
-    """The answer of every sample under every exit; only those that disagree with the full model are generated."""
-    by_exit = [[answer] * (mllm.num_layers + 1) for answer in answers]
-    for layer, agrees in enumerate(agree.T.tolist()):
-        rows = [row for row, same in enumerate(agrees) if not same]
-        if not rows:
-            continue
-        batch = mllm.encode([samples[row].image for row in rows], [samples[row].question for row in rows])
-        with FixedExit(layer)(mllm):
-            generated = mllm.decode(mllm.generate_ids(batch, max_new_tokens=max_new_tokens))
-        for row, answer in zip(rows, generated, strict=True):
-            by_exit[row][layer] = answer
-    return by_exit
 
 
 def other_images(samples: Sequence[Sample]) -> list[Any]:

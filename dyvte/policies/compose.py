@@ -50,7 +50,7 @@ class Compose(Policy):
         """Refuse a model that one of them does not fit, and a policy that an exit before it leaves nothing to do."""
         for policy in self.policies:
             policy.check(mllm)
-        exits = [policy.layer for policy in self.policies if isinstance(policy, FixedExit)]
+        exits = [max(policy.layers) for policy in self.policies if isinstance(policy, FixedExit)]
         for policy in self.policies:
             start = getattr(policy, "layer", None)
             if exits and policy.acts == "thins" and start is not None and start >= exits[0]:
