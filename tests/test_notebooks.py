@@ -19,11 +19,13 @@ MACHINE = re.compile(r"/(home|root|tmp|work|usr|opt|Users|var)/|[A-Z]:\\\\")
 NUMBER = re.compile(r"\d+\.\d+|\d\s?%|\b\d{3,}\b")
 
 LESS_DATA = {
-    "data.limit=192": "data.limit=24",
-    "data.limit=144": "data.limit=24",
+    "data.limit=192": "data.limit=16",
+    "data.limit=144": "data.limit=12",
     "data.limit=480": "data.limit=240",
     "LIMIT = 48": "LIMIT = 12",
     "data.limit=36": "data.limit=12",
+    "calibration.data.limit=32": "calibration.data.limit=8",
+    "experiment.random_seeds=2": "experiment.random_seeds=1",
 }
 """What a notebook is run on here, so that it takes seconds; the outputs that are kept are of all its data."""
 

@@ -34,7 +34,7 @@ def execute(file: Path, workdir: Path, instead: Mapping[str, str] | None = None)
     Args:
         file: the notebook.
         workdir: gets `notebooks/` and `outputs/`.
-        instead: text -> what stands in its place in the first code cell, for a quick look at less data.
+        instead: text -> what stands in its place, for a quick look at less data.
 
     Returns:
         The notebook as JSON, with outputs, and without times and machine-dependent metadata.
@@ -49,11 +49,9 @@ def execute(file: Path, workdir: Path, instead: Mapping[str, str] | None = None)
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / file.name
     given: dict[str, Any] = json.loads(file.read_text())
-    first = next(cell for cell in given["cells"] if cell["cell_type"] == "code")
-    text = "".join(first["source"])
-    for old, new in (instead or {}).items():
-        text = text.replace(old, new)
-    first["source"] = text
+    for cell in given["cells"]:
+        for old, new in (instead or {}).items():
+            cell["source"] = "".join(cell["source"]).replace(old, new)
     source.write_text(json.dumps(given))
     exporter = NotebookExporter()
     exporter.register_preprocessor(

@@ -33,6 +33,7 @@ CUTS = Path("outputs/knockout/llava_smol/english")
 LATE = Path("outputs/knockout/llava_smol/late")
 RECALL_CUTS = Path("outputs/knockout/llava_smol/recall")
 ONE_PATH = "replace=[] control=false objects=false entry_exit=false"
+ONE_WINDOW = f"{ONE_PATH} 'splits=[]'"
 OF_RECALL = "data=english 'data.kinds=[recall_look,look_recall]' data.per_scene=2 data.name=recall"
 COMMANDS = {
     STAGES: "python -m analysis.stages model=llava_smol data=english data.limit={n}",
@@ -42,9 +43,9 @@ COMMANDS = {
     CUTS: "python -m analysis.knockout model=llava_smol data=english data.limit={n} width=5 "
     f"'paths=[[visual,visual],[instruction,visual]]' {ONE_PATH}",
     LATE: "python -m analysis.knockout model=llava_smol data=english data.limit={n} 'windows=[[20,30]]' "
-    f"'paths=[[instruction,visual]]' {ONE_PATH} output_dir={LATE}",
+    f"'paths=[[instruction,visual]]' {ONE_WINDOW} output_dir={LATE}",
     RECALL_CUTS: f"python -m analysis.knockout model=llava_smol {OF_RECALL} data.limit={{n}} 'windows=[[0,5]]' "
-    f"'paths=[[instruction,visual]]' {ONE_PATH}",
+    f"'paths=[[instruction,visual]]' {ONE_WINDOW}",
 }
 SPLIT = (5, 20)
 VALLEY = np.log(1.1)
