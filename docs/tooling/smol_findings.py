@@ -37,9 +37,10 @@ ONE_WINDOW = f"{ONE_PATH} 'splits=[]'"
 OF_RECALL = "data=english 'data.kinds=[recall_look,look_recall]' data.per_scene=2 data.name=recall"
 COMMANDS = {
     STAGES: "python -m analysis.stages model=llava_smol data=english data.limit={n}",
-    EXITS: "python -m analysis.exits model=llava_smol data=english data.limit={n}",
-    WALKED: "python -m analysis.exits model=llava_smol data=english data.matched=true data.name=walked data.limit={n}",
-    RECALL: f"python -m analysis.exits model=llava_smol {OF_RECALL} data.limit={{n}}",
+    EXITS: "python -m analysis.exits model=llava_smol data=english data.limit={n} accuracy=false",
+    WALKED: "python -m analysis.exits model=llava_smol data=english data.matched=true data.name=walked data.limit={n} "
+    "accuracy=false",
+    RECALL: f"python -m analysis.exits model=llava_smol {OF_RECALL} data.limit={{n}} accuracy=false",
     CUTS: "python -m analysis.knockout model=llava_smol data=english data.limit={n} width=5 "
     f"'paths=[[visual,visual],[instruction,visual]]' {ONE_PATH}",
     LATE: "python -m analysis.knockout model=llava_smol data=english data.limit={n} 'windows=[[20,30]]' "
