@@ -36,7 +36,7 @@ from dyvte.errors import ConfigError, DataError
 from dyvte.gates.every_exit import ExitCosts, answers_by_exit, sweep_answers
 from dyvte.gates.features import LENS, QUESTION, assemble, base_of
 from dyvte.gates.lens import lens_features
-from dyvte.instrument.hooks import output_states
+from dyvte.instrument.hooks import layer_states
 from dyvte.instrument.states import STATUS_PARTS, TEXT_STATUS, status_weights, token_status
 from dyvte.instrument.sweep import ExitSweep, exit_sweep
 from dyvte.instrument.sweep.criteria import paper_labels
@@ -244,7 +244,9 @@ def plain_status(mllm: MLLM, batch: Batch) -> Tensor:
     with ExitStack() as stack:
         for layer in mllm.layers:
             look = layer.register_forward_hook(
-                lambda module, args, output: found.append(token_status(output_states(output), weights))
+                lambda module, args, output: found.append(
+                    token_status(layer_states(mllm, output)[..., : mllm.hidden_size], weights)
+                )
             )
             stack.callback(look.remove)
         mllm.model(**batch, use_cache=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers.cache_utils import (
     BaseQuantizedLayer,
     Cache,
     CacheLayerMixin,
+    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
@@ -19,7 +20,8 @@ from transformers.cache_utils import (
 
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.hooks import Selection, pack_mask
-from dyvte.instrument.kept_keys import ROOM, Group, GroupStore, KeyTable
+from dyvte.instrument.kept_keys import ROOM, Group, GroupStore, KeyTable, rectangle
+from dyvte.instrument.keys.borrowed import OUTSIDE_BLOCK, BorrowingLayer
 
 
 class KeptLayer(DynamicLayer):
@@ -133,20 +135,13 @@ class KeptLayer(DynamicLayer):
         shapes = [each.selection.index.shape for each in tables]
         rows, width = sum(b for b, _ in shapes), max(n for _, n in shapes)
         self._padded = len(groups) > 1 or tables[0].selection.valid is not None
-        self._position = torch.zeros(rows, width, dtype=torch.long, device=self.device)
-        self._valid = torch.zeros(rows, width, dtype=torch.bool, device=self.device)
+        self._position, self._valid, self._bias = rectangle(tables)
         entry = torch.zeros(rows, width + new, dtype=torch.long, device=self.device)
-        biased = any(each.bias is not None for each in tables)
-        self._bias = torch.zeros(rows, width, device=self.device) if biased else None
         start = 0
         for table, (b, n) in zip(tables, shapes, strict=True):
-            selection, chosen = table.selection, table.selection.rows
+            chosen = table.selection.rows
             entries = (torch.arange(b * (n + new), device=self.device) + start).view(b, n + new)
-            self._position[chosen, :n] = selection.index
-            self._valid[chosen, :n] = True if selection.valid is None else selection.valid
             entry[chosen, :n], entry[chosen, width:] = entries[:, :n], entries[:, n:]
-            if self._bias is not None and table.bias is not None:
-                self._bias[chosen, :n] = table.bias.to(self._bias.dtype)
             start += b * (n + new)
         self._entry = entry
         like = groups[0].keys, groups[0].values
@@ -214,10 +209,7 @@ class KeptLayer(DynamicLayer):
             self._groups.append(Group(KeyTable.of(selection, key_bias), key_states, value_states))
             return key_states, value_states
         if not self._reading:
-            raise RuntimeError(
-                "this KV cache was filled under a dyvte policy that left visual tokens out; go on generating inside "
-                "the same `with policy(mllm):` block"
-            )
+            raise RuntimeError(OUTSIDE_BLOCK)
         rows, _, new, _ = key_states.shape
         if self._apart_reading:
             self._pending = key_states, value_states
@@ -349,15 +341,19 @@ class KeptLayer(DynamicLayer):
             self._padded = False
 
 
-def kept_layer(cache: Cache, index: int) -> KeptLayer:
-    """Put a `KeptLayer` in the place of layer `index` of an empty cache.
+def kept_layer(cache: Cache, index: int, under_policy: Callable[[], bool]) -> KeptLayer | BorrowingLayer:
+    """Put a layer that stands for some positions in the place of layer `index` of an empty cache.
 
-    Raises:
-        UnsupportedError: the cache is not a dynamic one.
+    Args:
+        cache: that `check_cache` let pass.
+        index: of the layer in the cache.
+        under_policy: whether a policy still reads the cache.
     """
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
         cache.layers.append(cache.layer_class_to_replicate())
-    layer = KeptLayer(cache.layers[index])
+    replaced = cache.layers[index]
+    borrows = isinstance(replaced, DummyLayer)
+    layer = BorrowingLayer(replaced, under_policy) if borrows else KeptLayer(replaced)
     cache.layers[index] = layer
     return layer
 
@@ -365,8 +361,11 @@ def kept_layer(cache: Cache, index: int) -> KeptLayer:
 def restore_layers(cache: Cache) -> None:
     """Give an empty cache that was used under a policy before its own layers back."""
     for index, layer in enumerate(cache.layers):
-        if isinstance(layer, KeptLayer) and layer.length == 0:
+        if isinstance(layer, (KeptLayer, BorrowingLayer)) and layer.length == 0:
             cache.layers[index] = layer.replaced
+
+
+_KNOWN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, KeptLayer, DummyLayer, BorrowingLayer)
 
 
 def check_cache(cache: Any) -> None:
@@ -382,16 +381,14 @@ def check_cache(cache: Any) -> None:
     if cache.layer_class_to_replicate not in (None, DynamicLayer):
         raise UnsupportedError(f"a {cache.layer_class_to_replicate.__name__} cannot be used under a policy")
     for index, layer in enumerate(cache.layers):
-        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, KeptLayer):
+        if type(layer) in _KNOWN_LAYERS:
             continue
         if isinstance(layer, StaticLayer):
-            reason = "a static KV cache reserves room for every position"
+            reason = "a static KV cache reserves room for every position; use a DynamicCache"
         elif isinstance(layer, BaseQuantizedLayer):
-            reason = "a quantised KV cache packs positions together"
+            reason = "a quantised KV cache packs positions together; use a DynamicCache"
         elif not isinstance(layer, CacheLayerMixin):
-            reason = (
-                "layers without keys of their own (linear attention, convolutions, shared keys) cannot leave tokens out"
-            )
+            reason = "layers without keys of their own (linear attention, convolutions) cannot leave tokens out"
         else:
-            reason = "this kind of cache layer is unknown to dyvte"
-        raise UnsupportedError(f"cache layer {index} is a {type(layer).__name__}: {reason}; use a DynamicCache")
+            reason = "dyvte does not know what this kind of layer holds beside keys and values"
+        raise UnsupportedError(f"cache layer {index} is a {type(layer).__name__}: {reason}")

@@ -265,6 +265,12 @@ def output_states(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def layer_states(mllm: MLLM, output: Any) -> Tensor:
+    """What a decoder layer of a model got or returned, as `LayerCall` has it: [B, N, d], streams side by side."""
+    states = output_states(output)
+    return states if states.ndim == 3 else Streams.of(states, mllm).together(states)
+
+
 def with_states(output: Any, hidden: Tensor) -> Any:
     """What a decoder layer returned, with other hidden states."""
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
@@ -304,6 +310,47 @@ def is_driven(mllm: MLLM) -> bool:
     return any(isinstance(layer.__dict__.get("forward"), _Override) for layer in mllm.layers)
 
 
+_SLICES_LAST_LAYERS = "_maybe_slice_kv_shared_inputs"
+"""Method of a decoder that cuts what its last layers get (states, inputs a layer, rotary tables, masks)."""
+
+
+@contextmanager
+def every_position(mllm: MLLM) -> Iterator[None]:
+    """Within the block all layers run on all positions: Gemma 4 runs its last ones on the last token if it can."""
+    if not hasattr(mllm.decoder, _SLICES_LAST_LAYERS):
+        yield
+        return
+    with override_method(mllm.decoder, _SLICES_LAST_LAYERS, lambda *states, **_: states[:4]):
+        yield
+
+
+@dataclass(frozen=True)
+class Streams:
+    """How a decoder layer holds several streams of hidden states: AltUp of Gemma 3n, hyper-connections.
+
+    Attributes:
+        number: of streams.
+        axis: where they are in the layer's states, which are [B, N, d] otherwise.
+    """
+
+    number: int
+    axis: int
+
+    @classmethod
+    def of(cls, hidden: Tensor, mllm: MLLM) -> Streams:
+        """Of a layer's input states [streams, B, N, d] or [B, N, streams, d]."""
+        axis = 0 if getattr(mllm.text_config, "altup_num_inputs", None) == hidden.shape[0] else 2
+        return cls(hidden.shape[axis], axis)
+
+    def together(self, states: Tensor) -> Tensor:
+        """States of all streams side by side [B, N, streams * d]."""
+        return states.movedim(self.axis, 2).flatten(2)
+
+    def apart(self, states: Tensor) -> Tensor:
+        """States as the layer holds them."""
+        return states.unflatten(2, (self.number, -1)).movedim(2, self.axis).contiguous()
+
+
 @contextmanager
 def drive_layers(mllm: MLLM, run: Callable[[LayerCall], Any]) -> Iterator[None]:
     """Within the block, calling decoder layer i runs `run(call)` instead; `run` must return what the layer would.
@@ -321,11 +368,21 @@ def drive_layers(mllm: MLLM, run: Callable[[LayerCall], Any]) -> Iterator[None]:
         def call(*args: Any, **kwargs: Any) -> Any:
             arguments = dict(zip(names, args, strict=False)) | kwargs
             hidden = arguments.pop(names[0])
-            return run(LayerCall(index, forward, hidden, arguments, uses_flash))
+            if hidden.ndim == 3:
+                return run(LayerCall(index, forward, hidden, arguments, uses_flash))
+
+            def side_by_side(states: Tensor, **arguments: Any) -> Any:
+                output = forward(streams.apart(states), **arguments)
+                return with_states(output, streams.together(output_states(output)))
+
+            streams = Streams.of(hidden, mllm)
+            output = run(LayerCall(index, side_by_side, streams.together(hidden), arguments, uses_flash))
+            return with_states(output, streams.apart(output_states(output)))
 
         return call
 
     with ExitStack() as stack:
+        stack.enter_context(every_position(mllm))
         for index, layer in enumerate(mllm.layers):
             stack.enter_context(override_method(layer, "forward", driven(index, layer)))
         yield
@@ -347,8 +404,6 @@ def check_model(mllm: MLLM) -> None:
                 f"decoder layer {index} is of kind {kind!r}: it carries a running state over all positions, so visual "
                 "tokens cannot leave it"
             )
-    if getattr(config, "num_kv_shared_layers", None):
-        raise UnsupportedError("decoder layers that share the keys of earlier layers cannot leave positions out")
     if getattr(config, "cross_attention_layers", None):
         raise UnsupportedError("the decoder reads images through cross-attention; no visual token is in its sequence")
     implementation = config._attn_implementation or ""

@@ -95,6 +95,36 @@ def _with_room(prompt: Tensor | None, room: int, filling: bool | float) -> Tenso
     return torch.cat([prompt, prompt.new_full((len(prompt), room), filling)], dim=1)[:, None, None, :]
 
 
+def rectangle(tables: Sequence[KeyTable]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Position, validity and bias (None: none) [B, n] of the prompt's keys of all rows, those of groups together."""
+    shapes = [each.selection.index.shape for each in tables]
+    rows, width, like = sum(b for b, _ in shapes), max(n for _, n in shapes), tables[0].selection.index
+    position = like.new_zeros(rows, width)
+    valid = torch.zeros(rows, width, dtype=torch.bool, device=like.device)
+    biased = next((each.bias for each in tables if each.bias is not None), None)
+    bias = None if biased is None else torch.zeros(rows, width, device=like.device)
+    for table, (_, n) in zip(tables, shapes, strict=True):
+        selection, chosen = table.selection, table.selection.rows
+        position[chosen, :n] = selection.index
+        valid[chosen, :n] = True if selection.valid is None else selection.valid
+        if bias is not None and table.bias is not None:
+            bias[chosen, :n] = table.bias.to(bias.dtype)
+    return position, valid, bias
+
+
+def take(tensor: Tensor, index: Tensor) -> Tensor:
+    """[b, heads, N, size] at positions [b, n]."""
+    return tensor.gather(2, index[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+
+
+def locate(positions: Tensor, valid: Tensor, wanted: Tensor, length: int) -> Tensor:
+    """Where the positions `wanted` [b, n] stand in `positions` [b, m]: [b, n]."""
+    table = wanted.new_zeros(len(wanted), length + 1)
+    order = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+    table.scatter_(1, torch.where(valid, positions, length), order)
+    return table.gather(1, wanted)
+
+
 @dataclass
 class Group:
     """Rows of a layer with their keys and values [b, heads, n, head size], the prompt's before those of new tokens."""

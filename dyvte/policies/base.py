@@ -39,6 +39,8 @@ from dyvte.instrument.hooks import (
     override_method,
     with_states,
 )
+from dyvte.instrument.keys.borrowed import BorrowingLayer
+from dyvte.instrument.keys.shared import PrefillSharing
 from dyvte.layout import TokenLayout
 from dyvte.mllm import as_mllm
 from dyvte.model_parts import inner_models
@@ -306,8 +308,7 @@ class _Engine:
 
     def _run_layer(self, call: LayerCall) -> Any:
         if self._decoding:
-            layer = call.cache.layers[self._cache_index(call.index)]
-            return self._steps.run_layer(call, layer) if isinstance(layer, KeptLayer) else call.run()
+            return self._steps.run_layer(call, call.cache.layers[self._cache_index(call.index)])
         if self.prefill is None:
             raise UnsupportedError(
                 f"decoder layer {call.index} was called outside of {type(self.mllm.model).__name__}.forward; a policy "
@@ -330,19 +331,29 @@ class _Engine:
         if selections is None:
             with prefill.running_on(None):
                 return call.run(hidden)
-        layer = None if call.cache is None else kept_layer(call.cache, self._cache_index(call.index))
-        result, output = hidden.clone(), None
+        layer = None if call.cache is None else self._kept_layer(call)
+        result, output, sharing = hidden.clone(), None, PrefillSharing(call)
         for selection in selections:
             key_bias = prefill.key_bias
             if key_bias is not None:
                 key_bias = selection.remembered("key bias", key_bias, functools.partial(selection.pack, key_bias))
             storing = nullcontext() if layer is None else layer.prefilling(selection, key_bias)
             with prefill.running_on(selection), storing:
-                output = call.run(selection.pack(hidden), **call.packed(selection, key_bias, prefill.places(selection)))
+                packed = call.packed(selection, key_bias, prefill.places(selection)) | sharing.on(selection)
+                output = call.run(selection.pack(hidden), **packed)
             selection.put_back(result, output_states(output))
         if layer is not None:
             layer.finish_prefill(hidden.shape[1])
         return with_states(output, result)
+
+    def _kept_layer(self, call: LayerCall) -> KeptLayer | BorrowingLayer:
+        """The layer of the KV cache for a decoder layer that leaves positions out."""
+        engines, model = self._engines, weakref.ref(self.mllm.model)
+
+        def under_policy() -> bool:
+            return (alive := model()) is not None and alive in engines
+
+        return kept_layer(call.cache, self._cache_index(call.index), under_policy)
 
     def _cache_index(self, layer: int) -> int:
         return getattr(self.mllm.attentions[layer], "layer_idx", layer)

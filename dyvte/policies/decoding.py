@@ -14,6 +14,8 @@ from dyvte.instrument.attention_calls import replace_attention
 from dyvte.instrument.cache import KeptLayer
 from dyvte.instrument.hooks import LayerCall
 from dyvte.instrument.kept_keys import KeyTable, attend_apart
+from dyvte.instrument.keys.borrowed import BorrowingLayer, StepSharing
+from dyvte.instrument.keys.shared import lends_keys, store_of
 
 if TYPE_CHECKING:
     from dyvte.mllm import MLLM
@@ -29,6 +31,7 @@ class Decoding:
 
     def __init__(self, mllm: MLLM) -> None:
         self.mllm = mllm
+        self._sharing = StepSharing()
         self._masks: dict[Any, tuple[Any, Tensor | None]] = {}  # of one step; many layers share them
         self._attends_apart = mllm.text_config._attn_implementation not in (None, "eager")  # eager returns weights
         self._apart: tuple[KeptLayer, list[Tensor | None]] | None = None  # the layer that runs, and its groups' masks
@@ -46,14 +49,29 @@ class Decoding:
         """A step ends."""
         self._door.close()
         self._masks.clear()
+        self._sharing = StepSharing()
 
-    def run_layer(self, call: LayerCall, layer: KeptLayer) -> Any:
+    def run_layer(self, call: LayerCall, layer: Any) -> Any:
         """Run a decoder layer on new tokens.
 
         Args:
             call: of the layer.
-            layer: of the KV cache, which holds some of the positions.
+            layer: of the KV cache, which may hold some of the positions.
         """
+        store = store_of(call)
+        if store is not None and isinstance(layer, BorrowingLayer):
+            return self._sharing.borrowing(call, store, layer).run()
+        if store is not None and lends_keys(self.mllm.attentions[call.index]):
+            places = None
+            if isinstance(layer, KeptLayer):
+                if len(layer.groups(call.hidden.shape[1]) or ()) > 1:
+                    layer.make_table()  # borrowers want all rows in one rectangle
+                position, valid, _ = layer.key_positions(call.hidden.shape[1])
+                places = position, valid
+            call = self._sharing.lending(call, store, layer, places)
+        return self._run_kept(call, layer) if isinstance(layer, KeptLayer) else call.run()
+
+    def _run_kept(self, call: LayerCall, layer: KeptLayer) -> Any:
         new = call.hidden.shape[1]
         groups = layer.groups(new)
         if groups is not None and len(groups) > 1:

@@ -71,7 +71,8 @@ class Prefill:
         mllm: the model.
         layout: role of every position of the prompts.
         hidden: [B, N, d] input states of the layer about to run, for every position (those that left keep the states
-            they left with). A policy may assign changed states, as token merging does.
+            they left with). A policy may assign changed states, as token merging does. Where a layer holds several
+            streams (Gemma 3n's AltUp, hyper-connections) they stand side by side, [B, N, streams * d].
         key_bias: [B, N] added to the attention scores of a key from this layer on, or None.
         place: [B, N] the position whose rotary embedding a position takes from this layer on; None for its own.
         input_ids: [B, N] of the prompts.

@@ -24,7 +24,8 @@ from dyvte.batch import Batch
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.causal.groups import Intervention
 from dyvte.instrument.hooks import LayerCall, Selection, drive_layers, output_states, with_states
-from dyvte.instrument.sweep.frames import Frame, Keys, SharedPrefix, locate, or_all, repeat_argument, take
+from dyvte.instrument.kept_keys import locate, take
+from dyvte.instrument.sweep.frames import Frame, Keys, SharedPrefix, or_all, repeat_argument
 from dyvte.layout import TokenLayout
 from dyvte.mllm import MLLM
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dyvte.batch import Batch
 from dyvte.errors import ConfigError, UnsupportedError
 from dyvte.instrument.causal.readout import LOGITS_AT_ONCE, read_out
-from dyvte.instrument.hooks import Selection, is_driven, output_states
+from dyvte.instrument.hooks import Selection, is_driven, layer_states
 from dyvte.mllm import MLLM
 
 Positions = Literal["visual", "last"]
@@ -92,8 +92,8 @@ def logit_lens(
     token = (answer_ids if answer_ids.ndim == 1 else answer_ids[:, 0]).to(chosen.device)
 
     ids, probabilities, followed = [], [], []
-    for layer_states in states:
-        packed = picked.pack(layer_states)
+    for each in states:
+        packed = picked.pack(each)
         at_once = max(1, LOGITS_AT_ONCE // (len(packed) * mllm.lm_head.weight.shape[0]))
         parts = [read_out(mllm, batch, part, template).softmax(-1) for part in packed.split(at_once, dim=1)]
         best = [part.topk(top, dim=-1) for part in parts]
@@ -143,10 +143,10 @@ def _states(
     template: list[Any] = []
 
     def enters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states.append((args[0] if args else kwargs["hidden_states"]).clone())
+        states.append(layer_states(mllm, args[0] if args else kwargs["hidden_states"]).clone())
 
     def leaves(module: nn.Module, args: Any, output: Any) -> None:
-        states.append(output_states(output).clone())
+        states.append(layer_states(mllm, output).clone())
         template[:] = [output]
 
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "past_key_values")}

@@ -16,6 +16,7 @@ from dyvte.instrument.hooks import (
     Selection,
     pack_mask,
 )
+from dyvte.instrument.kept_keys import take
 from dyvte.layout import TokenLayout
 
 if TYPE_CHECKING:
@@ -116,11 +117,6 @@ class Keys:
         return take(keys, index), take(values, index)
 
 
-def take(tensor: Tensor, index: Tensor) -> Tensor:
-    """[b, heads, N, size] at positions [b, n]."""
-    return tensor.gather(2, index[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
-
-
 def _behind(earlier: Tensor, own: Tensor) -> Tensor:
     """Earlier keys [b, heads, E, size] in front of each repetition of the batch in [n * b, heads, M, size]."""
     count = earlier.shape[2]
@@ -145,14 +141,6 @@ def repeat_argument(name: str, packed: Any, times: int) -> Any:
         return packed
     axis = {"position_ids": packed.ndim - 2, "position_embeddings": packed.ndim - 3}.get(name, 0)
     return repeated(packed, times, axis)
-
-
-def locate(positions: Tensor, valid: Tensor, wanted: Tensor, length: int) -> Tensor:
-    """Where the positions `wanted` [b, n] stand in `positions` [b, m]: [b, n]."""
-    table = wanted.new_zeros(len(wanted), length + 1)
-    order = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
-    table.scatter_(1, torch.where(valid, positions, length), order)
-    return table.gather(1, wanted)
 
 
 # ---------------------------------------------------------------------------- the sweep
@@ -215,3 +203,11 @@ class SharedPrefix:
 def or_all(valid: Tensor | None, like: Tensor) -> Tensor:
     """A mask shaped like `like`: `valid`, or all True for None."""
     return torch.ones_like(like, dtype=torch.bool) if valid is None else valid
+
+
+def sees_ahead(mask: Tensor | None, queries: Tensor, keys: Tensor) -> bool:
+    """Whether the mask lets any of the positions `queries` [B, N] see any of `keys` [B, N]: never if causal."""
+    if mask is None or mask.ndim != 4:
+        return False
+    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return bool((allowed[:, 0] & queries[:, :, None] & keys[:, None, :]).any())

@@ -16,14 +16,14 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dyvte.batch import IGNORE_INDEX, Batch
 from dyvte.errors import ModelError, UnsupportedError
-from dyvte.instrument.attention_calls import watch_attention
+from dyvte.instrument.attention_calls import AttentionCall, watch_attention
 from dyvte.instrument.hooks import (
     LayerCall,
     Selection,
@@ -33,15 +33,14 @@ from dyvte.instrument.hooks import (
     output_states,
     with_states,
 )
+from dyvte.instrument.kept_keys import locate, take
+from dyvte.instrument.keys.shared import BranchSharing, borrows_keys
 from dyvte.instrument.states import TEXT_STATUS, status_weights, token_status
-from dyvte.instrument.sweep.criteria import sequence_nll
-from dyvte.mllm import MLLM
-
-if TYPE_CHECKING:
-    from dyvte.instrument.attention_calls import AttentionCall
 from dyvte.instrument.sweep.answers import teacher_forced
+from dyvte.instrument.sweep.criteria import sequence_nll
 from dyvte.instrument.sweep.entropy import ENTROPIES, EntropyPlan
-from dyvte.instrument.sweep.frames import Frame, Keys, SharedPrefix, locate, or_all, repeat_argument, repeated, take
+from dyvte.instrument.sweep.frames import Frame, Keys, SharedPrefix, or_all, repeat_argument, repeated, sees_ahead
+from dyvte.mllm import MLLM
 
 _LOGITS_AT_ONCE = 2**25
 """Logits computed at once when the answer is scored: 128 MiB in float32."""
@@ -189,10 +188,12 @@ class _Sweep:
             (num_layers + 1, num_layers, self.batch_size, len(ENTROPIES)), torch.nan, device=mllm.device
         )
         self.shared = None
-        if shared_image is not None and self.layout.visual.any():
+        borrows = any(map(borrows_keys, mllm.attentions))  # rows that share a prefix would need stores of their own
+        if shared_image is not None and self.layout.visual.any() and not borrows:
             self.shared = SharedPrefix(self.layout, inputs["input_ids"], shared_image)
         self.seeing = self.layout.has_image.nonzero().flatten()  # rows that branch
         self.branches: Tensor | None = None  # [L, b, M, d]
+        self.sharing = BranchSharing()
         self.final: Tensor | None = None  # [B, N, d] after the last layer
         self.template: Any = None
         self._look: Callable[[AttentionCall], None] | None = None
@@ -223,7 +224,7 @@ class _Sweep:
         output, early = self._main_pass(call)
         self.template = output
         hidden = output_states(output)
-        self.status.append(token_status(hidden, self.status_weights))
+        self.status.append(token_status(hidden[..., : self.mllm.hidden_size], self.status_weights))
         if self.branches is not None:
             self._run_branches(call, self.branches, early)
         if self.text_weights is not None:
@@ -236,11 +237,11 @@ class _Sweep:
         """Decide, from the first layer's mask, what branches carry and whether prefixes can be shared."""
         layout, mask = self.layout, call.mask
         early = layout.system
-        if _sees_ahead(mask, early, ~early & ~layout.padding):
+        if sees_ahead(mask, early, ~early & ~layout.padding):
             early = torch.zeros_like(early)
         if self.shared is not None:
             self.shared.check(call.hidden)
-            if _sees_ahead(mask, self.shared.mask, ~self.shared.mask & ~layout.padding):
+            if sees_ahead(mask, self.shared.mask, ~self.shared.mask & ~layout.padding):
                 self.shared = None
         everyone = torch.arange(self.batch_size, device=call.hidden.device)
         position = torch.arange(self.length, device=call.hidden.device)
@@ -268,7 +269,7 @@ class _Sweep:
         keys = Keys()
         self._expect(call, self.everything, self.entropy_plan, self.mllm.num_layers)
         output = call.run(past_key_values=keys)
-        if self.branches is None or self.branch.earlier is None:
+        if self.branches is None or self.branch.earlier is None or borrows_keys(self.mllm.attentions[call.index]):
             return output, None
         return output, keys.at(self.branch.rows, self.branch.earlier.index)
 
@@ -281,9 +282,7 @@ class _Sweep:
             hidden[row, :length] = output_states(output)[group, :length]
         suffix = shared.suffix
         self._expect(call, suffix, self.entropy_plan, self.mllm.num_layers)
-        suffix.own.put_back(
-            hidden, self._run_frame(call, suffix, suffix.own.pack(call.hidden), keys.of(shared.group), 1)
-        )
+        suffix.own.put_back(hidden, self._run_frame(call, suffix, suffix.own.pack(call.hidden), keys.of(shared.group)))
         early = None
         if self.branches is not None and self.branch.earlier is not None:
             early = keys.at(shared.group[self.branch.rows], self.branch.earlier.index)
@@ -294,13 +293,15 @@ class _Sweep:
         at_once = max(1, self.branch_tokens // (rows * tokens))
         for first in range(0, call.index + 1, at_once):
             exits = branches[first : min(first + at_once, call.index + 1)]
-            self._expect(call, self.branch, self.branch_entropy_plan, slice(first, first + len(exits)))
-            states = self._run_frame(call, self.branch, exits.reshape(-1, tokens, size), early, len(exits))
+            running = range(first, first + len(exits))
+            self._expect(call, self.branch, self.branch_entropy_plan, slice(running.start, running.stop))
+            states = self._run_frame(call, self.branch, exits.reshape(-1, tokens, size), early, running)
             exits.copy_(states.view_as(exits))
 
     def _exit_status(self, hidden: Tensor, layer: int, weights: Tensor) -> Tensor:
         """[B, E, 2d] text status after a layer under the exits asked for: the full model's where none has happened."""
-        found = token_status(hidden, weights)[:, None].repeat(1, len(self.status_of_exits), 1)
+        size = self.mllm.hidden_size  # of a layer with several streams the first
+        found = token_status(hidden[..., :size], weights)[:, None].repeat(1, len(self.status_of_exits), 1)
         happened = [place for place, k in enumerate(self.status_of_exits) if k <= layer]
         if self.branches is not None and happened:
             own = self.branch.own
@@ -308,13 +309,20 @@ class _Sweep:
             if own.valid is not None:
                 packed = packed * own.valid[:, None]
             for place in happened:
-                found[self.seeing, place] = token_status(self.branches[self.status_of_exits[place]], packed)
+                states = self.branches[self.status_of_exits[place]][..., :size]
+                found[self.seeing, place] = token_status(states, packed)
         return found
 
     def _run_frame(
-        self, call: LayerCall, frame: Frame, states: Tensor, earlier: tuple[Tensor, Tensor] | None, times: int
+        self,
+        call: LayerCall,
+        frame: Frame,
+        states: Tensor,
+        earlier: tuple[Tensor, Tensor] | None,
+        exits: range | None = None,
     ) -> Tensor:
-        """Run the layer on the frame's tokens `times` over, in different states [times * b, M, d]."""
+        """Run the layer on the frame's tokens, under several exits in different states [exits * b, M, d]."""
+        times = 1 if exits is None else len(exits)
         packed = call.packed(frame.own)
         packed["attention_mask"] = frame.mask(call)
         if times > 1:
@@ -322,6 +330,8 @@ class _Sweep:
                 name: value if value is call.arguments.get(name) else repeat_argument(name, value, times)
                 for name, value in packed.items()
             }
+        if exits is not None:
+            packed |= self.sharing.on(call, frame.own, frame.key_positions, exits)
         keys = Keys(earlier, frame.rows.repeat(times), frame.key_positions.repeat(times, 1))
         return output_states(call.run(states, **{**packed, "past_key_values": keys}))
 
@@ -371,6 +381,7 @@ class _Sweep:
                 2, local[None, :, :, None].expand(num_exits - 1, -1, -1, states.shape[-1])
             )
         self.branches = self.final = None
+        self.sharing = BranchSharing()
 
         logits, argmax, nll = [], [], []
         vocabulary = self.mllm.lm_head.weight.shape[0]
@@ -440,11 +451,3 @@ class _Sweep:
         if len(broken):
             exit_layer, row = broken[0].tolist()
             raise ModelError(f"NaN among the logits of row {row} under exit {first_exit + exit_layer}")
-
-
-def _sees_ahead(mask: Tensor | None, queries: Tensor, keys: Tensor) -> bool:
-    """Whether the mask lets any of the positions `queries` [B, N] see any of `keys` [B, N]: never if causal."""
-    if mask is None or mask.ndim != 4:
-        return False
-    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return bool((allowed[:, 0] & queries[:, :, None] & keys[:, None, :]).any())

@@ -126,7 +126,8 @@ class DynamicExit(Policy):
             hidden = prefill.hidden
             weights = status_weights(prefill.layout, self.gates.status).to(hidden.device, hidden.dtype)
             prefill.state[self._key] = weights
-        return token_status(prefill.hidden, weights.to(prefill.hidden.device)).to(self.gates.inner.device)
+        hidden = prefill.hidden[..., : prefill.mllm.hidden_size]  # of a layer with several streams the first
+        return token_status(hidden, weights.to(prefill.hidden.device)).to(self.gates.inner.device)
 
     @property
     def thresholds(self) -> list[float]:
