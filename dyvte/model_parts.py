@@ -78,6 +78,18 @@ def self_attention_of(layer: nn.Module) -> nn.Module | None:
     return None
 
 
+INDEXERS_BY_KEY = ("Dots3NoteTextIndexer", "MistralLarge4TextIndexer")
+"""Indexers that choose key by key among those that the layer's mask lets them see."""
+
+INDEXERS_BY_BLOCK = ("MiniMaxM3VLIndexer",)
+"""Indexers that choose blocks of neighbouring keys."""
+
+
+def indexer_of(attention: nn.Module | None) -> Any:
+    """What an attention module chooses its keys with; None for one that attends to all."""
+    return getattr(attention, "indexer", None)
+
+
 def inner_models(model: Any) -> list[Any]:
     """The model that a PEFT wrapper's `generate` calls directly, as a list; empty for other models."""
     inner = getattr(model, "get_base_model", None)

@@ -182,7 +182,7 @@ def test_the_log_of_its_size_makes_a_merged_key_count_as_its_copies() -> None:
     query, key = torch.randn(1, 2, 3, 4, generator=g), torch.randn(1, 2, 5, 4, generator=g)
     copies = torch.tensor([1, 3, 1, 2, 1])
     every = attention_rows(query, key.repeat_interleave(copies, dim=2), torch.ones(1, 3, 8, dtype=torch.bool), 0.5)
-    bias = copies.float().log().expand(1, 3, 5)
+    bias = copies.float().log().expand(1, 1, 3, 5)
     merged = attention_rows(query, key, torch.ones(1, 3, 5, dtype=torch.bool), 0.5, bias)
     expected = torch.stack([part.sum(-1) for part in every.split(copies.tolist(), dim=-1)], dim=-1)
     torch.testing.assert_close(merged, expected)

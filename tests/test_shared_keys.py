@@ -244,7 +244,7 @@ def test_a_cache_stays_with_its_block_and_can_be_used_again(family: str) -> None
 @torch.no_grad()
 def test_what_branches_cannot_do_is_refused_in_one_line() -> None:
     mllm = model("gemma3n")
-    with pytest.raises(UnsupportedError, match="keys of an earlier layer"):
+    with pytest.raises(UnsupportedError, match="borrow or choose their keys"):
         knockout(mllm, batch_of(mllm), windows=[(0, 1)])
 
 

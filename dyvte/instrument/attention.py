@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.attention_calls import AttentionCall, watch_attention
 from dyvte.instrument.contributions import OutputProjection, RoleKeys, ValueMixtures
-from dyvte.instrument.hooks import every_position
 from dyvte.instrument.role_attention import (
     ENTROPIES,
     QUESTION,
@@ -333,7 +332,6 @@ class AttentionProbe:
                 self._end()
 
         with ExitStack() as stack:
-            stack.enter_context(every_position(self.mllm))
             stack.enter_context(watch_attention(self.mllm, self._see))
             for module in watched:
                 stack.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)

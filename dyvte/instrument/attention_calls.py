@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from dyvte.errors import UnsupportedError
+from dyvte.instrument.hooks import every_position
 from dyvte.instrument.role_attention import (
     Block,
     Geometry,
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 def watch_attention(mllm: MLLM, see: Callable[[int, AttentionCall], None]) -> Iterator[None]:
     """Within the block, `see(layer, call)` is told of every call of a decoder layer's attention function.
 
-    The model's own function runs unchanged. Calls of other modules, and of deep copies of the model, are not seen.
+    The model's own function runs unchanged, on all positions. Calls of other modules, and of deep copies of the model,
+    are not seen.
 
     Raises:
         UnsupportedError: a layer does not go through transformers' attention functions.
@@ -39,6 +41,7 @@ def watch_attention(mllm: MLLM, see: Callable[[int, AttentionCall], None]) -> It
         see(index_of[id(module)], call)
 
     with ExitStack() as stack:
+        stack.enter_context(every_position(mllm))
         for table, name in _attention_functions(mllm):
             stack.callback(_Door.open(table, name, _Observer(frozenset(index_of), observe)))
         yield

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    BaseQuantizedLayer,
-    Cache,
-    CacheLayerMixin,
-    DummyLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticLayer,
-)
+from transformers.cache_utils import DynamicLayer
 
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.hooks import Selection, pack_mask
 from dyvte.instrument.kept_keys import ROOM, Group, GroupStore, KeyTable, rectangle
-from dyvte.instrument.keys.borrowed import OUTSIDE_BLOCK, BorrowingLayer
+from dyvte.instrument.keys.borrowed import OUTSIDE_BLOCK
+
+
+class UnknownOfCacheError(UnsupportedError, AttributeError):
+    """A model asks a cache layer for something that a layer with keys left out does not have."""
 
 
 class KeptLayer(DynamicLayer):
@@ -289,6 +285,14 @@ class KeptLayer(DynamicLayer):
             "assisted decoding takes tokens back from the KV cache, which a dyvte policy cannot follow"
         )
 
+    def __getattr__(self, name: str) -> Any:
+        """What the replaced layer has beside keys and values is not known here."""
+        if not name.startswith("_") and "replaced" in self.__dict__ and hasattr(self.replaced, name):
+            raise UnknownOfCacheError(
+                f"{name!r} of a {type(self.replaced).__name__} is unknown to dyvte, whose policies take keys out of it"
+            )
+        raise AttributeError(name)
+
     def offload(self) -> None:
         """Refused."""
         raise UnsupportedError("a KV cache filled under a dyvte policy cannot be offloaded")
@@ -339,56 +343,3 @@ class KeptLayer(DynamicLayer):
             self._position, self._valid = self._position[:, :0], self._valid[:, :0]
             self._bias = None if self._bias is None else self._bias[:, :0]
             self._padded = False
-
-
-def kept_layer(cache: Cache, index: int, under_policy: Callable[[], bool]) -> KeptLayer | BorrowingLayer:
-    """Put a layer that stands for some positions in the place of layer `index` of an empty cache.
-
-    Args:
-        cache: that `check_cache` let pass.
-        index: of the layer in the cache.
-        under_policy: whether a policy still reads the cache.
-    """
-    while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
-        cache.layers.append(cache.layer_class_to_replicate())
-    replaced = cache.layers[index]
-    borrows = isinstance(replaced, DummyLayer)
-    layer = BorrowingLayer(replaced, under_policy) if borrows else KeptLayer(replaced)
-    cache.layers[index] = layer
-    return layer
-
-
-def restore_layers(cache: Cache) -> None:
-    """Give an empty cache that was used under a policy before its own layers back."""
-    for index, layer in enumerate(cache.layers):
-        if isinstance(layer, (KeptLayer, BorrowingLayer)) and layer.length == 0:
-            cache.layers[index] = layer.replaced
-
-
-_KNOWN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, KeptLayer, DummyLayer, BorrowingLayer)
-
-
-def check_cache(cache: Any) -> None:
-    """Refuse a cache that cannot hold different positions in different layers.
-
-    Raises:
-        UnsupportedError: with the kind of cache by name.
-    """
-    if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
-        raise UnsupportedError(f"a {type(cache).__name__} cannot be used under a policy; use a DynamicCache")
-    if getattr(cache, "offloading", False):
-        raise UnsupportedError("an offloaded KV cache cannot be used under a policy; use a DynamicCache")
-    if cache.layer_class_to_replicate not in (None, DynamicLayer):
-        raise UnsupportedError(f"a {cache.layer_class_to_replicate.__name__} cannot be used under a policy")
-    for index, layer in enumerate(cache.layers):
-        if type(layer) in _KNOWN_LAYERS:
-            continue
-        if isinstance(layer, StaticLayer):
-            reason = "a static KV cache reserves room for every position; use a DynamicCache"
-        elif isinstance(layer, BaseQuantizedLayer):
-            reason = "a quantised KV cache packs positions together; use a DynamicCache"
-        elif not isinstance(layer, CacheLayerMixin):
-            reason = "layers without keys of their own (linear attention, convolutions) cannot leave tokens out"
-        else:
-            reason = "dyvte does not know what this kind of layer holds beside keys and values"
-        raise UnsupportedError(f"cache layer {index} is a {type(layer).__name__}: {reason}")

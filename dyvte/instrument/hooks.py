@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dyvte.errors import UnsupportedError
+from dyvte.model_parts import INDEXERS_BY_BLOCK, INDEXERS_BY_KEY, indexer_of, self_attention_of
 
 if TYPE_CHECKING:
     from dyvte.mllm import MLLM
@@ -162,6 +163,10 @@ def combine_mask(packed: Tensor, valid: Tensor | None, key_bias: Tensor | None, 
     return packed if key_bias is None else packed + key_bias.to(packed.dtype)
 
 
+_MADE_ANEW = ("prev_topk_indices",)
+"""Arguments that say which keys an earlier layer chose: a layer that runs on some positions chooses its own."""
+
+
 @dataclass
 class LayerCall:
     """One call of a decoder layer: its arguments by name, and how to repeat it on other positions.
@@ -209,6 +214,8 @@ class LayerCall:
                     value,
                     functools.partial(self._packed_mask, selection, value, key_bias),
                 )
+            elif name in _MADE_ANEW:
+                result[name] = None
             elif isinstance(value, (Tensor, tuple, list)):
                 source = places if places is not None and name.startswith("position_") else selection
                 result[name] = selection.remembered(
@@ -403,6 +410,16 @@ def check_model(mllm: MLLM) -> None:
             raise UnsupportedError(
                 f"decoder layer {index} is of kind {kind!r}: it carries a running state over all positions, so visual "
                 "tokens cannot leave it"
+            )
+    for index, attention in enumerate(map(self_attention_of, mllm.layers)):
+        kind = type(indexer_of(attention)).__name__
+        if indexer_of(attention) is not None and kind not in INDEXERS_BY_KEY + INDEXERS_BY_BLOCK:
+            raise UnsupportedError(
+                f"decoder layer {index} chooses its keys with a {kind}, which dyvte cannot run on some positions only"
+            )
+        if getattr(attention, "skip_topk", False):
+            raise UnsupportedError(
+                f"decoder layer {index} attends to keys that an earlier layer chose, of which visual tokens would leave"
             )
     if getattr(config, "cross_attention_layers", None):
         raise UnsupportedError("the decoder reads images through cross-attention; no visual token is in its sequence")

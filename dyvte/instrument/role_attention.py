@@ -329,25 +329,28 @@ def allowed_pairs(
     """What an attention mask allows.
 
     Args:
-        mask: [B or 1, 1, N, K] boolean (True = attend) or additive, [B, N] with 0 at padding (flash attention), None.
+        mask: [B or 1, 1 or H, N, K] boolean (True = attend) or additive, [B, N] with 0 at padding (flash attention), or
+            None.
         length: N.
         causal: whether a mask of fewer than four dimensions goes with causal attention.
         sliding_window: how many positions back a query sees, where the mask does not say it already.
         device: where to put the result.
 
     Returns:
-        [B or 1, N, N] boolean, or None for plain causal attention; and the additive part of the mask, or None where it
-        only says what is allowed.
+        [B or 1, N, N] boolean, or None for plain causal attention; and the additive part of the mask [B or 1, 1 or H,
+        N, N], or None where it only says what is allowed.
     """
     if mask is not None and mask.ndim == 4:
-        if mask.shape[1] != 1:
-            raise ValueError(f"attention masks that differ between heads are not supported, got {tuple(mask.shape)}")
-        mask = mask[:, 0, :, :length]
-        if mask.dtype == torch.bool:
-            return mask, None
-        allowed = mask > torch.finfo(mask.dtype).min / 2
-        bias = mask.float().masked_fill(~allowed, 0.0)
-        return allowed, bias[:, None] if bias.any() else None
+        mask, bias = mask[..., :length], None
+        allowed = mask
+        if mask.dtype != torch.bool:
+            allowed = mask > torch.finfo(mask.dtype).min / 2
+            bias = mask.float().masked_fill(~allowed, 0.0)
+        if mask.shape[1] > 1:  # heads that choose their keys: a pair is allowed if one of them may see it
+            bias = (torch.zeros_like(mask, dtype=torch.float) if bias is None else bias).masked_fill(
+                ~allowed, torch.finfo(torch.float).min
+            )
+        return allowed.any(1), bias if bias is not None and bias.any() else None
     if sliding_window is None:
         sliding_window = length
     if mask is None and causal and sliding_window >= length:

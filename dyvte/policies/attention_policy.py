@@ -38,7 +38,7 @@ class LayerAttention:
 
     @cached_property
     def allowed(self) -> tuple[Tensor, Tensor | None]:
-        """[b, n, n] which keys a query may see, and what the mask adds to their scores."""
+        """[b, n, n] which keys a query may see, and what the mask adds to their scores [b, 1 or H, n, n]."""
         rows, length = self.selection.index.shape
         call, device = self.call, self.call.query.device
         allowed, bias = allowed_pairs(call.mask, length, call.causal, call.sliding_window, device)
@@ -46,7 +46,7 @@ class LayerAttention:
             allowed = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None]
         if self.selection.valid is not None:
             allowed = allowed & self.selection.valid[:, None, :]
-        return allowed.expand(rows, -1, -1), None if bias is None else bias[:, 0].expand(rows, -1, -1)
+        return allowed.expand(rows, -1, -1), None if bias is None else bias.expand(rows, -1, -1, -1)
 
     def rows(self, queries: slice) -> Tensor:
         """Attention [b, H, q, n] of a slice of the n queries."""
@@ -59,7 +59,7 @@ class LayerAttention:
             key,
             allowed[:, queries],
             self.call.scale,
-            None if bias is None else bias[:, queries],
+            None if bias is None else bias[:, :, queries],
             self.call.softcap,
         )
 
@@ -77,7 +77,7 @@ class LayerAttention:
             self.call.key[:, :, :width],
             allowed.gather(1, at.expand(-1, 1, width)),
             self.call.scale,
-            None if bias is None else bias.gather(1, at.expand(-1, 1, width)),
+            None if bias is None else bias.gather(2, at[:, None].expand(-1, bias.shape[1], 1, width)),
             self.call.softcap,
         )[:, :, 0]
 

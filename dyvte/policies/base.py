@@ -29,7 +29,7 @@ from transformers.cache_utils import Cache
 
 from dyvte.cost.flops import overhead
 from dyvte.errors import UnsupportedError
-from dyvte.instrument.cache import KeptLayer, check_cache, kept_layer, restore_layers
+from dyvte.instrument.cache import KeptLayer
 from dyvte.instrument.hooks import (
     LayerCall,
     check_model,
@@ -40,6 +40,8 @@ from dyvte.instrument.hooks import (
     with_states,
 )
 from dyvte.instrument.keys.borrowed import BorrowingLayer
+from dyvte.instrument.keys.cache_layers import check_cache, kept_layer, restore_layers
+from dyvte.instrument.keys.indexed import check_padding, choosing_among
 from dyvte.instrument.keys.shared import PrefillSharing
 from dyvte.layout import TokenLayout
 from dyvte.mllm import as_mllm
@@ -241,6 +243,7 @@ class _Engine:
             )
         if cache is not None:
             check_cache(cache)
+        check_padding(self.mllm, inputs.get("attention_mask"))
         self.prefill, self._decoding = None, cache is not None and cache.get_seq_length() > 0
         if self._decoding:
             self._check_continued(cache, input_ids, inputs.get("pixel_values"))
@@ -338,7 +341,9 @@ class _Engine:
             if key_bias is not None:
                 key_bias = selection.remembered("key bias", key_bias, functools.partial(selection.pack, key_bias))
             storing = nullcontext() if layer is None else layer.prefilling(selection, key_bias)
-            with prefill.running_on(selection), storing:
+            attention = self.mllm.attentions[call.index]
+            choosing = choosing_among(attention, selection.index, selection.valid, hidden.shape[1])
+            with prefill.running_on(selection), storing, choosing:
                 packed = call.packed(selection, key_bias, prefill.places(selection)) | sharing.on(selection)
                 output = call.run(selection.pack(hidden), **packed)
             selection.put_back(result, output_states(output))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from dyvte.instrument.cache import KeptLayer
 from dyvte.instrument.hooks import LayerCall
 from dyvte.instrument.kept_keys import KeyTable, attend_apart
 from dyvte.instrument.keys.borrowed import BorrowingLayer, StepSharing
+from dyvte.instrument.keys.indexed import KeptIndexedLayer
 from dyvte.instrument.keys.shared import lends_keys, store_of
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ class Decoding:
             layer.make_table()
             groups = None
         mask = self._mask(call, layer, None if groups is None else groups[0])
-        with layer.decoding():
+        attention, indexed = self.mllm.attentions[call.index], isinstance(layer, KeptIndexedLayer)
+        with layer.decoding(), layer.choosing(attention, new) if indexed else nullcontext():
             return call.run(attention_mask=mask)
 
     def _mask(self, call: LayerCall, layer: KeptLayer, table: KeyTable | None) -> Tensor | None:

@@ -30,7 +30,7 @@ def attention_rows(
         key: [B, H_kv, K, head size], H a multiple of H_kv (grouped-query attention).
         allowed: [B, Q, K] which keys a query may see.
         scale: factor on the scores.
-        bias: [B, Q, K] added to the scores, or None.
+        bias: [B, 1 or H, Q, K] added to the scores, or None.
         softcap: scores s become softcap * tanh(s / softcap), as in Gemma 2; None leaves them.
 
     Returns:
@@ -42,7 +42,7 @@ def attention_rows(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
-        scores = scores + bias[:, None]
+        scores = scores + bias
     return scores.masked_fill(~allowed[:, None], -torch.inf).softmax(-1).nan_to_num(0.0)
 
 

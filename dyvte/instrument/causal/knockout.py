@@ -18,6 +18,7 @@ from dyvte.instrument.hooks import check_model, is_driven
 from dyvte.instrument.keys.shared import borrows_keys
 from dyvte.instrument.sweep.answers import teacher_forced
 from dyvte.mllm import MLLM
+from dyvte.model_parts import indexer_of
 
 Window = tuple[int, int]
 
@@ -160,10 +161,10 @@ def knockout(
     if is_driven(mllm):
         raise UnsupportedError("knockout drives the layers itself: call it outside of any `with policy(mllm):` block")
     check_model(mllm)
-    if any(map(borrows_keys, mllm.attentions)):
+    if any(borrows_keys(each) or indexer_of(each) for each in mllm.attentions):
         raise UnsupportedError(
-            f"knockout: layers of {mllm.text_config.model_type} attend to the keys of an earlier layer, which "
-            "branches cannot have of their own yet; use FixedExit or exit_sweep"
+            f"knockout: layers of {mllm.text_config.model_type} borrow or choose their keys, which branches of several "
+            "interventions cannot do yet; use FixedExit or exit_sweep"
         )
     paths, windows = [(str(a), str(b)) for a, b in paths], [(int(s), int(e)) for s, e in windows]
     _check(mllm, batch, paths, windows, mode, donors, key_sets or {}, shared_image)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dyvte.errors import UnsupportedError
+from dyvte.instrument.cache import UnknownOfCacheError
 from dyvte.instrument.hooks import (
     LayerCall,
     Selection,
@@ -85,12 +86,34 @@ class Keys:
     """Stands in for a KV cache in one call of one layer: adds the keys of earlier tokens, and keeps what it saw."""
 
     def __init__(
-        self, earlier: tuple[Tensor, Tensor] | None = None, rows: Tensor | None = None, positions: Tensor | None = None
+        self, earlier: tuple[Tensor, ...] | None = None, rows: Tensor | None = None, positions: Tensor | None = None
     ) -> None:
-        self.earlier = earlier
+        self.earlier = earlier  # keys, values, and an indexer's keys where the layer has one
         self.rows, self.positions = rows, positions  # [b] and [b, K]: which keys `update` returns, None for all
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self.index: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """A layer asks for something else than keys and values."""
+        raise UnknownOfCacheError(f"a decoder layer calls {name!r} of its KV cache, which exit_sweep does not know")
+
+    def __getitem__(self, layer: int) -> Keys:
+        return self
+
+    @property
+    def layers(self) -> Keys:
+        """As of a cache: every layer is this one."""
+        return self
+
+    def update_indexer(self, indexer_key_states: Tensor, *_: Any) -> Tensor:
+        """As of a cache or a layer of one: index keys [b, n, size], the earlier ones in front."""
+        return self.update_index(indexer_key_states[:, None])[:, 0]
+
+    def update_index(self, idx_k: Tensor) -> Tensor:
+        """As of MiniMax M3's cache layer: index keys [b, 1, n, size]."""
+        self.index = idx_k
+        return idx_k if self.earlier is None else _behind(self.earlier[2], idx_k)
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """As of a cache: the keys and values to attend to, the earlier ones in front."""
@@ -103,18 +126,16 @@ class Keys:
         """As of an empty cache."""
         return 0
 
-    def of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of `rows`: [b, heads, N, head size]."""
+    def of(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values of `rows`, and an indexer's keys where there is one: [b, heads, N, head size]."""
         if self.keys is None or self.values is None:
             raise UnsupportedError("a decoder layer did not show its keys: it does not write to a KV cache")
-        if len(self.keys) == 1:
-            return self.keys.expand(len(rows), -1, -1, -1), self.values.expand(len(rows), -1, -1, -1)
-        return self.keys[rows], self.values[rows]
+        found = (self.keys, self.values) if self.index is None else (self.keys, self.values, self.index)
+        return tuple(each.expand(len(rows), -1, -1, -1) if len(each) == 1 else each[rows] for each in found)
 
-    def at(self, rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of positions [b, n] of `rows`: [b, heads, n, head size]."""
-        keys, values = self.of(rows)
-        return take(keys, index), take(values, index)
+    def at(self, rows: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        """What `of` gives, of positions [b, n]: [b, heads, n, head size]."""
+        return tuple(take(each, index) for each in self.of(rows))
 
 
 def _behind(earlier: Tensor, own: Tensor) -> Tensor:

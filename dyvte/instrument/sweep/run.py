@@ -24,6 +24,7 @@ from torch import Tensor
 from dyvte.batch import IGNORE_INDEX, Batch
 from dyvte.errors import ModelError, UnsupportedError
 from dyvte.instrument.attention_calls import AttentionCall, watch_attention
+from dyvte.instrument.causal.readout import read_out
 from dyvte.instrument.hooks import (
     LayerCall,
     Selection,
@@ -34,6 +35,7 @@ from dyvte.instrument.hooks import (
     with_states,
 )
 from dyvte.instrument.kept_keys import locate, take
+from dyvte.instrument.keys.indexed import choosing_among, counts_from_padding
 from dyvte.instrument.keys.shared import BranchSharing, borrows_keys
 from dyvte.instrument.states import TEXT_STATUS, status_weights, token_status
 from dyvte.instrument.sweep.answers import teacher_forced
@@ -152,6 +154,8 @@ def exit_sweep(
         if len(shared_image) != len(batch["input_ids"]):
             raise ValueError(f"shared_image has {len(shared_image)} entries for {len(batch['input_ids'])} rows")
         inputs = inputs.right_padded()  # the same image must stand at the same positions
+    elif counts_from_padding(mllm, inputs["input_ids"].shape[1]):
+        inputs = inputs.right_padded()
     if wrong := [k for k in status_of_exits if not 0 <= k <= mllm.num_layers]:
         raise ValueError(f"status_of_exits holds {wrong[0]}; give exit layers in 0..{mllm.num_layers}")
     sweep = _Sweep(mllm, inputs, answers, shared_image, status_parts, status_of_exits, entropy, branch_tokens)
@@ -262,7 +266,7 @@ class _Sweep:
             Selection.of(early, rows, counts) if any(counts) else None,
         )
 
-    def _main_pass(self, call: LayerCall) -> tuple[Any, tuple[Tensor, Tensor] | None]:
+    def _main_pass(self, call: LayerCall) -> tuple[Any, tuple[Tensor, ...] | None]:
         """The layer of the full model; also keys and values of the branches' earlier text."""
         if self.shared is not None:
             return self._shared_main_pass(call, self.shared)
@@ -273,7 +277,7 @@ class _Sweep:
             return output, None
         return output, keys.at(self.branch.rows, self.branch.earlier.index)
 
-    def _shared_main_pass(self, call: LayerCall, shared: SharedPrefix) -> tuple[Any, tuple[Tensor, Tensor] | None]:
+    def _shared_main_pass(self, call: LayerCall, shared: SharedPrefix) -> tuple[Any, tuple[Tensor, ...] | None]:
         hidden = call.hidden.clone() if call.index == 0 else call.hidden
         keys = Keys()
         output = call.run(shared.selection.pack(hidden), **{**call.packed(shared.selection), "past_key_values": keys})
@@ -288,7 +292,7 @@ class _Sweep:
             early = keys.at(shared.group[self.branch.rows], self.branch.earlier.index)
         return with_states(output, hidden), early
 
-    def _run_branches(self, call: LayerCall, branches: Tensor, early: tuple[Tensor, Tensor] | None) -> None:
+    def _run_branches(self, call: LayerCall, branches: Tensor, early: tuple[Tensor, ...] | None) -> None:
         _, rows, tokens, size = branches.shape
         at_once = max(1, self.branch_tokens // (rows * tokens))
         for first in range(0, call.index + 1, at_once):
@@ -318,7 +322,7 @@ class _Sweep:
         call: LayerCall,
         frame: Frame,
         states: Tensor,
-        earlier: tuple[Tensor, Tensor] | None,
+        earlier: tuple[Tensor, ...] | None,
         exits: range | None = None,
     ) -> Tensor:
         """Run the layer on the frame's tokens, under several exits in different states [exits * b, M, d]."""
@@ -332,8 +336,10 @@ class _Sweep:
             }
         if exits is not None:
             packed |= self.sharing.on(call, frame.own, frame.key_positions, exits)
-        keys = Keys(earlier, frame.rows.repeat(times), frame.key_positions.repeat(times, 1))
-        return output_states(call.run(states, **{**packed, "past_key_values": keys}))
+        positions, valid = frame.key_positions.repeat(times, 1), frame.key_valid.repeat(times, 1)
+        packed["past_key_values"] = Keys(earlier, frame.rows.repeat(times), positions)
+        with choosing_among(self.mllm.attentions[call.index], positions, valid, self.length):
+            return output_states(call.run(states, **packed))
 
     # ---------------------------------------------------------------------- entropies
 
@@ -388,7 +394,7 @@ class _Sweep:
         at_once = max(1, _LOGITS_AT_ONCE // (self.batch_size * width * vocabulary))
         for first in range(0, num_exits, at_once):
             chunk = states[first : first + at_once]
-            scores = self._logits(chunk.flatten(0, 1)).float().unflatten(0, chunk.shape[:2])
+            scores = read_out(self.mllm, self.inputs, chunk.flatten(0, 1), self.template).unflatten(0, chunk.shape[:2])
             self._check_finite(scores, first)
             logits.append(scores[:, :, 0].clone())
             if self.answers is not None:
@@ -431,20 +437,6 @@ class _Sweep:
             full = self.entropies[-1:, :, blind]
             self.entropies[:, :, blind] = torch.where(happened, full, torch.nan)
         return self.entropies
-
-    def _logits(self, states: Tensor) -> Tensor:
-        """Logits [r, T, vocab] of final states [r, T, d]: the model's own norm, head and scaling.
-
-        They come from running the model on one text token with its layers bypassed.
-        """
-
-        def bypass(call: LayerCall) -> Any:
-            last = call.index == self.mllm.num_layers - 1
-            return with_states(self.template, states if last else call.hidden)
-
-        token = self.inputs["input_ids"][:1].gather(1, self.layout.last_prompt[:1, None])
-        with drive_layers(self.mllm, bypass):
-            return self.mllm.model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False).logits
 
     def _check_finite(self, logits: Tensor, first_exit: int) -> None:
         broken = logits.isnan().any(-1).any(-1).nonzero()

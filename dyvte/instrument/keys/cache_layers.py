@@ -1,0 +1,84 @@
+"""Which layer takes the place of which in a KV cache, and caches that are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers.cache_utils import (
+    BaseQuantizedLayer,
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+)
+
+from dyvte.errors import UnsupportedError
+from dyvte.instrument.cache import KeptLayer
+from dyvte.instrument.keys.borrowed import BorrowingLayer
+from dyvte.instrument.keys.indexed import INDEXED, KeptIndexedLayer
+
+
+def kept_layer(cache: Cache, index: int, under_policy: Callable[[], bool]) -> KeptLayer | BorrowingLayer:
+    """Put a layer that stands for some positions in the place of layer `index` of an empty cache.
+
+    Args:
+        cache: that `check_cache` let pass.
+        index: of the layer in the cache.
+        under_policy: whether a policy still reads the cache.
+    """
+    while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
+        cache.layers.append(cache.layer_class_to_replicate())
+    replaced = cache.layers[index]
+    layer: KeptLayer | BorrowingLayer
+    if isinstance(replaced, DummyLayer):
+        layer = BorrowingLayer(replaced, under_policy)
+    else:
+        layer = KeptIndexedLayer(replaced) if type(replaced).__name__ in INDEXED else KeptLayer(replaced)
+    cache.layers[index] = layer
+    return layer
+
+
+def restore_layers(cache: Cache) -> None:
+    """Give an empty cache that was used under a policy before its own layers back."""
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, (KeptLayer, BorrowingLayer)) and layer.length == 0:
+            cache.layers[index] = layer.replaced
+
+
+_KNOWN_LAYERS = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    DummyLayer,
+    KeptLayer,
+    KeptIndexedLayer,
+    BorrowingLayer,
+)
+
+
+def check_cache(cache: Any) -> None:
+    """Refuse a cache that cannot hold different positions in different layers.
+
+    Raises:
+        UnsupportedError: with the kind of cache by name.
+    """
+    if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
+        raise UnsupportedError(f"a {type(cache).__name__} cannot be used under a policy; use a DynamicCache")
+    if getattr(cache, "offloading", False):
+        raise UnsupportedError("an offloaded KV cache cannot be used under a policy; use a DynamicCache")
+    if cache.layer_class_to_replicate not in (None, DynamicLayer):
+        raise UnsupportedError(f"a {cache.layer_class_to_replicate.__name__} cannot be used under a policy")
+    for index, layer in enumerate(cache.layers):
+        if type(layer) in _KNOWN_LAYERS or type(layer).__name__ in INDEXED:
+            continue
+        if isinstance(layer, StaticLayer):
+            reason = "a static KV cache reserves room for every position; use a DynamicCache"
+        elif isinstance(layer, BaseQuantizedLayer):
+            reason = "a quantised KV cache packs positions together; use a DynamicCache"
+        elif not isinstance(layer, CacheLayerMixin):
+            reason = "layers without keys of their own (linear attention, convolutions) cannot leave tokens out"
+        else:
+            reason = "dyvte does not know what this kind of layer holds beside keys and values"
+        raise UnsupportedError(f"cache layer {index} is a {type(layer).__name__}: {reason}")

@@ -1,0 +1,192 @@
+"""Layers that choose the keys they attend to by an index of their own: DeepSeek's sparse attention, MiniMax M3.
+
+An indexer scores small keys of its own, which lie in the KV cache beside the attention's, and lets each query attend to
+the best. Where a layer runs on some positions, it must choose among those: visual tokens that left are never scored.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+
+from dyvte.errors import UnsupportedError
+from dyvte.instrument.cache import KeptLayer
+from dyvte.instrument.hooks import Selection, override_method
+from dyvte.model_parts import INDEXERS_BY_BLOCK, indexer_of
+
+if TYPE_CHECKING:
+    from dyvte.mllm import MLLM
+
+INDEXED = ("DynamicIndexedLayer", "MiniMaxM3VLSparseCacheLayer")
+"""Cache layers that hold an indexer's keys."""
+
+
+class KeptIndexedLayer(KeptLayer):
+    """A `KeptLayer` that also holds an indexer's keys of the positions that stayed."""
+
+    def __init__(self, replaced: DynamicLayer) -> None:
+        self._index = KeptLayer(DynamicLayer())
+        super().__init__(replaced)
+
+    def groups(self, num_queries: int) -> Any:
+        """One group at most: an indexer chooses for all rows at once."""
+        found = super().groups(num_queries)
+        if found is not None and len(found) > 1:
+            self.make_table()
+            return None
+        return found
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """As of transformers' indexed layers: the index keys [B, n, size] to choose from, those given among them."""
+        return self.update_index(indexer_key_states[:, None])[:, 0]
+
+    def update_index(self, idx_k: Tensor) -> Tensor:
+        """As of MiniMax M3's: index keys [B, 1, n, size], in the order of `update`'s keys."""
+        return self._index.update(idx_k, idx_k[..., :0])[0]
+
+    def choosing(self, attention: nn.Module, new: int) -> AbstractContextManager[None]:
+        """`choosing_among` the keys that the next `update` by so many new tokens returns."""
+        position, valid, _ = self.key_positions(new)
+        return choosing_among(attention, position, valid, self.length + new)
+
+    @contextmanager
+    def prefilling(self, selection: Selection, key_bias: Tensor | None) -> Iterator[None]:
+        """While active, keys of the positions in `selection` are stored."""
+        with super().prefilling(selection, key_bias), self._index.prefilling(selection, key_bias):
+            yield
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """While active, keys of new tokens are appended."""
+        with super().decoding(), self._index.decoding():
+            yield
+
+    def finish_prefill(self, length: int) -> None:
+        """All groups of rows are stored. The prompt had `length` positions."""
+        super().finish_prefill(length)
+        self._index.finish_prefill(length)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored keys and values, the index's among them."""
+        return super().nbytes + self._index.nbytes
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._index.reset()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep, repeat or reorder rows."""
+        super().batch_select_indices(indices)
+        self._index.batch_select_indices(indices)
+
+
+@contextmanager
+def choosing_among(attention: nn.Module, positions: Tensor, valid: Tensor | None, length: int) -> Iterator[None]:
+    """Within the block a layer's indexer chooses among keys that need not lie one behind the other.
+
+    Args:
+        attention: of the layer; nothing happens for one that attends to all keys or chooses them by its mask.
+        positions: [b, K] of the keys in the whole sequence.
+        valid: [b, K] False where a key is padding; None where none is.
+        length: of the whole sequence.
+    """
+    indexer = indexer_of(attention)
+    if type(indexer).__name__ not in INDEXERS_BY_BLOCK:
+        yield
+        return
+    blocks = _Blocks(indexer, positions, valid, length)
+    with override_method(indexer, "forward", blocks.choose), override_method(indexer, "build_block_mask", blocks.mask):
+        yield
+
+
+def counts_from_padding(mllm: MLLM, length: int) -> bool:
+    """Whether keys are chosen by blocks that are counted from a row's padding on: left-padded rows then choose others.
+
+    Not where there are so few blocks that each is taken.
+    """
+    indexers = [indexer_of(each) for each in mllm.attentions]
+    return any(
+        type(each).__name__ in INDEXERS_BY_BLOCK and length > each.topk_blocks * each.block_size for each in indexers
+    )
+
+
+def check_padding(mllm: MLLM, mask: Tensor | None) -> None:
+    """Refuse left-padded rows where those choose other keys than each alone.
+
+    Args:
+        mllm: the model.
+        mask: [B, N] 0 at padding.
+
+    Raises:
+        UnsupportedError: some row is padded on the left.
+    """
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return
+    if counts_from_padding(mllm, mask.shape[1]) and not mask[:, 0].all():
+        raise UnsupportedError(
+            f"{mllm.text_config.model_type} counts blocks of keys from the padding on, so rows padded on the left are "
+            "not what each is alone: pad on the right, or run rows of one length together"
+        )
+
+
+class _Blocks:
+    """MiniMax M3's choice of blocks for keys that lie anywhere.
+
+    Blocks stay where they are in the whole sequence, as rotary positions and sliding windows do: a block of which all
+    keys left is never worth choosing, but those around a query are taken all the same.
+    """
+
+    def __init__(self, indexer: Any, positions: Tensor, valid: Tensor | None, length: int) -> None:
+        self.indexer, self.positions, self.valid = indexer, positions, valid
+        self.block = positions // indexer.block_size
+        self.number = -(-length // indexer.block_size)
+
+    def choose(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], cache: Any, position_ids: Tensor) -> Tensor:
+        """The blocks [b, H, q, n] that each query attends to, -1 for none."""
+        indexer = self.indexer
+        apply_rotary = inspect.unwrap(type(indexer).forward).__globals__["apply_rotary_pos_emb"]
+        heads = (*hidden.shape[:2], -1, indexer.head_dim)
+        query = indexer.q_norm(indexer.q_proj(hidden).view(heads)).transpose(1, 2)
+        key = indexer.k_norm(indexer.k_proj(hidden).view(heads)).transpose(1, 2)
+        query, key = apply_rotary(query, key, *(each[..., : indexer.head_dim] for each in rotary))
+        if cache is not None:
+            key = cache.layers[indexer.layer_idx].update_index(key)
+        seen = self._seen(position_ids)
+        scores = (query.float() @ key.float().mT).masked_fill(~seen, -torch.inf)
+        best = scores.new_full((*scores.shape[:3], self.number), -torch.inf)
+        best.scatter_reduce_(3, self.block[:, None, None].expand_as(scores), scores, "amax")
+        around = position_ids[..., None] // indexer.block_size - torch.arange(indexer.local_blocks, device=best.device)
+        best.scatter_(3, around.clamp(min=0)[:, None].expand(-1, best.shape[1], -1, -1), torch.inf)
+        chosen = best.topk(min(indexer.topk_blocks, self.number))
+        return chosen.indices.masked_fill(chosen.values == -torch.inf, -1)
+
+    def mask(
+        self,
+        chosen: Tensor,
+        mask: Tensor | None,
+        key_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        position_ids: Tensor,
+    ) -> Tensor:
+        """Additive mask [b, heads, q, K] of the chosen blocks."""
+        heads = self.indexer.config.num_attention_heads // chosen.shape[1]
+        picked = (chosen[..., None] == torch.arange(self.number, device=device)).any(3)  # [b, H, q, blocks]
+        keep = picked.gather(3, self.block[:, None, None].expand(*picked.shape[:3], -1)).repeat_interleave(heads, 1)
+        mask = self._seen(position_ids) if mask is None else mask
+        if mask.dtype == torch.bool:
+            keep, mask = keep & mask, torch.zeros(keep.shape, dtype=dtype, device=device)
+        return mask.masked_fill(~keep, torch.finfo(dtype).min)
+
+    def _seen(self, position_ids: Tensor) -> Tensor:
+        """[b, 1, q, K] keys that are not later than the query."""
+        seen = self.positions[:, None, None] <= position_ids[:, None, :, None]
+        return seen if self.valid is None else seen & self.valid[:, None, None]
