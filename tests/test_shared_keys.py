@@ -14,7 +14,6 @@ from naive import masked_forward, with_generated
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from zoo.specimens import Row, build_model, make_inputs
 
 from dyvte import AttentionProbe, FixedExit, exit_sweep, knockout, logit_lens
 from dyvte.batch import Batch
@@ -24,6 +23,9 @@ from dyvte.layout import INSTRUCTION, TokenLayout
 from dyvte.loading import wrap
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy, Prefill
+
+pytest.importorskip("zoo.specimens", reason="the zoo of architectures")
+from zoo.specimens import Row, build_model, make_inputs
 
 FAMILIES = ("gemma3n", "gemma4")
 LAYERS, WINDOW = 6, 12
