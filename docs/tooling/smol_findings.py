@@ -35,18 +35,16 @@ RECALL_CUTS = Path("outputs/knockout/llava_smol/recall")
 ONE_PATH = "replace=[] control=false objects=false entry_exit=false"
 ONE_WINDOW = f"{ONE_PATH} 'splits=[]'"
 OF_RECALL = "data=english 'data.kinds=[recall_look,look_recall]' data.per_scene=2 data.name=recall"
+SWEPT = "python -m analysis.exits model=llava_smol model.dtype=bfloat16 accuracy=false data.limit={n}"
+CUT = "python -m analysis.knockout model=llava_smol model.dtype=bfloat16 data.limit={n}"
 COMMANDS = {
     STAGES: "python -m analysis.stages model=llava_smol data=english data.limit={n}",
-    EXITS: "python -m analysis.exits model=llava_smol data=english data.limit={n} accuracy=false",
-    WALKED: "python -m analysis.exits model=llava_smol data=english data.matched=true data.name=walked data.limit={n} "
-    "accuracy=false",
-    RECALL: f"python -m analysis.exits model=llava_smol {OF_RECALL} data.limit={{n}} accuracy=false",
-    CUTS: "python -m analysis.knockout model=llava_smol data=english data.limit={n} width=5 "
-    f"'paths=[[visual,visual],[instruction,visual]]' {ONE_PATH}",
-    LATE: "python -m analysis.knockout model=llava_smol data=english data.limit={n} 'windows=[[20,30]]' "
-    f"'paths=[[instruction,visual]]' {ONE_WINDOW} output_dir={LATE}",
-    RECALL_CUTS: f"python -m analysis.knockout model=llava_smol {OF_RECALL} data.limit={{n}} 'windows=[[0,5]]' "
-    f"'paths=[[instruction,visual]]' {ONE_WINDOW}",
+    EXITS: f"{SWEPT} data=english",
+    WALKED: f"{SWEPT} data=english data.matched=true data.name=walked",
+    RECALL: f"{SWEPT} {OF_RECALL}",
+    CUTS: f"{CUT} data=english width=5 'paths=[[visual,visual],[instruction,visual]]' {ONE_PATH}",
+    LATE: f"{CUT} data=english 'windows=[[20,30]]' 'paths=[[instruction,visual]]' {ONE_WINDOW} output_dir={LATE}",
+    RECALL_CUTS: f"{CUT} {OF_RECALL} 'windows=[[0,5]]' 'paths=[[instruction,visual]]' {ONE_WINDOW}",
 }
 SPLIT = (5, 20)
 VALLEY = np.log(1.1)
