@@ -210,7 +210,6 @@ PECULIAR = {name: settings for name, _, settings in refusals.peculiar()}
         ("mllama", "decoder layer 1 reads the image through cross_attn"),
         ("qwen3_5", "decoder layer 0 is of kind 'linear_attention'"),
         ("lfm2_vl", "decoder layer 0 is of kind 'conv'"),
-        ("gemma4 (E2B, E4B)", "share the keys of earlier layers"),
     ],
 )
 def test_what_cannot_be_driven_is_refused_with_its_reason(name: str, reason: str) -> None:
