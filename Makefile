@@ -12,7 +12,7 @@ export PYTHONDONTWRITEBYTECODE :=
 export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/pycache
 
 .DEFAULT_GOAL := help
-.PHONY: help install stages smol smol-eval smol-stages test lint format types pytest notebooks figures comparison testbed-eval site test-lmms-eval clean
+.PHONY: help install stages smol smol-eval smol-stages test lint format types pytest zoo notebooks figures comparison testbed-eval site test-lmms-eval clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ types: $(STAMP) ## Check type hints
 # One thread a worker: the tests' models are too small for more.
 pytest: $(STAMP) ## Run the tests (WORKERS=2 processes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+
+zoo: $(STAMP) ## Every check on a small model of every architecture of transformers (CI runs the quick ones)
+	OMP_NUM_THREADS=1 DYVTE_ZOO=all $(BIN)/python -m pytest -q -n $(WORKERS) tests/zoo
 
 # In an environment of its own: lmms-eval brings many packages along, among them a wandb that wants an older protobuf.
 # torchvision's wheel needs the CUDA build of torch, and lmms-eval starts without it.

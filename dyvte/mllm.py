@@ -21,7 +21,14 @@ from transformers import GenerationConfig
 from dyvte.batch import IGNORE_INDEX, Batch, Image
 from dyvte.errors import ModelError, UnsupportedError
 from dyvte.layout import TokenLayout
-from dyvte.model_parts import find_decoder, inner_models, self_attention_of, text_config_of, visual_token_ids_of
+from dyvte.model_parts import (
+    check_nature,
+    find_decoder,
+    inner_models,
+    self_attention_of,
+    text_config_of,
+    visual_token_ids_of,
+)
 
 
 class MLLM:
@@ -51,6 +58,7 @@ class MLLM:
         self.model: Any = model.eval()
         self.processor = processor
         self.text_config = text_config_of(model)
+        check_nature(model)
         self.visual_token_ids = visual_token_ids_of(model, processor)
         self.image_token_id = self.visual_token_ids[0]
         self.decoder, self.layers = find_decoder(model, self.text_config)
@@ -85,8 +93,17 @@ class MLLM:
 
     @property
     def num_heads(self) -> int:
-        """H, the number of query heads."""
-        return self.text_config.num_attention_heads
+        """H, the number of query heads.
+
+        Raises:
+            UnsupportedError: it differs from layer to layer.
+        """
+        try:
+            return self.text_config.num_attention_heads
+        except AttributeError as error:  # transformers refuses to name one number for all layers
+            raise UnsupportedError(
+                f"{type(self.model).__name__}: the number of attention heads differs from layer to layer"
+            ) from error
 
     @property
     def device(self) -> torch.device:

@@ -17,6 +17,30 @@ def text_config_of(model: nn.Module) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def check_nature(model: nn.Module) -> None:
+    """Refuse an architecture that has no decoder whose sequence holds the image.
+
+    Raises:
+        ModelError: an encoder-decoder, or a model that generates by diffusion.
+    """
+    config: Any = model.config
+    if getattr(config, "is_encoder_decoder", False) or _has_encoder_decoder_text(config):
+        raise ModelError(
+            f"{type(model).__name__} is an encoder-decoder: its decoder reads the image through cross-attention, and "
+            "dyvte needs visual tokens in the sequence of the decoder"
+        )
+    if getattr(config, "canvas_length", None):
+        raise ModelError(
+            f"{type(model).__name__} generates blocks by diffusion: its decoder sees the image through the cache of an "
+            "encoder pass, and dyvte needs visual tokens in the sequence of the decoder"
+        )
+
+
+def _has_encoder_decoder_text(config: Any) -> bool:
+    part = getattr(config, "text_config", None)
+    return bool(getattr(part, "is_encoder_decoder", False))
+
+
 def visual_token_ids_of(model: nn.Module, processor: Any) -> tuple[int, ...]:
     """Placeholder ids, the image's first: from the config, else from the processor."""
     config: Any = model.config

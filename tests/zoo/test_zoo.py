@@ -1,0 +1,49 @@
+"""Every image-text-to-text architecture of transformers has the verdict that `verdicts.py` says, on a small model.
+
+`pytest tests/zoo` runs the quick checks, `make zoo` all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+
+import dyvte
+from dyvte.errors import DyvteError
+from tests.zoo.checks import CHECKS, QUICK, TOLERANCE, Subject, outcome
+from tests.zoo.specimens import NAMES, build_model
+from tests.zoo.verdicts import VARIANTS, VERDICTS, Verdict
+
+CHOSEN = CHECKS if os.environ.get("DYVTE_ZOO") == "all" else {name: CHECKS[name] for name in QUICK}
+
+
+def test_every_architecture_of_transformers_has_a_verdict() -> None:
+    assert sorted(VERDICTS) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", [*VERDICTS, *VARIANTS])
+def test_verdict(name: str) -> None:
+    verdict = {**VERDICTS, **VARIANTS}[name]
+    model = build_model(verdict.architecture or name, **verdict.changes)
+    if verdict.refused:
+        with pytest.raises(DyvteError, match=re.escape(verdict.refused)) as refusal:
+            dyvte.wrap(model)
+        assert "\n" not in str(refusal.value)
+        return
+    examine(Subject(dyvte.wrap(model)), verdict)
+
+
+def examine(subject: Subject, verdict: Verdict) -> None:
+    for check, run in CHOSEN.items():
+        found = outcome(run, subject)
+        if check not in verdict.fails:
+            assert isinstance(found, float), f"{check}: {found}"
+            assert found < TOLERANCE, check
+        elif reason := verdict.fails[check]:
+            assert isinstance(found, str), f"{check} works now: say so in verdicts.py"
+            assert reason in found, check
+        else:
+            assert isinstance(found, float), f"{check}: {found}"
+            assert found >= TOLERANCE, f"{check} works now: say so in verdicts.py"

@@ -1,0 +1,160 @@
+"""What dyvte does with every image-text-to-text architecture of transformers. `test_zoo.py` holds it to this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Nothing in it: works.
+
+    Attributes:
+        refused: words of the one-line refusal of `dyvte.wrap`, by the nature of the architecture.
+        fails: words of the error that a check raises, by its name (`checks.CHECKS`); "" where nothing is raised.
+        changes: of the small configuration, for a variant; with `architecture`.
+        architecture: of which a variant is one.
+    """
+
+    refused: str = ""
+    fails: dict[str, str] = field(default_factory=dict)
+    architecture: str = ""
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+WORKS = Verdict()
+ENCODER_DECODER = Verdict(refused="encoder-decoder")
+NO_IMAGE = Verdict(refused="has no image token")
+OTHER_CHECKS = ("exits", "sweep", "mixed exits", "kept tokens", "generation")
+"""All but the probe."""
+
+
+def _fails(probe: str = "", others: str = "", **of: str) -> Verdict:
+    found = {name: others for name in OTHER_CHECKS if others} | {
+        name.replace("_", " "): why for name, why in of.items()
+    }
+    return Verdict(fails=({"probe": probe} if probe else {}) | found)
+
+
+def _state(kind: str, probe: str = "no self-attention module") -> Verdict:
+    return _fails(probe, f"of kind '{kind}'")
+
+
+VERDICTS: dict[str, Verdict] = {
+    "aria": WORKS,
+    "aya_vision": WORKS,
+    "blip": NO_IMAGE,
+    "blip-2": _fails("pixel_values", "pixel_values"),
+    "chameleon": WORKS,
+    "cohere2_vision": WORKS,
+    "cohere_compass": WORKS,
+    "cosmos3_edge": WORKS,
+    "cosmos3_omni": WORKS,
+    "deepseek_ocr2": WORKS,
+    "deepseek_vl": WORKS,
+    "deepseek_vl_hybrid": WORKS,
+    "diffusion_gemma": Verdict(refused="by diffusion"),
+    "dots3_note": _fails("per-layer attribute", sweep="update_indexer", generation="unknown to dyvte"),
+    "emu3": WORKS,
+    "ernie4_5_vl_moe": WORKS,
+    "evolla": NO_IMAGE,
+    "exaone4_5": WORKS,
+    "fast_vlm": WORKS,
+    "florence2": ENCODER_DECODER,
+    "fuyu": WORKS,
+    "gemma3": WORKS,
+    "gemma3n": _fails(others="share the keys of earlier layers"),
+    "gemma4": WORKS,
+    "gemma4_unified": WORKS,
+    "git": NO_IMAGE,
+    "glm46v": WORKS,
+    "glm4v": WORKS,
+    "glm4v_moe": WORKS,
+    "glm5_next": _state("linear_attention", probe="no attribute 'config'"),
+    "glm_ocr": WORKS,
+    "glmga": WORKS,
+    "got_ocr2": WORKS,
+    "granite4_vision": WORKS,
+    "granite_docling": WORKS,
+    "hunyuan_vl": WORKS,
+    "hyperclovax_vision_v2": WORKS,
+    "idefics": NO_IMAGE,
+    "idefics2": WORKS,
+    "idefics3": WORKS,
+    "inkling2": _state("hybrid_sliding", probe=""),
+    "inkling_mm_model": _state("hybrid_sliding", probe="position_bias"),
+    "instructblip": _fails("pixel_values", "pixel_values"),
+    "instructblipvideo": NO_IMAGE,
+    "internvl": WORKS,
+    "janus": WORKS,
+    "kimi_k25": WORKS,
+    "kosmos-2": NO_IMAGE,
+    "kosmos-2.5": NO_IMAGE,
+    "lfm2_vl": _state("conv"),
+    "lfm3_vl": _state("conv"),
+    "lighton_ocr": WORKS,
+    "llama4": WORKS,
+    "llava": WORKS,
+    "llava_next": WORKS,
+    "llava_next_video": WORKS,
+    "llava_onevision": WORKS,
+    "minicpm_ocr": _state("linear_attention"),
+    "minicpmv4_6": _state("linear_attention"),
+    "minicpmv4_7": _state("linear_attention"),
+    "minimax_m3_vl": WORKS,
+    "mistral3": WORKS,
+    "mistral4": NO_IMAGE,
+    "mistral_large4": _fails(
+        sweep="update_indexer", generation="unknown to dyvte", exits="", mixed_exits="", kept_tokens=""
+    ),
+    "mllama": Verdict(refused="reads the image through cross_attn"),
+    "molmo2": WORKS,
+    "muse_glimmer": WORKS,
+    "muse_spark": WORKS,
+    "nemotron_h_omni": Verdict(refused="found no list of 6 decoder layers"),
+    "ovis2": WORKS,
+    "paddleocr_vl": WORKS,
+    "paligemma": WORKS,
+    "perception_lm": WORKS,
+    "pi0": NO_IMAGE,
+    "pix2struct": ENCODER_DECODER,
+    "pp_chart2table": WORKS,
+    "pp_formulanet": ENCODER_DECODER,
+    "qianfan_ocr": WORKS,
+    "qwen2_5_omni_thinker": WORKS,
+    "qwen2_5_vl": WORKS,
+    "qwen2_vl": WORKS,
+    "qwen3_5": _state("linear_attention"),
+    "qwen3_5_moe": _state("linear_attention"),
+    "qwen3_omni_moe_thinker": WORKS,
+    "qwen3_vl": WORKS,
+    "qwen3_vl_moe": WORKS,
+    "qwen4_exp": _state("linear_attention"),
+    "shieldgemma2": WORKS,
+    "smolvlm": WORKS,
+    "step3p7": WORKS,
+    "t5gemma2": ENCODER_DECODER,
+    "udop": ENCODER_DECODER,
+    "unlimited_ocr": _fails(generation="unknown to dyvte"),
+    "video_llama_3": WORKS,
+    "video_llava": WORKS,
+    "vipllava": WORKS,
+    "vision-encoder-decoder": ENCODER_DECODER,
+}
+
+
+def _variant(architecture: str, *, fails: dict[str, str] | None = None, **changes: Any) -> Verdict:
+    return Verdict(architecture=architecture, changes=changes, fails=fails or {})
+
+
+SHARED_KEYS = dict.fromkeys(OTHER_CHECKS, "share the keys of earlier layers")
+
+VARIANTS: dict[str, Verdict] = {
+    "gemma4, shared keys (E2B, E4B)": _variant(
+        "gemma4",
+        fails=SHARED_KEYS,
+        text_config={"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+}
+"""Of some architectures, decoders that their published checkpoints have and the small default does not."""
