@@ -417,6 +417,10 @@ def check_model(mllm: MLLM) -> None:
             raise UnsupportedError(
                 f"decoder layer {index} chooses its keys with a {kind}, which dyvte cannot run on some positions only"
             )
+        if indexer_of(attention) is not None and getattr(attention, "is_kv_shared_layer", False):
+            raise UnsupportedError(
+                f"decoder layer {index} borrows keys of an earlier layer and chooses among them itself"
+            )
         if getattr(attention, "skip_topk", False):
             raise UnsupportedError(
                 f"decoder layer {index} attends to keys that an earlier layer chose, of which visual tokens would leave"

@@ -59,7 +59,15 @@ class EntropyPlan:
         """[b, q] positions of the queries."""
         return self.frame.own.index.gather(1, self.queries.index)
 
-    def entropies(self, call: LayerCall, query: Tensor, key: Tensor, scale: float, softcap: float | None) -> Tensor:
+    def entropies(
+        self,
+        call: LayerCall,
+        query: Tensor,
+        key: Tensor,
+        scale: float,
+        softcap: float | None,
+        chosen: Tensor | None = None,
+    ) -> Tensor:
         """The four `ENTROPIES` [n, b, 4].
 
         Args:
@@ -68,6 +76,7 @@ class EntropyPlan:
             key: [n * b, H_kv, K, size] of the frame's keys.
             scale: factor on the scores.
             softcap: scores s become softcap * tanh(s / softcap).
+            chosen: [n * b, 1 or H, q, K] which of the keys a query attends to, where the layer chooses; None for all.
         """
         allowed = self.frame.own.remembered("allowed to the question", call.mask, lambda: self._allowed(call))
         rows, heads, count, size = query.shape
@@ -79,14 +88,34 @@ class EntropyPlan:
         if mask is not None and mask.is_floating_point():
             bias = mask[:, 0].gather(1, self.queries.index[:, :, None].expand(-1, -1, mask.shape[3]))
             scores = scores + torch.where(allowed, bias, 0.0)[:, None]
-        return text_entropies(scores, allowed, self.sink, self.queries.valid)
+        if chosen is not None:
+            chosen = chosen.unflatten(0, (-1, len(allowed)))
+        return text_entropies(scores, allowed, self.sink, self.queries.valid, chosen)
 
     def _allowed(self, call: LayerCall) -> Tensor:
         allowed = self.frame.allowed(call)
         return allowed.gather(1, self.queries.index[:, :, None].expand(-1, -1, allowed.shape[2]))
 
 
-def text_entropies(scores: Tensor, allowed: Tensor, sink: Tensor, valid: Tensor | None = None) -> Tensor:
+def chosen_keys(mask: Tensor | None, queries: Tensor, keys: Tensor | None) -> Tensor | None:
+    """[n, 1 or H, q, K] which keys of a layer that chooses them some queries attend to.
+
+    Args:
+        mask: [n, 1 or H, M, K] boolean or additive, as the attention function got it; None for all.
+        queries: [n, q] which of the M.
+        keys: [n, k] which of the K; None for all.
+    """
+    if mask is None:
+        return None
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    seen = seen.expand(len(queries), -1, -1, -1)
+    seen = seen.gather(2, queries[:, None, :, None].expand(-1, seen.shape[1], -1, seen.shape[3]))
+    return seen if keys is None else seen.gather(3, keys[:, None, None].expand(*seen.shape[:3], -1))
+
+
+def text_entropies(
+    scores: Tensor, allowed: Tensor, sink: Tensor, valid: Tensor | None = None, chosen: Tensor | None = None
+) -> Tensor:
     """Entropies of attention over text keys, mean over queries and heads, in nats.
 
     With e the exponentials of the scores s, T the sum of e and W that of e * s over some keys, the entropy of the
@@ -97,12 +126,15 @@ def text_entropies(scores: Tensor, allowed: Tensor, sink: Tensor, valid: Tensor 
         allowed: [b, q, K] which keys a query may see.
         sink: [b, K] which key is the attention sink.
         valid: [b, q] False where a query is padding.
+        chosen: [n, b, 1 or H, q, K] which of them it attends to, in layers that choose their keys; None for all.
 
     Returns:
-        [n, b, 4] in the order of `ENTROPIES`. Queries without an allowed key are left out; those with one only are
-        left out of the normalised entropies, whose divisor is the log of the number of keys.
+        [n, b, 4] in the order of `ENTROPIES`. Queries without an allowed (and chosen) key are left out; those with one
+        allowed key only are left out of the normalised entropies, whose divisor is the log of the number of these.
     """
     scores = scores.masked_fill(~allowed[:, None], _NEVER)
+    if chosen is not None:
+        scores = scores.masked_fill(~chosen, _NEVER)
     scores = scores - scores.amax(-1, keepdim=True)
     weight = scores.exp()
     columns = torch.stack([torch.ones_like(sink), ~sink], dim=-1).to(scores.dtype)  # [b, K, 2]
@@ -112,8 +144,10 @@ def text_entropies(scores: Tensor, allowed: Tensor, sink: Tensor, valid: Tensor 
     asked = torch.ones_like(counts[..., :1]) if valid is None else valid[..., None].to(counts.dtype)
     results = []
     for divisor, counted in ((torch.ones_like(counts), counts > 0), (counts.clamp_min(2).log(), counts > 1)):
-        weights = asked * counted / divisor
-        number = (asked * counted).sum(1) * scores.shape[2]
-        results.append((entropy * weights[:, None]).sum((2, 3)) / number)
+        weights, number = (asked * counted / divisor)[:, None], (asked * counted).sum(1) * scores.shape[2]
+        if chosen is not None:
+            there = ((chosen & allowed[:, None]).to(columns.dtype) @ columns[:, None] > 0).expand_as(entropy)
+            weights, number = weights * there, ((asked * counted)[:, None] * there).sum((2, 3))
+        results.append((entropy * weights).sum((2, 3)) / number)
     plain, normalised = results
     return torch.stack([plain[..., 0], normalised[..., 0], plain[..., 1], normalised[..., 1]], dim=-1)

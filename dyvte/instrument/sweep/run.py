@@ -40,9 +40,10 @@ from dyvte.instrument.keys.shared import BranchSharing, borrows_keys
 from dyvte.instrument.states import TEXT_STATUS, status_weights, token_status
 from dyvte.instrument.sweep.answers import teacher_forced
 from dyvte.instrument.sweep.criteria import sequence_nll
-from dyvte.instrument.sweep.entropy import ENTROPIES, EntropyPlan
+from dyvte.instrument.sweep.entropy import ENTROPIES, EntropyPlan, chosen_keys
 from dyvte.instrument.sweep.frames import Frame, Keys, SharedPrefix, or_all, repeat_argument, repeated, sees_ahead
 from dyvte.mllm import MLLM
+from dyvte.model_parts import indexer_of
 
 _LOGITS_AT_ONCE = 2**25
 """Logits computed at once when the answer is scored: 128 MiB in float32."""
@@ -351,9 +352,11 @@ class _Sweep:
 
         def look(seen: AttentionCall) -> None:
             self._look = None
-            query = take(seen.query, repeated(queries, len(seen.query) // len(queries)))
-            key = seen.key if keys is None else take(seen.key, keys)
-            entropies = plan.entropies(call, query, key, seen.scale, seen.softcap)
+            at = repeated(queries, len(seen.query) // len(queries))
+            key, chosen = seen.key if keys is None else take(seen.key, keys), None
+            if indexer_of(self.mllm.attentions[call.index]) is not None:
+                chosen = chosen_keys(seen.mask, at, keys)
+            entropies = plan.entropies(call, take(seen.query, at), key, seen.scale, seen.softcap, chosen)
             if isinstance(exits, int):
                 self.entropies[exits, call.index] = entropies[0]
             else:
