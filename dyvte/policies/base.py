@@ -41,7 +41,8 @@ from dyvte.instrument.hooks import (
 )
 from dyvte.instrument.keys.borrowed import BorrowingLayer
 from dyvte.instrument.keys.cache_layers import check_cache, kept_layer, restore_layers
-from dyvte.instrument.keys.indexed import check_padding, choosing_among
+from dyvte.instrument.keys.indexed import check_padding
+from dyvte.instrument.keys.places import running_at
 from dyvte.instrument.keys.shared import PrefillSharing
 from dyvte.layout import TokenLayout
 from dyvte.mllm import as_mllm
@@ -341,9 +342,12 @@ class _Engine:
             if key_bias is not None:
                 key_bias = selection.remembered("key bias", key_bias, functools.partial(selection.pack, key_bias))
             storing = nullcontext() if layer is None else layer.prefilling(selection, key_bias)
-            attention = self.mllm.attentions[call.index]
-            choosing = choosing_among(attention, selection.index, selection.valid, hidden.shape[1])
-            with prefill.running_on(selection), storing, choosing:
+            attention, at = self.mllm.attentions[call.index], selection.index
+            with (
+                prefill.running_on(selection),
+                storing,
+                running_at(attention, at, at, selection.valid, hidden.shape[1]),
+            ):
                 packed = call.packed(selection, key_bias, prefill.places(selection)) | sharing.on(selection)
                 output = call.run(selection.pack(hidden), **packed)
             selection.put_back(result, output_states(output))

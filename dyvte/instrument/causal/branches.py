@@ -25,6 +25,7 @@ from dyvte.errors import UnsupportedError
 from dyvte.instrument.causal.groups import Intervention
 from dyvte.instrument.hooks import LayerCall, Selection, drive_layers, output_states, with_states
 from dyvte.instrument.kept_keys import locate, take
+from dyvte.instrument.keys.places import counting_from
 from dyvte.instrument.sweep.frames import Frame, Keys, SharedPrefix, or_all, repeat_argument
 from dyvte.layout import TokenLayout
 from dyvte.mllm import MLLM
@@ -307,7 +308,8 @@ class Branches:
         output, keys, values = self._main_pass(call)
         hidden = output_states(output)
         for strand in self.strands:
-            strand.run(call, keys, values, self.tokens_at_once)
+            with counting_from(self.mllm.attentions[call.index], strand.frame.own.index, self.length):
+                strand.run(call, keys, values, self.tokens_at_once)
             strand.leave(hidden)
         self.template = output
         if call.index == self.mllm.num_layers - 1:
@@ -365,7 +367,8 @@ class Branches:
         earlier = cache.of(shared.group)
         behind = Keys(earlier)
         arguments = {**call.packed(suffix.own), "attention_mask": suffix.mask(call), "past_key_values": behind}
-        suffix.own.put_back(hidden, output_states(call.run(own, **arguments)))
+        with counting_from(self.mllm.attentions[call.index], suffix.own.index, self.length):
+            suffix.own.put_back(hidden, output_states(call.run(own, **arguments)))
         assert behind.keys is not None
         assert behind.values is not None
         places = suffix.own.remembered("places in", shared, lambda: self._places_in(suffix))

@@ -35,7 +35,8 @@ from dyvte.instrument.hooks import (
     with_states,
 )
 from dyvte.instrument.kept_keys import locate, take
-from dyvte.instrument.keys.indexed import choosing_among, counts_from_padding
+from dyvte.instrument.keys.indexed import counts_from_padding
+from dyvte.instrument.keys.places import running_at
 from dyvte.instrument.keys.shared import BranchSharing, borrows_keys
 from dyvte.instrument.states import TEXT_STATUS, status_weights, token_status
 from dyvte.instrument.sweep.answers import teacher_forced
@@ -339,7 +340,7 @@ class _Sweep:
             packed |= self.sharing.on(call, frame.own, frame.key_positions, exits)
         positions, valid = frame.key_positions.repeat(times, 1), frame.key_valid.repeat(times, 1)
         packed["past_key_values"] = Keys(earlier, frame.rows.repeat(times), positions)
-        with choosing_among(self.mllm.attentions[call.index], positions, valid, self.length):
+        with running_at(self.mllm.attentions[call.index], frame.own.index, positions, valid, self.length):
             return output_states(call.run(states, **packed))
 
     # ---------------------------------------------------------------------- entropies
