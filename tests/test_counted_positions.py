@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,9 +13,7 @@ from dyvte import FixedExit, exit_sweep, knockout
 from dyvte.batch import Batch
 from dyvte.loading import wrap
 from dyvte.mllm import MLLM
-
-pytest.importorskip("zoo.specimens", reason="the zoo of architectures")
-from zoo.specimens import Row, build_model, make_inputs
+from tests.zoo.specimens import Row, build_model, make_inputs
 
 LAYERS = 4
 EXACT = 1e-4

@@ -20,9 +20,7 @@ from dyvte.batch import Batch
 from dyvte.errors import UnsupportedError
 from dyvte.loading import wrap
 from dyvte.mllm import MLLM
-
-pytest.importorskip("zoo.specimens", reason="the zoo of architectures")
-from zoo.specimens import Row, build_model, make_inputs
+from tests.zoo.specimens import Row, build_model, make_inputs
 
 LAYERS = 4
 EXACT = 1e-4

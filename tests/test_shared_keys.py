@@ -23,9 +23,7 @@ from dyvte.layout import INSTRUCTION, TokenLayout
 from dyvte.loading import wrap
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy, Prefill
-
-pytest.importorskip("zoo.specimens", reason="the zoo of architectures")
-from zoo.specimens import Row, build_model, make_inputs
+from tests.zoo.specimens import Row, build_model, make_inputs
 
 FAMILIES = ("gemma3n", "gemma4")
 LAYERS, WINDOW = 6, 12

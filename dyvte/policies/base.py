@@ -244,7 +244,7 @@ class _Engine:
             )
         if cache is not None:
             check_cache(cache)
-        check_padding(self.mllm, inputs.get("attention_mask"))
+        check_padding(self.mllm, inputs.get("attention_mask"), inputs.get("position_ids"))
         self.prefill, self._decoding = None, cache is not None and cache.get_seq_length() > 0
         if self._decoding:
             self._check_continued(cache, input_ids, inputs.get("pixel_values"))

@@ -173,7 +173,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "sliding_window": 12,
         "index_topk": 8,
         "index_head_dim": 16,
-        "index_n_heads": 2,
+        "index_n_heads": 16,  # with few, many keys score 0 alike
         "swa_num_attention_heads": 2,
         "swa_num_key_value_heads": 2,
         "swa_q_lora_rank": 24,
@@ -348,7 +348,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": HEADS,
         "index_topk": 8,
         "index_head_dim": 16,
-        "index_n_heads": 2,
+        "index_n_heads": 16,
     },
     "deepseek_v3": {"head_dim": 8, "num_key_value_heads": HEADS},
     "timm_wrapper": {"hidden_size": 32, "model_args": {"embed_dim": 32}},

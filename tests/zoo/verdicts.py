@@ -55,7 +55,7 @@ VERDICTS: dict[str, Verdict] = {
     "deepseek_vl": WORKS,
     "deepseek_vl_hybrid": WORKS,
     "diffusion_gemma": Verdict(refused="by diffusion"),
-    "dots3_note": _fails("per-layer attribute", generation=""),
+    "dots3_note": _fails("per-layer attribute"),
     "emu3": WORKS,
     "ernie4_5_vl_moe": WORKS,
     "evolla": NO_IMAGE,
@@ -105,7 +105,7 @@ VERDICTS: dict[str, Verdict] = {
     "minimax_m3_vl": WORKS,
     "mistral3": WORKS,
     "mistral4": NO_IMAGE,
-    "mistral_large4": Verdict(fails=dict.fromkeys(OTHER_CHECKS, "")),
+    "mistral_large4": WORKS,
     "mllama": Verdict(refused="reads the image through cross_attn"),
     "molmo2": WORKS,
     "muse_glimmer": WORKS,
@@ -150,6 +150,19 @@ VARIANTS: dict[str, Verdict] = {
     "gemma4, shared keys (E2B, E4B)": _variant(
         "gemma4",
         text_config={"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "minimax_m3_vl, sparse": _variant(
+        "minimax_m3_vl",
+        text_config={
+            "layer_types": ["minimax_m3_sparse", "full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+            "index_n_heads": 2,
+            "index_head_dim": 16,
+            "index_block_size": 4,  # all blocks are chosen: `test_indexed_keys.py` makes it a real choice
+        },
+        fails={"generation": "so rows padded on the left are not what each is alone"},
+    ),
+    "llama4, scaled queries": _variant(
+        "llama4", text_config={"no_rope_layers": [1, 0, 1, 0], "floor_scale": 64, "attn_scale": 0.7}
     ),
 }
 """Of some architectures, decoders that their published checkpoints have and the small default does not."""

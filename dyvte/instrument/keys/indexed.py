@@ -107,30 +107,30 @@ def choosing_among(attention: nn.Module, positions: Tensor, valid: Tensor | None
         yield
 
 
-def counts_from_padding(mllm: MLLM, length: int) -> bool:
+def counts_from_padding(mllm: MLLM, length: int, own_positions: bool = False) -> bool:
     """Whether keys are chosen by blocks that are counted from a row's padding on: left-padded rows then choose others.
 
-    Not where there are so few blocks that each is taken.
+    Not where there are so few blocks that each is taken. MiniMax M3 takes positions for places, so where rows have
+    positions of their own (in `generate`), left-padded rows are only right within one block.
     """
-    indexers = [indexer_of(each) for each in mllm.attentions]
-    return any(
-        type(each).__name__ in INDEXERS_BY_BLOCK and length > each.topk_blocks * each.block_size for each in indexers
-    )
+    blocks = [each for each in map(indexer_of, mllm.attentions) if type(each).__name__ in INDEXERS_BY_BLOCK]
+    return any(length > each.block_size * (1 if own_positions else each.topk_blocks) for each in blocks)
 
 
-def check_padding(mllm: MLLM, mask: Tensor | None) -> None:
+def check_padding(mllm: MLLM, mask: Tensor | None, position_ids: Tensor | None) -> None:
     """Refuse left-padded rows where those choose other keys than each alone.
 
     Args:
         mllm: the model.
         mask: [B, N] 0 at padding.
+        position_ids: given to the model, or None.
 
     Raises:
         UnsupportedError: some row is padded on the left.
     """
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         return
-    if counts_from_padding(mllm, mask.shape[1]) and not mask[:, 0].all():
+    if counts_from_padding(mllm, mask.shape[1], position_ids is not None) and not mask[:, 0].all():
         raise UnsupportedError(
             f"{mllm.text_config.model_type} counts blocks of keys from the padding on, so rows padded on the left are "
             "not what each is alone: pad on the right, or run rows of one length together"
