@@ -40,6 +40,7 @@ class KeptLayer(DynamicLayer):
     """
 
     is_croppable = False
+    keeps_prompt = False  # whether a sliding window is over new tokens alone
 
     def __init__(self, replaced: DynamicLayer) -> None:
         self.replaced = replaced
@@ -167,11 +168,15 @@ class KeptLayer(DynamicLayer):
         if mask is None and not self._padded and self._bias is None:
             return None
         position, valid, bias = self.key_positions(num_queries)
-        offset = self.get_mask_sizes(num_queries)[1]
+        column = self.mask_columns(position, num_queries)
         if self.is_sliding and mask is not None:
-            valid = valid & (position >= offset)
+            valid = valid & (column >= 0)
         needed = valid if self._padded or self.is_sliding else None
-        return pack_mask(mask, None, (position - offset).clamp(min=0), needed, bias, dtype)
+        return pack_mask(mask, None, column.clamp(min=0), needed, bias, dtype)
+
+    def mask_columns(self, position: Tensor, num_queries: int) -> Tensor:
+        """Where the model's mask has the keys at some positions; below 0 where it has none."""
+        return position - self.get_mask_sizes(num_queries)[1]
 
     @property
     def mask_key(self) -> tuple[Any, ...]:
@@ -338,7 +343,7 @@ class KeptLayer(DynamicLayer):
             gone = first_needed - self._tail_start
             self._entry = torch.cat([self._entry[:, :width], self._entry[:, width + gone :]], dim=1)
             self._tail_start = first_needed
-        if first_needed >= self._prompt_length and width:
+        if first_needed >= self._prompt_length and width and not self.keeps_prompt:
             self._entry = self._entry[:, width:]
             self._position, self._valid = self._position[:, :0], self._valid[:, :0]
             self._bias = None if self._bias is None else self._bias[:, :0]

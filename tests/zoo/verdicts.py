@@ -134,7 +134,7 @@ VERDICTS: dict[str, Verdict] = {
     "step3p7": WORKS,
     "t5gemma2": ENCODER_DECODER,
     "udop": ENCODER_DECODER,
-    "unlimited_ocr": _fails(generation="does not know what this kind of layer holds"),
+    "unlimited_ocr": WORKS,
     "video_llama_3": WORKS,
     "video_llava": WORKS,
     "vipllava": WORKS,

@@ -19,6 +19,13 @@ from dyvte.errors import UnsupportedError
 from dyvte.instrument.cache import KeptLayer
 from dyvte.instrument.keys.borrowed import BorrowingLayer
 from dyvte.instrument.keys.indexed import INDEXED, KeptIndexedLayer
+from dyvte.instrument.keys.reference import REFERENCE, KeptReferenceLayer
+
+_KEPT: dict[str, type[KeptLayer]] = {
+    **dict.fromkeys(INDEXED, KeptIndexedLayer),
+    **dict.fromkeys(REFERENCE, KeptReferenceLayer),
+}
+"""What takes the place of which special layer, by its name (they lie in the files of their models)."""
 
 
 def kept_layer(cache: Cache, index: int, under_policy: Callable[[], bool]) -> KeptLayer | BorrowingLayer:
@@ -36,7 +43,8 @@ def kept_layer(cache: Cache, index: int, under_policy: Callable[[], bool]) -> Ke
     if isinstance(replaced, DummyLayer):
         layer = BorrowingLayer(replaced, under_policy)
     else:
-        layer = KeptIndexedLayer(replaced) if type(replaced).__name__ in INDEXED else KeptLayer(replaced)
+        kind = type(replaced).__name__
+        layer = _KEPT.get(kind, KeptLayer)(replaced)
     cache.layers[index] = layer
     return layer
 
@@ -54,6 +62,7 @@ _KNOWN_LAYERS = (
     DummyLayer,
     KeptLayer,
     KeptIndexedLayer,
+    KeptReferenceLayer,
     BorrowingLayer,
 )
 
@@ -71,7 +80,7 @@ def check_cache(cache: Any) -> None:
     if cache.layer_class_to_replicate not in (None, DynamicLayer):
         raise UnsupportedError(f"a {cache.layer_class_to_replicate.__name__} cannot be used under a policy")
     for index, layer in enumerate(cache.layers):
-        if type(layer) in _KNOWN_LAYERS or type(layer).__name__ in INDEXED:
+        if type(layer) in _KNOWN_LAYERS or type(layer).__name__ in _KEPT:
             continue
         if isinstance(layer, StaticLayer):
             reason = "a static KV cache reserves room for every position; use a DynamicCache"
