@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from dyvte.data.base import build_dataset
 from dyvte.errors import ConfigError, DataError
 from dyvte.gates.controls import QUESTION_GATES
+from dyvte.gates.counterfactual import exits_for, other_runs
 from dyvte.gates.features import QUESTION
 from dyvte.gates.labels import LabelSet, LabelSettings, collect_labels
 from dyvte.gates.metrics import (
@@ -36,7 +38,10 @@ from dyvte.gates.metrics import (
     upper_limit,
 )
 from dyvte.gates.module import Gates
-from dyvte.gates.training import GateData, Recipe, average_gates, evaluate_loss, gate_probabilities, train_gates
+from dyvte.gates.objectives import GateData, Recipe
+from dyvte.gates.teacher import taught
+from dyvte.gates.training import average_gates, evaluate_loss, gate_probabilities, train_gates
+from dyvte.gates.validation import cost_at_agreement, use_of_image
 from dyvte.runs import distributed
 from dyvte.runs.config import command, load_model
 from dyvte.runs.locks import replace_folder, temporary_name
@@ -65,7 +70,7 @@ def train(cfg: DictConfig) -> Gates | None:
     """
     mllm = load_model(cfg)
     dataset = build_dataset(cfg.data)
-    settings = label_settings(cfg.labels)
+    settings = label_settings(cfg.labels, cfg.recipe.training.counterfactual, mllm.num_layers)
     labels = collect_labels(mllm, dataset, cfg, cfg.labels.dir, settings)
     made_of = json.loads((labels.folder.path / "fingerprint.json").read_text())
     run_settings = {
@@ -117,13 +122,21 @@ def train(cfg: DictConfig) -> Gates | None:
     return fit.gates
 
 
-def label_settings(labels: DictConfig) -> LabelSettings:
-    """What a label set holds, from the block `labels` of a configuration."""
+def label_settings(labels: DictConfig, counterfactual: Sequence[str] = (), num_layers: int = 0) -> LabelSettings:
+    """What a label set holds, from the block `labels` of a configuration.
+
+    Args:
+        labels: the block.
+        counterfactual: runs that the recipe trains on, kept where `labels.exits` and `labels.swapped` are null.
+        num_layers: of the model.
+    """
+    exits = exits_for(counterfactual, num_layers) if labels.exits is None else labels.exits
+    swapped = "swapped" in counterfactual if labels.swapped is None else labels.swapped
     return LabelSettings(
         labels.max_new_tokens,
         tuple(labels.status),
-        exits=tuple(labels.exits),
-        swapped=bool(labels.swapped),
+        exits=tuple(exits),
+        swapped=bool(swapped),
         ground_truth=bool(labels.ground_truth),
     )
 
@@ -146,9 +159,17 @@ class Split:
     stopping: Tensor
     validation: Tensor
 
-    def data(self, rows: Tensor, status: Tensor) -> GateData:
-        """What gates learn from, for some rows."""
-        return GateData(status[rows], self.rule[rows], self.labels.cost[rows].float())
+    def data(self, recipe: Recipe, parts: Sequence[str]) -> GateData:
+        """What gates learn from that look at some parts, and are asked on: all rows of the set."""
+        of_text = QUESTION not in parts
+        return GateData(
+            self.labels.status(parts),
+            self.rule,
+            self.labels.cost.float(),
+            kinds=torch.from_numpy(pd.factorize(self.labels.samples["kind"].astype(str))[0]),
+            taught=taught(self.labels, self.rule, self.train) if of_text and recipe.distill else None,
+            others=other_runs(self.labels, self.rule, recipe.counterfactual, parts) if of_text else None,
+        )
 
     def column(self, name: str, rows: Tensor) -> list[Any]:
         """A column of the sample table."""
@@ -232,10 +253,8 @@ def fit_gates(
     recipe: Recipe = build(settings["training"], Recipe)
     optimizer = {key: value for key, value in settings["optimizer"].items() if key != "_partial_"}
     make_optimizer = functools.partial(find_target(optimizer.pop("_target_"), torch.optim.Optimizer), **optimizer)
-    status = split.labels.status(parts)
-    train_data, stopping, validation = (
-        split.data(rows, status) for rows in (split.train, split.stopping, split.validation)
-    )
+    data = split.data(recipe, parts)
+    train_data, stopping, validation = (data[rows] for rows in (split.train, split.stopping, split.validation))
     history: list[dict[str, float]] = []
     writer = None
     if folder is not None:
@@ -246,7 +265,15 @@ def fit_gates(
     with tqdm(total=total, desc="gates", unit="epoch", disable=writer is None, dynamic_ncols=True) as progress:
         for member in range(recipe.members):
             torch.manual_seed(cfg.seed + member)
-            gates = Gates(num_layers, hidden_size, parts, cfg.recipe.width, cfg.recipe.bias).to(device)
+            gates = Gates(
+                num_layers,
+                hidden_size,
+                parts,
+                cfg.recipe.width,
+                cfg.recipe.bias,
+                shared=cfg.recipe.shared,
+                cumulative=recipe.objective == "hazard",
+            ).to(device)
 
             def log(epoch: int, losses: dict[str, float], gates: Gates = gates, member: int = member) -> None:
                 history.append({"member": member, "epoch": epoch, **losses})
@@ -288,6 +315,8 @@ def fit_gates(
         "cost": float(at_exit(cost, exits).mean()),
         "cost_of_fixed_exits": mixture_cost(cost.mean(0), agree.double().mean(0), agreement),
         "cost_of_oracle": float(at_exit(cost, agree.int().argmax(1)).mean()),
+        **cost_at_agreement(probability, agree, cost, caution),
+        **use_of_image(gates, split.labels, split.validation),
     }
     report = layer_report(probability, validation.labels[:, 1:-1], gates.thresholds())
     return GateFit(gates.cpu(), report, pd.DataFrame(history), result)

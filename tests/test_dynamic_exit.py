@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -15,22 +16,38 @@ from dyvte.batch import Batch
 from dyvte.cost.flops import prefill_flops
 from dyvte.errors import ModelError, UnsupportedError
 from dyvte.gates import Gates
+from dyvte.gates.features import assemble, bases_of
+from dyvte.gates.lens import lens_features
 from dyvte.gates.metrics import first_exit
 from dyvte.instrument.cache import KeptLayer
+from dyvte.instrument.states import STATUS_PARTS
 from dyvte.instrument.sweep import exit_sweep
 from dyvte.mllm import MLLM
+from dyvte.policies.base import Policy
 from dyvte.policies.exits.dynamic_exit import DynamicExit, exit_probabilities
 from dyvte.policies.exits.fixed_exit import FixedExit
 
 LAYERS = 5
 
 
-def spread_gates(mllm: MLLM, batch: Batch, status: tuple[str, ...] = ("text_mean", "text_last")) -> DynamicExit:
+TEXT = ("text_mean", "text_last")
+
+
+def read_by(mllm: MLLM, batch: Batch, status: tuple[str, ...]) -> Tensor:
+    """[B, L - 1, I] what gates of some status parts look at, from the sweep."""
+    read = tuple(part for part in STATUS_PARTS if part in {"text_last", *bases_of(status)})
+    said = exit_sweep(mllm, batch, status_parts=read, entropy=False).text_status[:, :-1]
+    base = dict(zip(read, said.chunk(len(read), dim=-1), strict=True))
+    return assemble(status, {**base, "lens": lens_features(mllm, base["text_last"])})
+
+
+def spread_gates(mllm: MLLM, batch: Batch, status: tuple[str, ...] = TEXT, **settings: bool) -> DynamicExit:
     """Random gates with thresholds such that the rows of the batch leave at different layers."""
     torch.manual_seed(0)
-    gates = Gates(mllm.num_layers, mllm.hidden_size, status, bias=True)
-    said = exit_sweep(mllm, batch, status_parts=status, entropy=False).text_status
-    probability = gates(said[:, :-1]).softmax(-1)[..., 1].detach()
+    gates = Gates(mllm.num_layers, mllm.hidden_size, status, bias=True, **settings)  # type: ignore[arg-type]
+    assert gates.inner_bias is not None
+    torch.nn.init.normal_(gates.inner_bias)
+    probability = gates(read_by(mllm, batch, status)).softmax(-1)[..., 1].detach()
     ordered = probability[batch.layout.has_image].sort(0, descending=True).values
     return DynamicExit(gates, threshold=((ordered[0] + ordered[1]) / 2).tolist())  # one row a gate fires
 
@@ -59,14 +76,26 @@ def batch_of(mllm: MLLM, num_images: tuple[int, ...] = (1, 1, 0, 1, 1), **kwargs
     return random_batch(mllm, torch.Generator().manual_seed(3), num_images, **kwargs)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rows_leave_where_the_sweep_says_with_the_logits_of_that_exit(family: str) -> None:
+DERIVED = ("text_mean", "lens", "text_last_change", "lens_change", "image_mean_change")
+KINDS_OF_GATES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "derived parts": {"status": DERIVED},
+    "shared": {"shared": True},
+    "cumulative": {"cumulative": True, "status": DERIVED},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [*((each, "plain") for each in FAMILIES), *(("llava", each) for each in [*KINDS_OF_GATES][1:])]
+)
+def test_rows_leave_where_the_sweep_says_with_the_logits_of_that_exit(family: str, kind: str) -> None:
     mllm = FAMILIES[family](num_layers=LAYERS)
     batch = batch_of(mllm)
-    policy = spread_gates(mllm, batch)
+    policy = spread_gates(mllm, batch, **KINDS_OF_GATES[kind])
     assert isinstance(policy.gates, Gates)
     sweep = exit_sweep(mllm, batch, entropy=False)
-    wanted = first_exit(policy.gates(sweep.text_status[:, :-1]).softmax(-1)[..., 1].detach(), policy.thresholds)
+    said = policy.gates(read_by(mllm, batch, policy.gates.status)).softmax(-1)[..., 1].detach()
+    wanted = first_exit(said, policy.thresholds)
     logits, exits = run(mllm, batch, policy)
     seeing = batch.layout.has_image
     assert torch.equal(exits[seeing], wanted[seeing])
@@ -148,7 +177,7 @@ def test_one_host_synchronisation_a_layer() -> None:
     batch = batch_of(mllm)
     policy = spread_gates(mllm, batch)
 
-    def reads(policy: DynamicExit | None) -> int:
+    def reads(policy: Policy | None) -> int:
         with torch.no_grad(), _counted_reads() as count:
             if policy is None:
                 mllm.model(**batch)
@@ -159,6 +188,10 @@ def test_one_host_synchronisation_a_layer() -> None:
 
     outside_of_layers = 4  # lengths of the rows, and checks of their layout, once a prefill
     assert reads(policy) - reads(None) <= (LAYERS - 1) + outside_of_layers
+    never, always = (DynamicExit(policy.gates, threshold=each) for each in (1.0, -1.0))
+    one_layer = DynamicExit(policy.gates, threshold=[1.0, policy.thresholds[1], 1.0, 1.0])
+    assert reads(one_layer) == reads(never) + 1, "where the threshold rules a layer out the host does not wait"
+    assert reads(always) == reads(FixedExit(1)), "nor where it decides alone"
 
 
 @contextmanager

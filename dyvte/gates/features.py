@@ -31,6 +31,33 @@ def width_of(part: str, hidden_size: int) -> int:
     return len(LENS_FEATURES) if base_of(part) == LENS else hidden_size
 
 
+def bases_of(parts: Sequence[str]) -> list[str]:
+    """The parts that `parts` are made of, each once.
+
+    Example:
+        >>> bases_of(["text_last", "text_last_change", "lens_change"])
+        ['text_last', 'lens']
+    """
+    return list(dict.fromkeys(map(base_of, parts)))
+
+
+def at_layer(parts: Sequence[str], now: Mapping[str, Tensor], before: Mapping[str, Tensor] | None) -> Tensor:
+    """[B, inputs] what one gate looks at: `assemble` for a single layer, as a prefill meets them one by one.
+
+    Args:
+        parts: of `GATE_PARTS`.
+        now: [B, width] every part of `bases_of(parts)` after the gate's layer.
+        before: the same after the layer before; None for the first.
+    """
+    found = []
+    for part in parts:
+        value = now[base_of(part)]
+        if part.endswith(CHANGE):
+            value = torch.zeros_like(value) if before is None else value - before[base_of(part)]
+        found.append(value)
+    return torch.cat(found, dim=-1)
+
+
 def assemble(parts: Sequence[str], base: Mapping[str, Tensor]) -> Tensor:
     """[..., L - 1, inputs] what the gates of all layers look at, parts one after the other.
 

@@ -34,7 +34,7 @@ from dyvte.data.base import Dataset, Sample, image_numbers
 from dyvte.data.metrics import exact_match
 from dyvte.errors import ConfigError, DataError
 from dyvte.gates.every_exit import ExitCosts, answers_by_exit, sweep_answers
-from dyvte.gates.features import LENS, QUESTION, assemble, base_of
+from dyvte.gates.features import LENS, QUESTION, assemble, base_of, bases_of
 from dyvte.gates.lens import lens_features
 from dyvte.instrument.hooks import layer_states
 from dyvte.instrument.states import STATUS_PARTS, TEXT_STATUS, status_weights, token_status
@@ -335,7 +335,7 @@ class LabelSet:
         gates = self.num_layers - 1
         base = {
             part: torch.cat([shard[part] for shard in self._tensors("status", [part])]).expand(-1, gates, -1)
-            for part in dict.fromkeys(map(base_of, parts))
+            for part in bases_of(parts)
         }
         return assemble(parts, base)
 
@@ -350,7 +350,7 @@ class LabelSet:
         Raises:
             ConfigError: the set holds no such runs, or `parts` are not of the text.
         """
-        wanted = [run, *([f"{run}_lens"] if LENS in map(base_of, parts) else [])]
+        wanted = [run, *([f"{run}_lens"] if LENS in bases_of(parts) else [])]
         shards = self._tensors("counterfactual", wanted)
         stored = {name: torch.cat([shard[name] for shard in shards]) for name in wanted}
         mean, last = stored[run].chunk(2, dim=-1)
@@ -364,6 +364,12 @@ class LabelSet:
         """The exit layers k of `counterfactual("exits", ...)`."""
         made_of = json.loads((self.folder.path / "fingerprint.json").read_text())
         return list(made_of["settings"].get("exits", []))
+
+    @property
+    def kept(self) -> list[str]:
+        """The status parts that the set holds."""
+        made_of = json.loads((self.folder.path / "fingerprint.json").read_text())
+        return list(made_of["settings"]["status"])
 
     def _tensors(self, name: str, keys: Sequence[str]) -> list[dict[str, Tensor]]:
         try:

@@ -46,6 +46,9 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
         facts: how the gates were made (model, data, recipe, validation figures), for the model card.
         bias: whether the first layer has one. Standardised statuses need it: raw ones have entries that hardly vary and
             serve as one.
+        shared: one gate for all layers, which differ in the bias alone: a layer code of `width` numbers each.
+        cumulative: gate i gives the hazard, the probability that exit k = i + 1 is the first right one given that none
+            before was; the probability of exit is that some gate so far has found it.
         shift, scale: [L - 1, I] the status is standardised as `(status - shift) * scale`; 0 and 1 leave it as is.
 
     Example:
@@ -63,6 +66,8 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
         bias: bool = False,
         threshold: float | Sequence[float] = 0.5,
         facts: Mapping[str, Any] | None = None,
+        shared: bool = False,
+        cumulative: bool = False,
     ) -> None:
         """Make untrained gates, Xavier-initialised from torch's generator.
 
@@ -74,9 +79,11 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
             bias: give the first layer a bias, 0 at first.
             threshold: exit probability above which a gate says exit.
             facts: JSON types only.
+            shared: one gate with a layer code; needs the bias.
+            cumulative: gates give hazards.
 
         Raises:
-            ModelError: an unknown status part, or no layer to exit before.
+            ModelError: an unknown status part, no layer to exit before, or shared gates without a bias.
         """
         super().__init__()
         unknown = [part for part in status if part not in GATE_PARTS]
@@ -85,16 +92,20 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
             raise ModelError(f"gates: status {list(status)} must be parts of {known}")
         if num_layers < 2:
             raise ModelError(f"gates: a model of {num_layers} layer has no layer that visual tokens could leave before")
+        if shared and not bias:
+            raise ModelError("gates: shared gates need a bias, which is what tells the layers apart")
         self.num_layers, self.hidden_size = num_layers, hidden_size
+        self.shared, self.cumulative = shared, cumulative
         self.status = tuple(status)
         self.width = width or hidden_size // 2
         self.threshold: float | list[float] = threshold if isinstance(threshold, (int, float)) else list(threshold)
         self.facts = dict(facts or {})
         inputs = sum(width_of(part, hidden_size) for part in self.status)
-        self.inner = nn.Parameter(torch.empty(num_layers - 1, inputs, self.width))
+        own = 1 if shared else num_layers - 1
+        self.inner = nn.Parameter(torch.empty(own, inputs, self.width))
         self.inner_bias = nn.Parameter(torch.zeros(num_layers - 1, 1, self.width)) if bias else None
-        self.outer = nn.Parameter(torch.empty(num_layers - 1, self.width, 2))
-        for gate in range(num_layers - 1):
+        self.outer = nn.Parameter(torch.empty(own, self.width, 2))
+        for gate in range(own):
             nn.init.xavier_normal_(self.inner[gate])
             nn.init.xavier_normal_(self.outer[gate])
         self.register_buffer("shift", torch.zeros(num_layers - 1, inputs))
@@ -111,19 +122,40 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
 
     def forward(self, status: Tensor) -> Tensor:
         """Logits [B, L - 1, 2] (stay, exit) of the statuses [B, L - 1, I] after every layer but the last."""
+        return self.decisions(self.logits(status))
+
+    def logits(self, status: Tensor) -> Tensor:
+        """What every gate gives by itself, [B, L - 1, 2]: (stay, exit), or (not yet, now) if gates are cumulative."""
         standardised = (status.to(self.inner.dtype) - self.shift) * self.scale
-        hidden = torch.bmm(standardised.transpose(0, 1), self.inner)
+        gates = len(self)
+        hidden = torch.bmm(standardised.transpose(0, 1), self.inner.expand(gates, -1, -1))
         if self.inner_bias is not None:
             hidden = hidden + self.inner_bias
-        return torch.bmm(F.gelu(hidden), self.outer).transpose(0, 1)
+        return torch.bmm(F.gelu(hidden), self.outer.expand(gates, -1, -1)).transpose(0, 1)
 
-    def exit_probability(self, status: Tensor, layer: int) -> Tensor:
-        """[B] probability of exit by the gate after decoder layer `layer`, from its status [B, I]."""
+    def decisions(self, logits: Tensor) -> Tensor:
+        """Logits (stay, exit) [B, L - 1, 2] from those of `logits`."""
+        if not self.cumulative:
+            return logits
+        not_yet = logits.log_softmax(-1)[..., 0].cumsum(1)
+        found = torch.log(-torch.expm1(not_yet.clamp(max=-torch.finfo(logits.dtype).eps)))
+        return torch.stack([not_yet, found], dim=-1)
+
+    def exit_probability(self, status: Tensor, layer: int, before: Tensor | None = None) -> Tensor:
+        """[B] probability of exit by the gate after decoder layer `layer`, from its status [B, I].
+
+        Args:
+            status: of the gate.
+            layer: 0-based.
+            before: [B] what the gate one layer before said; cumulative gates need it behind their first.
+        """
+        own = 0 if self.shared else layer
         standardised = (status.to(self.inner.dtype) - self.shift[layer]) * self.scale[layer]
-        hidden = standardised @ self.inner[layer]
+        hidden = standardised @ self.inner[own]
         if self.inner_bias is not None:
             hidden = hidden + self.inner_bias[layer]
-        return (F.gelu(hidden) @ self.outer[layer]).softmax(-1)[:, 1]
+        found = (F.gelu(hidden) @ self.outer[own]).softmax(-1)[:, 1]
+        return found if before is None or not self.cumulative else 1 - (1 - before) * (1 - found)
 
     def thresholds(self, threshold: float | Sequence[float] | None = None) -> list[float]:
         """One threshold a gate, from one number, one a gate, or None for the gates' own.
@@ -161,6 +193,8 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
             "bias": self.inner_bias is not None,
             "threshold": self.threshold,
             "facts": self.facts,
+            "shared": self.shared,
+            "cumulative": self.cumulative,
         }
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -221,10 +255,10 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
             )
         _check_settings(f"{model_id}/{CONFIG}", settings)
         shapes = {name: shape for name, (_, shape) in check_safetensors(file).items()}
-        if shapes.get("inner", [0])[0] != settings["num_layers"] - 1:  # before so many are made
+        if shapes.get("shift", [0])[0] != settings["num_layers"] - 1:  # before so many are made
             raise ModelError(
                 f"cannot load the gates in {model_id}: {WEIGHTS} and {CONFIG} disagree (weights of "
-                f"{shapes.get('inner', [0])[0]} gates, num_layers is {settings['num_layers']})"
+                f"{shapes.get('shift', [0])[0]} gates, num_layers is {settings['num_layers']})"
             )
         with torch.device("meta"):  # numbers from a file may ask for any amount of memory
             expected = {name: list(tensor.shape) for name, tensor in cls(**settings).state_dict().items()}
@@ -265,7 +299,10 @@ def _check_settings(file: str, settings: Mapping[str, Any]) -> None:
             "status" not in settings or (isinstance(status, list) and all(isinstance(each, str) for each in status)),
             "a list of texts",
         ),
-        "bias": (isinstance(settings.get("bias", False), bool), "true or false"),
+        **{
+            name: (isinstance(settings.get(name, False), bool), "true or false")
+            for name in ("bias", "shared", "cumulative")
+        },
         "threshold": (
             all(isinstance(each, (int, float)) and math.isfinite(each) for each in numbers)
             and (thresholds is not numbers or len(numbers) == gates),

@@ -5,135 +5,18 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 from transformers import get_scheduler
 
-from dyvte.errors import ConfigError
 from dyvte.gates.module import Gates
-
-OBJECTIVES = ("labels", "stopping")
+from dyvte.gates.objectives import GateData, Recipe, objective_loss
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 Log = Callable[[int, dict[str, float]], None]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How gates are trained.
-
-    Attributes:
-        objective: "labels": cross-entropy of every gate on its own label (DyVTE, arXiv 2411.19628). "stopping": the
-            expected price of the exit layer that the gates choose together, see `stopping_loss`.
-        batch_size: samples a step.
-        epochs: most passes over the training samples.
-        patience: stop after so many epochs without a better validation loss and take the best; 0 trains all epochs.
-        schedule: a schedule of `transformers.get_scheduler`.
-        warmup: share of the steps over which the learning rate rises.
-        exit_weight: weight of the label "exit" in the cross-entropy; that of "stay" is 1.
-        layers_per_sample: so many random layers of each sample count in a step, 1 as in DyVTE's published code; None
-            for all.
-        standardize: give the gates statuses of mean 0 and variance 1 over the training samples.
-        disagreement_price: for "stopping": what a changed answer costs, in full prefills.
-        label_share: for "stopping": weight of the cross-entropy added to it.
-        members: train so many gates a layer from different weights and average their logits.
-    """
-
-    objective: str = "labels"
-    batch_size: int = 128
-    epochs: int = 100
-    patience: int = 10
-    schedule: str = "cosine"
-    warmup: float = 0.03
-    exit_weight: float = 1.0
-    layers_per_sample: int | None = None
-    standardize: bool = True
-    disagreement_price: float = 10.0
-    label_share: float = 0.0
-    members: int = 1
-
-    def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ConfigError(f"unknown objective {self.objective!r}; choose from {', '.join(OBJECTIVES)}")
-        if self.members < 1:
-            raise ConfigError(f"members is {self.members}; need at least one gate a layer")
-
-
-@dataclass(frozen=True)
-class GateData:
-    """What gates learn from: n samples, exit layers 0..L.
-
-    Attributes:
-        status: [n, L - 1, P * d].
-        labels: [n, L + 1] whether exit k is right.
-        cost: [n, L + 1] cost of exit k, in full prefills.
-    """
-
-    status: Tensor
-    labels: Tensor
-    cost: Tensor
-
-    def __len__(self) -> int:
-        return len(self.status)
-
-    def __getitem__(self, rows: Tensor) -> GateData:
-        return GateData(self.status[rows], self.labels[rows], self.cost[rows])
-
-
-def label_loss(logits: Tensor, labels: Tensor, exit_weight: float = 1.0, mask: Tensor | None = None) -> Tensor:
-    """Cross-entropy of every gate on its label, mean over samples and gates (DyVTE, arXiv 2411.19628).
-
-    Args:
-        logits: [B, L - 1, 2] (stay, exit).
-        labels: [B, L + 1] boolean.
-        exit_weight: weight of the label "exit".
-        mask: [B, L - 1] which terms count.
-    """
-    target = labels[:, 1:-1].long()
-    loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
-    weight = 1 + (exit_weight - 1) * target
-    if mask is not None:
-        weight = weight * mask
-    return (loss * weight).sum() / weight.sum()
-
-
-def exit_distribution(logits: Tensor) -> Tensor:
-    """[B, L] probability of exit layer k = 1..L if every gate drew its decision: p_k * prod_{j < k} (1 - p_j)."""
-    stay, leave = logits.float().log_softmax(-1).unbind(-1)
-    reached = F.pad(stay.cumsum(1), (1, 0))
-    return (reached + F.pad(leave, (0, 1))).exp()
-
-
-def stopping_loss(logits: Tensor, labels: Tensor, cost: Tensor, disagreement_price: float) -> Tensor:
-    """Expected cost of the exit layer that the gates choose together, plus the price of a changed answer.
-
-    `sum_k P(k) (cost[k] + price * (1 - y[k]))` with P the distribution of the first gate to fire. Gates trained on
-    labels one by one do not know that an early mistake of any of them is final; here all of them answer for it.
-
-    Args:
-        logits: [B, L - 1, 2] (stay, exit).
-        labels: [B, L + 1] y, whether exit k is right.
-        cost: [B, L + 1] in full prefills.
-        disagreement_price: of a changed answer, in full prefills.
-    """
-    price = cost + disagreement_price * (1 - labels.to(cost.dtype))
-    return (exit_distribution(logits) * price[:, 1:]).sum(1).mean()
-
-
-def objective_loss(gates: Gates, data: GateData, recipe: Recipe, mask: Tensor | None = None) -> Tensor:
-    """The recipe's loss on some samples."""
-    logits = gates(data.status)
-    if recipe.objective == "labels":
-        return label_loss(logits, data.labels, recipe.exit_weight, mask)
-    loss = stopping_loss(logits, data.labels, data.cost, recipe.disagreement_price)
-    if recipe.label_share:
-        loss = loss + recipe.label_share * label_loss(logits, data.labels, recipe.exit_weight, mask)
-    return loss
 
 
 def standardize(gates: Gates, status: Tensor) -> None:
@@ -167,7 +50,6 @@ def train_gates(
         What happened: epochs run, best epoch, training and validation loss there.
     """
     generator = torch.Generator().manual_seed(seed)
-    device = gates.inner.device
     if recipe.standardize:
         standardize(gates, train.status)
     optimizer = make_optimizer(gates.parameters())
@@ -180,7 +62,8 @@ def train_gates(
         gates.train()
         losses = []
         for rows in torch.randperm(len(train), generator=generator).split(recipe.batch_size):
-            loss = objective_loss(gates, _to(train[rows], device), recipe, _layer_mask(gates, rows, recipe, generator))
+            drawn = _layer_mask(gates, rows, recipe, generator)
+            loss = total_loss(gates, train[rows], recipe, generator, drawn)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -230,10 +113,20 @@ def average_gates(members: Sequence[Gates]) -> Gates:
 def evaluate_loss(gates: Gates, data: GateData, recipe: Recipe, batch_size: int = 1024) -> float:
     """The recipe's loss over a whole data set."""
     gates.eval()
-    device = gates.inner.device
+    generator = torch.Generator().manual_seed(0)  # of the other runs: the same at every call
     chunks = torch.arange(len(data)).split(batch_size)
-    sums = [float(objective_loss(gates, _to(data[rows], device), recipe)) * len(rows) for rows in chunks]
-    return sum(sums) / len(data)
+    return sum(float(total_loss(gates, data[rows], recipe, generator)) * len(rows) for rows in chunks) / len(data)
+
+
+def total_loss(
+    gates: Gates, data: GateData, recipe: Recipe, generator: torch.Generator, mask: Tensor | None = None
+) -> Tensor:
+    """The recipe's loss on the statuses of the full model, and on one other run of each sample where there are some."""
+    device = gates.inner.device
+    loss = objective_loss(gates, data.to(device), recipe, mask)
+    if (others := data.of_other_runs(generator)) is not None:
+        loss = loss + recipe.counterfactual_weight * objective_loss(gates, others.to(device), recipe, mask)
+    return loss
 
 
 @torch.no_grad()
@@ -248,7 +141,3 @@ def _layer_mask(gates: Gates, rows: Tensor, recipe: Recipe, generator: torch.Gen
         return None
     order = torch.rand(len(rows), len(gates), generator=generator).argsort(1)
     return (order < recipe.layers_per_sample).to(gates.inner.device)
-
-
-def _to(data: GateData, device: torch.device) -> GateData:
-    return GateData(*(getattr(data, name).to(device) for name in ("status", "labels", "cost")))

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dyvte.errors import ConfigError, UnsupportedError
-from dyvte.gates.features import QUESTION
+from dyvte.gates.features import CHANGE, LENS, QUESTION, at_layer, bases_of
+from dyvte.gates.lens import lens_features
 from dyvte.gates.metrics import at_exit, first_exit
 from dyvte.gates.module import Gates, load_gates
 from dyvte.instrument.states import STATUS_PARTS, status_weights, token_status
@@ -26,6 +27,10 @@ from dyvte.policies.method import Calibration, Source, largest_within
 
 PROBABILITIES = "exit_probabilities"
 """Key of `Prefill.state` under which the gates' answers are kept: {k: [B]}."""
+BASES = "status_before"
+"""Key of `Prefill.state` under which the status after the layer before lies, part by part."""
+TEXT_LAST = "text_last"
+"""The status part that the lens is read from."""
 
 
 @dataclass
@@ -68,11 +73,6 @@ class DynamicExit(Policy):
         self._thresholds = self.gates.thresholds(None if isinstance(self.threshold, str) else self.threshold)
         if QUESTION in self.gates.status:
             raise UnsupportedError("gates that look at the question alone are a control; they cannot run in a policy")
-        if derived := [part for part in self.gates.status if part not in STATUS_PARTS]:
-            raise UnsupportedError(
-                f"gates that look at {derived[0]!r} are for comparison on stored labels; DynamicExit runs gates of "
-                f"{', '.join(STATUS_PARTS)}"
-            )
 
     def check(self, mllm: MLLM) -> None:
         """Refuse gates for another model, and exit layers outside 1..L; move the gates to the model's device."""
@@ -105,29 +105,41 @@ class DynamicExit(Policy):
         the threshold decides alone.
         """
         assert isinstance(self.gates, Gates)
-        if layer == 0 or layer < self.min_layer or not prefill.sees_image:
+        if layer == 0 or not prefill.sees_image:
             return
         if layer == self.max_layer:
             prefill.drop_image()
             return
-        probability = self.gates.exit_probability(self._status(prefill), layer - 1)
-        prefill.state.setdefault(PROBABILITIES, {})[layer] = probability
+        if layer < self.min_layer and not self._remembers:
+            return
+        said = prefill.state.setdefault(PROBABILITIES, {})
+        probability = self.gates.exit_probability(self._status(prefill), layer - 1, said.get(layer - 1))
+        said[layer] = probability
         threshold = self._thresholds[layer - 1]
-        if threshold < 0:  # a probability is above it, and below 1
-            prefill.drop_image()
-        elif threshold < 1:
-            prefill.drop_image(probability > threshold)
+        if layer < self.min_layer or threshold >= 1:  # no row may leave, so the host need not wait
+            return
+        prefill.drop_image(None if threshold < 0 else probability > threshold)
+
+    @property
+    def _remembers(self) -> bool:
+        """Whether what a gate says depends on the layers before its own."""
+        assert isinstance(self.gates, Gates)
+        return self.gates.cumulative or any(part.endswith(CHANGE) for part in self.gates.status)
 
     def _status(self, prefill: Prefill) -> Tensor:
-        """What the gates look at, [B, P * d] on their device."""
+        """What the gates look at, [B, I] on their device."""
         assert isinstance(self.gates, Gates)
-        weights = prefill.state.get(self._key)
-        if weights is None:
-            hidden = prefill.hidden
-            weights = status_weights(prefill.layout, self.gates.status).to(hidden.device, hidden.dtype)
-            prefill.state[self._key] = weights
+        parts, state = bases_of(self.gates.status), prefill.state
+        read = [part for part in STATUS_PARTS if part in parts or (part == TEXT_LAST and LENS in parts)]
         hidden = prefill.hidden[..., : prefill.mllm.hidden_size]  # of a layer with several streams the first
-        return token_status(hidden, weights.to(prefill.hidden.device)).to(self.gates.inner.device)
+        if (weights := state.get(self._key)) is None:
+            weights = state[self._key] = status_weights(prefill.layout, read).to(hidden.device, hidden.dtype)
+        pieces = token_status(hidden, weights.to(hidden.device)).chunk(len(read), dim=-1)
+        now = dict(zip(read, pieces, strict=True))
+        if LENS in parts:
+            now[LENS] = lens_features(prefill.mllm, now[TEXT_LAST]).to(hidden.dtype)
+        before, state[BASES] = state.get(BASES), now
+        return at_layer(self.gates.status, now, before).to(self.gates.inner.device)
 
     @property
     def thresholds(self) -> list[float]:

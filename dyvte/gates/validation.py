@@ -1,0 +1,75 @@
+"""What recipes are compared by on validation questions: cost at equal agreement, and use of the image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dyvte.errors import ConfigError
+from dyvte.gates.labels import LabelSet
+from dyvte.gates.metrics import at_exit, first_exit, mixture_cost, thresholds_by_depth
+from dyvte.gates.module import Gates
+from dyvte.gates.training import gate_probabilities
+
+AGREEMENTS = (0.985, 0.99, 0.995)
+"""Shares of kept answers at which costs are compared, around what gates are asked for."""
+THRESHOLDS = 200
+"""Thresholds whose agreement and cost make the frontier."""
+
+
+def cost_at_agreement(
+    probability: Tensor, agree: Tensor, cost: Tensor, caution: float, wanted: Sequence[float] = AGREEMENTS
+) -> dict[str, float]:
+    """Mean cost of gates at some agreements, whatever the threshold that reaches them: mixtures of two thresholds.
+
+    Thresholds are spread evenly over how certain the questions' most certain gates are.
+
+    Args:
+        probability: [n, L - 1] of exit.
+        agree: [n, L + 1] whether exit k keeps the answer.
+        cost: [n, L + 1].
+        caution: see `dyvte.gates.metrics.thresholds_by_depth`.
+        wanted: the agreements.
+
+    Returns:
+        `cost_at_0.99` and so on, and `mean_cost`, their mean.
+    """
+    num_layers = probability.shape[1] + 1
+    risk = 1 - torch.tensor(thresholds_by_depth(0.0, num_layers, caution), dtype=torch.float64)
+    certain = (1 - (1 - probability.double()) / risk).amax(1)
+    points = [(float(cost[:, -1].mean()), 1.0)]
+    grid = torch.linspace(0, 1, THRESHOLDS, dtype=torch.float64)
+    for threshold in certain.quantile(grid, interpolation="lower").unique().tolist():
+        exits = first_exit(probability, thresholds_by_depth(threshold, num_layers, caution))
+        points.append((float(at_exit(cost, exits).mean()), float(at_exit(agree, exits).double().mean())))
+    costs, agreements = np.array(points).T
+    found = {f"cost_at_{each:g}": mixture_cost(costs, agreements, each) for each in wanted}
+    return {**found, "mean_cost": float(np.mean(list(found.values())))}
+
+
+def use_of_image(gates: Gates, labels: LabelSet, rows: Tensor) -> dict[str, float]:
+    """Whether gates say exit more if the status has seen more of the image; empty without statuses that say so.
+
+    Args:
+        gates: of parts of the text.
+        labels: collected with `exits`, among them 0.
+        rows: of the set.
+
+    Returns:
+        `withheld_less_seen`: mean probability of exit of statuses that never saw the image, less that of the full
+        model's (below 0 if gates wait for the image). `dose_slope`: least-squares slope of the mean probability over
+        the number of layers that saw the image (above 0 if they do).
+    """
+    try:
+        runs = labels.counterfactual("exits", gates.status)[rows]
+    except ConfigError:  # statuses of the image or the question, or a set without other runs
+        return {}
+    seen = float(gate_probabilities(gates, labels.status(gates.status)[rows]).mean())
+    means = [float(gate_probabilities(gates, runs[:, place]).mean()) for place in range(runs.shape[1])]
+    found = {"withheld_less_seen": means[labels.exits.index(0)] - seen} if 0 in labels.exits else {}
+    if len(means) > 1:
+        found["dose_slope"] = float(np.polyfit(labels.exits, means, 1)[0])
+    return found
