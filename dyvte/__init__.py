@@ -46,6 +46,7 @@ _PUBLIC = {
     "PyramidDrop": "dyvte.policies.pruning.pyramid_drop",
     "ToMe": "dyvte.policies.merging.tome",
     "HiMAP": "dyvte.policies.decoder.himap",
+    "SGL": "dyvte.policies.decoder.sgl",
     "SparseVLM": "dyvte.policies.decoder.sparsevlm",
     "DART": "dyvte.policies.decoder.dart",
     "FEATHER": "dyvte.policies.decoder.feather",
@@ -115,6 +116,7 @@ if TYPE_CHECKING:  # what a type checker sees; a test holds it to the names abov
     from dyvte.policies.decoder.dart import DART as DART
     from dyvte.policies.decoder.feather import FEATHER as FEATHER
     from dyvte.policies.decoder.himap import HiMAP as HiMAP
+    from dyvte.policies.decoder.sgl import SGL as SGL
     from dyvte.policies.decoder.sparsevlm import SparseVLM as SparseVLM
     from dyvte.policies.decoder.topv import TopV as TopV
     from dyvte.policies.decoder.vscan import VScanDecoder as VScanDecoder

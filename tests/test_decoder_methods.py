@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
 from test_policies import batch_of, kept_under, model, with_keys_hidden
 from test_scorer_policies import kept_of, picture
 from torch import Tensor, nn, tensor
@@ -116,6 +117,62 @@ def test_himap_asks_the_text_after_the_image_first() -> None:
         visual = batch.layout.visual[row]
         assert kept_of(kept[1, row, visual]) == sorted(scores[row, visual].topk(8).indices.tolist())
         assert int(kept[2, row, visual].sum()) == 2
+
+
+# ---------------------------------------------------------------------------------- SGL
+
+
+def test_sgl_adds_up_the_rows_of_the_text_and_of_the_answer() -> None:
+    prompt = tensor([[0.30, 0.05, 0.10, 0.20], [0.10, 0.15, 0.25, 0.05]])
+    step = tensor([0.02, 0.30, 0.05, 0.10])
+    tokens = picture(hidden=torch.zeros(4, 2), seen=prompt.sum(0) + step)
+    torch.testing.assert_close(tokens.received, tensor([0.42, 0.50, 0.40, 0.35]))
+    assert kept_of(dyvte.SGL().choose(tokens, 2)) == [0, 1]
+
+
+@torch.no_grad()
+def test_sgl_without_a_guide_adds_up_the_own_layers_before_it() -> None:
+    mllm = model("llava", "eager")
+    batch = batch_of(mllm, (1, 1))
+    rows = batch.layout.text_status_positions.float()[:, None]
+    scores = (rows @ eager_maps(mllm, batch)[:3].sum(0))[:, 0]
+    _, kept = kept_under(dyvte.SGL(keep=0.5, layers=[3]), mllm, batch)
+    for row, visual in enumerate(batch.layout.visual):
+        assert kept[2, row, visual].all()
+        assert kept_of(kept[3, row, visual]) == sorted(scores[row, visual].topk(8).indices.tolist())
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl", "internvl", "gemma3"])
+@torch.no_grad()
+def test_sgl_asks_the_guide_for_the_rows_of_prompt_and_answer(family: str) -> None:
+    mllm, guide = model(family), FAMILIES[family](7, num_layers=2, attn_implementation="eager")
+    batch = batch_of(mllm, (1, 0, 1))
+    new = guide.generate_ids(batch, max_new_tokens=3)
+    ids = torch.full((3, max(map(len, new))), -100)
+    for row, answer in enumerate(new):
+        ids[row, : len(answer)] = tensor(answer)
+    answered = guide.append_answers(batch, ids)
+    rows = answered.layout.text_status_positions | answered.layout.answer
+    for row, answer in enumerate(new):
+        rows[row, batch["input_ids"].shape[1] + len(answer) - 1] = False  # never was an input
+    scores = (rows.float()[:, None] @ eager_maps(guide, answered).sum(0))[:, 0]
+    policy = dyvte.SGL(keep=0.5, layers=[1], guide=guide, answer_tokens=3)
+    _, kept = kept_under(policy, mllm, batch)
+    for row in (0, 2):
+        visual = batch.layout.visual[row]
+        best = scores[row, answered.layout.visual[row]].topk(round(0.5 * int(visual.sum()) + 0.01)).indices
+        assert kept_of(kept[1, row, visual]) == sorted(best.tolist())
+    with policy(mllm):
+        assert len(mllm.generate_ids(batch, max_new_tokens=2)) == 3
+
+
+@torch.no_grad()
+def test_sgl_refuses_a_guide_with_other_visual_tokens() -> None:
+    mllm = model("llava")
+    other = FAMILIES["llava"](7, num_layers=1)
+    other.visual_token_ids = [other.visual_token_ids[0] + 1]
+    with pytest.raises(UnsupportedError, match="other visual tokens"), dyvte.SGL(guide=other)(mllm):
+        mllm.model(**batch_of(mllm, (1,)))
 
 
 # ---------------------------------------------------------------------------- SparseVLM
@@ -316,7 +373,7 @@ def test_yopo_is_the_exit_where_the_window_is_as_large_as_the_image() -> None:
 # ------------------------------------------------------------------------------- scoring
 
 
-@pytest.mark.parametrize("name", ["HiMAP", "SparseVLM", "DART", "FEATHER", "VScanDecoder", "TopV", "AIM"])
+@pytest.mark.parametrize("name", ["HiMAP", "SGL", "SparseVLM", "DART", "FEATHER", "VScanDecoder", "TopV", "AIM"])
 @torch.no_grad()
 def test_what_ranking_takes_is_in_total_and_not_in_decoder_flops(name: str) -> None:
     mllm = model("llava")

@@ -68,6 +68,7 @@ DROPPING: dict[str, Callable[[], Policy]] = {
     "holov": lambda: HoloV(keep=0.5),
     "hired": lambda: HiRED(keep=0.5),
     "himap": lambda: dyvte.HiMAP(keep=0.6),
+    "sgl": lambda: dyvte.SGL(keep=0.5),
     "dart": lambda: dyvte.DART(keep=0.5, layer=1, image_pivots=1, text_pivots=2),
     "feather": lambda: dyvte.FEATHER(keep=0.6),
     "topv": lambda: dyvte.TopV(keep=0.5, recovered=0.3),
