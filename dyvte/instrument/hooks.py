@@ -324,7 +324,7 @@ _SLICES_LAST_LAYERS = "_maybe_slice_kv_shared_inputs"
 @contextmanager
 def every_position(mllm: MLLM) -> Iterator[None]:
     """Within the block all layers run on all positions: Gemma 4 runs its last ones on the last token if it can."""
-    if not hasattr(mllm.decoder, _SLICES_LAST_LAYERS):
+    if not hasattr(getattr(mllm, "decoder", None), _SLICES_LAST_LAYERS):  # a vision tower, when watched, has no decoder
         yield
         return
     with override_method(mllm.decoder, _SLICES_LAST_LAYERS, lambda *states, **_: states[:4]):
