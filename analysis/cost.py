@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dyvte.batch import Batch
-from dyvte.cost.flops import prefill_flops
+from dyvte.cost.flops import prefill_flops, watch_overhead
 from dyvte.cost.measure import PeakMemory, kv_cache_bytes
 from dyvte.data.base import build_dataset
 from dyvte.errors import DataError
@@ -131,9 +131,10 @@ def time_generation(mllm: MLLM, batch: Batch, policy: Policy, new_tokens: int) -
 
     Returns:
         `vision_seconds` up to the decoder's start (vision tower, projector, embedding), `prefill_seconds` of the first
-        forward with it, and `decode_seconds` of one later step.
+        forward with it, `deciding_seconds` of the policy's own work, most of it in that, and `decode_seconds` of one
+        later step.
     """
-    clock, decoder = Stopwatch(mllm.device), mllm.decoder
+    clock, deciding, decoder = Stopwatch(mllm.device), Stopwatch(mllm.device), mllm.decoder
 
     def starts(module: torch.nn.Module, *_: Any) -> None:
         if len(clock.marks) == (module is decoder):
@@ -142,7 +143,7 @@ def time_generation(mllm: MLLM, batch: Batch, policy: Policy, new_tokens: int) -
     handles = [each.register_forward_pre_hook(starts) for each in (mllm.model, decoder)]
     handles.append(mllm.model.register_forward_hook(lambda *_: clock.mark()))
     try:
-        with policy(mllm):
+        with policy(mllm), watch_overhead(deciding.mark):
             settings = {"do_sample": False, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
             mllm.model.generate(**batch.left_padded(), **settings)
     finally:
@@ -152,6 +153,7 @@ def time_generation(mllm: MLLM, batch: Batch, policy: Policy, new_tokens: int) -
     return {
         "vision_seconds": vision,
         "prefill_seconds": vision + decoding,
+        "deciding_seconds": sum(deciding.seconds()[::2]),
         "decode_seconds": sum(steps) / max(len(steps), 1),
     }
 
@@ -206,7 +208,8 @@ def constant(mllm: MLLM, batch: Batch, policy: Policy) -> dict[str, float]:
 def summarize(repeats: pd.DataFrame, constants: pd.DataFrame, new_tokens: int) -> pd.DataFrame:
     """One row a batch size and method: medians, quartiles, and the paired ratio to the unchanged model.
 
-    And the shares of the time of an answer of `new_tokens` tokens: before the decoder, its prefill, decoding.
+    And the shares of the time of an answer of `new_tokens` tokens: before the decoder, its prefill, decoding; and what
+    deciding takes, in time and operations.
     """
     rows = []
     key: Any
@@ -222,6 +225,7 @@ def summarize(repeats: pd.DataFrame, constants: pd.DataFrame, new_tokens: int) -
             row |= {f"{name}_ms": median, f"{name}_ms_q25": low, f"{name}_ms_q75": high}
             row[f"{name}_ratio"] = float(ratio.median())
             row[f"{name}_ratio_q25"], row[f"{name}_ratio_q75"] = np.quantile(ratio, [0.25, 0.75])
+        row["deciding_ms"] = 1e3 * float(own["deciding_seconds"].median())
         answer = (new_tokens - 1) * own["decode_seconds"]
         whole = own["prefill_seconds"] + answer
         row["vision_share"] = float((own["vision_seconds"] / whole).median())
@@ -230,6 +234,9 @@ def summarize(repeats: pd.DataFrame, constants: pd.DataFrame, new_tokens: int) -
         row["tokens_per_second"] = 1e3 * float(batch_size) / row["decode_ms"]
         rows.append(row)
     table = pd.DataFrame(rows).merge(constants, on=["batch_size", "method"], validate="one_to_one")
+    outside = table["flops_total"] - table["flops_decoder"]
+    of_full = outside[table["method"] == "none"].set_axis(table["batch_size"][table["method"] == "none"])
+    table["flops_deciding"] = outside - table["batch_size"].map(of_full)
     order = {name: index for index, name in enumerate(constants["method"].drop_duplicates())}
     return table.sort_values(["batch_size", "method"], key=lambda c: c.map(order) if c.name == "method" else c)
 
@@ -238,13 +245,14 @@ def markdown(cfg: DictConfig, table: pd.DataFrame) -> list[str]:
     """The lines of the page to put into a document."""
     columns = ["batch", "method", "prefill, ms", "of full", "decode step, ms", "of full", "tokens/s"]
     columns += ["vision / prefill / decoding, %"]
-    columns += ["decoder GFLOPs", "total GFLOPs", "KV cache, kB", "peak memory, MB"]
+    columns += ["deciding, ms", "deciding GFLOPs", "decoder GFLOPs", "total GFLOPs", "KV cache, kB", "peak memory, MB"]
     note = (
         f"median of {cfg.cost.repeats} repeats [quartiles], {torch.get_num_threads()} threads; ratios are taken within "
         "a repeat. FLOPs and KV cache are of one question; peak memory is what the prefill of the whole batch takes at "
         "most above what the process held before it. Vision (tower, projector, embedding), the decoder's prefill and "
         f"decoding are shares of the time of an answer of {cfg.cost.new_tokens} tokens; an exit can save no more than "
-        "the second, and of the third what attention to visual keys takes"
+        "the second, and of the third what attention to visual keys takes. Deciding is what a method computes to "
+        "choose tokens or layers: part of the prefill's time and of the total FLOPs, not of the decoder's"
     )
     rows = [
         [
@@ -256,6 +264,8 @@ def markdown(cfg: DictConfig, table: pd.DataFrame) -> list[str]:
             f"{row['decode_ratio']:.2f}",
             f"{row['tokens_per_second']:.0f}",
             " / ".join(f"{100 * row[f'{part}_share']:.0f}" for part in ("vision", "prefill", "decode")),
+            f"{row['deciding_ms']:.2f}",
+            f"{row['flops_deciding'] / 1e9:.4f}",
             f"{row['flops_decoder'] / 1e9:.3f}",
             f"{row['flops_total'] / 1e9:.3f}",
             f"{row['kv_cache_bytes'] / 1e3:.0f}",

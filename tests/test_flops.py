@@ -113,7 +113,7 @@ def test_overhead_counts_in_total_only():
     square = torch.ones(8, 8)
 
     def score(*_: object) -> None:
-        with overhead():
+        with overhead(), overhead():  # the inner one is part of the outer
             square @ square
 
     handles = [mllm.layers[1].register_forward_hook(score), mllm.model.register_forward_pre_hook(score)]

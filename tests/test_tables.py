@@ -558,9 +558,9 @@ def test_tables_of_gates(model_folder: Path, tmp_path: Path) -> None:
 
 def test_policies_take_turns_and_ratios_are_paired() -> None:
     mllm, batch = model(), prompts(rows=2)
-    policies = {"none": dyvte.Unchanged(), "fixed_exit": dyvte.FixedExit(1)}
+    policies = {"none": dyvte.Unchanged(), "fixed_exit": dyvte.FixedExit(1), "himap": dyvte.HiMAP()}
     repeats = measure(mllm, batch, policies, repeats=3, new_tokens=3, seed=0)
-    assert len(repeats) == 2 * 3
+    assert len(repeats) == 3 * 3
     assert (repeats[["prefill_seconds", "decode_seconds"]] > 0).all().all()
     constants = pd.DataFrame([{"method": name, **constant(mllm, batch, policy)} for name, policy in policies.items()])
     assert constants["flops_decoder"][1] < constants["flops_decoder"][0]
@@ -568,6 +568,10 @@ def test_policies_take_turns_and_ratios_are_paired() -> None:
     table = summarize(repeats.assign(batch_size=2), constants.assign(batch_size=2), new_tokens=3).set_index("method")
     shares = table[["vision_share", "prefill_share", "decode_share"]]
     assert (shares > 0).all().all()
+    deciding = table["flops_deciding"].to_dict()
+    assert deciding["none"] == deciding["fixed_exit"] == 0 < deciding["himap"]
+    assert table.loc["himap", "deciding_ms"] > table.loc["none", "deciding_ms"]
+    assert (repeats["deciding_seconds"] < repeats["prefill_seconds"]).all()
     slow = repeats.assign(vision_seconds=1.0, prefill_seconds=3.0, decode_seconds=0.5, batch_size=2)
     known = summarize(slow, constants.assign(batch_size=2), new_tokens=3).set_index("method").loc["fixed_exit"]
     assert known[["vision_share", "prefill_share", "decode_share"]].tolist() == [0.25, 0.5, 0.25]

@@ -97,17 +97,39 @@ class FlopCounter:
 
 
 _active: list[FlopCounter] = []
+_watches: list[Callable[[], None]] = []
+_deciding: list[bool] = []
+"""Holds something within the outermost `overhead`."""
 
 
 @contextmanager
 def overhead() -> Iterator[None]:
     """Operations inside count in `FlopCount.total` only: what a policy computes to decide (gates, token scores)."""
+    if _deciding:  # counted by the block around it
+        yield
+        return
     before = [(counter, counter._mode.get_total_flops()) for counter in _active if counter._entered_at is not None]
+    _deciding.append(True)
+    for mark in _watches:
+        mark()
     try:
         yield
     finally:
+        for mark in _watches:
+            mark()
+        _deciding.pop()
         for counter, flops in before:
             counter._decoder_flops -= counter._mode.get_total_flops() - flops
+
+
+@contextmanager
+def watch_overhead(mark: Callable[[], None]) -> Iterator[None]:
+    """Within the block, `mark()` is called where `overhead` begins and where it ends, to time what deciding takes."""
+    _watches.append(mark)
+    try:
+        yield
+    finally:
+        _watches.remove(mark)
 
 
 @torch.no_grad()
