@@ -41,7 +41,7 @@ from dyvte.instrument.hooks import (
 )
 from dyvte.instrument.keys.borrowed import BorrowingLayer
 from dyvte.instrument.keys.cache_layers import check_cache, kept_layer, restore_layers
-from dyvte.instrument.keys.indexed import check_padding
+from dyvte.instrument.keys.indexed import starts_of
 from dyvte.instrument.keys.places import running_at
 from dyvte.instrument.keys.shared import PrefillSharing
 from dyvte.layout import TokenLayout
@@ -180,6 +180,7 @@ class _Engine:
         self.policies: list[tuple[Policy, TokenLayout | None, PolicyRun]] = []
         self.prefill: Prefill | None = None
         self._decoding = False
+        self._start: Tensor | None = None  # first tokens, where blocks of keys are counted from them
         self._steps = Decoding(mllm)
 
     @classmethod
@@ -244,11 +245,11 @@ class _Engine:
             )
         if cache is not None:
             check_cache(cache)
-        check_padding(self.mllm, inputs.get("attention_mask"), inputs.get("position_ids"))
+        self._start = starts_of(self.mllm, inputs.get("attention_mask"))
         self.prefill, self._decoding = None, cache is not None and cache.get_seq_length() > 0
         if self._decoding:
             self._check_continued(cache, input_ids, inputs.get("pixel_values"))
-            self._steps.begin()
+            self._steps.begin(self._start)
             return
         mask = inputs.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
@@ -333,7 +334,10 @@ class _Engine:
         prefill.count_layer()
         hidden = prefill.hidden
         if selections is None:
-            with prefill.running_on(None):
+            at = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
+            attention, counted = self.mllm.attentions[call.index], self._start is not None
+            knowing = running_at(attention, at, at, None, hidden.shape[1], self._start) if counted else nullcontext()
+            with prefill.running_on(None), knowing:
                 return call.run(hidden)
         layer = None if call.cache is None else self._kept_layer(call)
         result, output, sharing = hidden.clone(), None, PrefillSharing(call)
@@ -343,10 +347,11 @@ class _Engine:
                 key_bias = selection.remembered("key bias", key_bias, functools.partial(selection.pack, key_bias))
             storing = nullcontext() if layer is None else layer.prefilling(selection, key_bias)
             attention, at = self.mllm.attentions[call.index], selection.index
+            start = None if self._start is None else self._start[selection.rows]
             with (
                 prefill.running_on(selection),
                 storing,
-                running_at(attention, at, at, selection.valid, hidden.shape[1]),
+                running_at(attention, at, at, selection.valid, hidden.shape[1], start),
             ):
                 packed = call.packed(selection, key_bias, prefill.places(selection)) | sharing.on(selection)
                 output = call.run(selection.pack(hidden), **packed)

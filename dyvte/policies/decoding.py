@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from dyvte.errors import UnsupportedError
@@ -15,7 +16,7 @@ from dyvte.instrument.cache import KeptLayer
 from dyvte.instrument.hooks import LayerCall
 from dyvte.instrument.kept_keys import KeyTable, attend_apart
 from dyvte.instrument.keys.borrowed import BorrowingLayer, StepSharing
-from dyvte.instrument.keys.indexed import KeptIndexedLayer
+from dyvte.instrument.keys.indexed import KeptIndexedLayer, choosing_among
 from dyvte.instrument.keys.shared import lends_keys, store_of
 
 if TYPE_CHECKING:
@@ -38,8 +39,13 @@ class Decoding:
         self._apart: tuple[KeptLayer, list[Tensor | None]] | None = None  # the layer that runs, and its groups' masks
         self._door = ExitStack()
 
-    def begin(self) -> None:
-        """A decoding step begins: within it, groups of rows can attend apart."""
+    def begin(self, start: Tensor | None) -> None:
+        """A decoding step begins: within it, groups of rows can attend apart.
+
+        Args:
+            start: of the rows, as `starts_of` finds it.
+        """
+        self._start = start
         if self._attends_apart:
             try:
                 self._door.enter_context(replace_attention(self.mllm, self._attend))
@@ -70,7 +76,17 @@ class Decoding:
                 position, valid, _ = layer.key_positions(call.hidden.shape[1])
                 places = position, valid
             call = self._sharing.lending(call, store, layer, places)
-        return self._run_kept(call, layer) if isinstance(layer, KeptLayer) else call.run()
+        if isinstance(layer, KeptLayer):
+            return self._run_kept(call, layer)
+        return call.run() if self._start is None else self._run_from(self._start, call, layer)
+
+    def _run_from(self, start: Tensor, call: LayerCall, layer: Any) -> Any:
+        """Run a layer that kept all positions and may count blocks of keys, which are to begin at the rows' starts."""
+        done = layer.get_seq_length()
+        length = done + call.hidden.shape[1]
+        places = torch.arange(length, device=start.device).expand(len(start), -1)
+        with choosing_among(self.mllm.attentions[call.index], places[:, done:], places, None, length, start):
+            return call.run()
 
     def _run_kept(self, call: LayerCall, layer: KeptLayer) -> Any:
         new = call.hidden.shape[1]
@@ -86,7 +102,7 @@ class Decoding:
             groups = None
         mask = self._mask(call, layer, None if groups is None else groups[0])
         attention, indexed = self.mllm.attentions[call.index], isinstance(layer, KeptIndexedLayer)
-        with layer.decoding(), layer.choosing(attention, new) if indexed else nullcontext():
+        with layer.decoding(), layer.choosing(attention, new, self._start) if indexed else nullcontext():
             return call.run(attention_mask=mask)
 
     def _mask(self, call: LayerCall, layer: KeptLayer, table: KeyTable | None) -> Tensor | None:

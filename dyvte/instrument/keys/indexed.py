@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from dyvte.errors import UnsupportedError
 from dyvte.instrument.cache import KeptLayer
 from dyvte.instrument.hooks import Selection, override_method
 from dyvte.model_parts import INDEXERS_BY_BLOCK, indexer_of
@@ -50,10 +49,12 @@ class KeptIndexedLayer(KeptLayer):
         """As of MiniMax M3's: index keys [B, 1, n, size], in the order of `update`'s keys."""
         return self._index.update(idx_k, idx_k[..., :0])[0]
 
-    def choosing(self, attention: nn.Module, new: int) -> AbstractContextManager[None]:
+    def choosing(self, attention: nn.Module, new: int, start: Tensor | None) -> AbstractContextManager[None]:
         """`choosing_among` the keys that the next `update` by so many new tokens returns."""
         position, valid, _ = self.key_positions(new)
-        return choosing_among(attention, position, valid, self.length + new)
+        length = self.length + new
+        own = torch.arange(self.length, length, device=position.device).expand(len(position), -1)
+        return choosing_among(attention, own, position, valid, length, start)
 
     @contextmanager
     def prefilling(self, selection: Selection, key_bias: Tensor | None) -> Iterator[None]:
@@ -89,65 +90,63 @@ class KeptIndexedLayer(KeptLayer):
 
 
 @contextmanager
-def choosing_among(attention: nn.Module, positions: Tensor, valid: Tensor | None, length: int) -> Iterator[None]:
+def choosing_among(
+    attention: nn.Module, own: Tensor, keys: Tensor, valid: Tensor | None, length: int, start: Tensor | None = None
+) -> Iterator[None]:
     """Within the block a layer's indexer chooses among keys that need not lie one behind the other.
 
     Args:
         attention: of the layer; nothing happens for one that attends to all keys or chooses them by its mask.
-        positions: [b, K] of the keys in the whole sequence.
+        own: [b, q] positions of the queries in the whole sequence.
+        keys: [b, K] positions of the keys there.
         valid: [b, K] False where a key is padding; None where none is.
         length: of the whole sequence.
+        start: [b, 1] positions of the rows' first tokens; None for 0.
     """
     indexer = indexer_of(attention)
     if type(indexer).__name__ not in INDEXERS_BY_BLOCK:
         yield
         return
-    blocks = _Blocks(indexer, positions, valid, length)
+    blocks = _Blocks(indexer, own, keys, valid, length, start)
     with override_method(indexer, "forward", blocks.choose), override_method(indexer, "build_block_mask", blocks.mask):
         yield
 
 
-def counts_from_padding(mllm: MLLM, length: int, own_positions: bool = False) -> bool:
-    """Whether keys are chosen by blocks that are counted from a row's padding on: left-padded rows then choose others.
+def starts_of(mllm: MLLM, mask: Tensor | None) -> Tensor | None:
+    """[B, 1] positions of the rows' first tokens, where keys are chosen by blocks and some row is padded on the left.
 
-    Not where there are so few blocks that each is taken. MiniMax M3 takes positions for places, so where rows have
-    positions of their own (in `generate`), left-padded rows are only right within one block.
-    """
-    blocks = [each for each in map(indexer_of, mllm.attentions) if type(each).__name__ in INDEXERS_BY_BLOCK]
-    return any(length > each.block_size * (1 if own_positions else each.topk_blocks) for each in blocks)
-
-
-def check_padding(mllm: MLLM, mask: Tensor | None, position_ids: Tensor | None) -> None:
-    """Refuse left-padded rows where those choose other keys than each alone.
+    The model itself counts blocks from the padding on, and takes positions for places, so that a row that is padded on
+    the left is not what it is alone (as its file in transformers says). What is driven counts from the first token.
 
     Args:
         mllm: the model.
         mask: [B, N] 0 at padding.
-        position_ids: given to the model, or None.
-
-    Raises:
-        UnsupportedError: some row is padded on the left.
     """
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        return
-    if counts_from_padding(mllm, mask.shape[1], position_ids is not None) and not mask[:, 0].all():
-        raise UnsupportedError(
-            f"{mllm.text_config.model_type} counts blocks of keys from the padding on, so rows padded on the left are "
-            "not what each is alone: pad on the right, or run rows of one length together"
-        )
+    by_block = any(type(indexer_of(each)).__name__ in INDEXERS_BY_BLOCK for each in mllm.attentions)
+    if not by_block or not isinstance(mask, Tensor) or mask.ndim != 2 or mask[:, 0].all():
+        return None
+    return mask.bool().int().argmax(1, keepdim=True)
 
 
 class _Blocks:
-    """MiniMax M3's choice of blocks for keys that lie anywhere.
+    """MiniMax M3's choice of blocks for keys that lie anywhere; arguments as for `choosing_among`.
 
     Blocks stay where they are in the whole sequence, as rotary positions and sliding windows do: a block of which all
     keys left is never worth choosing, but those around a query are taken all the same.
     """
 
-    def __init__(self, indexer: Any, positions: Tensor, valid: Tensor | None, length: int) -> None:
-        self.indexer, self.positions, self.valid = indexer, positions, valid
-        self.block = positions // indexer.block_size
+    def __init__(
+        self, indexer: Any, own: Tensor, keys: Tensor, valid: Tensor | None, length: int, start: Tensor | None
+    ) -> None:
+        if start is not None:
+            own, keys = own - start, keys - start
+            valid = keys >= 0 if valid is None else valid & (keys >= 0)
+        self.indexer = indexer
+        self.own_block = (own // indexer.block_size).clamp(min=0)
+        self.block = (keys // indexer.block_size).clamp(min=0)
         self.number = -(-length // indexer.block_size)
+        seen = keys[:, None, None] <= own[:, None, :, None]  # [b, 1, q, K] not later than the query
+        self.seen = seen if valid is None else seen & valid[:, None, None]
 
     def choose(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], cache: Any, position_ids: Tensor) -> Tensor:
         """The blocks [b, H, q, n] that each query attends to, -1 for none."""
@@ -159,11 +158,10 @@ class _Blocks:
         query, key = apply_rotary(query, key, *(each[..., : indexer.head_dim] for each in rotary))
         if cache is not None:
             key = cache.layers[indexer.layer_idx].update_index(key)
-        seen = self._seen(position_ids)
-        scores = (query.float() @ key.float().mT).masked_fill(~seen, -torch.inf)
+        scores = (query.float() @ key.float().mT).masked_fill(~self.seen, -torch.inf)
         best = scores.new_full((*scores.shape[:3], self.number), -torch.inf)
         best.scatter_reduce_(3, self.block[:, None, None].expand_as(scores), scores, "amax")
-        around = position_ids[..., None] // indexer.block_size - torch.arange(indexer.local_blocks, device=best.device)
+        around = self.own_block[..., None] - torch.arange(indexer.local_blocks, device=best.device)
         best.scatter_(3, around.clamp(min=0)[:, None].expand(-1, best.shape[1], -1, -1), torch.inf)
         chosen = best.topk(min(indexer.topk_blocks, self.number))
         return chosen.indices.masked_fill(chosen.values == -torch.inf, -1)
@@ -181,12 +179,7 @@ class _Blocks:
         heads = self.indexer.config.num_attention_heads // chosen.shape[1]
         picked = (chosen[..., None] == torch.arange(self.number, device=device)).any(3)  # [b, H, q, blocks]
         keep = picked.gather(3, self.block[:, None, None].expand(*picked.shape[:3], -1)).repeat_interleave(heads, 1)
-        mask = self._seen(position_ids) if mask is None else mask
+        mask = self.seen if mask is None else mask
         if mask.dtype == torch.bool:
             keep, mask = keep & mask, torch.zeros(keep.shape, dtype=dtype, device=device)
         return mask.masked_fill(~keep, torch.finfo(dtype).min)
-
-    def _seen(self, position_ids: Tensor) -> Tensor:
-        """[b, 1, q, K] keys that are not later than the query."""
-        seen = self.positions[:, None, None] <= position_ids[:, None, :, None]
-        return seen if self.valid is None else seen & self.valid[:, None, None]

@@ -13,7 +13,9 @@ from dyvte.instrument.keys.indexed import choosing_among
 
 
 @contextmanager
-def running_at(attention: nn.Module, own: Tensor, keys: Tensor, valid: Tensor | None, length: int) -> Iterator[None]:
+def running_at(
+    attention: nn.Module, own: Tensor, keys: Tensor, valid: Tensor | None, length: int, start: Tensor | None = None
+) -> Iterator[None]:
     """Within the block an attention module runs on some positions of a sequence without knowing of the others.
 
     Args:
@@ -22,8 +24,9 @@ def running_at(attention: nn.Module, own: Tensor, keys: Tensor, valid: Tensor | 
         keys: [b, K] positions of the keys that they attend to.
         valid: [b, K] False where a key is padding; None where none is.
         length: of the whole sequence.
+        start: [b, 1] positions of the rows' first tokens, from which blocks of keys are counted; None for 0.
     """
-    with choosing_among(attention, keys, valid, length), counting_from(attention, own, length):
+    with choosing_among(attention, own, keys, valid, length, start), counting_from(attention, own, length):
         yield
 
 

@@ -35,7 +35,7 @@ from dyvte.instrument.hooks import (
     with_states,
 )
 from dyvte.instrument.kept_keys import locate, take
-from dyvte.instrument.keys.indexed import counts_from_padding
+from dyvte.instrument.keys.indexed import starts_of
 from dyvte.instrument.keys.places import running_at
 from dyvte.instrument.keys.shared import BranchSharing, borrows_keys
 from dyvte.instrument.states import TEXT_STATUS, status_weights, token_status
@@ -156,7 +156,7 @@ def exit_sweep(
         if len(shared_image) != len(batch["input_ids"]):
             raise ValueError(f"shared_image has {len(shared_image)} entries for {len(batch['input_ids'])} rows")
         inputs = inputs.right_padded()  # the same image must stand at the same positions
-    elif counts_from_padding(mllm, inputs["input_ids"].shape[1]):
+    elif starts_of(mllm, inputs.get("attention_mask")) is not None:
         inputs = inputs.right_padded()
     if wrong := [k for k in status_of_exits if not 0 <= k <= mllm.num_layers]:
         raise ValueError(f"status_of_exits holds {wrong[0]}; give exit layers in 0..{mllm.num_layers}")
@@ -340,7 +340,8 @@ class _Sweep:
             packed |= self.sharing.on(call, frame.own, frame.key_positions, exits)
         positions, valid = frame.key_positions.repeat(times, 1), frame.key_valid.repeat(times, 1)
         packed["past_key_values"] = Keys(earlier, frame.rows.repeat(times), positions)
-        with running_at(self.mllm.attentions[call.index], frame.own.index, positions, valid, self.length):
+        own = frame.own.index.repeat(times, 1)
+        with running_at(self.mllm.attentions[call.index], own, positions, valid, self.length):
             return output_states(call.run(states, **packed))
 
     # ---------------------------------------------------------------------- entropies
