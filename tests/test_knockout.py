@@ -18,7 +18,7 @@ from dyvte import FixedExit, exit_sweep, knockout
 from dyvte.batch import Batch
 from dyvte.errors import ConfigError, ModelError, UnsupportedError
 from dyvte.instrument.causal import GROUPS, Knockout, all_windows, windows_of_width
-from dyvte.instrument.causal.branches import NOTHING, TRUNK, Tree
+from dyvte.instrument.causal.strands import NOTHING, TRUNK, Tree
 from dyvte.mllm import MLLM
 
 EXACT = 1e-4
@@ -174,13 +174,31 @@ def test_questions_may_share_the_pass_over_their_image(family: str, side: str) -
     mllm = model(family)
     images = (2, 1, 0, 2, 2, 1)
     batch, answers = same_image_batch(mllm, images, side), random_answers(len(images), 3)
-    paths = [("instruction", "visual"), ("last", "question"), ("visual", "visual")]
-    shared, apart = (
-        knockout(mllm, batch, answers, paths, [(0, 2), (2, 3)], shared_image=given) for given in (images, None)
+    paths = [("instruction", "visual"), ("last", "question"), ("visual", "visual"), ("visual", "some")]
+    some = torch.rand(batch.layout.roles.shape, generator=torch.Generator().manual_seed(0)) < 0.5  # not of the image
+    seen = []
+    counting = mllm.layers[2].mlp.register_forward_hook(
+        lambda module, args, output: seen.append(args[0][..., 0].numel())
     )
-    assert shared.logits is not None
-    torch.testing.assert_close(shared.logits, apart.logits, atol=EXACT, rtol=0)
-    torch.testing.assert_close(shared.token_nll, apart.token_nll, atol=EXACT, rtol=0, equal_nan=True)
+    try:
+        shared, apart = (
+            knockout(mllm, batch, answers, paths, [(0, 2), (2, 3)], key_sets={"some": some}, shared_image=given)
+            for given in (images, None)
+        )
+        assert shared.logits is not None
+        torch.testing.assert_close(shared.logits, apart.logits, atol=EXACT, rtol=0)
+        torch.testing.assert_close(shared.token_nll, apart.token_nll, atol=EXACT, rtol=0, equal_nan=True)
+        tokens = []
+        for given in (images, None):
+            seen.clear()
+            knockout(mllm, batch, answers, [("visual", "visual")], [(0, 2)], shared_image=given)
+            tokens.append(sum(seen))
+        repeated = sum(batch.layout.visual.sum(1).tolist()) - sum(
+            {n: int(m.sum()) for n, m in zip(images, batch.layout.visual, strict=True)}.values()
+        )
+        assert tokens[0] <= tokens[1] - 2 * repeated  # neither the main pass nor the branch runs an image twice
+    finally:
+        counting.remove()
 
 
 @settings(max_examples=6)

@@ -142,8 +142,8 @@ def knockout(
             their mean over the row's visual positions ("mean"), or by those of the row's donor ("swap").
         donors: [B] row whose image each row gets, for "swap".
         key_sets: name -> bool [B, N], positions of the prompts: patches of an object, random positions.
-        shared_image: [B] equal numbers for rows that show the same images after the same system text: the main pass of
-            what they share runs once.
+        shared_image: [B] equal numbers for rows that show the same images after the same system text: what they share
+            runs once, in the main pass and in branches that change it (visual -> visual).
         keep_logits: False saves [B, P, W, vocab] floats.
         branch_tokens: bounds the memory of branches, changes no result. By default as much as the main pass.
 
@@ -186,7 +186,11 @@ def knockout(
         for path in range(len(paths))
         for start, stop in windows
     ]
-    branches = Branches(mllm, inputs, actions, schedules, shared_image, branch_tokens)
+    # Answer token j is predicted from the j-th position after the prompt's end.
+    layout, width = inputs.layout, 1 if answers is None else answers.shape[1]
+    positions = layout.last_prompt[:, None] + torch.arange(width, device=layout.roles.device)
+    positions = positions.clamp(max=layout.roles.shape[1] - 1)
+    branches = Branches(mllm, inputs, actions, schedules, positions, shared_image, branch_tokens)
     branches.run()
     return _score(mllm, branches, answers, paths, windows, keep_logits)
 
@@ -229,11 +233,7 @@ def _score(
     windows: list[Window],
     keep_logits: bool,
 ) -> Knockout:
-    layout, length = branches.layout, branches.length
-    width = 1 if answers is None else answers.shape[1]
-    # Answer token j is predicted from the j-th position after the prompt's end.
-    positions = (layout.last_prompt[:, None] + torch.arange(width, device=layout.roles.device)).clamp(max=length - 1)
-    states = branches.states_at(positions)  # [P * W + 1, B, A, d]
+    states = branches.states()  # [P * W + 1, B, A, d]
 
     def logits_of(some: Tensor) -> Tensor:
         scores = read_out(mllm, branches.inputs, some.flatten(0, 1), branches.template).unflatten(0, some.shape[:2])

@@ -11,8 +11,8 @@ from dyvte.batch import Batch
 from dyvte.instrument.hooks import LayerCall, drive_layers, with_states
 from dyvte.mllm import MLLM
 
-LOGITS_AT_ONCE = 2**25
-"""Logits computed at once: 128 MiB in float32."""
+LOGITS_AT_ONCE = 2**21
+"""Logits computed at once: 8 MiB in float32, and as much again while they are looked at."""
 
 
 def read_out(mllm: MLLM, batch: Batch, states: Tensor, template: Any) -> Tensor:

@@ -126,11 +126,15 @@ class Keys:
         """As of an empty cache."""
         return 0
 
-    def of(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values of `rows`, and an indexer's keys where there is one: [b, heads, N, head size]."""
+    def of_all(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of every row that ran: [b, heads, N, head size]."""
         if self.keys is None or self.values is None:
             raise UnsupportedError("a decoder layer did not show its keys: it does not write to a KV cache")
-        found = (self.keys, self.values) if self.index is None else (self.keys, self.values, self.index)
+        return self.keys, self.values
+
+    def of(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values of `rows`, and an indexer's keys where there is one: [b, heads, N, head size]."""
+        found = self.of_all() if self.index is None else (*self.of_all(), self.index)
         return tuple(each.expand(len(rows), -1, -1, -1) if len(each) == 1 else each[rows] for each in found)
 
     def at(self, rows: Tensor, index: Tensor) -> tuple[Tensor, ...]:
