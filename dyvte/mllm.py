@@ -93,17 +93,10 @@ class MLLM:
 
     @property
     def num_heads(self) -> int:
-        """H, the number of query heads.
-
-        Raises:
-            UnsupportedError: it differs from layer to layer.
-        """
-        try:
-            return self.text_config.num_attention_heads
-        except AttributeError as error:  # transformers refuses to name one number for all layers
-            raise UnsupportedError(
-                f"{type(self.model).__name__}: the number of attention heads differs from layer to layer"
-            ) from error
+        """H, the number of query heads; the most that a layer has where they differ."""
+        per_layer = getattr(self.text_config, "per_layer_config", None)
+        of_layers = [per_layer[index] for index in range(self.num_layers)] if per_layer else [self.text_config]
+        return max(each.num_attention_heads for each in of_layers)
 
     @property
     def device(self) -> torch.device:

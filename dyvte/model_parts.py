@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -18,27 +19,48 @@ def text_config_of(model: nn.Module) -> Any:
 
 
 def check_nature(model: nn.Module) -> None:
-    """Refuse an architecture that has no decoder whose sequence holds the image.
+    """Refuse an architecture whose decoder does not hold the image in its sequence, by what it is.
 
     Raises:
-        ModelError: an encoder-decoder, or a model that generates by diffusion.
+        ModelError: an encoder-decoder, a model that generates by diffusion, or a reader by cross-attention.
     """
     config: Any = model.config
-    if getattr(config, "is_encoder_decoder", False) or _has_encoder_decoder_text(config):
+    name, wanted = type(model).__name__, "dyvte needs visual tokens in the sequence of the decoder"
+    parts = [config, *(getattr(config, part, None) for part in ("text_config", "decoder"))]
+    if any(getattr(part, "is_encoder_decoder", False) for part in parts):
         raise ModelError(
-            f"{type(model).__name__} is an encoder-decoder: its decoder reads the image through cross-attention, and "
-            "dyvte needs visual tokens in the sequence of the decoder"
+            f"{name} is an encoder-decoder: its decoder reads the image through cross-attention, and {wanted}"
         )
     if getattr(config, "canvas_length", None):
         raise ModelError(
-            f"{type(model).__name__} generates blocks by diffusion: its decoder sees the image through the cache of an "
-            "encoder pass, and dyvte needs visual tokens in the sequence of the decoder"
+            f"{name} generates blocks by diffusion: its decoder sees the image through the cache of an encoder pass, "
+            f"and {wanted}"
         )
+    if getattr(config, "max_action_dim", None):
+        raise ModelError(f"{name} generates actions of a robot by diffusion, not text: there is no answer to look at")
+    crossing = next((module for module in _beside_towers(model) if _crosses(module)), None)
+    if crossing is not None:
+        raise ModelError(f"{name} reads its encoder through cross-attention ({type(crossing).__name__}), and {wanted}")
+    if not config.sub_configs:
+        raise ModelError(f"{name} has no image side (model type {config.model_type!r}): it is a language model")
 
 
-def _has_encoder_decoder_text(config: Any) -> bool:
-    part = getattr(config, "text_config", None)
-    return bool(getattr(part, "is_encoder_decoder", False))
+TOWERS = ("vision", "visual", "qformer", "connector", "projector", "resampler", "audio")
+"""Words in the names of the parts that turn images into visual tokens; cross-attention within them is their own."""
+
+
+def _beside_towers(model: nn.Module) -> Iterator[nn.Module]:
+    for name, child in model.named_children():
+        if not any(word in name for word in TOWERS):
+            yield child
+            yield from _beside_towers(child)
+
+
+def _crosses(module: nn.Module) -> bool:
+    names = [name for name, _ in module.named_children()]
+    return "CrossAttention" in type(module).__name__ or any(
+        "cross_attn" in name or "crossattention" in name for name in names
+    )
 
 
 def visual_token_ids_of(model: nn.Module, processor: Any) -> tuple[int, ...]:
@@ -47,14 +69,14 @@ def visual_token_ids_of(model: nn.Module, processor: Any) -> tuple[int, ...]:
     found = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
     found.append(getattr(processor, "image_token_id", None))
     image_ids = [each for each in found if isinstance(each, int) and each >= 0]
-    if not image_ids:
+    video = [getattr(config, name, None) for name in ("video_token_id", "video_token_index")]
+    video_ids = [each for each in video if isinstance(each, int) and each >= 0]
+    if not image_ids and not video_ids:
         raise ModelError(
             f"{type(model).__name__} (model type {config.model_type!r}) has no image token: dyvte needs a multimodal "
             "LLM that puts visual tokens into the sequence of its decoder"
         )
-    video = [getattr(config, name, None) for name in ("video_token_id", "video_token_index")]
-    video_ids = [each for each in video if isinstance(each, int) and each >= 0]
-    return tuple(dict.fromkeys([image_ids[0], *video_ids]))
+    return tuple(dict.fromkeys([*image_ids[:1], *video_ids]))
 
 
 def find_decoder(model: nn.Module, text_config: Any) -> tuple[nn.Module, nn.ModuleList]:
@@ -79,13 +101,6 @@ def find_decoder(model: nn.Module, text_config: Any) -> tuple[nn.Module, nn.Modu
     text_type = text_config.model_type
     of_text = [pair for pair in candidates if getattr(getattr(pair[0], "config", None), "model_type", "") == text_type]
     decoder, layers = (of_text or candidates)[0]
-    for index, layer in enumerate(layers):
-        crossing = [name for name, _ in layer.named_children() if "cross_attn" in name or "crossattention" in name]
-        if crossing:
-            raise ModelError(
-                f"{type(model).__name__}: decoder layer {index} reads the image through {crossing[0]}; dyvte needs "
-                "visual tokens in the sequence of the decoder"
-            )
     return decoder, layers
 
 

@@ -207,7 +207,7 @@ PECULIAR = {name: settings for name, _, settings in refusals.peculiar()}
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("mllama", "decoder layer 1 reads the image through cross_attn"),
+        ("mllama", "reads its encoder through cross-attention"),
         ("qwen3_5", "decoder layer 0 is of kind 'linear_attention'"),
         ("lfm2_vl", "decoder layer 0 is of kind 'conv'"),
     ],

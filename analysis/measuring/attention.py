@@ -55,7 +55,7 @@ def measure_attention(mllm: MLLM, samples: list[Sample]) -> dict[str, pd.DataFra
     for name in MEASURES:
         of_answer = getattr(stats, name)[..., ANSWER, VISUAL]
         values[f"answer_cross_{name}"] = stats.mean_over_heads(of_answer, name, ANSWER)
-    values |= {name: getattr(stats, name).mean(-1) for name in ENTROPIES}
+    values |= {name: getattr(stats, name).nanmean(-1) for name in ENTROPIES}
     labels = pd.DataFrame(
         {"id": sample.id, "image_id": sample.image_id, "kind": sample.kind, "layer": layer}
         for sample in samples

@@ -104,7 +104,7 @@ class Measurement:
                 answers[row] = ids
             with AttentionProbe(self.mllm) as probe:
                 run_for_attention(self.mllm, batch)
-            entropy[asked] = probe.stats.text_entropy.mean(-1).float().cpu()
+            entropy[asked] = probe.stats.text_entropy.nanmean(-1).float().cpu()
         return answers, entropy
 
     def _exits(self, samples: list[Sample], swept: SweptAnswers) -> pd.DataFrame:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dyvte.batch import Batch
 from dyvte.errors import UnsupportedError
@@ -31,7 +32,7 @@ class TokenAttention:
     Positions are those of the prompt and of the answer without its last token, which predicts nothing.
 
     Attributes:
-        rows: [L, H, A, N] attention of the query that predicts each answer token.
+        rows: [L, H, A, N] attention of the query that predicts each answer token; NaN where a layer has fewer heads.
         received: [L, N] what a position receives from the mean query, mean over heads, over what attention spread
             evenly over all allowed keys would give it; 1 is what chance gives.
         sinks: [L, N] the first position, and every one that receives more than `SINK_RATIO` times uniform attention.
@@ -111,7 +112,8 @@ def token_attention(mllm: MLLM, batch: Batch, answer_ids: Tensor) -> TokenAttent
             f"{len(watcher.rows)} of {mllm.num_layers} decoder layers showed their attention: the others do not go "
             "through transformers' attention functions"
         )
-    rows, received = (torch.stack([of[layer] for layer in sorted(of)]) for of in (watcher.rows, watcher.received))
+    rows = pad_sequence([watcher.rows[layer] for layer in sorted(watcher.rows)], True, torch.nan)
+    received = torch.stack([watcher.received[layer] for layer in sorted(watcher.received)])
     sinks = received > SINK_RATIO
     sinks[:, int(batch.layout.first_token[0])] = True
     return TokenAttention(rows, received, sinks)

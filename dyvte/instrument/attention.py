@@ -7,7 +7,7 @@ reduces them to sums over token roles (`dyvte.instrument.role_attention`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,8 @@ from dyvte.instrument.role_attention import (
     allowed_pairs,
     entropy_queries,
     role_sums,
+    stack_heads,
+    stack_layers,
 )
 from dyvte.layout import INSTRUCTION, ROLES, VISUAL, TokenLayout
 from dyvte.mllm import MLLM, as_mllm
@@ -65,6 +67,8 @@ class AttentionStats:
     - `total_entropy`: entropy over all keys.
 
     Per key, [B, L, H, N]: `received_last` from the last prompt token, `received_instruction` the instruction's mean.
+
+    Layers may differ in their heads: H is the most that one has, and the others' missing heads are NaN.
 
     The papers do not define their averages further than this; these are our reading.
 
@@ -130,8 +134,8 @@ class AttentionStats:
             query: role of the queries, or `QUESTION`.
         """
         if not measure.endswith("_no_sink"):
-            return values.mean(-1)
-        weights = self.not_on_sink[..., query]
+            return values.nanmean(-1)
+        weights = self.not_on_sink[..., query].nan_to_num()
         return (values.nan_to_num() * weights).sum(-1).where(values.isfinite().any(-1), torch.nan) / weights.sum(-1)
 
     def mean_curve(self, name: str, measure: str = "mass") -> Tensor:
@@ -165,7 +169,7 @@ class AttentionStats:
                     for q, k in roles
                 }
         entropies = {name: getattr(self, name) for name in ENTROPIES}
-        values |= entropies if by_head else {name: value.mean(-1) for name, value in entropies.items()}
+        values |= entropies if by_head else {name: value.nanmean(-1) for name, value in entropies.items()}
         axes = ["sample", "layer", "head"] if by_head else ["sample", "layer"]
         index = pd.MultiIndex.from_product([range(size) for size in values["cross_mass"].shape], names=axes)
         return pd.DataFrame({name: value.flatten().numpy() for name, value in values.items()}, index).reset_index()
@@ -175,11 +179,6 @@ def _with_all_text(by_key_role: Tensor) -> Tensor:
     """Append to the key roles [..., R] their sum (or "any") over the text roles: [..., R + 1]."""
     of_text = by_key_role[..., [role for role in range(len(ROLES)) if role != VISUAL]]
     return torch.cat([by_key_role, of_text.sum(-1, keepdim=True).to(by_key_role.dtype)], dim=-1)
-
-
-def _stack(of_layers: Iterable[Tensor]) -> Tensor:
-    """One tensor a layer -> [B, L, ...] on the CPU."""
-    return torch.stack([each.cpu() for each in of_layers], dim=1)
 
 
 def _assemble(layout: TokenLayout, sums: list[RoleSums], geometries: list[Geometry]) -> AttentionStats:
@@ -198,22 +197,22 @@ def _assemble(layout: TokenLayout, sums: list[RoleSums], geometries: list[Geomet
     for suffix, (probabilities, counts, keys) in versions.items():
         has_key = _with_all_text(keys).sum(1) > 0
         absent = ~((queries > 0)[:, :, None] & has_key[:, None]).cpu()[:, None, None]
-        sums_over_queries = _stack(probabilities)
+        sums_over_queries = stack_heads(probabilities)
         if suffix:  # what the queries would give if none of it went to the sink
             not_on_sink = sums_over_queries.sum(-1)
-            seen = _stack(each.queries for each in counts)[:, :, None] / not_on_sink.clamp_min(1e-30)
+            seen = stack_layers(each.queries for each in counts)[:, :, None] / not_on_sink.clamp_min(1e-30)
             sums_over_queries = sums_over_queries * seen[..., None]
         total = _with_all_text(sums_over_queries).masked_fill(absent, torch.nan)  # [B, L, H, 5, 5]
         divisors = {
-            "mass": _stack(each.queries[..., None] for each in counts),
-            "mean_score": _with_all_text(_stack(each.pairs for each in counts)),
-            "enrichment": _with_all_text(_stack(each.uniform for each in counts)),
+            "mass": stack_layers(each.queries[..., None] for each in counts),
+            "mean_score": _with_all_text(stack_layers(each.pairs for each in counts)),
+            "enrichment": _with_all_text(stack_layers(each.uniform for each in counts)),
         }
         measures |= {name + suffix: total / divisor[:, :, None] for name, divisor in divisors.items()}
 
-    entropy = _stack(each.entropy for each in sums)
-    entropy /= _stack(entropy_queries(each).sum(-1) for each in geometries)[:, :, None]
-    received = _stack(each.received for each in sums)
+    entropy = stack_heads(each.entropy for each in sums)
+    entropy /= stack_layers(entropy_queries(each).sum(-1) for each in geometries)[:, :, None]
+    received = stack_heads(each.received for each in sums)
     maps = [each.mean_map for each in sums if each.mean_map is not None]
     return AttentionStats(
         layout=layout.to("cpu"),
@@ -221,7 +220,7 @@ def _assemble(layout: TokenLayout, sums: list[RoleSums], geometries: list[Geomet
         cross_queries=torch.stack([measures[name][..., QUESTION, :] for name in MEASURES], dim=-2),
         received_last=received[..., 0, :],
         received_instruction=received[..., 1, :] / queries[:, INSTRUCTION].cpu()[:, None, None, None],
-        maps=_stack(maps) if maps else None,
+        maps=stack_layers(maps) if maps else None,
         **{name: measures[name][..., : len(ROLES), : len(ROLES)] for name in MEASURES},
         **{name: entropy[..., index] for index, name in enumerate(ENTROPIES)},
     )
@@ -413,7 +412,7 @@ class AttentionProbe:
             projection.check(type(module).__name__)
         if self._contributions:
             norms, shares = zip(*(current.contributions[index] for index in order), strict=True)
-            stats = replace(stats, contribution_norm=_stack(norms), contribution_share=_stack(shares))
+            stats = replace(stats, contribution_norm=stack_layers(norms), contribution_share=stack_layers(shares))
         self.history.append(stats)
 
     @torch.no_grad()

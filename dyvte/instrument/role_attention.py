@@ -9,11 +9,12 @@ Shapes: B samples, H query heads, N positions, R = 4 roles (`dyvte.ROLES`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dyvte.layout import INSTRUCTION, PADDING, ROLES, VISUAL, TokenLayout
 
@@ -360,3 +361,14 @@ def allowed_pairs(
     allowed = (distance >= 0) if causal else torch.ones_like(distance, dtype=torch.bool)
     allowed = (allowed & (distance < sliding_window))[None]
     return allowed if mask is None else allowed & mask.bool()[:, None], None
+
+
+def stack_layers(of_layers: Iterable[Tensor]) -> Tensor:
+    """One tensor a layer -> [B, L, ...] on the CPU."""
+    return torch.stack([each.cpu() for each in of_layers], dim=1)
+
+
+def stack_heads(of_layers: Iterable[Tensor]) -> Tensor:
+    """One tensor [B, H_l, ...] a layer -> [B, L, H, ...] on the CPU, NaN where a layer has fewer than H heads."""
+    heads_first = [each.cpu().transpose(0, 1) for each in of_layers]
+    return pad_sequence(heads_first, batch_first=True, padding_value=torch.nan).movedim(2, 0)

@@ -25,7 +25,8 @@ class Verdict:
 
 WORKS = Verdict()
 ENCODER_DECODER = Verdict(refused="encoder-decoder")
-NO_IMAGE = Verdict(refused="has no image token")
+NO_IMAGE_TOKEN = Verdict(refused="has no image token")
+CROSS_ATTENTION = Verdict(refused="reads its encoder through cross-attention")
 OTHER_CHECKS = ("exits", "sweep", "mixed exits", "kept tokens", "generation")
 """All but the probe."""
 
@@ -44,7 +45,7 @@ def _state(kind: str, probe: str = "no self-attention module") -> Verdict:
 VERDICTS: dict[str, Verdict] = {
     "aria": WORKS,
     "aya_vision": WORKS,
-    "blip": NO_IMAGE,
+    "blip": CROSS_ATTENTION,
     "blip-2": _fails("pixel_values", "pixel_values"),
     "chameleon": WORKS,
     "cohere2_vision": WORKS,
@@ -55,10 +56,10 @@ VERDICTS: dict[str, Verdict] = {
     "deepseek_vl": WORKS,
     "deepseek_vl_hybrid": WORKS,
     "diffusion_gemma": Verdict(refused="by diffusion"),
-    "dots3_note": _fails("per-layer attribute"),
+    "dots3_note": WORKS,
     "emu3": WORKS,
     "ernie4_5_vl_moe": WORKS,
-    "evolla": NO_IMAGE,
+    "evolla": CROSS_ATTENTION,
     "exaone4_5": WORKS,
     "fast_vlm": WORKS,
     "florence2": ENCODER_DECODER,
@@ -67,7 +68,7 @@ VERDICTS: dict[str, Verdict] = {
     "gemma3n": WORKS,
     "gemma4": WORKS,
     "gemma4_unified": WORKS,
-    "git": NO_IMAGE,
+    "git": NO_IMAGE_TOKEN,
     "glm46v": WORKS,
     "glm4v": WORKS,
     "glm4v_moe": WORKS,
@@ -79,18 +80,18 @@ VERDICTS: dict[str, Verdict] = {
     "granite_docling": WORKS,
     "hunyuan_vl": WORKS,
     "hyperclovax_vision_v2": WORKS,
-    "idefics": NO_IMAGE,
+    "idefics": CROSS_ATTENTION,
     "idefics2": WORKS,
     "idefics3": WORKS,
     "inkling2": _state("hybrid_sliding", probe=""),
     "inkling_mm_model": _state("hybrid_sliding", probe="position_bias"),
     "instructblip": _fails("pixel_values", "pixel_values"),
-    "instructblipvideo": NO_IMAGE,
+    "instructblipvideo": _fails("pixel_values", "pixel_values"),
     "internvl": WORKS,
     "janus": WORKS,
     "kimi_k25": WORKS,
-    "kosmos-2": NO_IMAGE,
-    "kosmos-2.5": NO_IMAGE,
+    "kosmos-2": NO_IMAGE_TOKEN,
+    "kosmos-2.5": NO_IMAGE_TOKEN,
     "lfm2_vl": _state("conv"),
     "lfm3_vl": _state("conv"),
     "lighton_ocr": WORKS,
@@ -104,9 +105,9 @@ VERDICTS: dict[str, Verdict] = {
     "minicpmv4_7": _state("linear_attention"),
     "minimax_m3_vl": WORKS,
     "mistral3": WORKS,
-    "mistral4": NO_IMAGE,
+    "mistral4": Verdict(refused="has no image side"),
     "mistral_large4": WORKS,
-    "mllama": Verdict(refused="reads the image through cross_attn"),
+    "mllama": CROSS_ATTENTION,
     "molmo2": WORKS,
     "muse_glimmer": WORKS,
     "muse_spark": WORKS,
@@ -115,7 +116,7 @@ VERDICTS: dict[str, Verdict] = {
     "paddleocr_vl": WORKS,
     "paligemma": WORKS,
     "perception_lm": WORKS,
-    "pi0": NO_IMAGE,
+    "pi0": Verdict(refused="actions of a robot by diffusion"),
     "pix2struct": ENCODER_DECODER,
     "pp_chart2table": WORKS,
     "pp_formulanet": ENCODER_DECODER,
@@ -147,6 +148,7 @@ def _variant(architecture: str, *, fails: dict[str, str] | None = None, **change
 
 
 VARIANTS: dict[str, Verdict] = {
+    "step3p7, unequal heads": _variant("step3p7", text_config={"num_sliding_attention_heads": 6}),
     "gemma4, shared keys (E2B, E4B)": _variant(
         "gemma4",
         text_config={"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
