@@ -241,6 +241,15 @@ def test_a_cache_stays_with_its_block_and_can_be_used_again(family: str) -> None
     mllm.model(**step, past_key_values=cache)  # nothing left the model
 
 
+@pytest.mark.parametrize("layers", [(1, 5, 3), (LAYERS,) * 3], ids=str)
+@torch.no_grad()
+def test_a_cache_that_knows_no_config_serves_as_well(layers: tuple[int, ...]) -> None:
+    mllm = model("gemma4")
+    with Leaving(layers)(mllm):
+        lazy, made = (generate(mllm, batch_of(mllm), past_key_values=each) for each in (DynamicCache(), None))
+    close(torch.stack(lazy.logits), torch.stack(made.logits))
+
+
 @torch.no_grad()
 def test_what_branches_cannot_do_is_refused_in_one_line() -> None:
     mllm = model("gemma3n")

@@ -43,7 +43,7 @@ from dyvte.instrument.keys.borrowed import BorrowingLayer
 from dyvte.instrument.keys.cache_layers import check_cache, kept_layer, restore_layers
 from dyvte.instrument.keys.indexed import starts_of
 from dyvte.instrument.keys.places import running_at
-from dyvte.instrument.keys.shared import PrefillSharing
+from dyvte.instrument.keys.shared import PrefillSharing, borrows_keys
 from dyvte.layout import TokenLayout
 from dyvte.mllm import as_mllm
 from dyvte.model_parts import inner_models
@@ -313,7 +313,8 @@ class _Engine:
 
     def _run_layer(self, call: LayerCall) -> Any:
         if self._decoding:
-            return self._steps.run_layer(call, call.cache.layers[self._cache_index(call.index)])
+            index, layers = self._cache_index(call.index), call.cache.layers
+            return self._steps.run_layer(call, layers[index] if index < len(layers) else None)  # none for borrowers
         if self.prefill is None:
             raise UnsupportedError(
                 f"decoder layer {call.index} was called outside of {type(self.mllm.model).__name__}.forward; a policy "
@@ -367,7 +368,8 @@ class _Engine:
         def under_policy() -> bool:
             return (alive := model()) is not None and alive in engines
 
-        return kept_layer(call.cache, self._cache_index(call.index), under_policy)
+        borrows = borrows_keys(self.mllm.attentions[call.index])
+        return kept_layer(call.cache, self._cache_index(call.index), borrows, under_policy)
 
     def _cache_index(self, layer: int) -> int:
         return getattr(self.mllm.attentions[layer], "layer_idx", layer)

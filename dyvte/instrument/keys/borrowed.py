@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DummyLayer, KVSharingDict
+from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, KVSharingDict
 
 from dyvte.instrument.hooks import LayerCall, Selection, pack_mask
 from dyvte.instrument.kept_keys import KeyTable, locate, rectangle, take
@@ -31,7 +31,7 @@ class BorrowingLayer(DummyLayer):
 
     is_croppable = False
 
-    def __init__(self, replaced: DummyLayer, under_policy: Callable[[], bool]) -> None:
+    def __init__(self, replaced: DummyLayer | DynamicLayer, under_policy: Callable[[], bool]) -> None:
         super().__init__()
         self.replaced, self._under_policy = replaced, under_policy
         self._bias: Tensor | None = None

@@ -28,19 +28,20 @@ _KEPT: dict[str, type[KeptLayer]] = {
 """What takes the place of which special layer, by its name (they lie in the files of their models)."""
 
 
-def kept_layer(cache: Cache, index: int, under_policy: Callable[[], bool]) -> KeptLayer | BorrowingLayer:
+def kept_layer(cache: Cache, index: int, borrows: bool, under_policy: Callable[[], bool]) -> KeptLayer | BorrowingLayer:
     """Put a layer that stands for some positions in the place of layer `index` of an empty cache.
 
     Args:
         cache: that `check_cache` let pass.
         index: of the layer in the cache.
+        borrows: whether the decoder layer takes the keys of an earlier one.
         under_policy: whether a policy still reads the cache.
     """
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
         cache.layers.append(cache.layer_class_to_replicate())
     replaced = cache.layers[index]
     layer: KeptLayer | BorrowingLayer
-    if isinstance(replaced, DummyLayer):
+    if borrows:
         layer = BorrowingLayer(replaced, under_policy)
     else:
         kind = type(replaced).__name__
