@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "kept-positions": ("dyvte.analysis.kept_positions", "which places of the image each method keeps"),
     "gate-findings": ("dyvte.analysis.gate_findings", "what the gates read, against controls"),
     "gate-claims": ("dyvte.analysis.gate_claims", "do gates read the state of the text, or the question"),
+    "explore": ("dyvte.analysis.explore.__main__", "a page in the browser: ask about an image and look inside"),
     "report": ("dyvte.analysis.report.__main__", "every run so far on one HTML page"),
     "train": ("dyvte.train", "DyVTE's gates"),
     "evaluate": ("dyvte.evaluate", "what a policy costs in answers and saves in computation"),

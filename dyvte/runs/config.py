@@ -82,7 +82,7 @@ def command(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[...,
                     settings = " ".join(f"{key}=..." for key in missing)
                     raise ConfigError(f"needs a value: {settings} (conf/{name}.yaml says what it means)")
                 check_settings(cfg)
-                if "output_dir" in cfg:
+                if cfg.get("output_dir") is not None:
                     print(f"run folder: {cfg.output_dir}", flush=True)
                 task(cfg)
             except Exception as error:

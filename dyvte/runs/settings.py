@@ -153,6 +153,15 @@ RULES: dict[str, Rule] = {
     "lr": POSITIVE,
     "weight_decay": NOT_NEGATIVE,
     "warmup": Rule(float, low=0, below=1),
+    # the explorer
+    "host": TEXT,
+    "port": Rule(int, low=0, high=65535),
+    "open_browser": FLAG,
+    "queue": COUNT,
+    "examples": COUNT,
+    "keep_minutes": POSITIVE,
+    "upload.max_mib": POSITIVE,
+    "upload.max_pixels": COUNT,
     # conversion
     "shard_gigabytes": POSITIVE,
 }
@@ -169,6 +178,7 @@ _CHECKED_GROUPS = {
     "model",
     "cost",
     "experiment",
+    "upload",
 }
 """Groups whose settings are checked; others (the testbeds' phases, pictures) use some of the names for other things."""
 

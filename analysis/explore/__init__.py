@@ -1,0 +1,1 @@
+"""The explorer in the browser: `python -m analysis.explore`. Everything but `page` works without Gradio."""

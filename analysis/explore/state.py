@@ -1,0 +1,187 @@
+"""What the page shows, as JSON and as a link: nothing in it is trusted when it comes back."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from PIL import Image
+
+from dyvte.errors import ConfigError
+
+from .uploads import data_address, read_upload
+
+LONGEST_QUESTION = 1000
+"""Characters of a question."""
+
+LONGEST_LINK = 4096
+"""Characters of a state in a link."""
+
+QUERY_KEY = "view"
+"""Name of the state in a link's query."""
+
+
+IMAGE_KEY = "image"
+"""Where the JSON of a view holds an uploaded image."""
+
+
+@dataclass(frozen=True)
+class ViewState:
+    """One view of one question. Layers, heads, tokens, rows and columns count from 0.
+
+    Attributes:
+        model: its name, so that a view is not taken for that of another model.
+        example: number of the example image; None for an uploaded one, which a link does not carry.
+        question: what is asked.
+        token: the answer's token whose attention is shown.
+        layer: in which layer.
+        head: of which head; None for the mean.
+        exit_layer: k at which the image leaves; None for the full model.
+        method: how patches are thinned out.
+        budget: at which cost.
+        queries, keys: the path that is cut.
+        window: layers [s, e) in which it is.
+        region: (top, left, bottom, right) of the patches that were drawn around; None without.
+    """
+
+    model: str = ""
+    example: int | None = None
+    question: str = ""
+    token: int = 0
+    layer: int = 0
+    head: int | None = None
+    exit_layer: int | None = None
+    method: str = "fastv"
+    budget: float = 0.5
+    queries: str = "instruction"
+    keys: str = "visual"
+    window: tuple[int, int] | None = None
+    region: tuple[int, int, int, int] | None = None
+
+    def to_link(self) -> str:
+        """The part of a link behind its `?`: the state as base64url, only what differs from the defaults."""
+        changed = {key: value for key, value in asdict(self).items() if value != getattr(ViewState(), key)}
+        packed = json.dumps(changed, ensure_ascii=False, separators=(",", ":")).encode()
+        return f"{QUERY_KEY}={base64.urlsafe_b64encode(packed).decode().rstrip('=')}"
+
+    @classmethod
+    def from_link(cls, value: str) -> ViewState:
+        """The state that the query of a link holds (the value behind `view=`).
+
+        Raises:
+            ConfigError: it is too long or no state.
+
+        Example:
+            >>> state = ViewState(question="What is red?", layer=3)
+            >>> ViewState.from_link(state.to_link().removeprefix("view=")) == state
+            True
+        """
+        if len(value) > LONGEST_LINK:
+            raise ConfigError(f"the link's view has {len(value)} characters, at most {LONGEST_LINK} can be a view")
+        try:
+            text = base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)).decode()
+        except (binascii.Error, ValueError) as error:
+            raise ConfigError("the link's view is damaged: it is no base64 text") from error
+        return cls.of(_json_object(text))
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> ViewState:
+        """The state with these values; what is left out is as by default.
+
+        Raises:
+            ConfigError: an unknown key, or a value of another kind, each by name.
+        """
+        known = {each.name for each in fields(cls)}
+        if unknown := set(content) - known:
+            raise ConfigError(f"the view has an unknown key {min(unknown)!r}; known are {', '.join(sorted(known))}")
+        return cls(**{key: _checked(key, value) for key, value in content.items()})
+
+    def clipped(self, limits: Mapping[str, int]) -> ViewState:
+        """The nearest state that fits a model and an answer.
+
+        Args:
+            limits: `num_layers`, `num_heads`, `num_tokens`, `rows`, `columns`.
+        """
+        last = limits["num_layers"] - 1
+        region = self.region
+        if region is not None and (region[2] >= limits["rows"] or region[3] >= limits["columns"]):
+            region = None
+        start, stop = self.window or (0, limits["num_layers"])
+        stop = min(max(stop, 0), limits["num_layers"])
+        return replace(
+            self,
+            token=min(self.token, limits["num_tokens"] - 1),
+            layer=min(self.layer, last),
+            head=None if self.head is None else min(self.head, limits["num_heads"] - 1),
+            exit_layer=None if self.exit_layer is None else min(self.exit_layer, limits["num_layers"]),
+            window=(min(max(start, 0), stop), stop),
+            region=region,
+        )
+
+
+def view_file(state: ViewState, image: Image.Image | None) -> str:
+    """A view as JSON, with its image where that is no example."""
+    content = asdict(state) | ({} if image is None else {IMAGE_KEY: data_address(image)})
+    return json.dumps(content, ensure_ascii=False, indent=1)
+
+
+def read_view_file(text: str, max_bytes: int, max_pixels: int) -> tuple[ViewState, Image.Image | None]:
+    """What `view_file` wrote, under the limits of uploads.
+
+    Raises:
+        ConfigError: it is no view, or its image is none or too large.
+    """
+    content = _json_object(text)
+    address = content.pop(IMAGE_KEY, None)
+    if address is not None and not isinstance(address, str):
+        raise ConfigError(f"the view's {IMAGE_KEY!r} is no data: address")
+    image = None if address is None else read_upload(address, max_bytes, max_pixels)
+    return ViewState.of(content), image
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError("the view is no JSON") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"the view is a JSON {type(found).__name__}, not an object")
+    return found
+
+
+def _checked(key: str, value: Any) -> Any:
+    """A value of a state, or a `ConfigError` with its key."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if key in ("model", "question", "method", "queries", "keys"):
+        if isinstance(value, str) and len(value) <= LONGEST_QUESTION:
+            return value
+        kind = f"text of up to {LONGEST_QUESTION} characters"
+    elif key in ("token", "layer"):
+        if whole:
+            return value
+        kind = "a whole number from 0"
+    elif key in ("example", "head", "exit_layer"):
+        if whole or value is None:
+            return value
+        kind = "a whole number from 0, or null"
+    elif key == "budget":
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1:
+            return float(value)
+        kind = "a number above 0 and up to 1"
+    else:
+        length = {"window": 2, "region": 4}[key]
+        if value is None:
+            return None
+        if (
+            isinstance(value, list)
+            and len(value) == length
+            and all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in value)
+            and all(low <= high for low, high in zip(value[: length // 2], value[length // 2 :], strict=True))
+        ):
+            return tuple(value)
+        kind = f"a list of {length} whole numbers in order, or null"
+    raise ConfigError(f"the view's {key!r} is {str(value)[:60]!r}; give {kind}")
