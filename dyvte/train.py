@@ -28,17 +28,15 @@ from dyvte.gates.features import QUESTION
 from dyvte.gates.labels import LabelSet, LabelSettings, collect_labels
 from dyvte.gates.metrics import (
     at_exit,
-    choose_threshold,
     exit_by_kind,
     first_exit,
     layer_report,
     mixture_cost,
-    questions_for,
     thresholds_by_depth,
-    upper_limit,
 )
 from dyvte.gates.module import Gates
 from dyvte.gates.objectives import GateData, Recipe
+from dyvte.gates.risk import choose_threshold, too_few_images, upper_limit
 from dyvte.gates.teacher import taught
 from dyvte.gates.training import average_gates, evaluate_loss, gate_probabilities, train_gates
 from dyvte.gates.validation import cost_at_agreement, use_of_image
@@ -209,16 +207,24 @@ def split_labels(labels: LabelSet, cfg: DictConfig) -> Split:
 
 
 def _check_bound(split: Split, cfg: DictConfig) -> None:
-    """Raise where no threshold could keep the recipe's bound, whatever the gates: too few questions to show it."""
-    n, recipe = len(split.validation), cfg.recipe
-    if recipe.threshold != "auto" or n >= (needed := questions_for(recipe.bound, recipe.confidence)):
+    """Raise where no threshold could keep the recipe's bounds, whatever the gates: too few images to show it."""
+    recipe, rows = cfg.recipe, split.validation
+    if recipe.threshold != "auto":
         return
-    asked = math.ceil(needed * len(split.labels) / n)
-    reachable = upper_limit(torch.zeros(n, dtype=torch.bool), range(n), recipe.confidence)
+    for key in ("bound", "kind_bound"):
+        if recipe[key] is not None and not 0 < recipe[key] < 1:
+            raise ConfigError(f"recipe.{key} is {recipe[key]}; give a share between 0 and 1")
+    images, kinds = split.column("image_id", rows), split.column("kind", rows)
+    lacking = too_few_images(images, recipe.bound, recipe.confidence, kinds, recipe.kind_bound)
+    if lacking is None:
+        return
+    key, of_kind = ("bound", "") if lacking.kind is None else ("kind_bound", f" of kind {lacking.kind!r}")
+    asked = math.ceil(lacking.needed / lacking.present * len(split.labels))
     raise DataError(
-        f"gates not trained: {n} validation questions cannot show that at most {recipe.bound:.3g} of the answers "
-        f"change (recipe.bound); {needed} can, about {asked} questions in all (data.limit); or set recipe.bound="
-        f"{math.ceil(1000 * reachable) / 1000:.3g} or a recipe.threshold of your own, such as 0.9"
+        f"gates not trained: {lacking.present} validation images{of_kind} cannot show that at most {lacking.bound:.3g} "
+        f"of the answers change (recipe.{key}); {lacking.needed} can, about {asked} questions in all (data.limit); or "
+        f"set recipe.{key}={math.ceil(1000 * lacking.reachable) / 1000:.3g} or a recipe.threshold of your own, such as "
+        f"0.9"
     )
 
 
@@ -292,12 +298,15 @@ def fit_gates(
     images = split.column("image_id", split.validation)
     threshold, caution = cfg.recipe.threshold, cfg.recipe.caution
     if threshold == "auto":
-        threshold, _ = choose_threshold(probability, agree, images, cfg.recipe.bound, cfg.recipe.confidence, caution)
+        kinds = split.column("kind", split.validation)
+        bounds = cfg.recipe.bound, cfg.recipe.confidence, caution, kinds, cfg.recipe.kind_bound
+        threshold, _, needed = choose_threshold(probability, agree, images, *bounds)
         if threshold >= 1 and folder is not None:
+            enough = "however many there were" if needed is None else f"{needed} would, if they were alike"
             raise DataError(
-                f"gates not saved, they would never exit: under no threshold do {len(split.validation)} validation "
-                f"questions show that at most {cfg.recipe.bound:.3g} of the answers change; train on more questions "
-                f"(data.limit) or set a larger recipe.bound"
+                f"gates not saved, they would never exit: under no threshold do {len(set(images))} validation images "
+                f"show that at most {cfg.recipe.bound:.3g} of the answers change; {enough} (train on more questions, "
+                f"data.limit, or set a larger recipe.bound)"
             )
     gates.threshold = thresholds_by_depth(float(threshold), num_layers, caution)
     exits = first_exit(probability, gates.thresholds())
@@ -308,6 +317,7 @@ def fit_gates(
         "train_questions": len(split.train),
         "stopping_questions": len(split.stopping),
         "validation_questions": len(split.validation),
+        "validation_images": len(set(images)),
         "threshold": float(threshold),
         "agreement": agreement,
         "disagreement_upper_limit": upper_limit(~at_exit(agree, exits), images, cfg.recipe.confidence),

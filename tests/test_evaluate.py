@@ -252,7 +252,9 @@ def test_published_recipes_train(recipe: str, model_folder: Path, tmp_path: Path
 def test_too_few_questions_are_refused_with_what_would_do(model_folder: Path, trained: Path, tmp_path: Path) -> None:
     """Gates that could never exit are not trained, let alone saved."""
     refused = train_config(tmp_path, model_folder, f"labels.dir={trained}/labels", "recipe.bound=0.01")
-    with pytest.raises(DataError, match=r"gates not trained: \d+ validation questions .* 299 can, about \d+ questions"):
+    with pytest.raises(
+        DataError, match=r"gates not trained: \d+ validation images cannot .* \d+ can, about \d+ questions"
+    ):
         train(refused)
     assert not (tmp_path / "run" / "gates").exists()
     settings = [f"labels.dir={trained}/labels", "recipe.bound=0.01", "recipe.threshold=0.9"]

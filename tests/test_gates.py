@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scipy.optimize import linprog
-from scipy.stats import binomtest
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -25,7 +24,6 @@ from dyvte.gates.features import assemble
 from dyvte.gates.lens import lens_features
 from dyvte.gates.metrics import (
     at_exit,
-    choose_threshold,
     cluster_interval,
     difference_interval,
     exit_by_kind,
@@ -33,8 +31,6 @@ from dyvte.gates.metrics import (
     layer_report,
     mixture_cost,
     share_interval,
-    thresholds_by_depth,
-    upper_limit,
 )
 from dyvte.gates.module import load_gates
 from dyvte.gates.objectives import GateData, Recipe, exit_distribution, label_loss, stopping_loss
@@ -284,26 +280,6 @@ def test_layer_report_counts_decisions() -> None:
     assert np.isnan(layer_report(probability, labels, [0.99]).iloc[0].precision)
 
 
-def test_upper_limit_is_exact_for_independent_samples_and_wider_for_clusters() -> None:
-    failures = torch.zeros(400, dtype=torch.bool)
-    failures[:12] = True
-    exact = binomtest(12, 400, alternative="less").proportion_ci(0.95, method="exact").high
-    spread = [f"{each}" for each in range(400)]
-    assert upper_limit(failures, spread) == pytest.approx(exact)
-    assert upper_limit(failures, [each // 4 for each in range(400)]) > exact + 0.005
-    assert upper_limit(torch.zeros(100, dtype=torch.bool), list(range(100))) == pytest.approx(1 - 0.05 ** (1 / 100))
-
-
-def test_upper_limit_covers_the_truth_under_clusters() -> None:
-    rng = np.random.default_rng(0)
-    below = 0
-    for _ in range(400):
-        rate = rng.beta(0.4, 19.6, size=150)  # mean 0.02, different from image to image
-        failures = torch.from_numpy(rng.random((150, 4)) < rate[:, None]).flatten()
-        below += upper_limit(failures, np.repeat(np.arange(150), 4)) < 0.02
-    assert below / 400 <= 0.08
-
-
 def test_a_difference_of_means_on_shared_images_is_paired() -> None:
     """What an image adds to both means leaves their difference: the interval is that of the difference by image."""
     rng = np.random.default_rng(1)
@@ -344,43 +320,6 @@ def test_cluster_interval_covers_the_mean() -> None:
         _, low, high = cluster_interval(values, np.repeat(np.arange(60), 3))
         missed += not low <= 0 <= high
     assert 0.02 <= missed / 400 <= 0.09
-
-
-def test_threshold_is_the_smallest_that_keeps_the_bound() -> None:
-    generator = torch.Generator().manual_seed(0)
-    probability = torch.rand(600, 4, generator=generator)
-    right = torch.rand(600, 4, generator=generator) < probability.pow(0.2)
-    agree = torch.cat([right[:, :1], right, torch.ones(600, 1, dtype=torch.bool)], dim=1)
-    images = list(range(600))
-
-    def limit(threshold: float) -> float:
-        return upper_limit(~at_exit(agree, first_exit(probability, [threshold] * 4)), images)
-
-    chosen, reached = choose_threshold(probability, agree, images, bound=0.1)
-    assert reached == pytest.approx(limit(chosen))
-    assert reached <= 0.1
-    lower = np.linspace(chosen - 0.05, chosen - 0.01, 5)
-    assert max(limit(each) for each in lower) > 0.1, "a much smaller threshold would have kept the bound"
-
-
-def test_late_exits_are_worth_less_risk() -> None:
-    assert thresholds_by_depth(0.9, 5, 0.0) == pytest.approx([0.9] * 4)
-    assert thresholds_by_depth(0.9, 5, 1.0) == pytest.approx([0.92, 0.94, 0.96, 0.98])
-    probability = torch.rand(400, 4, generator=torch.Generator().manual_seed(0))
-    agree = torch.cat([torch.zeros(400, 1), (probability > 0.3).float(), torch.ones(400, 1)], dim=1)
-    images = list(range(400))
-    chosen, reached = choose_threshold(probability, agree, images, bound=0.1, caution=2.0)
-    exits = first_exit(probability, thresholds_by_depth(chosen, 5, 2.0))
-    assert reached == pytest.approx(upper_limit(~at_exit(agree, exits).bool(), images))
-    assert reached <= 0.1
-    assert (exits < 5).any()
-
-
-def test_threshold_is_strict_where_nothing_keeps_the_bound() -> None:
-    probability, agree = torch.rand(30, 4), torch.zeros(30, 6, dtype=torch.bool)
-    agree[:, -1] = True
-    chosen, _ = choose_threshold(probability, agree, list(range(30)), bound=0.01)
-    assert (first_exit(probability, [chosen] * 4) == 5).all()
 
 
 @settings(max_examples=30)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from scipy.stats import beta, norm
+from scipy.stats import norm
 from torch import Tensor
 
 Array = npt.NDArray[np.float64]
@@ -74,33 +74,6 @@ def layer_report(exit_probability: Tensor, labels: Tensor, thresholds: Sequence[
             }
         )
     return pd.DataFrame(rows)
-
-
-def upper_limit(failures: Tensor, clusters: Sequence[Any], level: float = 0.95) -> float:
-    """One-sided upper confidence limit of a failure rate when samples come in clusters.
-
-    Exact binomial (Clopper-Pearson) limit with the sample size divided by the design effect, the factor by which
-    clusters inflate the variance of the mean (Korn & Graubard, Survey Methodology 24, 1998); never below 1 here.
-
-    Args:
-        failures: [n] boolean.
-        clusters: length n, equal for samples of one cluster (image).
-        level: confidence.
-    """
-    mean, number, _ = _effective_number(failures.double().numpy()[:, None], clusters)
-    rate, effective = float(mean[0]), float(number[0])
-    failed = rate * effective
-    return 1.0 if failed >= effective else float(beta.ppf(level, failed + 1, effective - failed))
-
-
-def questions_for(bound: float, level: float = 0.95) -> int:
-    """The fewest independent samples that can show a failure rate of at most `bound`: all of them must succeed.
-
-    Example:
-        >>> questions_for(0.01)
-        299
-    """
-    return math.ceil(math.log(1 - level) / math.log(1 - bound))
 
 
 def wilson_limits(rate: npt.ArrayLike, draws: npt.ArrayLike, level: float = 0.95) -> tuple[Array, Array]:
@@ -185,46 +158,6 @@ def thresholds_by_depth(threshold: float, num_layers: int, caution: float) -> li
     exit would save. With `caution` 0 all gates share one threshold.
     """
     return [1 - (1 - threshold) * ((num_layers - k) / num_layers) ** caution for k in range(1, num_layers)]
-
-
-def choose_threshold(
-    exit_probability: Tensor,
-    agree: Tensor,
-    clusters: Sequence[Any],
-    bound: float,
-    level: float = 0.95,
-    caution: float = 0.0,
-    grid: int = 1000,
-) -> tuple[float, float]:
-    """The smallest threshold whose upper confidence limit on disagreement is at most `bound`, on validation data.
-
-    Thresholds are tried from the strictest down until the first that fails, so the statement holds for the chosen one
-    although many were looked at (fixed-sequence testing). A threshold of 1 never exits.
-
-    Args:
-        exit_probability: [n, L - 1].
-        agree: [n, L + 1] whether exit k gives the full model's answer.
-        clusters: length n, the image of each sample.
-        bound: largest acceptable upper limit on the share of samples whose answer changes.
-        level: confidence of the limit.
-        caution: how the gates' thresholds follow from the one chosen, see `thresholds_by_depth`.
-        grid: number of thresholds tried, spread evenly over the samples' most certain gates.
-
-    Returns:
-        The threshold and the upper limit that it reaches.
-    """
-    num_layers = exit_probability.shape[1] + 1
-    risk = 1 - torch.tensor(thresholds_by_depth(0.0, num_layers, caution), dtype=torch.float64)
-    most_certain = (1 - (1 - exit_probability.double()) / risk).amax(1).sort(descending=True).values
-    candidates = most_certain[torch.linspace(0, len(most_certain) - 1, grid).long()].unique().flip(0).tolist()
-    chosen, reached = 1.0, 0.0
-    for candidate in candidates:
-        exits = first_exit(exit_probability, thresholds_by_depth(candidate, num_layers, caution))
-        limit = upper_limit(~at_exit(agree, exits).bool(), clusters, level)
-        if limit > bound:
-            break
-        chosen, reached = candidate, limit
-    return chosen, reached
 
 
 def mixture_hull(cost: npt.ArrayLike | Tensor, value: npt.ArrayLike | Tensor) -> list[int]:
