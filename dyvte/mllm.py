@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from dyvte.batch import IGNORE_INDEX, Batch, Image
+from dyvte.data.chat import Chat, split_chat
 from dyvte.errors import ModelError, UnsupportedError
 from dyvte.layout import TokenLayout
 from dyvte.model_parts import (
@@ -166,28 +167,41 @@ class MLLM:
                 None for samples without one.
             padding_side: "left" (what generation needs) or "right".
         """
-        processor = self._require_processor()
+        self._require_processor()
         rows = _image_rows(images, questions)
         prompts = [self._prompt(question, len(row)) for question, row in zip(questions, rows, strict=True)]
-        bos = self.tokenizer.bos_token
-        inputs = processor(
-            text=prompts,
-            images=rows if any(rows) else None,
-            padding=True,
-            padding_side=padding_side,
-            add_special_tokens=not (bos and prompts[0].startswith(bos)),
-            return_tensors="pt",
-        )
-        batch = self.batch(**inputs)
-        batch.images = tuple(len(row) for row in rows)
-        expected = torch.tensor([bool(row) for row in rows], device=batch.layout.roles.device)
-        if not torch.equal(batch.layout.has_image, expected):
-            raise ModelError(
-                f"{type(processor).__name__} put no image token (id {self.image_token_id}) where an image was given: "
-                "its chat template or its image token does not fit the model"
-            )
+        batch = self._processed(prompts, rows, padding_side)
         self._warn_if_question_precedes_image(prompts, questions, rows)
         return batch if answers is None else self.append_answers(batch, self.answer_ids(questions, answers))
+
+    def encode_chats(self, chats: Sequence[Chat], padding_side: str = "left") -> Batch:
+        """Turn conversations of several turns, with images and videos anywhere in them, into a batch.
+
+        Args:
+            chats: each a list of messages (see `dyvte.data.chat.Chat`), the last one to be answered. Videos are frames;
+                only families whose processor has a video processor take them.
+            padding_side: "left" (what generation needs) or "right".
+
+        Raises:
+            ModelError: no chat template, other content than text, image and video, or a video that nothing reads.
+
+        Example:
+            >>> show = {"type": "image", "image": sample.image}
+            >>> ask = {"role": "user", "content": [show, {"type": "text", "text": sample.question}]}
+            >>> again = {"role": "user", "content": sample.question}
+            >>> batch = mllm.encode_chats([[ask, {"role": "assistant", "content": "yes"}, again]])
+            >>> int(batch.layout.visual.sum())
+            144
+        """
+        processor = self._require_processor()
+        if not getattr(processor, "chat_template", None):
+            raise ModelError(f"{type(processor).__name__} has no chat template, which conversations need")
+        found = [split_chat(chat) for chat in chats]
+        videos = [each.videos for each in found]
+        if any(videos) and getattr(processor, "video_processor", None) is None:
+            raise ModelError(f"{type(processor).__name__} reads no videos: give some of their frames as images")
+        prompts = [processor.apply_chat_template(each.messages, add_generation_prompt=True) for each in found]
+        return self._processed(prompts, [each.images for each in found], padding_side, videos)
 
     def answer_ids(self, questions: Sequence[str], answers: Sequence[str | None]) -> Tensor:
         """Ids [B, A] of the answers as they follow the prompts, end token included, -100 at padding and for None."""
@@ -284,6 +298,38 @@ class MLLM:
         if not isinstance(value, Tensor):
             return value
         return value.to(self.device, self.dtype if value.is_floating_point() else None)
+
+    def _processed(
+        self,
+        prompts: Sequence[str],
+        rows: Sequence[Sequence[Image]],
+        padding_side: str,
+        videos: Sequence[Sequence[Any]] = (),
+    ) -> Batch:
+        """Prompts with placeholders as a batch, each with its images and videos."""
+        processor, bos = self.processor, self.tokenizer.bos_token
+        media = {"videos": [film for each in videos for film in each]} if any(videos) else {}
+        inputs = processor(
+            text=prompts,
+            images=rows if any(rows) else None,
+            padding=True,
+            padding_side=padding_side,
+            add_special_tokens=not (bos and prompts[0].startswith(bos)),
+            return_tensors="pt",
+            **media,
+        )
+        batch = self.batch(**inputs)
+        films = videos or [[]] * len(rows)
+        batch.images = None if media else tuple(len(row) for row in rows)
+        expected = torch.tensor(
+            [bool(row or film) for row, film in zip(rows, films, strict=True)], device=batch.layout.roles.device
+        )
+        if not torch.equal(batch.layout.has_image, expected):
+            raise ModelError(
+                f"{type(processor).__name__} put no image token (id {self.image_token_id}) where an image was given: "
+                "its chat template or its image token does not fit the model"
+            )
+        return batch
 
     def _require_processor(self) -> Any:
         if self.processor is None:

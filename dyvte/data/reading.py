@@ -66,6 +66,11 @@ def read_text(value: Any, what: str, where: str) -> str:
     return value
 
 
+def without_placeholders(text: str) -> str:
+    """A text without what stands for its images in it (`PLACEHOLDERS`)."""
+    return _PLACEHOLDER.sub("", text)
+
+
 def read_question(value: Any, where: str) -> str:
     """The question without image placeholders (`PLACEHOLDERS`) and outer space.
 
@@ -79,7 +84,7 @@ def read_question(value: Any, where: str) -> str:
     text = read_text(value, "question", where)
     if found := next((each for each in OTHER_MEDIA if each in text), None):
         raise BrokenSample(where, f"the question is about {found}; images are supported, not video or sound")
-    text = _PLACEHOLDER.sub("", text).strip()
+    text = without_placeholders(text).strip()
     if not text:
         raise BrokenSample(where, "the question is empty")
     return text

@@ -19,16 +19,14 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.models.registry_v2 import ModelManifest
-from PIL import Image
 from tqdm import tqdm
 
 from dyvte.batch import Batch
 from dyvte.calibrate import build_policy
 from dyvte.cost.flops import prefill_flops
-from dyvte.data.reading import find_image, read_image, read_question, to_rgb
-from dyvte.errors import ConfigError
 from dyvte.loading import load
 from dyvte.mllm import MLLM
+from dyvte.plugins.chat_media import read_chat
 from dyvte.policies.base import Policy
 from dyvte.runs import distributed
 from dyvte.runs.config import compose
@@ -36,17 +34,18 @@ from dyvte.runs.config import compose
 
 def manifest() -> ModelManifest:
     """What the entry point hands to lmms-eval."""
-    return ModelManifest(model_id="dyvte", simple_class_path=f"{__name__}.Dyvte")
+    return ModelManifest(model_id="dyvte", chat_class_path=f"{__name__}.Dyvte")
 
 
 class Dyvte(lmms):
-    """A multimodal LLM under a policy.
+    """A multimodal LLM under a policy, as a chat model: text and images in any order, several turns in one prompt.
 
-    Beside the answers it logs the mean exit layer, FLOPs of the prefill and seconds a question; with `log_file` also
-    those of every question, one JSON object a line.
+    Videos go to families whose processor reads them, as frames spread evenly over their length. Beside the answers it
+    logs the mean exit layer, FLOPs of the prefill and seconds a question; with `log_file` also those of every question,
+    one JSON object a line.
     """
 
-    is_simple = True
+    is_simple = False
 
     def __init__(
         self,
@@ -57,6 +56,7 @@ class Dyvte(lmms):
         dtype: str | None = None,
         attn_implementation: str | None = None,
         max_new_tokens: int = 64,
+        max_num_frames: int = 32,
         log_file: str | None = None,
         **settings: Any,
     ) -> None:
@@ -69,6 +69,7 @@ class Dyvte(lmms):
             device: by default cuda where there is one; each of several processes takes its own.
             dtype, attn_implementation: as for `dyvte.load`.
             max_new_tokens: where the task does not say.
+            max_num_frames: of a video.
             log_file: where each question's exit layer, FLOPs and time go; with several processes one file each.
             **settings: of the policy: `layer=8`, `gates=...`, `keep=0.5`.
         """
@@ -83,7 +84,7 @@ class Dyvte(lmms):
         self.policy: Policy = build_policy(compose("evaluate", overrides).policy)
         self.policy.check(self.mllm)
         self.batch_size = int(batch_size)
-        self.max_new_tokens = int(max_new_tokens)
+        self.max_new_tokens, self.max_num_frames = int(max_new_tokens), int(max_num_frames)
         self.log_file = None if log_file is None else Path(log_file)
         if self.log_file is not None and self._world_size > 1:
             self.log_file = self.log_file.with_suffix(f".{self._rank}{self.log_file.suffix}")
@@ -99,11 +100,11 @@ class Dyvte(lmms):
         return self.mllm.device
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answer; requests with the same generation settings and number of images share a batch."""
+        """Answer; requests with the same generation settings share a batch."""
         results: list[GenerationResult | None] = [None] * len(requests)
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(index)
+            groups.setdefault(json.dumps(request.args[2], sort_keys=True, default=str), []).append(index)
         notes: list[dict[str, Any]] = []
         with tqdm(total=len(requests), desc=f"dyvte {self._rank}", disable=self._rank != 0) as progress:
             for indices in groups.values():
@@ -119,14 +120,13 @@ class Dyvte(lmms):
         return [each for each in results if each is not None]
 
     def _answer(self, requests: Sequence[Instance], notes: list[dict[str, Any]]) -> list[GenerationResult]:
-        images, questions = [], []
+        chats = []
         for request in requests:
-            context, _, doc_to_visual, doc_id, task, split = request.args
-            visuals = doc_to_visual(self.task_dict[task][split][doc_id])
-            images.append([_image(each, f"task {task}, document {doc_id}") for each in _flat(visuals)])
-            questions.append(read_question(context, f"task {task}, document {doc_id}"))
-        batch = self.mllm.encode(images, questions)
-        settings, stops = self._generation(requests[0].args[1])
+            _, doc_to_messages, _, doc_id, task, split = request.args
+            messages = doc_to_messages(self.task_dict[task][split][doc_id])
+            chats.append(read_chat(messages, f"task {task}, document {doc_id}", self.max_num_frames))
+        batch = self.mllm.encode_chats(chats)
+        settings, stops = self._generation(requests[0].args[2])
         started = time.perf_counter()
         with self.policy(self.mllm) as run:
             ids = self.mllm.generate_ids(batch, **settings)
@@ -139,7 +139,7 @@ class Dyvte(lmms):
             note = {"task": request.args[4], "doc_id": request.args[3], "exit_layer": exit_layer, "seconds": seconds}
             notes.append({**note, "prefill_flops": flops, "new_tokens": len(tokens)})
         for request, text in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("generate_until", (request.args[0], request.args[1]), text)
+            self.cache_hook.add_partial("generate_until", (request.args[0], request.args[2]), text)
         return [
             GenerationResult(text=text, token_counts=TokenCounts(output_tokens=len(tokens)))
             for text, tokens in zip(answers, ids, strict=True)
@@ -189,22 +189,6 @@ class Dyvte(lmms):
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Not available: one prompt, one answer."""
         raise NotImplementedError("dyvte answers one prompt at a time; choose a generate_until task")
-
-
-def _flat(visuals: Any) -> list[Any]:
-    """What a task shows: one image, a list, lists in lists, gaps."""
-    if isinstance(visuals, (list, tuple)):
-        return [each for part in visuals for each in _flat(part)]
-    return [] if visuals is None else [visuals]
-
-
-def _image(visual: Any, where: str) -> Image.Image:
-    """An image of a task as RGB: a picture, a file name, a data URL."""
-    if isinstance(visual, Image.Image):
-        return to_rgb(visual)
-    if not isinstance(visual, str):
-        raise ConfigError(f"{where}: shows {type(visual).__name__}; dyvte answers about images, not videos or audio")
-    return read_image(find_image(visual, None, where, allow_outside=True), visual, where)
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
