@@ -23,9 +23,13 @@ from dyvte.data.chat import Chat, split_chat
 from dyvte.errors import ModelError, UnsupportedError
 from dyvte.layout import TokenLayout
 from dyvte.model_parts import (
+    EACH_ALONE,
+    RUNNING_STATE,
     check_nature,
     find_decoder,
     inner_models,
+    layer_kinds,
+    output_embeddings_of,
     self_attention_of,
     text_config_of,
     visual_token_ids_of,
@@ -63,7 +67,7 @@ class MLLM:
         self.visual_token_ids = visual_token_ids_of(model, processor)
         self.image_token_id = self.visual_token_ids[0]
         self.decoder, self.layers = find_decoder(model, self.text_config)
-        self.lm_head = model.get_output_embeddings()
+        self.lm_head: Any = output_embeddings_of(model)
         if self.lm_head is None:
             raise ModelError(
                 f"{type(model).__name__} has no output embeddings: load the ...ForConditionalGeneration class"
@@ -117,22 +121,43 @@ class MLLM:
         return self.model.dtype
 
     @cached_property
-    def attentions(self) -> list[nn.Module]:
-        """The self-attention module of every decoder layer, in layer order.
+    def attentions(self) -> list[nn.Module | None]:
+        """The self-attention module of every decoder layer, in layer order; None for a layer that does not attend.
+
+        Hybrid models have such layers: linear attention, state spaces, convolutions, a mixture of experts by itself.
 
         Raises:
-            UnsupportedError: a layer has none (a recurrent or linear-attention layer of a hybrid model).
+            UnsupportedError: a layer has none and is not of a kind that dyvte knows.
         """
-        found = []
-        for index, layer in enumerate(self.layers):
-            module = self_attention_of(layer)
-            if module is None:
+        found: list[nn.Module | None] = []
+        for index, (layer, kind) in enumerate(zip(self.layers, layer_kinds(self.text_config), strict=True)):
+            module = None if kind in RUNNING_STATE + EACH_ALONE else self_attention_of(layer)
+            if module is None and kind not in RUNNING_STATE + EACH_ALONE:
                 raise UnsupportedError(
                     f"{type(self.model).__name__}: decoder layer {index} ({type(layer).__name__}) has no "
-                    "self-attention module; dyvte needs attention in every layer"
+                    f"self-attention module, and {kind!r} is not a kind of layer that dyvte can run without one"
                 )
             found.append(module)
         return found
+
+    @property
+    def attention_layers(self) -> list[int]:
+        """The decoder layers that attend: all but those of hybrid models that carry a running state."""
+        return [index for index, module in enumerate(self.attentions) if module is not None]
+
+    def attention_of(self, layer: int) -> nn.Module:
+        """The self-attention module of one decoder layer.
+
+        Raises:
+            UnsupportedError: it has none.
+        """
+        module = self.attentions[layer]
+        if module is None:
+            raise UnsupportedError(
+                f"decoder layer {layer} of {type(self.model).__name__} does not attend: choose one of layers "
+                f"{', '.join(map(str, self.attention_layers))}"
+            )
+        return module
 
     # ------------------------------------------------------------------ inputs
 

@@ -104,6 +104,14 @@ def find_decoder(model: nn.Module, text_config: Any) -> tuple[nn.Module, nn.Modu
     return decoder, layers
 
 
+def output_embeddings_of(model: Any) -> nn.Module | None:
+    """The output embedding module: of the model, or of the language model in it where it only hands logits on."""
+    heads = (
+        each.get_output_embeddings() for each in (model, *model.children()) if hasattr(each, "get_output_embeddings")
+    )
+    return next((head for head in heads if head is not None), None)
+
+
 def _is_decoder(layers: nn.ModuleList) -> bool:
     return any(self_attention_of(layer) is not None for layer in layers)
 
@@ -114,7 +122,38 @@ def self_attention_of(layer: nn.Module) -> nn.Module | None:
         module = getattr(layer, name, None)
         if isinstance(module, nn.Module):
             return module
+    mixer = getattr(layer, "mixer", None)  # of any kind, in a layer that has one of several
+    return mixer if isinstance(mixer, nn.Module) and type(mixer).__name__.endswith("Attention") else None
+
+
+RUNNING_STATE = ("linear_attention", "conv")
+"""Kinds of decoder layer, as in `layer_types`, that carry a state from position to position instead of attending."""
+
+EACH_ALONE = ("moe", "mlp")
+"""Kinds of decoder layer in which every position is by itself."""
+
+
+_OTHER_STATES = ("mamba", "recurrent", "hybrid", "hybrid_sliding")
+"""Kinds of decoder layer whose running state is built in a way of their own."""
+
+_INPUT_PROJECTION = "in_proj"
+"""What the input projections of linear attention, Mamba and LFM's convolutions are called, or begin with."""
+
+
+def undrivable(layer: nn.Module, kind: str | None) -> str | None:
+    """Why the running state of a decoder layer cannot be built from some positions only; None where it can."""
+    if kind in _OTHER_STATES:
+        return "dyvte does not know how its running state is built"
+    for name, module in layer.named_modules() if kind in RUNNING_STATE else ():
+        if name.rpartition(".")[2].startswith(_INPUT_PROJECTION) and getattr(module, "bias", None) is not None:
+            return f"its {name} adds a bias at padding too, over which the state of shorter rows would run"
     return None
+
+
+def layer_kinds(text_config: Any) -> list[str | None]:
+    """The kind of every decoder layer, as transformers calls them; None where the configuration does not say."""
+    kinds, number = getattr(text_config, "layer_types", None) or [], text_config.num_hidden_layers
+    return list(kinds) if len(kinds) == number else [None] * number
 
 
 INDEXERS_BY_KEY = ("Dots3NoteTextIndexer", "MistralLarge4TextIndexer")

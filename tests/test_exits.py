@@ -587,8 +587,8 @@ def test_settings_out_of_range_are_refused_before_anything_is_written(tmp_path: 
 
 def test_a_model_that_cannot_be_driven_is_refused_before_anything_is_written(tmp_path: Path):
     mllm = random_model()
-    mllm.text_config.layer_types = ["linear_attention"] * NUM_LAYERS
-    with pytest.raises(UnsupportedError, match="linear_attention"):
+    mllm.text_config.layer_types = ["hybrid"] * NUM_LAYERS
+    with pytest.raises(UnsupportedError, match="hybrid"):
         exits.run(config(tmp_path / "run"), mllm, ShapesDataset(limit=8))
     assert not (tmp_path / "run").exists()
 

@@ -454,8 +454,8 @@ def test_a_quantised_cache_is_refused_by_name() -> None:
         mllm.model(**batch_of(mllm, (1,)), past_key_values=cache)
 
 
-@pytest.mark.parametrize("kind", ["linear_attention", "conv"])
-def test_layers_with_a_running_state_are_refused_by_name(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["mamba", "hybrid"])
+def test_layers_with_an_unknown_running_state_are_refused_by_name(kind: str) -> None:
     mllm = copy.deepcopy(model("llava"))
     mllm.text_config = copy.deepcopy(mllm.text_config)
     mllm.text_config.layer_types = ["full_attention", kind, "full_attention", kind]

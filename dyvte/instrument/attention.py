@@ -30,6 +30,7 @@ from dyvte.instrument.role_attention import (
     stack_heads,
     stack_layers,
 )
+from dyvte.instrument.running_state import over_all_layers
 from dyvte.layout import INSTRUCTION, ROLES, VISUAL, TokenLayout
 from dyvte.mllm import MLLM, as_mllm
 from dyvte.model_parts import inner_models
@@ -51,7 +52,8 @@ ALL_TEXT = len(ROLES)
 class AttentionStats:
     """Attention of one prefill: B samples, L layers, H heads, N positions, on the CPU in float32.
 
-    Between roles, [B, L, H, 4, 4] (query role, key role; order `dyvte.ROLES`), NaN where a role is absent:
+    Between roles, [B, L, H, 4, 4] (query role, key role; order `dyvte.ROLES`), NaN where a role is absent, and all of a
+    layer that does not attend (see `MLLM.attention_layers`):
 
     - `mass`: mean over queries of the probability summed over the keys of a role.
     - `mean_score`: total probability over the pairs that the mask allows, divided by their number (NaN if 0).
@@ -303,7 +305,7 @@ class AttentionProbe:
         self._layout = layout
         self._maps = maps
         self._contributions = contributions
-        self._projections: list[OutputProjection] = []
+        self._projections: dict[int, OutputProjection] = {}
         self._pass: _Pass | None = None
         self._skip = False
         self._exit: ExitStack | None = None
@@ -353,11 +355,11 @@ class AttentionProbe:
         def projected(index: int) -> Callable[[nn.Module, Tensor], None]:
             return lambda projection, output: self._project(index, projection, output)
 
-        self._projections = []
-        for index, (layer, attention) in enumerate(zip(self.mllm.layers, self.mllm.attentions, strict=True)):
-            stack.callback(layer.register_forward_pre_hook(note(index), with_kwargs=True).remove)
-            self._projections.append(OutputProjection(attention, projected(index)))
-            stack.callback(self._projections[-1].remove)
+        self._projections = {}
+        for index in self.mllm.attention_layers:
+            stack.callback(self.mllm.layers[index].register_forward_pre_hook(note(index), with_kwargs=True).remove)
+            self._projections[index] = OutputProjection(self.mllm.attention_of(index), projected(index))
+            stack.callback(self._projections[index].remove)
 
     @torch.no_grad()
     def _project(self, index: int, projection: nn.Module, output: Tensor) -> None:
@@ -397,23 +399,22 @@ class AttentionProbe:
         current, self._pass, skipped, self._skip = self._pass, None, self._skip, False
         if current is None or skipped:
             return
-        silent = [index for index in range(self.mllm.num_layers) if index not in current.sums]
-        if silent:
+        order = self.mllm.attention_layers
+        if silent := [index for index in order if index not in current.sums]:
             module: Any = self.mllm.attentions[silent[0]]
             raise UnsupportedError(
                 f"AttentionProbe saw nothing of decoder layer {silent[0]} ({type(module).__name__}, attention "
                 f"{module.config._attn_implementation!r}): its attention does not go through transformers' attention "
                 "functions"
             )
-        order = range(self.mllm.num_layers)
         sums, geometries = [current.sums[index] for index in order], [current.geometries[index] for index in order]
         stats = _assemble(current.layout, sums, geometries)
-        for projection, module in zip(self._projections, self.mllm.attentions, strict=False):
-            projection.check(type(module).__name__)
+        for index, projection in self._projections.items():
+            projection.check(type(self.mllm.attentions[index]).__name__)
         if self._contributions:
             norms, shares = zip(*(current.contributions[index] for index in order), strict=True)
             stats = replace(stats, contribution_norm=stack_layers(norms), contribution_share=stack_layers(shares))
-        self.history.append(stats)
+        self.history.append(over_all_layers(stats, order, self.mllm.num_layers))
 
     @torch.no_grad()
     def _see(self, index: int, call: AttentionCall) -> None:

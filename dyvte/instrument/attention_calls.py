@@ -35,7 +35,7 @@ def watch_attention(mllm: MLLM, see: Callable[[int, AttentionCall], None]) -> It
     Raises:
         UnsupportedError: a layer does not go through transformers' attention functions.
     """
-    index_of = {id(module): index for index, module in enumerate(mllm.attentions)}
+    index_of = {id(module): index for index, module in enumerate(mllm.attentions) if module is not None}
 
     def observe(module: nn.Module, call: AttentionCall) -> None:
         see(index_of[id(module)], call)
@@ -57,7 +57,7 @@ def replace_attention(mllm: MLLM, run: Callable[..., Any]) -> Iterator[None]:
     Raises:
         UnsupportedError: a layer does not go through transformers' attention functions.
     """
-    modules = frozenset(map(id, mllm.attentions))
+    modules = frozenset(id(module) for module in mllm.attentions if module is not None)
     with ExitStack() as stack:
         for table, name in _attention_functions(mllm):
             stack.callback(_Door.open(table, name, _Observer(modules, None, run)))
@@ -100,6 +100,8 @@ def _attention_functions(mllm: MLLM) -> list[tuple[MutableMapping[str, Any], str
     """Where the decoder's attention modules look up the function that computes attention: (table, name) pairs."""
     found: dict[tuple[int, str], tuple[MutableMapping[str, Any], str]] = {}
     for index, module in enumerate(mllm.attentions):
+        if module is None:
+            continue
         names = inspect.unwrap(type(module).forward).__globals__
         implementation = getattr(getattr(module, "config", None), "_attn_implementation", None) or "eager"
         # Models look an implementation up in transformers' table, and fall back on a function of their own for "eager".

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dyvte.errors import UnsupportedError
-from dyvte.model_parts import INDEXERS_BY_BLOCK, INDEXERS_BY_KEY, indexer_of, self_attention_of
+from dyvte.model_parts import INDEXERS_BY_BLOCK, INDEXERS_BY_KEY, indexer_of, layer_kinds, self_attention_of, undrivable
 
 if TYPE_CHECKING:
     from dyvte.mllm import MLLM
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Selection:
-    """Some positions of some rows of a batch, packed to the left of a rectangle.
+    """Some positions of some rows of a batch, packed to one side of a rectangle: the left, unless a state runs over it.
 
     Attributes:
         rows: [b] rows of the batch, in ascending order.
@@ -48,6 +48,17 @@ class Selection:
     key_tables: list[Any] = field(default_factory=list, repr=False)
     places: list[Any] = field(default_factory=list, repr=False)
     _memo: dict[tuple[str, int], tuple[Any, Any]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def behind_padding(cls, kept: Tensor, counts: list[int]) -> Selection:
+        """The True positions of `kept` [B, N], of which rows hold `counts`, packed to the right, padding in front."""
+        rows, width = torch.arange(len(kept), device=kept.device), max(counts)
+        index = kept.to(torch.int8).argsort(dim=1, stable=True)[:, -width:]
+        if min(counts) == width:
+            return cls(rows, index, None, True)
+        valid = kept.gather(1, index)
+        first = index.gather(1, valid.int().argmax(1, keepdim=True))
+        return cls(rows, torch.where(valid, index, first), valid, True)
 
     @classmethod
     def of(cls, kept: Tensor, rows: Tensor, counts: list[int], row_list: tuple[int, ...] | None = None) -> Selection:
@@ -70,7 +81,8 @@ class Selection:
         assert self.valid is not None
         b, n = self.index.shape
         columns = torch.arange(n, device=self.index.device)
-        return torch.arange(b, device=self.index.device)[:, None], torch.where(self.valid, columns, 0)
+        first = self.valid.int().argmax(1, keepdim=True)
+        return torch.arange(b, device=self.index.device)[:, None], torch.where(self.valid, columns, first)
 
     def pack(self, tensor: Tensor) -> Tensor:
         """[B or 1, N, ...] -> [b, n, ...]."""
@@ -395,9 +407,6 @@ def drive_layers(mllm: MLLM, run: Callable[[LayerCall], Any]) -> Iterator[None]:
         yield
 
 
-_UNDRIVABLE_LAYERS = ("linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding")
-
-
 def check_model(mllm: MLLM) -> None:
     """Refuse a model whose decoder layers cannot run on some positions only.
 
@@ -405,12 +414,9 @@ def check_model(mllm: MLLM) -> None:
         UnsupportedError: with the kind of layer by name.
     """
     config = mllm.text_config
-    for index, kind in enumerate(getattr(config, "layer_types", None) or []):
-        if kind in _UNDRIVABLE_LAYERS:
-            raise UnsupportedError(
-                f"decoder layer {index} is of kind {kind!r}: it carries a running state over all positions, so visual "
-                "tokens cannot leave it"
-            )
+    for index, (layer, kind) in enumerate(zip(mllm.layers, layer_kinds(config), strict=True)):
+        if (reason := undrivable(layer, kind)) is not None:
+            raise UnsupportedError(f"decoder layer {index} is of kind {kind!r}: {reason}")
     for index, attention in enumerate(map(self_attention_of, mllm.layers)):
         kind = type(indexer_of(attention)).__name__
         if indexer_of(attention) is not None and kind not in INDEXERS_BY_KEY + INDEXERS_BY_BLOCK:

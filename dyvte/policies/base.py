@@ -44,6 +44,7 @@ from dyvte.instrument.keys.cache_layers import check_cache, kept_layer, restore_
 from dyvte.instrument.keys.indexed import starts_of
 from dyvte.instrument.keys.places import running_at
 from dyvte.instrument.keys.shared import PrefillSharing, borrows_keys
+from dyvte.instrument.running_state import packed_arguments
 from dyvte.layout import TokenLayout
 from dyvte.mllm import as_mllm
 from dyvte.model_parts import inner_models
@@ -312,6 +313,8 @@ class _Engine:
     # -------------------------------------------------------------------------- a layer
 
     def _run_layer(self, call: LayerCall) -> Any:
+        if self._decoding and self.mllm.attentions[call.index] is None:
+            return call.run()
         if self._decoding:
             index, layers = self._cache_index(call.index), call.cache.layers
             return self._steps.run_layer(call, layers[index] if index < len(layers) else None)  # none for borrowers
@@ -333,13 +336,15 @@ class _Engine:
                 policy.before_layer(call.index, prefill)
         selections = prefill.selections()
         prefill.count_layer()
-        hidden = prefill.hidden
+        hidden, attention = prefill.hidden, self.mllm.attentions[call.index]
         if selections is None:
             at = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
             attention, counted = self.mllm.attentions[call.index], self._start is not None
             knowing = running_at(attention, at, at, None, hidden.shape[1], self._start) if counted else nullcontext()
             with prefill.running_on(None), knowing:
                 return call.run(hidden)
+        if attention is None:
+            return self._without_attention(call, prefill)
         layer = None if call.cache is None else self._kept_layer(call)
         result, output, sharing = hidden.clone(), None, PrefillSharing(call)
         for selection in selections:
@@ -347,7 +352,7 @@ class _Engine:
             if key_bias is not None:
                 key_bias = selection.remembered("key bias", key_bias, functools.partial(selection.pack, key_bias))
             storing = nullcontext() if layer is None else layer.prefilling(selection, key_bias)
-            attention, at = self.mllm.attentions[call.index], selection.index
+            at = selection.index
             start = None if self._start is None else self._start[selection.rows]
             with (
                 prefill.running_on(selection),
@@ -359,6 +364,16 @@ class _Engine:
             selection.put_back(result, output_states(output))
         if layer is not None:
             layer.finish_prefill(hidden.shape[1])
+        return with_states(output, result)
+
+    def _without_attention(self, call: LayerCall, prefill: Prefill) -> Any:
+        """A layer that carries a running state: all rows at once, so that it fills its layer of the cache itself."""
+        selection, result = prefill.selection_behind_padding(), prefill.hidden.clone()
+        assert selection is not None
+        with prefill.running_on(selection):
+            packed = packed_arguments(call, selection, prefill.places(selection))
+            output = call.run(selection.pack(prefill.hidden), **packed)
+        selection.put_back(result, output_states(output))
         return with_states(output, result)
 
     def _kept_layer(self, call: LayerCall) -> KeptLayer | BorrowingLayer:

@@ -96,6 +96,7 @@ class Prefill:
     _rows: Rows = field(init=False)
     _running: Selection | Literal["everything"] | None = None
     _selections: list[Selection] | None = None
+    _together: Selection | None = None
 
     def __post_init__(self) -> None:
         self._rows = Rows.of(self.layout)
@@ -192,11 +193,18 @@ class Prefill:
         if rows.changed:
             rows.changed = False
             self.forget()
+            self._together = None
             self._selections = [
                 Selection.of(self.kept, on_device, [rows.counts[row] for row in of_group], of_group)
                 for of_group, on_device in self._groups_of_rows()
             ]
         return self._selections
+
+    def selection_behind_padding(self) -> Selection | None:
+        """The kept positions of all rows as one selection, padding in front: for layers that carry a running state."""
+        if self.selections() is not None and self._together is None:
+            self._together = Selection.behind_padding(self.kept, self._rows.counts)
+        return self._together
 
     def count_layer(self) -> None:
         """A layer is about to run on the selections."""
@@ -223,5 +231,5 @@ class Prefill:
 
     def forget(self) -> None:
         """Let go of masks and tables packed for the layers."""
-        for selection in self._selections or []:
+        for selection in (self._selections or []) + ([self._together] if self._together else []):
             selection.forget()

@@ -74,7 +74,7 @@ def skipped_attention(mllm: MLLM, layers: Iterable[int]) -> Iterator[None]:
     """Within the block, the attention of some layers adds nothing."""
     with ExitStack() as stack:
         for layer in set(layers):
-            module: Any = mllm.attentions[layer]
+            module: Any = mllm.attention_of(layer)
             stack.enter_context(override_method(module, "forward", _nothing(module)))
         yield
 
@@ -119,7 +119,7 @@ def attention_redundancy(mllm: MLLM, batches: Iterable[Batch], skipped: Sequence
     """
     if is_driven(mllm):
         raise UnsupportedError("attention_redundancy runs the model itself: call it outside of any policy")
-    candidates = [layer for layer in range(mllm.num_layers) if layer not in skipped]
+    candidates = [layer for layer in mllm.attention_layers if layer not in skipped]
     kl, agree = [], []
     for batch in batches:
         logits = _sweep(mllm, batch, candidates, skipped)  # [B, candidates + 1, vocab], the full model last
@@ -149,7 +149,7 @@ def greedy_skip_list(mllm: MLLM, batches: Sequence[Batch], budget: float, most: 
         One row a step within the budget: `layer`, and `kl` and `agreement` with all layers so far left out.
     """
     steps: list[dict[str, Any]] = []
-    while len(steps) < (mllm.num_layers if most is None else most):
+    while len(steps) < (len(mllm.attention_layers) if most is None else most):
         table = attention_redundancy(mllm, batches, [step["layer"] for step in steps])
         best = table.sort_values("kl", kind="stable").iloc[0]
         if best["kl"] > budget:

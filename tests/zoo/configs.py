@@ -296,6 +296,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "radio": {"max_img_size": 8},
     "nemotron_h": {
         "moe_shared_expert_intermediate_size": 32,
+        "time_step_min": 1e-9,  # clamps time steps in a prefill, but not in the model's own decoding step by step
         "layers_block_type": ["mamba", "attention", "moe", "mamba", "attention", "mlp"],
     },
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "n_group": 1, "topk_group": 1},

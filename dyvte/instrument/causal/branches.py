@@ -26,7 +26,7 @@ from dyvte.instrument.causal.strands import NOTHING, TRUNK, Strand
 from dyvte.instrument.hooks import LayerCall, drive_layers, output_states, with_states
 from dyvte.instrument.kept_keys import locate, take
 from dyvte.instrument.keys.places import counting_from
-from dyvte.instrument.sweep.frames import Frame, Keys, SharedPrefix
+from dyvte.instrument.sweep.frames import Frame, Keys, SharedPrefix, sees_ahead
 from dyvte.mllm import MLLM
 
 
@@ -59,7 +59,8 @@ class Branches:
         self.batch_size, self.length = self.layout.roles.shape
         self.tokens_at_once = tokens_at_once or self.batch_size * self.length
         self.shared = None
-        if shared_image is not None and self.layout.visual.any():
+        # A state would have to be handed on from what rows share to each of them.
+        if shared_image is not None and self.layout.visual.any() and None not in mllm.attentions:
             self.shared = SharedPrefix(self.layout, inputs["input_ids"], shared_image)
         self.strands: list[Strand] = []
         self.template: Any = None
@@ -150,8 +151,10 @@ class Branches:
             if ahead:
                 raise UnsupportedError(f"decoder layer {call.index} lets earlier positions see later ones, layer 0 not")
 
-    def _main_pass(self, call: LayerCall) -> tuple[Any, Tensor, Tensor]:
-        """The layer of the model left alone; also its keys and values [B, heads, N, size]."""
+    def _main_pass(self, call: LayerCall) -> tuple[Any, Tensor | None, Tensor | None]:
+        """The layer of the model left alone; also its keys and values [B, heads, N, size], if it attends."""
+        if self.mllm.attentions[call.index] is None:
+            return call.run(past_key_values=None), None, None
         everyone = torch.arange(self.batch_size, device=call.hidden.device)
         cache = Keys()
         if self.shared is None:
@@ -181,11 +184,3 @@ class Branches:
         """[B, N] where each position stands among the keys of the suffix; 0 for padding."""
         position = torch.arange(self.length, device=suffix.rows.device).expand(self.batch_size, -1)
         return locate(suffix.key_positions, suffix.key_valid, position.contiguous(), self.length)
-
-
-def sees_ahead(mask: Tensor | None, queries: Tensor, keys: Tensor) -> bool:
-    """Whether the mask lets any of the positions `queries` [B, N] see any of `keys` [B, N]: never if causal."""
-    if mask is None or mask.ndim != 4:
-        return False
-    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return bool((allowed[:, 0] & queries[:, :, None] & keys[:, None, :]).any())

@@ -129,6 +129,10 @@ def knockout(
     (Geva et al. 2023, arXiv 2304.14767; Zhang et al. 2024, arXiv 2411.18620). The result is what one masked forward for
     each path and window gives, up to float rounding.
 
+    In a hybrid model only the layers that attend (`mllm.attention_layers`) have scores to cut. The others run as ever:
+    what their running state carries from the image to the question goes on, also within the window, and a window
+    without any layer that attends changes nothing.
+
     Args:
         mllm: the model, with sdpa or eager attention.
         batch: prompts from `encode` or `batch`, padded on either side. Answers that it was encoded with are scored.
@@ -149,7 +153,7 @@ def knockout(
 
     Raises:
         ConfigError: an unknown group, a window that does not fit, a key set of another shape.
-        UnsupportedError: the layers cannot be driven exactly (flash attention, recurrent layers), or a policy is on.
+        UnsupportedError: the layers cannot be driven exactly (flash attention), or a policy is on.
         ValueError: answers that do not fit the batch.
         ModelError: NaN among the logits.
 

@@ -14,7 +14,8 @@ from dyvte.instrument.causal.groups import Intervention
 from dyvte.instrument.hooks import LayerCall, Selection, output_states
 from dyvte.instrument.kept_keys import locate, take
 from dyvte.instrument.keys.places import counting_from
-from dyvte.instrument.sweep.frames import Frame, Keys, SharedPrefix, or_all, repeat_argument
+from dyvte.instrument.sweep.frames import Frame, Keys, SharedPrefix, or_all, repeat_arguments
+from dyvte.instrument.sweep.without_attention import run_whole_rows
 from dyvte.layout import TokenLayout
 
 TRUNK = -1
@@ -156,11 +157,7 @@ class Segment:
             earlier: keys and values of the earlier positions, [b or n * b, heads, E, size].
         """
         times, packed = len(steps), call.packed(self.frame.own)
-        arguments = {
-            name: value if value is call.arguments.get(name) else repeat_argument(name, value, times)
-            for name, value in packed.items()
-            if name != "attention_mask"
-        }
+        arguments = repeat_arguments(call, {**packed, "attention_mask": None}, times)
         arguments["attention_mask"] = self._masks(call, steps)
         keys = Keys(earlier, self.frame.rows.repeat(times), self.frame.key_positions.repeat(times, 1))
         arguments["past_key_values"] = keys
@@ -323,15 +320,27 @@ class Strand:
         """What nodes carry, in the order in which it runs."""
         return [self.segment] if self.image is None else [self.image.segment, self.segment]
 
-    def run(self, call: LayerCall, attention: nn.Module, keys: Tensor, values: Tensor, tokens_at_once: int) -> None:
-        """Run the layer on every node, with the trunk's keys and values [B, heads, N, size] of earlier positions."""
+    def run(
+        self,
+        call: LayerCall,
+        attention: nn.Module | None,
+        keys: Tensor | None,
+        values: Tensor | None,
+        tokens_at_once: int,
+    ) -> None:
+        """Run the layer on every node, with the trunk's keys and values [B, heads, N, size] of earlier positions.
+
+        A layer that does not attend has none, nor scores to cut: it runs on whole rows.
+        """
         parents, steps = self.tree.parents[call.index], self.tree.steps[call.index]
         if not parents:
             return
         last = call.index == len(self.tree.parents) - 1
         at_once = max(1, tokens_at_once // sum(each.cost for each in self.segments))
         places = self.tree.most_states(at_once)
-        known = [each.earlier(keys, values, set(steps)) for each in self.segments]
+        known: list[KeysOf] = [{} for _ in self.segments]
+        if keys is not None and values is not None:
+            known = [each.earlier(keys, values, set(steps)) for each in self.segments]
         made: list[list[Tensor | None]] = [[] for _ in self.segments]
         waiting = Counter(parents)
         for first in range(0, len(parents), at_once):
@@ -345,8 +354,12 @@ class Strand:
                     assert self.image is not None
                     assert earlier is not None
                     earlier = self.image.into(earlier, carried, len(now))
-                with counting_from(attention, segment.frame.own.index, self.own.shape[1]):
-                    states, carried = segment.run(call, found, now, earlier)
+                if attention is None:
+                    of_nodes = found.unflatten(0, (len(now), -1))
+                    states = run_whole_rows(call, segment.frame.own, of_nodes, tokens_at_once)
+                else:
+                    with counting_from(attention, segment.frame.own.index, self.own.shape[1]):
+                        states, carried = segment.run(call, found, now, earlier)
                 if not last:
                     new.extend(segment.kept(states, places))
                 elif segment is self.segment:

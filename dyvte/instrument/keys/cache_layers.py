@@ -12,6 +12,7 @@ from transformers.cache_utils import (
     DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
     StaticLayer,
 )
 
@@ -61,6 +62,7 @@ _KNOWN_LAYERS = (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     DummyLayer,
+    LinearAttentionLayer,
     KeptLayer,
     KeptIndexedLayer,
     KeptReferenceLayer,
@@ -88,7 +90,7 @@ def check_cache(cache: Any) -> None:
         elif isinstance(layer, BaseQuantizedLayer):
             reason = "a quantised KV cache packs positions together; use a DynamicCache"
         elif not isinstance(layer, CacheLayerMixin):
-            reason = "layers without keys of their own (linear attention, convolutions) cannot leave tokens out"
+            reason = "dyvte does not know which state this kind of layer holds"
         else:
             reason = "dyvte does not know what this kind of layer holds beside keys and values"
         raise UnsupportedError(f"cache layer {index} is a {type(layer).__name__}: {reason}")

@@ -49,7 +49,7 @@ class KeptIndexedLayer(KeptLayer):
         """As of MiniMax M3's: index keys [B, 1, n, size], in the order of `update`'s keys."""
         return self._index.update(idx_k, idx_k[..., :0])[0]
 
-    def choosing(self, attention: nn.Module, new: int, start: Tensor | None) -> AbstractContextManager[None]:
+    def choosing(self, attention: nn.Module | None, new: int, start: Tensor | None) -> AbstractContextManager[None]:
         """`choosing_among` the keys that the next `update` by so many new tokens returns."""
         position, valid, _ = self.key_positions(new)
         length = self.length + new
@@ -91,7 +91,12 @@ class KeptIndexedLayer(KeptLayer):
 
 @contextmanager
 def choosing_among(
-    attention: nn.Module, own: Tensor, keys: Tensor, valid: Tensor | None, length: int, start: Tensor | None = None
+    attention: nn.Module | None,
+    own: Tensor,
+    keys: Tensor,
+    valid: Tensor | None,
+    length: int,
+    start: Tensor | None = None,
 ) -> Iterator[None]:
     """Within the block a layer's indexer chooses among keys that need not lie one behind the other.
 

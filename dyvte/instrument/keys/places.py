@@ -14,7 +14,12 @@ from dyvte.instrument.keys.indexed import choosing_among
 
 @contextmanager
 def running_at(
-    attention: nn.Module, own: Tensor, keys: Tensor, valid: Tensor | None, length: int, start: Tensor | None = None
+    attention: nn.Module | None,
+    own: Tensor,
+    keys: Tensor,
+    valid: Tensor | None,
+    length: int,
+    start: Tensor | None = None,
 ) -> Iterator[None]:
     """Within the block an attention module runs on some positions of a sequence without knowing of the others.
 
@@ -31,7 +36,7 @@ def running_at(
 
 
 @contextmanager
-def counting_from(attention: nn.Module, positions: Tensor, length: int) -> Iterator[None]:
+def counting_from(attention: nn.Module | None, positions: Tensor, length: int) -> Iterator[None]:
     """Within the block a module that counts the tokens it gets uses their places in the whole sequence instead.
 
     Llama 4 multiplies the queries of layers without rotary positions by log(1 + floor((p + 1) / floor_scale)) *

@@ -21,12 +21,12 @@ Pair = tuple[Tensor, Tensor]
 """Keys and values, each [B, heads, N, head size]."""
 
 
-def borrows_keys(attention: nn.Module) -> bool:
+def borrows_keys(attention: nn.Module | None) -> bool:
     """Whether an attention module takes the keys and values of an earlier layer."""
     return bool(getattr(attention, "is_kv_shared_layer", False))
 
 
-def lends_keys(attention: nn.Module) -> bool:
+def lends_keys(attention: nn.Module | None) -> bool:
     """Whether an attention module leaves its keys and values to later layers."""
     return bool(getattr(attention, "store_full_length_kv", False))
 

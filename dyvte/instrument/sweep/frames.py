@@ -168,6 +168,16 @@ def repeat_argument(name: str, packed: Any, times: int) -> Any:
     return repeated(packed, times, axis)
 
 
+def repeat_arguments(call: LayerCall, packed: dict[str, Any], times: int) -> dict[str, Any]:
+    """A layer's arguments for `times` repetitions of a packed batch; what is not of positions stays as it is."""
+    if times == 1:
+        return packed
+    return {
+        name: value if value is call.arguments.get(name) else repeat_argument(name, value, times)
+        for name, value in packed.items()
+    }
+
+
 # ---------------------------------------------------------------------------- the sweep
 
 

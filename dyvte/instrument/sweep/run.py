@@ -42,7 +42,8 @@ from dyvte.instrument.states import TEXT_STATUS, status_weights, token_status
 from dyvte.instrument.sweep.answers import teacher_forced
 from dyvte.instrument.sweep.criteria import sequence_nll
 from dyvte.instrument.sweep.entropy import ENTROPIES, EntropyPlan, chosen_keys
-from dyvte.instrument.sweep.frames import Frame, Keys, SharedPrefix, or_all, repeat_argument, repeated, sees_ahead
+from dyvte.instrument.sweep.frames import Frame, Keys, SharedPrefix, or_all, repeat_arguments, repeated, sees_ahead
+from dyvte.instrument.sweep.without_attention import run_behind_padding
 from dyvte.mllm import MLLM
 from dyvte.model_parts import indexer_of
 
@@ -194,8 +195,9 @@ class _Sweep:
             (num_layers + 1, num_layers, self.batch_size, len(ENTROPIES)), torch.nan, device=mllm.device
         )
         self.shared = None
-        borrows = any(map(borrows_keys, mllm.attentions))  # rows that share a prefix would need stores of their own
-        if shared_image is not None and self.layout.visual.any() and not borrows:
+        self.hybrid = None in mllm.attentions  # some layers build a state from all that a branch sees
+        apart = self.hybrid or any(map(borrows_keys, mllm.attentions))  # rows that share a prefix would need own stores
+        if shared_image is not None and self.layout.visual.any() and not apart:
             self.shared = SharedPrefix(self.layout, inputs["input_ids"], shared_image)
         self.seeing = self.layout.has_image.nonzero().flatten()  # rows that branch
         self.branches: Tensor | None = None  # [L, b, M, d]
@@ -243,7 +245,7 @@ class _Sweep:
         """Decide, from the first layer's mask, what branches carry and whether prefixes can be shared."""
         layout, mask = self.layout, call.mask
         early = layout.system
-        if sees_ahead(mask, early, ~early & ~layout.padding):
+        if self.hybrid or sees_ahead(mask, early, ~early & ~layout.padding):
             early = torch.zeros_like(early)
         if self.shared is not None:
             self.shared.check(call.hidden)
@@ -270,6 +272,8 @@ class _Sweep:
 
     def _main_pass(self, call: LayerCall) -> tuple[Any, tuple[Tensor, ...] | None]:
         """The layer of the full model; also keys and values of the branches' earlier text."""
+        if self.mllm.attentions[call.index] is None:
+            return call.run(past_key_values=None), None
         if self.shared is not None:
             return self._shared_main_pass(call, self.shared)
         keys = Keys()
@@ -328,27 +332,23 @@ class _Sweep:
         exits: range | None = None,
     ) -> Tensor:
         """Run the layer on the frame's tokens, under several exits in different states [exits * b, M, d]."""
+        attention = self.mllm.attentions[call.index]
+        if attention is None:
+            return run_behind_padding(call, frame.own, states)
         times = 1 if exits is None else len(exits)
-        packed = call.packed(frame.own)
-        packed["attention_mask"] = frame.mask(call)
-        if times > 1:
-            packed = {
-                name: value if value is call.arguments.get(name) else repeat_argument(name, value, times)
-                for name, value in packed.items()
-            }
+        packed = repeat_arguments(call, {**call.packed(frame.own), "attention_mask": frame.mask(call)}, times)
         if exits is not None:
             packed |= self.sharing.on(call, frame.own, frame.key_positions, exits)
         positions, valid = frame.key_positions.repeat(times, 1), frame.key_valid.repeat(times, 1)
         packed["past_key_values"] = Keys(earlier, frame.rows.repeat(times), positions)
-        own = frame.own.index.repeat(times, 1)
-        with running_at(self.mllm.attentions[call.index], own, positions, valid, self.length):
+        with running_at(attention, frame.own.index.repeat(times, 1), positions, valid, self.length):
             return output_states(call.run(states, **packed))
 
     # ---------------------------------------------------------------------- entropies
 
     def _expect(self, call: LayerCall, frame: Frame, plan: EntropyPlan | None, exits: int | slice) -> None:
         """Take the entropies of exits `exits` from the next attention call, in which the tokens of `frame` run."""
-        if plan is None:
+        if plan is None or self.mllm.attentions[call.index] is None:
             return
         queries, keys = frame.own.remembered("places", plan, lambda: self._places(frame, plan))
 

@@ -74,7 +74,7 @@ class FEATHER(StagedScorer):
         if layer in self.layers_of(prefill.mllm):
             query, key = (projected(self, prefill, layer - 1, name) for name in ("q_proj", "k_proj"))
             last = prefill.layout.last_prompt[:, None, None, None].expand(-1, query.shape[1], 1, query.shape[3])
-            image, attention = prefill.kept & prefill.layout.visual, prefill.mllm.attentions[layer - 1]
+            image, attention = prefill.kept & prefill.layout.visual, prefill.mllm.attention_of(layer - 1)
             scale = getattr(attention, "scaling", query.shape[3] ** -0.5)
             found = attention_rows(query.gather(2, last), key, image[:, None], scale).mean(1)[:, 0]
             prefill.state[id(self), "seen"] = (layer - 1, found)

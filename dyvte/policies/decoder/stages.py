@@ -104,7 +104,7 @@ def projected(policy: Policy, prefill: Prefill, layer: int, name: str, normed: b
 
     With `normed` after the norm that some families apply to every head.
     """
-    attention: Any = prefill.mllm.attentions[layer]
+    attention: Any = prefill.mllm.attention_of(layer)
     heads: Tensor = prefill.state.pop((id(policy), name)).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
     norm = getattr(attention, name.replace("proj", "norm"), None) if normed else None
     return (heads if norm is None else norm(heads)).float()
@@ -116,8 +116,8 @@ def projection_of(mllm: MLLM, layer: int, name: str) -> nn.Module:
     Raises:
         UnsupportedError: the attention has none of that name, as where queries, keys and values are projected at once.
     """
-    found = getattr(mllm.attentions[layer], name, None)
+    found = getattr(mllm.attention_of(layer), name, None)
     if not isinstance(found, nn.Module):
-        kind = type(mllm.attentions[layer]).__name__
+        kind = type(mllm.attention_of(layer)).__name__
         raise UnsupportedError(f"decoder layer {layer} ({kind}) has no {name} of its own to look at")
     return found

@@ -78,8 +78,9 @@ class YOPO(Policy):
         """As `Policy.__call__`."""
         mllm = as_mllm(model)
         with super().__call__(mllm, layout) as run, ExitStack() as stack:
-            for layer in range(self.exit_layer(mllm)):
-                attention = mllm.attentions[layer]
+            for attention in mllm.attentions[: self.exit_layer(mllm)]:
+                if attention is None:
+                    continue
                 stack.callback(attention.register_forward_pre_hook(self._hide(attention, run), with_kwargs=True).remove)
             yield run
 
