@@ -326,6 +326,38 @@ def test_knockout_cuts_scores_where_there_are_some(
     torch.testing.assert_close(cut.logits[:, 0, 0], at_end, atol=EXACT, rtol=0)
 
 
+def state_layer_flops(mllm: MLLM, n: int) -> int:
+    """Operations of a layer that carries a state on n positions, by hand from the sizes in its configuration."""
+    config, layer = mllm.text_config, mllm.layers[0]
+    mlp = sum(2 * n * each.weight.numel() for each in layer.modules() if type(each).__name__ == "Linear")
+    if mllm.model.config.model_type == "lfm2_vl":  # in, out and MLP, and a convolution over n + k - 1 places
+        return mlp + 2 * (n + config.conv_L_cache - 1) * WIDTH * config.conv_L_cache
+    heads, key, value, chunk = (
+        config.linear_num_value_heads,
+        config.linear_key_head_dim,
+        config.linear_value_head_dim,
+        64,
+    )
+    mixed = 2 * config.linear_num_key_heads * key + heads * value
+    kernel = config.linear_conv_kernel_dim
+    conv = 2 * (n + kernel - 1) * mixed * kernel
+    # Of one chunk: two products of keys with queries and keys, two triangular systems, the old state read twice, the
+    # values of the chunk, the new state.
+    products = 2 * 2 * chunk**2 * key + chunk**2 * (key + value)
+    products += 2 * 2 * chunk * key * value + 2 * chunk**2 * value + 2 * chunk * key * value
+    return mlp + conv + heads * -(-n // chunk) * products
+
+
+@each_family
+def test_flops_of_an_exit(family: str) -> None:
+    """What leaves is not paid for any more, in layers that attend and in those that carry a state."""
+    mllm, row = model(family, "sasa"), Row(2, 6, 3, 0)
+    counts = [each.decoder for each in dyvte.exit_flops(mllm, batch_of(mllm, [row]))]
+    saved = state_layer_flops(mllm, 2 + 1 + 6 + 3) - state_layer_flops(mllm, 2 + 1 + 3)
+    assert counts[1] - counts[0] == counts[3] - counts[2] == saved > 0
+    assert counts[2] - counts[1] == counts[4] - counts[3] > 0
+
+
 def test_padding_that_enters_a_state_is_refused() -> None:
     config = _lfm2_vl("sa")
     config.text_config.conv_bias = True

@@ -225,6 +225,7 @@ class _StrictFlopCounter(FlopCounterMode):
             aten.mv: lambda matrix, vector, **_: 2 * math.prod(matrix),
             aten.addmv: lambda bias, matrix, vector, **_: 2 * math.prod(matrix),
             aten.dot: lambda one, other, **_: 2 * math.prod(one),
+            aten.linalg_solve_triangular: _triangular_flops,
         }
         for namespace, name in ((aten, "_grouped_mm"), (ours, "grouped_mm_fallback")):
             if hasattr(namespace, name):  # by version of torch and transformers
@@ -272,6 +273,11 @@ def _refuse_unseen_kernels(decoder: torch.nn.Module) -> None:
 def _grouped_flops(rows: Sequence[int], weights: Sequence[int], *_: Any, **__: Any) -> int:
     """Rows [S, in], each times the matrix of its own group, [groups, in, out]."""
     return 2 * math.prod(rows) * weights[-1]
+
+
+def _triangular_flops(matrix: Sequence[int], right: Sequence[int], *_: Any, **__: Any) -> int:
+    """Systems of equations [..., n, n] for columns [..., n, k], n^2 / 2 multiply-adds a column: linear attention."""
+    return math.prod(right[:-2]) * matrix[-1] ** 2 * right[-1]
 
 
 def _attention_flops(
