@@ -23,10 +23,24 @@ from dyvte.mllm import MLLM
 from dyvte.runs import store
 from dyvte.runs.config import command, load_model
 
-from .measuring.attention import LAYERS_TABLE, attention_map, choose_samples, file_name, measure_attention
+from .measuring.answer_maps import answer_maps
+from .measuring.attention import (
+    CONTRIBUTIONS,
+    HEAD_MEASURES,
+    HEADS_TABLE,
+    LAYERS_TABLE,
+    attention_map,
+    choose_samples,
+    file_name,
+    measure_attention,
+)
 from .measuring.runs import closing_line, measure_dataset
 from .plots.attention import draw_attention_map, draw_measures, draw_stages_by_kind, draw_three_stages
+from .plots.heads import draw_contributions, draw_heads
+from .statistics.attention.contributions import compare_looking_and_writing, looking_and_writing_in_words
+from .statistics.attention.heads import heads_in_words, summarise_heads
 from .statistics.bands import Array, Band, keyed_array, mean_band
+from .statistics.segments import registered_split, stage_splits
 from .statistics.stages import StageVerdict, stage_verdict
 from .statistics.verdicts import verdict_in_words, verdict_word
 
@@ -41,7 +55,8 @@ def main(cfg: DictConfig) -> None:
     """Measure, summarise and draw; continues where an earlier run of the same command was stopped."""
     dataset = build_dataset(cfg.data)
     mllm = load_model(cfg)
-    folder = measure_dataset(cfg, mllm, dataset, partial(measure_attention, mllm))
+    extras: dict[str, Any] = {name: True for name in ("contributions", "heads") if cfg[name]}
+    folder = measure_dataset(cfg, mllm, dataset, partial(measure_attention, mllm, **extras), **extras)
     if folder is None:
         return
     summary = summarize_stages(cfg, folder, mllm, dataset)
@@ -51,6 +66,9 @@ def main(cfg: DictConfig) -> None:
     for claim, found in summary["stages"]["claims"].items():
         print(f"  {claim.replace('_', ' ')}: {verdict_word(found)}")
     print(f"  of the raw attention mass: {verdict_word(summary['stages_by_mass']['verdict'])}")
+    for part in ("contributions", "heads"):
+        if summary[part]:
+            print(f"{part}: {summary[part]['in_words']}")
     if summary["stages"]["boundaries"]:
         print(f"  95% intervals of the boundaries: {summary['stages']['boundaries_ci']}")
     print(closing_line(summary, folder))
@@ -118,10 +136,7 @@ def summarize_stages(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM, datas
     everything = {**curves, **{name: {"text": band} for name, band in entropies.items()}}  # entropies of the question
     groups = {"all": everything, **{kind: {ENDPOINT: found} for kind, (_, found) in kinds.items()}}
     folder.write_table("curves", curves_table(groups))
-    maps = {}
-    for sample in choose_samples(dataset, cfg.maps.count, cfg.maps.ids):
-        if (found := attention_map(mllm, sample, cfg.maps.query)) is not None:
-            maps[f"map_{file_name(sample.id)}"] = found
+    maps = maps_of(cfg, mllm, dataset)
     content = store.plain(
         {
             "model": cfg.model.name,
@@ -143,16 +158,55 @@ def summarize_stages(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM, datas
                 for kind, (rows, found) in kinds.items()
             },
             "maps": [record for record, _ in maps.values()],
+            "contributions": contributions_of(layers, cfg) if cfg.contributions else None,
+            "heads": heads_of(layers, folder.read_table(HEADS_TABLE), cfg) if cfg.heads else None,
         }
     )
     shown = {**content, **layers.counts()}
     figures = {"stages": draw_three_stages(shown), "measures": draw_measures(shown)}
+    if cfg.contributions:
+        figures["contributions"] = draw_contributions(shown)
+    if cfg.heads:
+        figures["heads"] = draw_heads(shown)
     if len(kinds) > 1:
         figures["kinds"] = draw_stages_by_kind(shown)
     figures |= {name: draw_attention_map(record, image) for name, (record, image) in maps.items()}
     for name, figure in figures.items():
         folder.save_figure(name, figure)
     return folder.write_summary(**content, figures=sorted(figures))
+
+
+def maps_of(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, tuple[dict[str, Any], npt.NDArray[Any]]]:
+    """The maps that are drawn, by figure: what `attention_map` or `answer_maps` says, and the image."""
+    maps: dict[str, tuple[dict[str, Any], npt.NDArray[Any]]] = {}
+    for sample in choose_samples(dataset, cfg.maps.count, cfg.maps.ids):
+        name = f"map_{file_name(sample.id)}"
+        if cfg.maps.query != "answer":
+            if (found := attention_map(mllm, sample, cfg.maps.query)) is not None:
+                maps[name] = found
+        elif (of_answer := answer_maps(mllm, sample, cfg.maps.max_new_tokens, cfg.maps.sinks)) is not None:
+            records, image = of_answer
+            maps |= {f"{name}_token_{record['number']}": (record, image) for record in records}
+    return maps
+
+
+def contributions_of(layers: LayerTable, cfg: DictConfig) -> dict[str, Any]:
+    """The curves of what the image writes, and how they go with those of attention on it."""
+    curves = ("cross", "visual", "answer_cross")
+    bands = {name: layers.bands({curve: f"{curve}_{name}" for curve in curves}, cfg) for name in CONTRIBUTIONS}
+    looking, writing = (layers.by_layer(f"cross_{name}") for name in ("mass", "contribution_share"))
+    found = compare_looking_and_writing(looking, writing, layers.images, cfg.bootstrap, cfg.seed)
+    words = looking_and_writing_in_words(found)
+    return {"bands": {name: as_lists(each) for name, each in bands.items()}, **found, "in_words": words}
+
+
+def heads_of(layers: LayerTable, table: pd.DataFrame, cfg: DictConfig) -> dict[str, Any]:
+    """What the heads do, at the registered split of the layers."""
+    ids = layers.samples["id"]
+    mass, enrichment = (keyed_array(table, name, ids, "layer", "head") for name in HEAD_MEASURES)
+    split = registered_split(mass.shape[1]) if len(stage_splits(mass.shape[1])) else None
+    found = summarise_heads(mass, enrichment, layers.images, split, cfg.bootstrap, cfg.seed)
+    return {**found, "in_words": heads_in_words(found)}
 
 
 def as_lists(curves: Bands) -> dict[str, dict[str, list[float]]]:

@@ -17,11 +17,14 @@ from dyvte.errors import ConfigError, ModelError
 from dyvte.instrument.attention import CURVES, MEASURES, AttentionProbe
 from dyvte.instrument.role_attention import ENTROPIES
 from dyvte.instrument.views import view
-from dyvte.layout import ANSWER, VISUAL
+from dyvte.layout import ANSWER, INSTRUCTION, VISUAL
 from dyvte.mllm import MLLM
 
-LAYERS_TABLE = "layers"
+LAYERS_TABLE, HEADS_TABLE = "layers", "heads"
 QUERIES = ("last", "instruction")
+CONTRIBUTIONS = ("contribution_norm", "contribution_share")
+HEAD_MEASURES = ("mass", "enrichment_no_sink")
+"""What is kept of every head: how much of its attention is on the image, and what the verdict looks at."""
 
 
 def run_for_attention(mllm: MLLM, batch: Batch) -> None:
@@ -33,11 +36,19 @@ def run_for_attention(mllm: MLLM, batch: Batch) -> None:
 
 
 @torch.no_grad()
-def measure_attention(mllm: MLLM, samples: list[Sample]) -> dict[str, pd.DataFrame]:
+def measure_attention(
+    mllm: MLLM, samples: list[Sample], contributions: bool = False, heads: bool = False
+) -> dict[str, pd.DataFrame]:
     """The table of one batch: a row per sample and layer, statistics averaged over heads.
 
     Reference answers, where there are some, are teacher-forced behind the prompts; with causal attention this leaves
     the prompt's statistics as they are and adds the attention of the answer on the image.
+
+    Args:
+        mllm: the model.
+        samples: of the batch.
+        contributions: also what the image writes into the instruction, the image and the answer.
+        heads: also the table `heads`, a row per sample, layer and head: the question's attention on the image.
 
     Raises:
         ModelError: the attention of a sample is not a number.
@@ -48,7 +59,7 @@ def measure_attention(mllm: MLLM, samples: list[Sample]) -> dict[str, pd.DataFra
         [sample.question for sample in samples],
         answers if any(answer is not None for answer in answers) else None,
     )
-    with AttentionProbe(mllm, layout=batch.layout) as probe:
+    with AttentionProbe(mllm, layout=batch.layout, contributions=contributions) as probe:
         run_for_attention(mllm, batch)
     stats = probe.stats
     values = {f"{curve}_{name}": stats.mean_curve(curve, name) for name in MEASURES for curve in CURVES}
@@ -56,6 +67,13 @@ def measure_attention(mllm: MLLM, samples: list[Sample]) -> dict[str, pd.DataFra
         of_answer = getattr(stats, name)[..., ANSWER, VISUAL]
         values[f"answer_cross_{name}"] = stats.mean_over_heads(of_answer, name, ANSWER)
     values |= {name: getattr(stats, name).nanmean(-1) for name in ENTROPIES}
+    if contributions:
+        queries = {"cross": INSTRUCTION, "visual": VISUAL, "answer_cross": ANSWER}
+        values |= {
+            f"{curve}_{name}": getattr(stats, name)[..., query, VISUAL]
+            for name in CONTRIBUTIONS
+            for curve, query in queries.items()
+        }
     labels = pd.DataFrame(
         {"id": sample.id, "image_id": sample.image_id, "kind": sample.kind, "layer": layer}
         for sample in samples
@@ -73,7 +91,15 @@ def measure_attention(mllm: MLLM, samples: list[Sample]) -> dict[str, pd.DataFra
     # A layer whose mask shows the question no visual token has no enrichment; that its attention is 0 is known.
     for name in ("cross_enrichment", "cross_enrichment_no_sink"):
         table.loc[table["cross_mass"] == 0, name] = 0.0
-    return {LAYERS_TABLE: table}
+    if not heads:
+        return {LAYERS_TABLE: table}
+    of_heads = {name: stats.curve("cross", name) for name in HEAD_MEASURES}
+    of_heads["enrichment_no_sink"] = of_heads["enrichment_no_sink"].masked_fill(of_heads["mass"] == 0, 0.0)
+    number = np.indices(of_heads["mass"].shape).reshape(3, -1)
+    by_head = pd.DataFrame({"id": np.array([sample.id for sample in samples])[number[0]]})
+    by_head = by_head.assign(layer=number[1], head=number[2])
+    by_head = by_head.assign(**{name: value.flatten().numpy() for name, value in of_heads.items()})
+    return {LAYERS_TABLE: table, HEADS_TABLE: by_head}
 
 
 def choose_samples(dataset: Dataset, count: int, ids: list[str] | None, setting: str = "maps.ids") -> list[Sample]:

@@ -185,7 +185,7 @@ def draw_attention_map(record: Mapping[str, Any], image: npt.NDArray[Any]) -> Fi
 
     Args:
         record: an entry of `maps` of the summary: `maps` [L, rows, columns], `mass` [L], `question`, `answer`,
-            `reference`, `query`.
+            `reference`, `query`; of an answer's token also `token`, `number` and `sinks` [L, rows, columns].
         image: `[height, width, 3]`, 0 to 255 or 0 to 1, as the model saw it.
     """
     relative = relative_maps(record["maps"])
@@ -216,14 +216,22 @@ def draw_attention_map(record: Mapping[str, Any], image: npt.NDArray[Any]) -> Fi
                 interpolation="nearest",
             )
             axis.set_title(f"layer {layer}: {record['mass'][layer]:.0%}", fontsize=8.5)
+            if "sinks" in record:
+                down, across = np.nonzero(np.asarray(record["sinks"][layer]))
+                tall, wide = height / relative.shape[1], width / relative.shape[2]
+                axis.plot((across + 0.5) * wide, (down + 0.5) * tall, "x", color="#2a9d8f", markersize=6)
         scale = plt.cm.ScalarMappable(plt.Normalize(0, top), "rocket_r")
         bar = figure.colorbar(scale, ax=axes, shrink=0.75, pad=0.015, aspect=30)
         bar.set_label("attention per patch,\ntimes even spread (= 1)", fontsize=8)
         characters = int(11 * figure.get_figwidth())
-        right = "" if record["reference"] is None else f" (reference: {record['reference']})"
-        lines = (record["question"], f"answer: {record['answer']}{right}")
+        reference = "" if record["reference"] is None else f" (reference: {record['reference']})"
+        lines = (record["question"], f"answer: {record['answer']}{reference}")
         figure.suptitle("\n".join(wrapped(line, characters) for line in lines), fontsize=9.5)
-        whose = "the prompt's last token" if record["query"] == "last" else "the question (mean over its tokens)"
-        note = f"attention of {whose}, mean over heads; percentages: share of it on the image"
+        whose = {"last": "the prompt's last token", "instruction": "the question (mean over its tokens)"}
+        if record["query"] == "answer":
+            whose["answer"] = f"the query that predicts the answer's token {record['number'] + 1}, {record['token']!r}"
+        note = f"attention of {whose[record['query']]}, mean over heads; percentages: share of it on the image"
+        if "sinks" in record:
+            note += f"; x: attention sink{', left out' if record['sinks_are'] == 'leave_out' else ''}"
         figure.supxlabel(wrapped(note, int(14 * figure.get_figwidth())), fontsize=8)
         return figure
