@@ -16,12 +16,13 @@ from omegaconf import DictConfig
 from dyvte.data.base import build_dataset
 from dyvte.errors import ConfigError
 from dyvte.gates.labels import LabelSet
+from dyvte.gates.metrics import mixture_cost
 from dyvte.gates.module import load_gates
 from dyvte.runs import distributed
 from dyvte.runs.config import command, load_model
 from dyvte.runs.store import RunFolder, fingerprint, plain, write_atomic, write_json
 
-from .measuring.gate_claims import claim_figures, claim_labels
+from .measuring.gate_claims import all_seeing_frontier, claim_figures, claim_labels
 from .measuring.shipped import shipped_files
 from .statistics.markdown import markdown_table
 
@@ -40,13 +41,18 @@ def main(cfg: DictConfig) -> None:
     for gates in tested.values():
         gates.check(mllm)
     labels = claim_labels(mllm, dataset, cfg)
+    training = None if cfg.bound_labels is None else LabelSet(RunFolder(Path(cfg.bound_labels)))
     settings = {"gates": list(tested), "folds": cfg.folds, "bootstrap": cfg.bootstrap}
+    settings["bound"] = None if training is None else len(training)
     folder = RunFolder.open(cfg.output_dir, fingerprint(mllm, dataset, cfg, **settings), cfg, overwrite=True)
     if not distributed.is_main():
         return
     found = findings(cfg, labels, {name: claim_figures(gates, labels, cfg.folds, cfg.bootstrap, cfg.seed)
                                    for name, gates in tested.items()},
                      {name: counterfactual_runs(gates.facts) for name, gates in tested.items()})  # fmt: skip
+    if training is not None:
+        frontier = all_seeing_frontier(training, labels)
+        found["bound"] = {"questions": len(training), "frontier": [list(each) for each in frontier]}
     folder.write_summary(
         model=cfg.model.name,
         data=cfg.data.name,
@@ -105,6 +111,8 @@ def page(found: Mapping[str, Any]) -> str:
         lines += ["", "### Within a text, by kind", "", *_kinds(tests["within_text"])]
         lines += ["", "### Less of the image", "", *_doses(tests)]
         lines += ["", "### Cost, and what was asked", "", *_asked(tests["cost"])]
+        if "bound" in found:
+            lines += ["", *_bound(tests["cost"], found["bound"])]
     return "\n".join(lines) + "\n"
 
 
@@ -202,6 +210,19 @@ def _asked(cost: Mapping[str, Any]) -> list[str]:
         "on the answer is kept).",
         "",
         *markdown_table(["", "reached", "asked", ""], cells),
+    ]
+
+
+def _bound(cost: Mapping[str, Any], bound: Mapping[str, Any]) -> list[str]:
+    """What a classifier that sees everything reaches at the gates' agreement."""
+    costs, agreements = zip(*bound["frontier"], strict=True)
+    least = mixture_cost(costs, agreements, cost["agreement"]["value"])
+    ratio, share = least / cost["text"]["cost"], (1 - least) / (1 - cost["oracle"])
+    return [
+        "**What the labels let anything reach.** A classifier that sees the statuses of all layers at once, the words "
+        f"and the kind of the question, and learned on {bound['questions']:,} training questions which exits keep the "
+        f"answer, costs {least:.3f} at the gates' agreement: {ratio:.2f} of the constants of "
+        f"the text, and {share:.2f} of the oracle's saving. No gate sees as much."
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from dyvte.data.base import build_dataset
-from dyvte.gates.labels import collect_labels
+from dyvte.gates.labels import LabelSet, collect_labels
 from dyvte.runs import distributed
 from dyvte.runs.config import command, load_model
 from dyvte.runs.store import RunFolder, write_atomic
@@ -29,39 +30,45 @@ def main(cfg: DictConfig) -> None:
     """Train and compare the options that `conf/gate_recipes.yaml` names."""
     mllm, dataset = load_model(cfg), build_dataset(cfg.data)
     labels = collect_labels(mllm, dataset, cfg, cfg.labels.dir, label_settings(cfg.labels))
-    made_of = json.loads((labels.folder.path / "fingerprint.json").read_text())
-    variants: dict[str, Any] = OmegaConf.to_container(cfg.variants, resolve=True)  # type: ignore[assignment]
-    settings = {"recipe": OmegaConf.to_container(cfg.recipe, resolve=True), "share": cfg.validation_share}
-    folder = RunFolder.open(cfg.output_dir, {"labels": made_of, "settings": settings, "variants": variants}, cfg)
+    options: dict[str, Any] = OmegaConf.to_container(cfg.options, resolve=True)  # type: ignore[assignment]
+    folders = {name: option_folder(cfg, labels, changes) for name, changes in options.items()}
     if not distributed.is_main():
         return
-    for index, (name, changes) in enumerate(variants.items()):
-        if folder.has_shard(index):
-            continue
-        started = time.perf_counter()
-        own = cfg.copy()
-        own.recipe = OmegaConf.merge(cfg.recipe, changes)
-        parts = list(own.recipe.status)
-        fit = fit_gates(mllm.num_layers, mllm.hidden_size, split_labels(labels, own), own, parts, mllm.device)
-        row = {"option": name, "inputs": fit.gates.shift.shape[1], **fit.validation}
-        seconds = time.perf_counter() - started
-        folder.write_shard(index, {"recipes": pd.DataFrame([row])}, num_samples=1, seconds=seconds)
-        print(f"{name}: {', '.join(f'{key} {row[key]:.4g}' for key in FIGURES if key in row)} ({seconds:.0f} s)")
-    folder.merge()
-    table = folder.read_table("recipes")
-    folder.write_summary(
-        model=cfg.model.name,
-        data=cfg.data.name,
-        num_layers=mllm.num_layers,
-        num_samples=len(labels),
-        num_failed=len(labels.folder.failures()),
-        seconds=labels.folder.seconds,
-        options=len(table),
-    )
-    text = page(cfg, table, len(split_labels(labels, cfg).validation))
+    rows = []
+    for name, (folder, own) in folders.items():
+        if not (file := folder.path / "summary.json").is_file():
+            started = time.perf_counter()
+            split, parts = split_labels(labels, own), list(own.recipe.status)
+            fit = fit_gates(mllm.num_layers, mllm.hidden_size, split, own, parts, mllm.device)
+            folder.write_summary(
+                model=cfg.model.name,
+                data=cfg.data.name,
+                num_layers=mllm.num_layers,
+                num_samples=len(labels),
+                training_seconds=round(time.perf_counter() - started, 1),
+                inputs=fit.gates.shift.shape[1],
+                **fit.validation,
+            )
+        rows.append({"option": name, **json.loads(file.read_text())})
+        print(", ".join([name, *(f"{key} {rows[-1][key]:.4g}" for key in FIGURES if key in rows[-1])]))
+    text = page(cfg, pd.DataFrame(rows), len(split_labels(labels, cfg).validation))
     if cfg.page is not None:
         write_atomic(Path(cfg.page), lambda out: out.write(text.encode()))
     print(text)
+
+
+def option_folder(cfg: DictConfig, labels: LabelSet, changes: dict[str, Any]) -> tuple[RunFolder, DictConfig]:
+    """The folder of an option, whose name follows from its settings, and its configuration."""
+    own = cfg.copy()
+    own.recipe = OmegaConf.merge(cfg.recipe, changes)
+    settings = {
+        "labels": json.loads((labels.folder.path / "fingerprint.json").read_text()),
+        "recipe": OmegaConf.to_container(own.recipe, resolve=True),
+        "validation_share": cfg.validation_share,
+        "seed": cfg.seed,
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return RunFolder.open(Path(cfg.output_dir) / digest, settings, cfg), own
 
 
 def page(cfg: DictConfig, table: pd.DataFrame, validation_questions: int) -> str:

@@ -136,10 +136,14 @@ def test_the_page_is_of_what_ships_and_says_what_was_found() -> None:
 def test_a_small_run_end_to_end(tmp_path: Path) -> None:
     small = {"data.limit": 24, "data.pool": 200, "labels_dir": tmp_path / "labels", "output_dir": tmp_path / "run"}
     small |= {"page": tmp_path / "page.md", "bootstrap": 20, "batch_size": 24}
+    small["bound_labels"] = small["labels_dir"]  # made first, read afterwards
     gate_claims.main(compose("gate_claims", [f"{key}={value}" for key, value in small.items()]))
     found = json.loads((tmp_path / "page.json").read_text())
     assert (tmp_path / "page.md").read_text() == gate_claims.page(found)
     assert set(found["tests"]) == {"llava_shapes"}
+    costs, agreements = zip(*found["bound"]["frontier"], strict=True)
+    assert list(costs) == sorted(costs)
+    assert all(0 <= each <= 1 for each in agreements)
     doses = found["tests"]["llava_shapes"]["dose"]["means"]
     assert len(doses) == found["layers"]
     assert all(0 <= each["value"] <= 1 for each in doses)

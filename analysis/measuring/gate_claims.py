@@ -17,12 +17,14 @@ from dyvte.gates.features import LENS, QUESTION
 from dyvte.gates.labels import LabelSet, LabelSettings, collect_labels
 from dyvte.gates.metrics import at_exit, cluster_interval, first_exit, share_interval
 from dyvte.gates.module import Gates
+from dyvte.gates.teacher import Teacher, everything
 from dyvte.gates.training import gate_probabilities
 from dyvte.instrument.states import TEXT_STATUS
 from dyvte.instrument.sweep.criteria import exit_depth
 from dyvte.mllm import MLLM
 
 from ..statistics.gates.claims import (
+    PRICES,
     Estimate,
     compare_with_constants,
     constant_frontier,
@@ -143,6 +145,21 @@ def _auc(
 
 def _difference(changed: Tensor, seen: Tensor, images: list[str]) -> Estimate:
     return mean_estimate((changed.double() - seen.double()).mean(1).numpy(), images)
+
+
+def all_seeing_frontier(training: LabelSet, labels: LabelSet) -> list[tuple[float, float]]:
+    """(cost, agreement) of exits chosen by a classifier that sees everything, by rising cost; see `Teacher`.
+
+    It learns on `training` which exits keep the answer from the full model's statuses of all layers, the words and the
+    kind of the question, and takes for each of the asked questions the exit of least expected price.
+    """
+    kinds = sorted({*training.samples["kind"].astype(str), *labels.samples["kind"].astype(str)})
+    images = training.samples["image_id"].astype(str).tolist()
+    teacher = Teacher(everything(training, kinds), training.agree[:, 1:-1], images)
+    keeps = torch.cat([teacher(everything(labels, kinds)).double(), torch.ones(len(labels), 1, dtype=torch.double)], 1)
+    expected = labels.cost[:, 1:].mean(0) + torch.from_numpy(PRICES)[:, None, None] * (1 - keeps)
+    chosen = 1 + expected.argmin(2).numpy()
+    return frontier_points(labels.agree.double().numpy(), labels.cost.double().numpy(), chosen)
 
 
 def _costs(
