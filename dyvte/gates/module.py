@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from dyvte.mllm import MLLM
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-SHIPPED_GATES = {"llava_shapes": Path(__file__).parents[1] / "testbed" / "gates"}
-"""Gates that come with the package, by the name of their model."""
+TESTBED = Path(__file__).parents[1] / "testbed"
+SHIPPED_GATES = {"llava_shapes": TESTBED / "gates", "llava_shapes_waiting": TESTBED / "gates_waiting"}
+"""Gates that come with the package: a model's by its name, others of that model with their recipe's behind it."""
 
 
 class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual-token-exit", "dyvte"]):
