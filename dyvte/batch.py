@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -136,6 +137,23 @@ class Batch(dict[str, Any]):
                 inputs[name] = torch.nn.functional.pad(value, (missing, 0))
         return Batch(inputs, TokenLayout(torch.nn.functional.pad(self.layout.roles, (missing, 0), value=PADDING)))
 
+    def followed_by(self, answer_ids: Tensor) -> dict[str, Any]:
+        """Inputs of the prompts, padded on the left, with answers [B, A] behind them (-100 at padding)."""
+        batch = self.left_padded() if self.layout.padding[:, -1].any() else self
+        real = answer_ids != IGNORE_INDEX
+        extension = {"input_ids": answer_ids.masked_fill(~real, 0), "attention_mask": real.long()}
+        types, visual = batch.get("token_type_ids"), batch.layout.visual
+        if types is not None and visual.any() and not types[visual].any():
+            # Types that do not mark the image mark the prefix (PaliGemma), which answers are not part of.
+            extension["token_type_ids"] = torch.ones_like(answer_ids)
+        inputs = dict(batch)
+        inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+        for name, value in inputs.items():
+            if isinstance(value, Tensor) and value.shape == batch["input_ids"].shape:  # others say "text": 0
+                tail = extension.get(name, torch.zeros_like(answer_ids)).to(value.dtype)
+                inputs[name] = torch.cat([value, tail], dim=1)
+        return inputs
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.items()}
@@ -160,3 +178,29 @@ class Batch(dict[str, Any]):
             if isinstance(value, Tensor) and value.shape == self["input_ids"].shape:
                 rolled[name] = value.gather(1, columns.to(value.device))
         return Batch(rolled, TokenLayout(self.layout.roles.gather(1, columns)), self.images)
+
+
+def image_rows(images: Sequence[Image | Sequence[Image] | None] | None, questions: Sequence[str]) -> list[list[Image]]:
+    """The images of every question, as lists."""
+    if isinstance(questions, str):
+        raise TypeError("questions must be a list of strings, one a sample, not a single string")
+    if images is None:
+        images = [None] * len(questions)
+    if len(images) != len(questions):
+        raise ValueError(f"got {len(images)} entries of images for {len(questions)} questions; give one a question")
+    return [[] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in images]
+
+
+def warn_if_question_precedes_image(
+    placeholder: str | None, prompts: Sequence[str], questions: Sequence[str], rows: Sequence[Sequence[Image]]
+) -> None:
+    """Warn of a prompt format that puts the question first: then the text after the image does not hold it."""
+    for prompt, question, row in zip(prompts, questions, rows, strict=True):
+        asked = question.strip()
+        if row and placeholder and asked and prompt.rfind(placeholder) > prompt.rfind(asked) >= 0:
+            warnings.warn(
+                "the prompt puts the question before the image: text after the image is the template only, so text "
+                "status and cross attention do not see the question",
+                stacklevel=3,
+            )
+            return

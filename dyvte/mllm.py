@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from dyvte.batch import IGNORE_INDEX, Batch, Image
+from dyvte.batch import IGNORE_INDEX, Batch, Image, image_rows, warn_if_question_precedes_image
 from dyvte.data.chat import Chat, split_chat
 from dyvte.errors import ModelError, UnsupportedError
 from dyvte.layout import TokenLayout
 from dyvte.model_parts import (
     EACH_ALONE,
     RUNNING_STATE,
+    VISUAL_MARKS,
     check_nature,
     find_decoder,
     inner_models,
@@ -34,6 +35,9 @@ from dyvte.model_parts import (
     text_config_of,
     visual_token_ids_of,
 )
+
+NO_TOKEN = -1
+"""Id of no token."""
 
 
 class MLLM:
@@ -46,7 +50,8 @@ class MLLM:
         layers: the L decoder layers.
         lm_head: the output embedding module.
         text_config: config of the decoder.
-        image_token_id: id of the placeholder that stands for one visual token.
+        image_token_id: id of the placeholder that stands for one visual token; -1 where there is none and the inputs
+            mark the visual positions.
         visual_token_ids: all placeholder ids that count as visual (image and, where there is one, video).
         commit: of the Hub repository that `load` read; None where the model did not come from the Hub.
 
@@ -65,7 +70,7 @@ class MLLM:
         self.text_config = text_config_of(model)
         check_nature(model)
         self.visual_token_ids = visual_token_ids_of(model, processor)
-        self.image_token_id = self.visual_token_ids[0]
+        self.image_token_id = self.visual_token_ids[0] if self.visual_token_ids else NO_TOKEN
         self.decoder, self.layers = find_decoder(model, self.text_config)
         self.lm_head: Any = output_embeddings_of(model)
         if self.lm_head is None:
@@ -161,9 +166,23 @@ class MLLM:
 
     # ------------------------------------------------------------------ inputs
 
-    def layout(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> TokenLayout:
-        """Roles of the positions of a prompt, from its ids [B, N] (all text after the image is `instruction`)."""
-        return TokenLayout.from_input_ids(input_ids, attention_mask, self.visual_token_ids)
+    def layout(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        marks: Tensor | None = None,
+        answer_start: int | None = None,
+    ) -> TokenLayout:
+        """Roles of the positions of a prompt, from its ids [B, N] (all text after the image is `instruction`).
+
+        Args:
+            input_ids: [B, N].
+            attention_mask: [B, N], 0 at padding.
+            marks: [B, N], 1 where a visual token stands, for a model that has no image token (Kosmos-2).
+            answer_start: index of the first answer position, None without an answer.
+        """
+        ids, visual_ids = (input_ids, self.visual_token_ids) if marks is None else (marks.long(), (1,))
+        return TokenLayout.from_input_ids(ids, attention_mask, visual_ids, answer_start)
 
     def batch(self, **model_inputs: Any) -> Batch:
         """Model inputs prepared elsewhere, moved to the model's device and floating-point type.
@@ -174,7 +193,7 @@ class MLLM:
         if model_inputs.get("input_ids") is None:
             raise ValueError("batch() needs input_ids: the roles of the tokens are found from them")
         inputs = {name: self._place(value) for name, value in model_inputs.items()}
-        return Batch(inputs, self.layout(inputs["input_ids"], inputs.get("attention_mask")))
+        return Batch(inputs, self.layout(inputs["input_ids"], inputs.get("attention_mask"), inputs.get(VISUAL_MARKS)))
 
     def encode(
         self,
@@ -193,10 +212,10 @@ class MLLM:
             padding_side: "left" (what generation needs) or "right".
         """
         self._require_processor()
-        rows = _image_rows(images, questions)
+        rows = image_rows(images, questions)
         prompts = [self._prompt(question, len(row)) for question, row in zip(questions, rows, strict=True)]
         batch = self._processed(prompts, rows, padding_side)
-        self._warn_if_question_precedes_image(prompts, questions, rows)
+        warn_if_question_precedes_image(getattr(self.processor, "image_token", None), prompts, questions, rows)
         return batch if answers is None else self.append_answers(batch, self.answer_ids(questions, answers))
 
     def encode_chats(self, chats: Sequence[Chat], padding_side: str = "left") -> Batch:
@@ -390,54 +409,15 @@ class MLLM:
 
     def append_answers(self, batch: Batch, answer_ids: Tensor) -> Batch:
         """Teacher-force answers [B, A], -100 at padding, behind the prompts of a batch."""
-        real = answer_ids != IGNORE_INDEX
         prompt_length = batch["input_ids"].shape[1]
-        if batch.layout.padding[:, -1].any():
-            batch = batch.left_padded()
-        extension = {"input_ids": answer_ids.masked_fill(~real, 0), "attention_mask": real.long()}
-        types = batch.get("token_type_ids")
-        visual = batch.layout.visual
-        if types is not None and visual.any() and not types[visual].any():
-            # Types that do not mark the image mark the prefix (PaliGemma), which answers are not part of.
-            extension["token_type_ids"] = torch.ones_like(answer_ids)
-        inputs = dict(batch)
-        inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
-        for name, value in inputs.items():
-            if isinstance(value, Tensor) and value.shape == batch["input_ids"].shape:  # others say "text": 0
-                tail = extension.get(name, torch.zeros_like(answer_ids)).to(value.dtype)
-                inputs[name] = torch.cat([value, tail], dim=1)
-        layout = TokenLayout.from_input_ids(
-            inputs["input_ids"], inputs["attention_mask"], self.visual_token_ids, answer_start=prompt_length
+        inputs = batch.followed_by(answer_ids)
+        layout = self.layout(
+            inputs["input_ids"], inputs["attention_mask"], inputs.get(VISUAL_MARKS), answer_start=prompt_length
         )
         return Batch(inputs, layout, batch.images)
 
-    def _warn_if_question_precedes_image(
-        self, prompts: Sequence[str], questions: Sequence[str], rows: Sequence[Sequence[Image]]
-    ) -> None:
-        for prompt, question, row in zip(prompts, questions, rows, strict=True):
-            if not row:
-                continue
-            placeholder = getattr(self.processor, "image_token", None)
-            if placeholder and question.strip() and prompt.rfind(placeholder) > prompt.rfind(question.strip()) >= 0:
-                warnings.warn(
-                    "the prompt puts the question before the image: text after the image is the template only, so text "
-                    "status and cross attention do not see the question",
-                    stacklevel=3,
-                )
-                return
-
 
 # -------------------------------------------------------------- inputs and outputs
-
-
-def _image_rows(images: Sequence[Image | Sequence[Image] | None] | None, questions: Sequence[str]) -> list[list[Image]]:
-    if isinstance(questions, str):
-        raise TypeError("questions must be a list of strings, one a sample, not a single string")
-    if images is None:
-        images = [None] * len(questions)
-    if len(images) != len(questions):
-        raise ValueError(f"got {len(images)} entries of images for {len(questions)} questions; give one a question")
-    return [[] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in images]
 
 
 def _as_ids(end: Any) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,14 +64,20 @@ def _crosses(module: nn.Module) -> bool:
     )
 
 
+VISUAL_MARKS = "image_embeds_position_mask"
+"""Input [B, N] of models without an image token (Kosmos-2) that is 1 where a visual token stands."""
+
+
 def visual_token_ids_of(model: nn.Module, processor: Any) -> tuple[int, ...]:
-    """Placeholder ids, the image's first: from the config, else from the processor."""
+    """Placeholder ids, the image's first: from the config, else from the processor; none where the inputs mark them."""
     config: Any = model.config
     found = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
     found.append(getattr(processor, "image_token_id", None))
     image_ids = [each for each in found if isinstance(each, int) and each >= 0]
     video = [getattr(config, name, None) for name in ("video_token_id", "video_token_index")]
     video_ids = [each for each in video if isinstance(each, int) and each >= 0]
+    if not image_ids and not video_ids and VISUAL_MARKS in inspect.signature(model.forward).parameters:
+        return ()
     if not image_ids and not video_ids:
         raise ModelError(
             f"{type(model).__name__} (model type {config.model_type!r}) has no image token: dyvte needs a multimodal "
@@ -169,6 +176,15 @@ def indexer_of(attention: nn.Module | None) -> Any:
 
 
 def inner_models(model: Any) -> list[Any]:
-    """The model that a PEFT wrapper's `generate` calls directly, as a list; empty for other models."""
-    inner = getattr(model, "get_base_model", None)
-    return [] if inner is None or inner() is model else [inner()]
+    """The models that the `generate` of a wrapper calls directly: PEFT's base model, the language model of BLIP-2."""
+    base = getattr(model, "get_base_model", None)
+    found = [] if base is None or base() is model else [base()]
+    return [*found, *(each for each in [language_model_of(found[-1] if found else model)] if each is not None)]
+
+
+def language_model_of(model: Any) -> Any:
+    """The language model that a `generate` of the model's own class hands its inputs to; None for most models."""
+    if "generate" not in vars(type(model)):
+        return None
+    inner = getattr(model, "language_model", None) or getattr(model, "text_model", None)
+    return inner if hasattr(inner, "generate") else None

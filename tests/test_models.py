@@ -23,15 +23,16 @@ from naive import masked_forward, with_generated
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
 
 import dyvte
 from benchmarks import architectures
-from docs.tooling import models, refusals
+from docs.tooling import models
 from dyvte.convert import convert
-from dyvte.errors import ModelError, UnsupportedError
+from dyvte.errors import ModelError
 from dyvte.mllm import MLLM
 from dyvte.runs.config import compose, config_folder, load_model
+from tests.zoo.checks import Subject
+from tests.zoo.specimens import build_model
 
 CONFIGS = sorted(
     file.stem
@@ -201,39 +202,13 @@ def test_vila_downsampled_tokens_through_every_instrument(tmp_path: Path) -> Non
 # ------------------------------------------------------------------- peculiar decoders
 
 
-PECULIAR = {name: settings for name, _, settings in refusals.peculiar()}
-
-
-def test_what_cannot_be_driven_is_refused_with_its_reason() -> None:
-    name, reason = "mllama", "reads its encoder through cross-attention"
-    assert reason in refusals.verdict(PECULIAR[name])
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(architectures.build_config(PECULIAR[name]))
-    with pytest.raises((ModelError, UnsupportedError), match=reason), dyvte.FixedExit(1)(dyvte.wrap(model)):
-        pass
-
-
 @torch.no_grad()
 def test_prefix_lm_branches_all_text() -> None:
     """In PaliGemma the text before the image sees it, so the sweep may not share that text between exits."""
-    settings = PECULIAR["paligemma"]
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(architectures.build_config(settings), dtype=torch.float32)
-    for parameter in model.parameters():
-        if parameter.ndim >= 2:
-            torch.nn.init.normal_(parameter, std=1.5 / parameter.shape[-1] ** 0.5)
-    mllm = dyvte.wrap(model)
-    ids = torch.tensor([[5, 6, *[250] * 16, 7, 8, 9], [9, 8, *[250] * 16, 4, 3, 11]])
-    batch = mllm.batch(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        token_type_ids=torch.zeros_like(ids),
-        pixel_values=torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
-    )
-    sweep = dyvte.exit_sweep(mllm, batch, shared_image=[0, 1])
-    for exit_layer in range(mllm.num_layers + 1):
-        expected = masked_forward(mllm, batch, exit_layer).logits[:, -1]
-        torch.testing.assert_close(sweep.logits[:, exit_layer], expected, atol=1e-4, rtol=0)
+    subject = Subject(dyvte.wrap(build_model("paligemma")))
+    found = dyvte.exit_sweep(subject.mllm, subject.batch(), shared_image=[0, 1]).logits
+    for k in range(subject.mllm.num_layers + 1):
+        torch.testing.assert_close(found[:, k], subject.exits_alone([k, k]), atol=1e-4, rtol=0)
 
 
 # ---------------------------------------------------------------------- every command

@@ -25,8 +25,8 @@ from benchmarks.architectures import (
     prompt,
     small_copy,
 )
+from docs.tooling import zoo
 from docs.tooling.generated import fill, write_generated
-from docs.tooling.refusals import peculiar, verdict
 from dyvte.batch import Batch
 from dyvte.cost.flops import FlopCounter
 from dyvte.layout import INSTRUCTION, VISUAL
@@ -146,9 +146,7 @@ def render(chosen: list[str]) -> str:
             f"| `{name}` | {found['probe']:.0e} | {found['sweep']:.0e} | {found['exit_all']:.0e} | "
             f"{found['exit_none']:.0e} | {found['image_matters']:.1f} |"
         )
-    refusals = [f"| {name} | {what} | {verdict(settings)} |" for name, what, settings in peculiar()]
-    tables = {"models": rows, "checks": checks, "refusals": refusals}
-    return fill("models_page", {name: "\n".join(lines) for name, lines in tables.items()})
+    return fill("models_page", {"models": "\n".join(rows), "checks": "\n".join(checks), **zoo.tables()})
 
 
 def _way_in(name: str) -> str:

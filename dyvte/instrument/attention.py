@@ -33,7 +33,7 @@ from dyvte.instrument.role_attention import (
 from dyvte.instrument.running_state import over_all_layers
 from dyvte.layout import INSTRUCTION, ROLES, VISUAL, TokenLayout
 from dyvte.mllm import MLLM, as_mllm
-from dyvte.model_parts import inner_models
+from dyvte.model_parts import VISUAL_MARKS, inner_models
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -308,6 +308,7 @@ class AttentionProbe:
         self._projections: dict[int, OutputProjection] = {}
         self._pass: _Pass | None = None
         self._skip = False
+        self._running: nn.Module | None = None
         self._exit: ExitStack | None = None
 
     @property
@@ -320,16 +321,17 @@ class AttentionProbe:
     def __enter__(self) -> AttentionProbe:
         if self._exit is not None:
             raise RuntimeError("this probe is active already; make a second one to nest")
-        # PEFT's forward runs the inner model's without its hooks, and its generate calls the inner model
         watched = [self.mllm.model, *inner_models(self.mllm.model)]
 
-        # Plain functions that check identity: on a deep copy of the model they do nothing.
+        # Nothing is done on a deep copy of the model, nor when a wrapper calls its inner model.
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if any(module is each for each in watched):
+            if any(module is each for each in watched) and (self._running is None or module is watched[0]):
                 self._begin(args, kwargs)
+                self._running = module
 
         def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if any(module is each for each in watched):
+            if module is self._running:
+                self._running = None
                 self._end()
 
         with ExitStack() as stack:
@@ -369,7 +371,7 @@ class AttentionProbe:
         current.contributions[index] = mixtures.through(projection, output, residual)
 
     def __exit__(self, *_: object) -> None:
-        stack, self._exit, self._pass = self._exit, None, None
+        stack, self._exit, self._pass, self._running = self._exit, None, None, None
         if stack is not None:
             stack.close()
 
@@ -387,11 +389,10 @@ class AttentionProbe:
             )
         layout = self._layout
         if layout is None:
-            layout = self.mllm.layout(inputs["input_ids"], inputs.get("attention_mask"))
-        elif layout.roles.shape != inputs["input_ids"].shape:
+            layout = self.mllm.layout(inputs["input_ids"], inputs.get("attention_mask"), inputs.get(VISUAL_MARKS))
+        elif layout.roles.shape != (shape := inputs["input_ids"].shape):
             raise ValueError(
-                f"the probe's layout is for inputs of shape {tuple(layout.roles.shape)}, the model got "
-                f"{tuple(inputs['input_ids'].shape)}"
+                f"the probe's layout is for inputs of shape {tuple(layout.roles.shape)}, the model got {tuple(shape)}"
             )
         self._pass = _Pass(layout, self.mllm.num_heads)
 

@@ -47,7 +47,7 @@ from dyvte.instrument.keys.shared import PrefillSharing, borrows_keys
 from dyvte.instrument.running_state import packed_arguments
 from dyvte.layout import TokenLayout
 from dyvte.mllm import as_mllm
-from dyvte.model_parts import inner_models
+from dyvte.model_parts import VISUAL_MARKS, inner_models
 from dyvte.policies.decoding import Decoding
 from dyvte.policies.generation import check_generation, same_settings
 from dyvte.policies.method import Calibration, Need, Source
@@ -181,6 +181,8 @@ class _Engine:
         self.policies: list[tuple[Policy, TokenLayout | None, PolicyRun]] = []
         self.prefill: Prefill | None = None
         self._decoding = False
+        self._calls: list[nn.Module] = []  # forward calls in progress, a wrapper's before its inner model's
+        self._prompt_ids: Tensor | None = None
         self._start: Tensor | None = None  # first tokens, where blocks of keys are counted from them
         self._steps = Decoding(mllm)
 
@@ -210,12 +212,16 @@ class _Engine:
 
         def checked_generate(*args: Any, **kwargs: Any) -> Any:
             check_generation(model, args, kwargs)
-            return generate(*args, **kwargs)
+            self._prompt_ids = kwargs.get("input_ids")
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self._prompt_ids = None
 
         with ExitStack() as stack:
             stack.enter_context(drive_layers(self.mllm, self._run_layer))
             stack.enter_context(override_method(model, "generate", checked_generate))
-            # PEFT's forward runs the inner model's without its hooks, and its generate calls the inner model
+            # A wrapper's generate calls the inner model; its forward may too, within a call that has begun already
             for module in (model, *inner_models(model)):
                 begin = self._hook(module, self._begin)
                 stack.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
@@ -230,16 +236,21 @@ class _Engine:
 
         def hook(module: nn.Module, *rest: Any) -> None:
             if module is watched:
-                function(*rest)
+                function(module, *rest)
 
         return hook
 
     # ------------------------------------------------------------------- a forward call
 
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = list(inspect.signature(self.mllm.model.forward).parameters)
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._calls.append(module)
+        if len(self._calls) > 1:
+            return
+        names = list(inspect.signature(module.forward).parameters)
         inputs = dict(zip(names, args, strict=False)) | kwargs
         input_ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+        if input_ids is None and module is not self.mllm.model:  # a wrapper's generate gives embeddings
+            input_ids = self._prompt_ids
         if input_ids is None:
             raise UnsupportedError(
                 "a policy finds the visual tokens by their ids: pass input_ids, not inputs_embeds alone"
@@ -255,7 +266,7 @@ class _Engine:
         mask = inputs.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise UnsupportedError("a policy needs a 2-D attention mask [batch, length] to tell padding from text")
-        layout = self._layout(input_ids, mask)
+        layout = self._layout(input_ids, mask, inputs.get(VISUAL_MARKS))
         self.prefill = Prefill(
             self.mllm,
             layout,
@@ -269,8 +280,8 @@ class _Engine:
         for _, _, run in self.policies:
             run.prefill = self.prefill
 
-    def _layout(self, input_ids: Tensor, mask: Tensor | None) -> TokenLayout:
-        found = self.mllm.layout(input_ids, mask)
+    def _layout(self, input_ids: Tensor, mask: Tensor | None, marks: Tensor | None) -> TokenLayout:
+        found = self.mllm.layout(input_ids, mask, marks)
         for _, layout, run in self.policies:
             if layout is None:
                 continue
@@ -304,6 +315,9 @@ class _Engine:
             )
 
     def _end(self, *_: Any) -> None:
+        self._calls.pop()
+        if self._calls:
+            return
         self._steps.end()
         if self.prefill is not None:
             self.prefill.hidden = self.prefill.hidden.new_empty(0)  # do not hold on to activations

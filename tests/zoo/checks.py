@@ -180,7 +180,7 @@ def generation(subject: Subject) -> float:
             do_sample=False,
             eos_token_id=[NO_SUCH_TOKEN],
             pad_token_id=0,
-            suppress_tokens=visual,
+            suppress_tokens=visual or None,
             return_dict_in_generate=True,
             output_logits=True,
         )

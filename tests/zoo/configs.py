@@ -267,6 +267,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "inkling_vision": {"text_hidden_size": WIDTH},
     "inkling_audio": {"text_hidden_size": WIDTH, "n_mel_bins": 4, "mel_vocab_size": 4},
+    "blip-2": {"num_query_tokens": 4},
+    "instructblip": {"num_query_tokens": 4},
+    "instructblipvideo": {"num_query_tokens": 4},
     "kosmos-2": {"latent_query_num": 4},
     "kosmos-2.5": {"latent_query_num": 4},
     "kosmos_2_text_model": {

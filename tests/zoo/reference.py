@@ -7,6 +7,7 @@ else is possible there: what it gives depends on which positions it runs over.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -60,6 +61,8 @@ def _has_running_state(mllm: MLLM, index: int) -> bool:
 
 
 def _hide(left: Tensor, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    kwargs = dict(zip(names, args, strict=False)) | kwargs  # some decoders give the mask by its place
     mask = kwargs.get("attention_mask")
     length = len(left)
     if mask is None:
@@ -68,7 +71,7 @@ def _hide(left: Tensor, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         mask = (mask & ~left) | torch.eye(length, dtype=torch.bool)
     else:
         mask = mask.masked_fill(left, torch.finfo(mask.dtype).min)
-    return args, {**kwargs, "attention_mask": mask}
+    return (), {**kwargs, "attention_mask": mask}
 
 
 def _cut(value: Any, kept: Tensor, length: int) -> Any:

@@ -20,7 +20,7 @@ from transformers import AutoModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from dyvte.model_parts import visual_token_ids_of
+from dyvte.model_parts import VISUAL_MARKS, visual_token_ids_of
 
 from .configs import PAD, small_config
 
@@ -75,8 +75,9 @@ class Row:
     seed: int
 
 
-ALONE = ("hunyuan_vl",)
-"""Architectures that count the images of the whole batch: in the model itself a row of a batch is not the row alone."""
+ALONE = ("hunyuan_vl", "kosmos-2", "kosmos-2.5")
+"""Architectures in which, in the model itself, a row of a batch is not the row alone: HunYuan counts the images of the
+whole batch, Kosmos counts padding as positions when it generates."""
 
 
 def rows_for(model_type: str) -> list[Row]:
@@ -121,8 +122,36 @@ def without_timm() -> Iterator[None]:
         yield
 
 
+WITHOUT_TOKEN = 100
+"""Stands where the features go in models that have no image token."""
+
+FRAMES = 4
+"""Of a video, as InstructBLIP-Video takes it."""
+
+QUERYING = {"blip-2": 1, "instructblip": 1, "instructblipvideo": FRAMES}
+"""Architectures whose querying transformer makes a fixed number of tokens from pixels: images of a prompt."""
+
+
+def pixel_inputs(model: Any, rows: Sequence[Row]) -> dict[str, Any]:
+    """Random pixels, and what the querying transformer reads beside them."""
+    count = QUERYING[model.config.model_type]
+    pixels = torch.stack(
+        [torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(row.seed)) for row in rows]
+    )
+    inputs = {"pixel_values": pixels if count > 1 else pixels[:, 0]}
+    if "qformer_input_ids" in inspect.signature(model.forward).parameters:
+        ids = torch.full((len(rows), 2), FIRST_WORD)
+        inputs |= {"qformer_input_ids": ids, "qformer_attention_mask": torch.ones_like(ids)}
+    return inputs
+
+
 def visual_tokens(model: Any, row: Row) -> int:
     """How many visual tokens the image of a prompt has."""
+    config = model.config
+    if config.model_type in QUERYING:
+        return config.num_query_tokens * QUERYING[config.model_type]
+    if hasattr(config, "latent_query_num"):
+        return config.latent_query_num
     height, width = row.grid
     return height * (width + (model.config.model_type in ROW_ENDS))
 
@@ -130,7 +159,7 @@ def visual_tokens(model: Any, row: Row) -> int:
 def make_inputs(model: Any, rows: Sequence[Row]) -> dict[str, Any]:
     """Inputs of some prompts as one batch, padded on the left."""
     names = set(inspect.signature(model.forward).parameters)
-    image_token = visual_token_ids_of(model, None)[0]
+    image_token = next(iter(visual_token_ids_of(model, None)), WITHOUT_TOKEN)
     lines = [[*row.before, *[image_token] * visual_tokens(model, row), *row.after] for row in rows]
     length = max(map(len, lines))
     ids = torch.tensor([[PAD] * (length - len(line)) + line for line in lines])
@@ -141,6 +170,11 @@ def make_inputs(model: Any, rows: Sequence[Row]) -> dict[str, Any]:
             inputs[name] = torch.zeros_like(ids) if model.config.model_type in PREFIX else (ids == image_token).int()
     if "image_grid_thw" in names:
         inputs["image_grid_thw"] = torch.tensor([[1, row.grid[0] * MERGE, row.grid[1] * MERGE] for row in rows])
+    if model.config.model_type in QUERYING:
+        return inputs | pixel_inputs(model, rows)
+    if image_token == WITHOUT_TOKEN:
+        features = torch.stack(list(encoder_output(model, rows).pooler_output))
+        return inputs | {VISUAL_MARKS: (ids == image_token).long(), "image_embeds": features}
     inputs["mm_encoder_outputs"] = {"image": encoder_output(model, rows)}
     return inputs
 

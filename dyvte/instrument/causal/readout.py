@@ -10,6 +10,7 @@ from torch import Tensor
 from dyvte.batch import Batch
 from dyvte.instrument.hooks import LayerCall, drive_layers, with_states
 from dyvte.mllm import MLLM
+from dyvte.model_parts import language_model_of
 
 LOGITS_AT_ONCE = 2**21
 """Logits computed at once: 8 MiB in float32, and as much again while they are looked at."""
@@ -33,4 +34,5 @@ def read_out(mllm: MLLM, batch: Batch, states: Tensor, template: Any) -> Tensor:
 
     token = batch["input_ids"][:1].gather(1, batch.layout.last_prompt[:1, None])
     with drive_layers(mllm, bypass):
-        return mllm.model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False).logits.float()
+        model = language_model_of(mllm.model) or mllm.model
+        return model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False).logits.float()
