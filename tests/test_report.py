@@ -114,6 +114,34 @@ def policy_summary(policy: str, exits: list[int]) -> dict[str, Any]:
     return {"policy": policy, **numbers, "oracle": oracle, "prefill_ms": 12.5, "kinds": kinds, "num_samples": 8}
 
 
+def knockout_summary(rng: np.random.Generator) -> dict[str, Any]:
+    windows = [[0, 3], [1, 4], [3, 6]]
+    effect = {name: band(rng, len(windows)) for name in ("agreement_points", "nats", "first_token_percent")}
+    effect["agreement_points"]["mean"] = [-2.0, -40.5, -1.0]
+    return {
+        "num_questions": 8,
+        "num_images": 3,
+        "windows": windows,
+        "overall": {"effects": {"instruction->visual": effect}},
+    }
+
+
+def stage_table_summary() -> dict[str, Any]:
+    row = {"split": "(2, 4)", "stage": "1 fusion", "first_layer": 0, "last_layer": 1, "note": ""}
+    row |= {
+        "by_attention": "confirmed",
+        "attention_numbers": "fall 0.28",
+        "by_cause": "refuted",
+        "cause_numbers": "cut 3",
+    }
+    return {"rows": [row, row | {"split": "(3, 5)", "by_cause": "undetermined"}], "cause": {"num_images": 3}}
+
+
+def lens_summary(rng: np.random.Generator) -> dict[str, Any]:
+    patches = {"shape": {"share": band(rng, LAYERS + 1), "control": band(rng, LAYERS + 1)}}
+    return {"num_questions": 8, "answer": {"logit": {"is_answer": band(rng, LAYERS + 1)}}, "patches": patches}
+
+
 def tables_summary() -> dict[str, Any]:
     def row(method: str, budget: float | None) -> dict[str, Any]:
         limits = {f"{name}_{end}": 0.5 for name in ("accuracy", "accuracy_needs_image") for end in ("low", "high")}
@@ -177,6 +205,10 @@ def write_runs(root: Path, model: str = "llava_shapes", seed: int = 0) -> Path:
     )
     figures = ("entropy", "exit_depth", "exits", "kinds", "kl")
     write_run(root / "exits" / place, model, exits_summary(rng), compose("exits", ["data.limit=8"]), figures)
+    figures = ("knockout", "entry_exit")
+    write_run(root / "knockout" / place, model, knockout_summary(rng), compose("knockout"), figures)
+    write_run(root / "stage_table" / place, model, stage_table_summary(), compose("stage_table"), ("stage_table",))
+    write_run(root / "lens" / place, model, lens_summary(rng), compose("lens"), ("answer", "grid_test-1"))
     train = root / "train" / model / "shapes_train"
     write_run(train, model, train_summary(), compose("train"))
     layers = {name: rng.random(LAYERS - 1) for name in ("label_rate", "exit_rate", "precision", "recall")}
@@ -282,6 +314,7 @@ def having(elements: list[Element], tag: str | None = None, attribute: str | Non
 def summaries(root: Path) -> dict[str, dict[str, Any]]:
     """Run name -> summary, read by this test."""
     names = {"stages": "stages/*/shapes", "exits": "exits/*/shapes", "cost": "cost/*/shapes"}
+    names |= {step: f"{step}/*/shapes" for step in ("knockout", "stage_table", "lens")}
     names |= {"tables/matched": "tables/matched/*/shapes", "train/shapes_train": "train/*/shapes_train"}
     names |= {f"evaluate/{policy}": f"evaluate/*/shapes/{policy}" for policy in ("none", "dynamic_exit")}
     return {name: json.loads(next(root.glob(f"{where}/summary.json")).read_text()) for name, where in names.items()}
@@ -334,6 +367,26 @@ def test_every_number_is_that_of_the_summary(page: Path, root: Path):
     assert text["/k_star_details/0/layer"].startswith("4")
     runs = {each.attributes["data-run"] for each in shown}
     assert runs == set(content)  # every run has a say
+
+
+def test_the_page_opens_with_the_answer(page: Path, root: Path):
+    opening = page.read_text().partition('<h2 id="answer-first">')[2].partition("</section>")[0]
+    exits = summaries(root)["exits"]
+    kept, blind = (f"{100 * exits['agreement'][k]:.1f}%" for k in (3, 0))
+    assert "used by the first 3 of 6 layers" in opening
+    assert f"{kept} of the answers stay, at 57.1% of the decoder" in opening  # (3 + 1) / (6 + 1)
+    assert f"{blind} of the answers stay the same" in opening
+    assert "Stages by attention: 1 fusion confirmed. By cause: 1 fusion refuted." in opening
+    assert opening.count("<img") == 1
+    assert "Line plot over the exit layers" in opening
+
+
+def test_findings_of_causes_say_where(page: Path):
+    text = page.read_text()
+    assert "Cutting instruction → visual matters most in layers 1 to 3" in text
+    assert "−40.5" in text
+    curves = re.findall(r'<polyline points="([^"]+)"', text)
+    assert "0.0,1.4 120.0,56.0 240.0,0.0" in curves  # -2, -40.5, -1 between their smallest and their largest
 
 
 def test_effects_have_intervals_where_the_runs_have_them(page: Path):

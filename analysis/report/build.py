@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,15 @@ from .draw import figures_of_step
 from .figures import PageFigure, describe_figure, figures_of
 from .findings import findings_of
 from .models import COMPARED_STEPS, owned_runs, sections_of_models
+from .opening import Opening, opening_sentences
 from .page import SECTIONS, MissingRun, Page, Section, render_page
 from .runs import REPORT_STEPS, FinishedRun, disagreements, find_runs, first_command
 from .samples import look_at_samples
 from .tables import policies_table, tables_of
 
 REPORT_PAGE = "report.html"
+STILLS = ("map_", "grid_")
+"""Beginnings of the names of figures of single samples, which are folded away."""
 Found = tuple[list[FinishedRun], dict[str, list[Path]]]
 """Finished runs, and the folders of unfinished ones."""
 
@@ -132,6 +136,21 @@ def page_lead(models: Sequence[str]) -> str:
     return text
 
 
+OPENING_STEPS = ("exits", "knockout", "stage_table", "stages")
+"""Whose first figure a page opens with: the first of these that has one."""
+
+
+def take_first_figure(sections: Iterable[Section]) -> tuple[PageFigure | None, list[Section]]:
+    """The figure that a page opens with, and its sections without it; sections that show nothing are left out."""
+    found = [section for section in sections if not section.empty]
+    with_figures = {section.id: section for section in found if section.pictures}
+    chosen = next((with_figures[step] for step in OPENING_STEPS if step in with_figures), None)
+    if chosen is None:
+        return None, found
+    rest = [replace(each, pictures=each.pictures[1:]) if each is chosen else each for each in found]
+    return chosen.pictures[0], [section for section in rest if not section.empty]
+
+
 def page_of_one_model(cfg: DictConfig, runs: list[FinishedRun], missing: list[MissingRun], folder: RunFolder) -> Page:
     """The page of one model."""
     warnings, samples = disagreements(runs), None
@@ -143,14 +162,16 @@ def page_of_one_model(cfg: DictConfig, runs: list[FinishedRun], missing: list[Mi
             raise
         except DyvteError as error:  # the numbers can be read without the model
             warnings.append(f"No sample images: {error}. (samples.count=0 leaves them out.)")
+    figure, sections = take_first_figure(_sections(runs, folder))
     return Page(
         title=f"{cfg.model.name} on {cfg.data.name}",
         lead=page_lead([cfg.model.name]),
+        opening=Opening(opening_sentences(runs), figure),
         warnings=warnings,
         findings=findings_of(runs),
         owners={},
         samples=samples,
-        sections=[section for section in _sections(runs, folder) if not section.empty],
+        sections=sections,
         runs=runs,
         missing=missing,
         command=_own_command(),
@@ -160,7 +181,7 @@ def page_of_one_model(cfg: DictConfig, runs: list[FinishedRun], missing: list[Mi
 def _sections(runs: Sequence[FinishedRun], folder: RunFolder) -> Iterator[Section]:
     for step in SECTIONS:
         own = [run for run in runs if run.step == step]
-        maps = {file: run for run in own for file in run.figures() if file.stem.startswith("map_")}
+        maps = {file: run for run in own for file in run.figures() if file.stem.startswith(STILLS)}
         shown = [each for run in own for each in figures_of(run, leave_out=[file.stem for file in maps])]
         stills = [PageFigure.of(file, *describe_figure(run, file.stem)) for file, run in maps.items()]
         tables = [table for run in own for table in tables_of(run)]
@@ -178,14 +199,17 @@ def page_of_several_models(
     warnings = [f"{model}: {note}" for model, own in named.items() for note in disagreements(own)]
     if len({run.data for run in runs if run.data}) > 1:
         warnings.append("The runs were not made on the same questions: compare their shapes, not their numbers.")
+    figure, sections = take_first_figure(sections_of_models(named, folder))
+    sentences = [f"{model}: {each}" for model, own in named.items() for each in opening_sentences(own)]
     return Page(
         title=f"{len(named)} models on {cfg.data.name}",
         lead=f"{', '.join(named)}. {page_lead(list(named))}",
+        opening=Opening(sentences, figure),
         warnings=warnings,
         findings=findings_of(runs),
         owners={run.name: model for model, own in named.items() for run in own},
         samples=None,
-        sections=[section for section in sections_of_models(named, folder) if not section.empty],
+        sections=sections,
         runs=runs,
         missing=missing,
         command=_own_command(),

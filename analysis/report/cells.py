@@ -1,13 +1,16 @@
-"""Cells and tables of a report: each number says which place of which `summary.json` it is."""
+"""Cells, tables and findings of a report: each number says which place of which `summary.json` it is."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dyvte.policies.registry import labels
 
 from .runs import FinishedRun, Limits, band_places
+
+BAND = "95%, bootstrap over images"
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,27 @@ class PageTable:
     columns: list[str]
     rows: list[list[Cell]]
     note: str = ""
+
+
+@dataclass(frozen=True)
+class RunFinding:
+    """What one run says about one question.
+
+    Attributes:
+        run: where it is from.
+        title: the question, or what was measured.
+        verdict: JSON pointer of the verdict, None where there is nothing to decide.
+        reasons: why the verdict is what it is.
+        effects: the numbers behind it, a row each: what it is, the estimate with its limits, and what those are.
+        curve: JSON pointer of the curve that it is about, None without.
+    """
+
+    run: FinishedRun
+    title: str
+    verdict: str | None = None
+    reasons: Sequence[str] = ()
+    effects: Sequence[list[Cell]] = ()
+    curve: str | None = None
 
 
 def number_cell(run: FinishedRun, unit: str, place: str, limits: Limits | None = None) -> Cell:
@@ -107,3 +131,16 @@ def interval_text(low: Any, high: Any, unit: str) -> str:
     short = "share" if unit == "points" else unit
     low, high = (written(each, short).removesuffix("%") for each in (low, high))
     return f"[{low}, {high}]"
+
+
+def effect(
+    run: FinishedRun, label: str, unit: str, place: str, limits: Limits | None = None, interval: str = ""
+) -> list[Cell]:
+    """A row of effects: `interval` says what kind of limits these are."""
+    cell = number_cell(run, unit, place, limits)
+    return [words_cell(label), cell, words_cell(interval if cell.limits else "")]
+
+
+def band_effect(run: FinishedRun, label: str, unit: str, place: str, index: int | None = None) -> list[Cell]:
+    """An effect that is stored as `{mean, low, high}`, of numbers or lists."""
+    return effect(run, label, unit, *band_places(place, index), BAND)

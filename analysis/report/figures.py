@@ -14,7 +14,7 @@ from typing import Any
 
 from ..measuring.attention import file_name
 from ..plots.style import Summary
-from ..statistics.verdicts import verdict_in_words
+from ..statistics.verdicts import verdict_in_words, verdict_word
 from .cells import policy_label, written
 from .runs import FinishedRun
 
@@ -89,6 +89,8 @@ def describe_figure(run: FinishedRun, name: str) -> tuple[str, str]:
     if name.startswith("map_"):
         record = next((each for each in run.value("/maps") or [] if name == f"map_{file_name(each['id'])}"), None)
         return _map(record), "The same as a still picture, every layer at once."
+    if name.startswith("grid_"):
+        return _unknown(run.summary), "The word that each patch says after some layers."
     description, caption = DESCRIPTIONS.get((run.step, name), (_unknown, ""))
     return description(run.summary), caption
 
@@ -231,6 +233,27 @@ def _map(record: Summary | None) -> str:
     )
 
 
+def _cuts(summary: Summary) -> str:
+    lines = [
+        course(name.replace("->", " to "), effect["agreement_points"]["mean"], "plain", "window")
+        for name, effect in summary["overall"]["effects"].items()
+    ]
+    return f"Line plot over windows of layers, one line a path. Change in answers, in points: {'; '.join(lines)}."
+
+
+def _stage_table(summary: Summary) -> str:
+    rows = [
+        f"{row['stage']} {verdict_word(row['by_attention'])} by attention, {verdict_word(row['by_cause'])} by cause"
+        for row in summary["rows"]
+    ]
+    return f"Table of the stages: {'; '.join(rows)}."
+
+
+def _answer_lens(summary: Summary) -> str:
+    lines = [course(f"{name} lens", each["is_answer"]["mean"], "share") for name, each in summary["answer"].items()]
+    return f"Line plot over layers of how often the answer is the likeliest token: {'; '.join(lines)}."
+
+
 def _unknown(summary: Summary) -> str:
     return f"A figure of this run of {summary['model']} on {summary['data']}; the tables hold its numbers."
 
@@ -273,6 +296,19 @@ DESCRIPTIONS: dict[tuple[str, str], tuple[Callable[[Summary], str], str]] = {
         "times the full model's); diamonds: means with 95% intervals.",
     ),
     ("exits", "tokens"): (_tokens, "How long each token of an answer needs the image."),
+    ("knockout", "knockout"): (
+        _cuts,
+        "What the answers lose when a path through attention is cut in a window of layers. Bands: 95%, bootstrap over "
+        "images.",
+    ),
+    ("knockout", "entry_exit"): (
+        _unknown,
+        "The image enters at one layer and leaves at another: answers that stay, for every pair.",
+    ),
+    ("knockout", "kinds"): (_cuts, BY_KIND),
+    ("stage_table", "stage_table"): (_stage_table, "Each stage by attention and by cause, with the numbers behind it."),
+    ("lens", "answer"): (_answer_lens, "After which layer the answer can be read at the prompt's end."),
+    ("lens", "patches"): (_unknown, "How often patches of an object name it, beside chance."),
     ("train", "gates"): (
         _gates,
         "What the gate after each layer has learnt, measured on images that it was not trained on.",

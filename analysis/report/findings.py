@@ -6,12 +6,12 @@ Every number is a place in a run's `summary.json`; nothing is computed here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from .cells import Cell, number_cell, policy_label, words_cell
-from .runs import FinishedRun, Limits, band_places, limits_of, pointer
+from .causes import knockout_findings, lens_findings, stage_table_findings
+from .cells import BAND, Cell, RunFinding, band_effect, effect, policy_label
+from .runs import FinishedRun, limits_of, pointer
 
-BAND = "95%, bootstrap over images"
 TOGETHER = "95% for all differences of the table together, paired bootstrap over images"
 CLUSTERED = "95%, clustered by image"
 ONE_SIDED = "two one-sided 95% limits, bootstrap over images"
@@ -19,30 +19,14 @@ SIMULTANEOUS = "95%, simultaneous over all splits"
 QUARTILES = "quartiles of the repeats"
 
 
-@dataclass(frozen=True)
-class RunFinding:
-    """What one run says about one question.
-
-    Attributes:
-        run: where it is from.
-        title: the question, or what was measured.
-        verdict: JSON pointer of the verdict, None where there is nothing to decide.
-        reasons: why the verdict is what it is.
-        effects: the numbers behind it, a row each: what it is, the estimate with its limits, and what those are.
-    """
-
-    run: FinishedRun
-    title: str
-    verdict: str | None = None
-    reasons: Sequence[str] = ()
-    effects: Sequence[list[Cell]] = ()
-
-
 def findings_of(runs: Sequence[FinishedRun]) -> list[RunFinding]:
     """Of all runs, in their order."""
     of_step: dict[str, Callable[[FinishedRun], Iterator[RunFinding]]] = {
         "stages": _stages,
         "exits": _exits,
+        "knockout": knockout_findings,
+        "stage_table": stage_table_findings,
+        "lens": lens_findings,
         "train": _train,
         "evaluate": _evaluate,
         "tables": _tables,
@@ -53,22 +37,9 @@ def findings_of(runs: Sequence[FinishedRun]) -> list[RunFinding]:
     return [replace(each, effects=[row for row in each.effects if row[1].order is not None]) for each in found]
 
 
-def _effect(
-    run: FinishedRun, label: str, unit: str, place: str, limits: Limits | None = None, interval: str = ""
-) -> list[Cell]:
-    """A row of effects: `interval` says what kind of limits these are."""
-    cell = number_cell(run, unit, place, limits)
-    return [words_cell(label), cell, words_cell(interval if cell.limits else "")]
-
-
 def _triple(run: FinishedRun, label: str, unit: str, place: str, interval: str) -> list[Cell]:
     """An effect that is stored as `[estimate, lower, upper]`."""
-    return _effect(run, label, unit, f"{place}/0", (f"{place}/1", f"{place}/2"), interval)
-
-
-def _band(run: FinishedRun, label: str, unit: str, place: str, index: int | None = None) -> list[Cell]:
-    """An effect that is stored as `{mean, low, high}`, of numbers or lists."""
-    return _effect(run, label, unit, *band_places(place, index), BAND)
+    return effect(run, label, unit, f"{place}/0", (f"{place}/1", f"{place}/2"), interval)
 
 
 def _stages(run: FinishedRun) -> Iterator[RunFinding]:
@@ -83,13 +54,14 @@ def _stages(run: FinishedRun) -> Iterator[RunFinding]:
     ]
     for index, name in enumerate(("second", "third")):
         place, limits = f"/stages/boundaries/{index}", limits_of(f"/stages/boundaries_ci/{index}")
-        effects.append(_effect(run, f"first layer of the {name} stage", "layer", place, limits, "95%, bootstrap"))
+        effects.append(effect(run, f"first layer of the {name} stage", "layer", place, limits, "95%, bootstrap"))
     yield RunFinding(
         run,
         "Attention falls into three stages: early fusion, intra-modality modelling, multimodal reasoning",
         "/stages/verdict",
         run.value("/stages/reasons") or (),
         effects,
+        pointer("curves", "cross"),
     )
     endpoint = run.value("/endpoint")
     curve = run.value(pointer("bands", endpoint, "cross", "mean")) or []
@@ -101,9 +73,10 @@ def _stages(run: FinishedRun) -> Iterator[RunFinding]:
             run,
             "Attention of the question on the image, relative to evenly spread attention, without the sink",
             effects=[
-                _band(run, f"where it is lowest, layer {least}", "plain", place, least),
-                _band(run, f"where it is highest, layer {most}", "plain", place, most),
+                band_effect(run, f"where it is lowest, layer {least}", "plain", place, least),
+                band_effect(run, f"where it is highest, layer {most}", "plain", place, most),
             ],
+            curve=f"{place}/mean",
         )
 
 
@@ -118,41 +91,48 @@ ESTIMATES = {
 }
 
 
+CURVES = {"contribution_stops": "/agreement"}
+"""Finding of exits -> the curve over exit layers that it is about."""
+
+
 def _exits(run: FinishedRun) -> Iterator[RunFinding]:
     for name, finding in (run.value("/findings") or {}).items():
         place = pointer("findings", name)
-        effects = [_effect(run, "exit layer of the finding", "layer", f"{place}/exit_layer")]
+        effects = [effect(run, "exit layer of the finding", "layer", f"{place}/exit_layer")]
         for key, value in finding["estimates"].items():
             label, unit, interval = ESTIMATES.get(key, (key.replace("_", " "), "plain", ""))
             if isinstance(value, list):
                 effects.append(_triple(run, label, unit, f"{place}/estimates/{key}", interval))
             elif not isinstance(value, dict) and key != "exit_layer":
-                effects.append(_effect(run, label, unit, f"{place}/estimates/{key}"))
+                effects.append(effect(run, label, unit, f"{place}/estimates/{key}"))
         statement = finding["statement"]
-        yield RunFinding(run, statement[0].upper() + statement[1:], f"{place}/verdict", finding["reasons"], effects)
+        yield RunFinding(
+            run, statement[0].upper() + statement[1:], f"{place}/verdict", finding["reasons"], effects, CURVES.get(name)
+        )
     last = run.summary["num_layers"]
     bands = "/overall/bands"
     yield RunFinding(
         run,
         "Answers with and without the image",
         effects=[
-            _band(run, "right answers of the full model", "share", f"{bands}/accuracy", last),
-            _band(run, "right answers if the decoder sees no image", "share", f"{bands}/accuracy", 0),
-            _band(run, "answers that stay the same without the image", "share", f"{bands}/agreement", 0),
-            _band(
+            band_effect(run, "right answers of the full model", "share", f"{bands}/accuracy", last),
+            band_effect(run, "right answers if the decoder sees no image", "share", f"{bands}/accuracy", 0),
+            band_effect(run, "answers that stay the same without the image", "share", f"{bands}/agreement", 0),
+            band_effect(
                 run,
                 "mean exit depth (first layer from which answer and cross-entropy stay)",
                 "layer",
                 "/overall/exit_depth",
             ),
         ],
+        curve="/accuracy",
     )
     thresholds = run.value("/k_star_details") or []
     yield RunFinding(
         run,
         "KL criterion: first exit layer whose divergence from the full model is at most η",
         effects=[
-            _effect(
+            effect(
                 run,
                 f"K* at η = {each['eta']:g} nats",
                 "layer",
@@ -162,15 +142,16 @@ def _exits(run: FinishedRun) -> Iterator[RunFinding]:
             )
             for index, each in enumerate(thresholds)
         ],
+        curve="/kl",
     )
 
 
 def _costs(run: FinishedRun) -> list[list[Cell]]:
     """What gates cost, trained or in use."""
     return [
-        _effect(run, "mean exit layer", "layer", "/mean_exit_layer"),
-        _effect(run, "decoder FLOPs of the prefill (full model = 1)", "ratio", "/cost"),
-        _effect(run, "the same of fixed exits with the same agreement", "ratio", "/cost_of_fixed_exits"),
+        effect(run, "mean exit layer", "layer", "/mean_exit_layer"),
+        effect(run, "decoder FLOPs of the prefill (full model = 1)", "ratio", "/cost"),
+        effect(run, "the same of fixed exits with the same agreement", "ratio", "/cost_of_fixed_exits"),
     ]
 
 
@@ -179,10 +160,10 @@ def _train(run: FinishedRun) -> Iterator[RunFinding]:
         run,
         f"Gates trained by recipe {run.value('/recipe')}, on {run.value('/validation_questions')} held-out questions",
         effects=[
-            _effect(run, "same answer as the full model", "share", "/agreement"),
-            _effect(run, "changed answers, upper 95% limit", "share", "/disagreement_upper_limit"),
+            effect(run, "same answer as the full model", "share", "/agreement"),
+            effect(run, "changed answers, upper 95% limit", "share", "/disagreement_upper_limit"),
             *_costs(run),
-            _effect(run, "the same if every exit were chosen with hindsight", "ratio", "/cost_of_oracle"),
+            effect(run, "the same if every exit were chosen with hindsight", "ratio", "/cost_of_oracle"),
         ],
     )
 
@@ -192,7 +173,7 @@ def _evaluate(run: FinishedRun) -> Iterator[RunFinding]:
         return  # the full model: the table of policies has its accuracy
 
     def with_interval(label: str, unit: str, key: str) -> list[Cell]:
-        return _effect(run, label, unit, f"/{key}", limits_of(f"/{key}_ci"), CLUSTERED)
+        return effect(run, label, unit, f"/{key}", limits_of(f"/{key}_ci"), CLUSTERED)
 
     yield RunFinding(
         run,
@@ -239,7 +220,7 @@ def _tables(run: FinishedRun) -> Iterator[RunFinding]:
             run,
             f"Time of the prefill (full model = 1), on {run.value('/device')} with {run.value('/threads')} threads",
             effects=[
-                _effect(
+                effect(
                     run,
                     f"{policy_label(row['method'])}, batch {row['batch_size']}",
                     "ratio",

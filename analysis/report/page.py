@@ -13,9 +13,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..statistics.verdicts import verdict_in_words, verdict_word
-from .cells import Cell, PageTable, spaced, words_cell, written
-from .figures import PageFigure
-from .findings import RunFinding
+from .cells import Cell, PageTable, RunFinding, spaced, words_cell, written
+from .figures import PageFigure, course
+from .opening import Opening
 from .runs import FinishedRun, settings_in
 from .samples import Samples, palette
 
@@ -24,6 +24,12 @@ SETTINGS_ABOVE = ("model", "data", "policy", "experiment", "recipe")
 SECTIONS = {
     "stages": ("Attention, layer by layer", "How image and text attend to each other."),
     "exits": ("The image leaves at exit layer k", "Every exit layer, for all questions at once."),
+    "knockout": ("Paths that are cut", "What an answer loses when one group of tokens no longer looks at another."),
+    "stage_table": (
+        "The three stages, by attention and by cause",
+        "Attention is not use: each stage is judged by both.",
+    ),
+    "lens": ("What patches and the prompt's end say", "Hidden states after each layer, read as words."),
     "train": ("Gates", "Small classifiers that decide after each layer whether the image is still needed."),
     "evaluate": ("Policies", "What was asked under each policy, beside fixed exits."),
     "tables": ("Methods at matched cost", "All methods on the same questions."),
@@ -88,6 +94,7 @@ class Page:
     Attributes:
         title: its heading.
         lead: what it is about, in a sentence or two.
+        opening: what was found, in a sentence, with one figure.
         warnings: what a reader must know before the numbers.
         findings: verdicts and effects; `owner` of a run's name says whose, on pages of several models.
         owners: run name -> model.
@@ -100,6 +107,7 @@ class Page:
 
     title: str
     lead: str
+    opening: Opening
     warnings: list[str]
     findings: list[RunFinding]
     owners: Mapping[str, str]
@@ -175,13 +183,35 @@ def _finding(finding: RunFinding) -> dict[str, Any]:
         "reasons": list(finding.reasons),
         "effects": PageTable("Effects", columns, [row[: len(columns)] for row in finding.effects]),
         "size": size_of(run),
+        "curve": small_curve(run.value(finding.curve)) if finding.curve else None,
+    }
+
+
+CURVE_WIDTH, CURVE_HEIGHT = 240, 56
+"""Of the small figure of a finding, in the units of its drawing."""
+
+
+def small_curve(values: Sequence[float | None] | None) -> dict[str, Any] | None:
+    """A curve as the points of a small line, from its smallest to its largest value; None where two are not known."""
+    known = [(index, value) for index, value in enumerate(values or ()) if value is not None]
+    if len(known) < 2:
+        return None
+    low, high = min(value for _, value in known), max(value for _, value in known)
+    across, up = CURVE_WIDTH / known[-1][0], CURVE_HEIGHT / ((high - low) or 1.0)
+    points = " ".join(f"{index * across:.1f},{CURVE_HEIGHT - (value - low) * up:.1f}" for index, value in known)
+    return {
+        "points": points,
+        "width": CURVE_WIDTH,
+        "height": CURVE_HEIGHT,
+        "words": course("Curve", list(values or ())),
     }
 
 
 def size_of(run: FinishedRun) -> str:
     """How much a run has seen."""
-    questions = run.value("/num_questions") or run.value("/num_samples")
-    images = run.value("/num_images")
+    found = run.summary | (run.value("/cause") or {})  # of a stage table: the questions that were cut
+    questions = found.get("num_questions") or found.get("num_samples")
+    images = found.get("num_images")
     return f"n = {questions:,} question{'s' * (questions != 1)}" + (f" on {images:,} images" if images else "")
 
 

@@ -40,6 +40,9 @@ REPORT_STEPS = (
         "stages", "analysis.stages", "", "attention between image and text in every layer, and the verdict on stages"
     ),
     ReportStep("exits", "analysis.exits", "", "what happens if the image leaves at exit layer k, for every k"),
+    ReportStep("knockout", "analysis.knockout", "", "what an answer loses when a path through attention is cut"),
+    ReportStep("stage_table", "analysis.stage_table", "", "which stages hold by attention, and which by cause"),
+    ReportStep("lens", "analysis.lens", "", "what each patch says after each layer, and when the answer appears"),
     ReportStep("train", "dyvte.train", "", "gates that decide for each question when the image leaves", own_data=True),
     ReportStep(
         "evaluate",
