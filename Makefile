@@ -12,7 +12,7 @@ export PYTHONDONTWRITEBYTECODE :=
 export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/pycache
 
 .DEFAULT_GOAL := help
-.PHONY: help install stages smol smol-eval smol-stages test lint format types pytest zoo notebooks figures comparison testbed-eval site test-lmms-eval clean
+.PHONY: help install stages explore smol smol-eval smol-stages test lint format types pytest zoo notebooks figures comparison testbed-eval site test-lmms-eval clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,13 @@ $(STAMP): pyproject.toml constraints.txt
 
 stages: $(STAMP) ## Layer-by-layer attention of the shipped model: tables and figures in outputs/stages/
 	$(BIN)/python -m analysis.stages
+
+# Apart from .venv: gradio wants an older pillow than constraints.txt.
+EXPLORE := .venv-explore
+explore: ## The explorer: a page in the browser on which one asks the shipped model and looks inside
+	test -x $(EXPLORE)/bin/python || $(PYTHON) -m venv $(EXPLORE)
+	$(EXPLORE)/bin/python -m pip install --no-compile --quiet --disable-pip-version-check -e '.[explore]'
+	$(EXPLORE)/bin/python -m analysis.explore $(ARGS)
 
 smol: $(STAMP) ## Fetch the language model of llava_smol and put the model together (98 MB; once)
 	$(BIN)/python -m dyvte.testbed.smol.assemble
@@ -83,4 +90,4 @@ testbed-eval: $(STAMP) ## Accuracy and controls of the shipped model, and its mo
 	$(BIN)/python -m docs.tooling.testbed
 
 clean: ## Remove .venv and caches; results under outputs/ stay
-	rm -rf $(VENV) $(LMMS) site .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(LMMS) $(EXPLORE) site .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
