@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dyvte.batch import Batch
+from dyvte.cost.spent import SeenPositions
 from dyvte.data.base import Sample, build_dataset
 from dyvte.errors import ConfigError, DataError
 from dyvte.instrument.views import View, view
@@ -37,7 +38,7 @@ from dyvte.runs import distributed
 from dyvte.runs.config import command, load_model
 from dyvte.runs.store import RunFolder, fingerprint
 
-from .measuring.methods import ALL, SeenPositions, describe, encoded, known_methods, load_calibration
+from .measuring.methods import ALL, describe, encoded, known_methods, load_calibration
 from .plots.style import figure_style
 from .statistics.bands import mean_band
 

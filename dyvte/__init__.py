@@ -42,6 +42,9 @@ _PUBLIC = {
     "FixedExit": "dyvte.policies.exits.fixed_exit",
     "DynamicExit": "dyvte.policies.exits.dynamic_exit",
     "VTW": "dyvte.policies.exits.vtw",
+    "LensExit": "dyvte.policies.exits.lens_exit",
+    "ToDREExit": "dyvte.policies.exits.todre_exit",
+    "VisiPruner": "dyvte.policies.exits.visipruner",
     "FastV": "dyvte.policies.pruning.fastv",
     "PyramidDrop": "dyvte.policies.pruning.pyramid_drop",
     "ToMe": "dyvte.policies.merging.tome",
@@ -54,6 +57,7 @@ _PUBLIC = {
     "AIM": "dyvte.policies.decoder.aim",
     "YOPO": "dyvte.policies.decoder.yopo",
     "TopV": "dyvte.policies.decoder.topv",
+    "AutoPrune": "dyvte.policies.decoder.autoprune",
     "FitPrune": "dyvte.policies.pruning.fitprune",
     "DivPrune": "dyvte.policies.pruning.divprune",
     "FasterVLM": "dyvte.policies.vision.fastervlm",
@@ -113,6 +117,7 @@ if TYPE_CHECKING:  # what a type checker sees; a test holds it to the names abov
     from dyvte.policies.base import Prefill as Prefill
     from dyvte.policies.compose import Compose as Compose
     from dyvte.policies.decoder.aim import AIM as AIM
+    from dyvte.policies.decoder.autoprune import AutoPrune as AutoPrune
     from dyvte.policies.decoder.dart import DART as DART
     from dyvte.policies.decoder.feather import FEATHER as FEATHER
     from dyvte.policies.decoder.himap import HiMAP as HiMAP
@@ -124,6 +129,9 @@ if TYPE_CHECKING:  # what a type checker sees; a test holds it to the names abov
     from dyvte.policies.exits.dynamic_exit import DynamicExit as DynamicExit
     from dyvte.policies.exits.dynamic_exit import exit_probabilities as exit_probabilities
     from dyvte.policies.exits.fixed_exit import FixedExit as FixedExit
+    from dyvte.policies.exits.lens_exit import LensExit as LensExit
+    from dyvte.policies.exits.todre_exit import ToDREExit as ToDREExit
+    from dyvte.policies.exits.visipruner import VisiPruner as VisiPruner
     from dyvte.policies.exits.vtw import VTW as VTW
     from dyvte.policies.fastv_dynamic_exit import FastVDynamicExit as FastVDynamicExit
     from dyvte.policies.merging.pooling import AveragePool as AveragePool

@@ -51,6 +51,10 @@ DROPPING: dict[str, Callable[[], Policy]] = {
     "divprune_fastv": lambda: dyvte.Compose([dyvte.DivPrune(keep=0.8), dyvte.FastV(layer=2, keep=0.4)]),
     "vtw": lambda: dyvte.VTW(layer=2),
     "aim": lambda: dyvte.AIM(keep=0.5),
+    "lens_exit": lambda: dyvte.LensExit(threshold=0.1, measure="margin"),
+    "todre_exit": lambda: dyvte.ToDREExit(threshold=0.1, layers="all"),
+    "visipruner": lambda: dyvte.VisiPruner(loud=2.0, length=0.02, calm=-1.0, first_layer=0),
+    "autoprune": lambda: dyvte.AutoPrune(keep=0.7),
 }
 """Policies that leave positions out and change nothing else."""
 

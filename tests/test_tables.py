@@ -23,7 +23,6 @@ from analysis.cost import Stopwatch, constant, measure, summarize
 from analysis.measuring.methods import (
     CALIBRATION,
     Job,
-    SeenPositions,
     budgeted_methods,
     deciding_cost,
     describe,
@@ -42,6 +41,7 @@ from docs.tooling import comparison
 from dyvte.batch import Batch
 from dyvte.cost.flops import plan_decoder_flops, prefill_flops
 from dyvte.cost.measure import PeakMemory
+from dyvte.cost.spent import SeenPositions
 from dyvte.data.shapes import ShapesDataset
 from dyvte.errors import ConfigError
 from dyvte.gates.metrics import best_mixture, mixture_cost

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pandas as pd
@@ -13,13 +13,14 @@ from torch import Tensor
 
 from dyvte.batch import Batch
 from dyvte.cost.flops import plan_decoder_flops, prefill_flops
+from dyvte.cost.spent import SeenPositions
 from dyvte.data.base import Dataset, Sample, build_dataset
 from dyvte.data.metrics import exact_match
 from dyvte.errors import ConfigError, DataError
 from dyvte.gates.module import Gates, load_gates
 from dyvte.instrument.sweep import exit_sweep, greedy_answer_ids
 from dyvte.mllm import MLLM
-from dyvte.policies.base import Policy, Prefill
+from dyvte.policies.base import Policy
 from dyvte.policies.compose import Compose
 from dyvte.policies.exits.fixed_exit import FixedExit
 from dyvte.policies.exits.vtw import mean_divergence
@@ -180,23 +181,6 @@ def policy_at(method: str, budget: float | None, calibration: Calibration) -> Po
     """
     found = methods()[method].published(calibration) if budget is None else None
     return found or methods()[method].at_cost(calibration, UNPUBLISHED_BUDGET if budget is None else budget)
-
-
-@dataclass
-class SeenPositions(Policy):
-    """Changes nothing; notes which positions every layer runs on.
-
-    Attributes:
-        masks: [B, N] of every layer, in the last prefill.
-    """
-
-    masks: list[Tensor] = field(default_factory=list, repr=False)
-
-    def before_layer(self, layer: int, prefill: Prefill) -> None:
-        """Note them."""
-        if layer == 0:
-            self.masks.clear()
-        self.masks.append(prefill.kept.clone())
 
 
 def answer(

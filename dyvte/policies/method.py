@@ -48,13 +48,15 @@ class Source:
     unverified: str = ""
 
 
-def largest_within(cost: Callable[[float], float], budget: float, low: float = 0.0, high: float = 1.0) -> float | None:
+def largest_within(
+    cost: Callable[[float], float], budget: float, low: float = 0.0, high: float = 1.0, steps: int = STEPS
+) -> float | None:
     """The largest x in [low, high] whose cost, growing with x, is within the budget; None if there is none."""
     if cost(low) > budget:
         return None
     if cost(high) <= budget:
         return high
-    for _ in range(STEPS):
+    for _ in range(steps):
         middle = (low + high) / 2
         low, high = (middle, high) if cost(middle) <= budget else (low, middle)
     return low
