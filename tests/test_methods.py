@@ -97,6 +97,8 @@ def test_a_method_that_thins_says_what_its_layers_see(name: str) -> None:
         mllm.model(**batch)
     counts = torch.stack(seen, dim=1) / batch.layout.visual.sum(1, keepdim=True)
     expected = torch.tensor(policy.shares(mllm)).expand_as(counts)
+    if name == "autoprune":  # every prompt has a curve of its own; what they share is the mean over layers
+        counts, expected = counts.mean(1), expected.to(counts).mean(1)
     torch.testing.assert_close(counts, expected.to(counts), atol=1.5 / 16, rtol=0)
 
 
