@@ -61,6 +61,8 @@ def main(cfg: DictConfig) -> None:
         return
     summary = summarize_stages(cfg, folder, mllm, dataset)
     print(f"stages: {verdict_in_words(summary['stages'])}")
+    if summary["layers_without_attention"]:
+        print(f"  layers that do not attend: {', '.join(map(str, summary['layers_without_attention']))}")
     for reason in summary["stages"]["reasons"][1:]:
         print(f"  also: {reason}")
     for claim, found in summary["stages"]["claims"].items():
@@ -142,6 +144,7 @@ def summarize_stages(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM, datas
             "model": cfg.model.name,
             "data": cfg.data.name,
             "num_layers": mllm.num_layers,
+            "layers_without_attention": sorted({*range(mllm.num_layers)} - {*mllm.attention_layers}),
             "num_images": layers.counts()["num_images"],
             "endpoint": ENDPOINT,
             "curves": {curve: curves[ENDPOINT][curve].mean for curve in CURVES if curve in curves[ENDPOINT]},

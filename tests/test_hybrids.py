@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import IDS, IMAGE_TOKEN, VISION_START, VOCABULARY
@@ -21,6 +22,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 from transformers.modeling_outputs import ModelOutput
 
 import dyvte
+from analysis.statistics.stages import stage_verdict
 from dyvte.batch import Batch
 from dyvte.errors import UnsupportedError
 from dyvte.mllm import MLLM
@@ -356,6 +358,20 @@ def test_flops_of_an_exit(family: str) -> None:
     saved = state_layer_flops(mllm, 2 + 1 + 6 + 3) - state_layer_flops(mllm, 2 + 1 + 3)
     assert counts[1] - counts[0] == counts[3] - counts[2] == saved > 0
     assert counts[2] - counts[1] == counts[4] - counts[3] > 0
+
+
+def test_stages_are_looked_for_among_the_layers_that_attend() -> None:
+    noise = np.random.default_rng(0).lognormal(0, 0.1, (60, 15))
+    cross = np.repeat([1.0, 0.3, 0.8], 5) * noise
+    plain = stage_verdict(cross, np.ones_like(cross), range(60), n_boot=200)
+    whole = np.full((60, 60), np.nan)
+    whole[:, 3::4] = cross  # every fourth layer attends, as in Qwen3.5
+    found = stage_verdict(whole, np.where(np.isnan(whole), np.nan, 1.0), range(60), n_boot=200)
+    assert plain.boundaries is not None
+    assert plain.boundaries_ci is not None
+    assert found.verdict == plain.verdict == "three_stage"
+    assert found.boundaries == [4 * each + 3 for each in plain.boundaries]
+    assert found.boundaries_ci == [[4 * each + 3 for each in pair] for pair in plain.boundaries_ci]
 
 
 def test_padding_that_enters_a_state_is_refused() -> None:

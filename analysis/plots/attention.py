@@ -49,8 +49,10 @@ def _draw_series(axis: Axes, curves: Mapping[str, Mapping[str, Any]]) -> None:
     """Every series that there is, each `{mean, low, high}` of [L]."""
     for name, series in {**ATTENTION_SERIES, "answer_cross": ANSWER_SERIES}.items():
         if name in curves:
-            band = Band.from_dict(curves[name])
-            draw_band(axis, np.arange(len(band.mean)), band, series)
+            whole = Band.from_dict(curves[name])
+            known = np.flatnonzero(np.isfinite(whole.mean))  # layers that do not attend have no value
+            band = Band(whole.mean[known], whole.low[known], whole.high[known])
+            draw_band(axis, known, band, series)
 
 
 def draw_three_stages(summary: Summary) -> Figure:

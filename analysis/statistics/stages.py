@@ -8,7 +8,7 @@ images as its units; a claim about a way of training has independently seeded ru
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -132,6 +132,25 @@ def shape_claim(bic: dict[str, float], min_gain: float = MIN_BIC_GAIN) -> tuple[
     return FOUND if gain >= min_gain else NOT_FOUND if gain <= -min_gain else UNDETERMINED, gain, rival
 
 
+def _in_all_layers(found: StageVerdict, layers: list[int]) -> StageVerdict:
+    """A verdict on some layers of a model, with the numbers that these have there."""
+
+    def number(places: list[int]) -> list[int]:
+        return [layers[min(place, len(layers) - 1)] for place in places]
+
+    contrasts, registered = (
+        None if each is None else replace(each, split=number(each.split))
+        for each in (found.contrasts, found.registered)
+    )
+    return replace(
+        found,
+        boundaries=None if found.boundaries is None else number(found.boundaries),
+        boundaries_ci=None if found.boundaries_ci is None else [number(each) for each in found.boundaries_ci],
+        contrasts=contrasts,
+        registered=registered,
+    )
+
+
 def stage_verdict(
     cross: npt.ArrayLike,
     visual: npt.ArrayLike,
@@ -151,7 +170,8 @@ def stage_verdict(
     Args:
         cross, visual: `[n, L]`, enrichment without the sink (or mass) per sample and layer, averaged over heads:
             instruction -> visual, visual -> visual. Samples with NaN in `cross` (no image) are left out.
-        clusters: length n, the image of each sample.
+        clusters: length n, the image of each sample. A layer that is NaN in every sample does not attend: stages are
+            looked for among the others, and numbered as layers of the model.
         min_effect: smallest change of level that counts, in log enrichment.
         min_bic_gain: smallest difference in BIC that counts.
         level: of each one-sided limit.
@@ -171,6 +191,13 @@ def stage_verdict(
     cross, visual = (np.asarray(array, dtype=np.float64) for array in (cross, visual))
     if cross.ndim != 2 or cross.shape != visual.shape:
         raise ValueError(f"stage_verdict: shapes {cross.shape}, {visual.shape}; need one shape [n, L]")
+    attending = np.flatnonzero(np.isfinite(cross).any(0))
+    if 0 < len(attending) < cross.shape[1]:
+        among = (cross[:, attending], visual[:, attending], clusters)
+        found = stage_verdict(
+            *among, min_effect=min_effect, min_bic_gain=min_bic_gain, level=level, n_boot=n_boot, seed=seed
+        )
+        return _in_all_layers(found, attending.tolist())
     usable = np.isfinite(cross).all(1)
     labels = np.asarray(clusters).astype(str)[usable]
     cross, visual = cross[usable], visual[usable]
