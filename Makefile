@@ -83,7 +83,7 @@ site: $(STAMP) ## The documentation as a web site, in site/ (a broken link or di
 	$(BIN)/mkdocs build --strict
 
 # One thread a process: the testbed is too small for more.
-comparison: $(STAMP) ## All methods at the same FLOPs on the shipped model, into docs/comparison.md (WORKERS=2 processes)
+comparison: $(STAMP) ## All methods at the same FLOPs, and tokens, on the shipped model, into docs/comparison.md (WORKERS=2 processes)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(WORKERS) -m docs.tooling.comparison
 
 testbed-eval: $(STAMP) ## Accuracy and controls of the shipped model, and its model card

@@ -130,6 +130,7 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, reference: LabelSet) 
         num_samples=len(images),
         num_images=len(set(images)),
         experiment=cfg.experiment.name,
+        counted=cfg.experiment.counted,
         needs_image=int(needed.sum()),
         needs_image_by=said_by,
         tolerance=cfg.experiment.tolerance,

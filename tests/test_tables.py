@@ -364,7 +364,7 @@ def rows_of_a_comparison() -> list[dict[str, Any]]:
     seeds = {"seeds": 10, "worst_seed": 0.5, "best_seed": 0.625}
     return [
         row | {"method": "none", "budget": None, "cost": 1.0},
-        row | {"method": "fastv", "budget": 0.5},
+        row | {"method": "fastv", "budget": 0.5, "deciding": 0.012},
         row | {"method": "vtw", "budget": 0.5, "cost": 0.45},
         row | {"method": "random", "budget": 0.5, "accuracy": 0.4} | seeds,
         row | {"method": "dynamic_exit", "budget": None, "cost": 0.7},
@@ -394,20 +394,25 @@ def test_the_page_shows_who_is_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "not_matched": {"vtw": 0.45},
     }
     counts = {"num_samples": 20, "num_images": 9, "needs_image": 8, "needs_image_by": "hops", "tolerance": 0.02}
-    summary = {"model": "m", "data": "d", **counts, "rows": rows_of_a_comparison(), "verdicts": [verdict]}
+    about = {"experiment": "all_methods", "counted": "flops", "model": "m", "data": "d"}
+    summary = {**about, **counts, "rows": rows_of_a_comparison(), "verdicts": [verdict]}
     monkeypatch.chdir(tmp_path)
     comparison.PAGE.parent.mkdir()
     comparison.PAGE.write_text("before\n<!-- comparison -->\nold\n<!-- /comparison -->\nafter\n")
-    comparison.publish(comparison.record(summary))
+    comparison.publish({"all_methods": comparison.record(summary)})
     text = comparison.PAGE.read_text()
-    assert "| FastV | **60.0 [50.0, 70.0]** | 60.0 [50.0, 70.0] |" in text
+    assert "| FastV | **60.0 [50.0, 70.0]** | 60.0 [50.0, 70.0] | 0.012 |" in text
+    assert "the same decoder FLOPs of the prefill" in text
     assert "8 of which need the image: they ask for something in it" in text
     assert "| VTW | 60.0 [50.0, 70.0] (at 0.45) |" in text
     assert "| dynamic exit | – | – |" in text
+    order = [text.index(f"| {name} |") for name in ("FastV", "random", "dynamic exit")]
+    assert order == sorted(order), "the most accurate first, those without a setting last"
     assert "FastV (60.0%) is ahead** of all others, of random by 20.0 points [10.0, 30.0]" in text
     assert "mean of 10 draws, which are up to 12.5 points apart" in text
     kept = json.loads(comparison.RECORD.read_text())
-    assert text == f"before\n<!-- comparison -->\n{comparison.comparison_section(kept)}\n<!-- /comparison -->\nafter\n"
+    section = comparison.comparison_section(kept["all_methods"])
+    assert text == f"before\n<!-- comparison -->\n{section}\n<!-- /comparison -->\nafter\n"
 
 
 def test_equivalence_is_a_whole_interval_within_the_bound() -> None:
@@ -467,12 +472,14 @@ def test_all_methods_are_those_that_meet_budgets() -> None:
 
 
 def test_the_comparison_that_ships_is_of_todays_settings() -> None:
-    kept = json.loads((Path(__file__).parents[1] / comparison.RECORD).read_text())
-    cfg = compose("tables")
-    assert kept["num_samples"] == cfg.data.limit
-    assert {row["method"] for row in kept["rows"]} <= set(cfg.experiment.methods)
-    assert {row["budget"] for row in kept["rows"]} == {None, *cfg.experiment.budgets}
-    assert any(verdict["on"] == "accuracy_needs_image" for verdict in kept["verdicts"])
+    shipped = json.loads((Path(__file__).parents[1] / comparison.RECORD).read_text())
+    assert set(shipped) <= set(comparison.FORMS.values())
+    for name, kept in shipped.items():
+        experiment = compose("tables", [f"experiment={name}"]).experiment
+        assert kept["counted"] == experiment.counted
+        assert {row["method"] for row in kept["rows"]} <= set(budgeted_methods())
+        assert {row["budget"] for row in kept["rows"]} == {None, *experiment.budgets}
+        assert any(verdict["on"] == "accuracy_needs_image" for verdict in kept["verdicts"])
 
 
 @pytest.mark.parametrize("name", ["matched", *(f"table{number}" for number in range(1, 7))])

@@ -35,6 +35,8 @@ CALIBRATION = "calibration"
 ALL = "all"
 UNPUBLISHED_BUDGET = 0.5
 """Cost, as a share of the full model's, of methods that have no published setting to fall back on."""
+DECIDING_PROMPTS = 8
+"""Calibration prompts on which the operations of deciding are counted: counts differ by length alone."""
 
 
 # ------------------------------------------------------------------------------- runs
@@ -132,7 +134,7 @@ def exit_agreement(calibration: Calibration, max_new_tokens: int) -> Tensor:
 
 def deciding_cost(calibration: Calibration, policy: Policy) -> float:
     """What a policy computes to choose tokens or layers (scores, gates), over the full model's decoder FLOPs."""
-    batch = calibration.batches[0]
+    batch = calibration.batches[0][:DECIDING_PROMPTS]
 
     def outside(running: Policy) -> int:
         with running(calibration.mllm):

@@ -1,7 +1,7 @@
 """`python -m docs.tooling.comparison` (`make comparison`): docs/comparison.md, all methods at one cost.
 
-Runs `analysis.tables` on the shipped model, keeps the numbers that the page shows in `docs/comparison.json`, and writes
-the part of the page between its two comments from them.
+Runs `analysis.tables` on the shipped model in the two forms that papers use, equal FLOPs and an equal number of visual
+tokens, keeps the numbers that the page shows in `docs/comparison.json`, and writes a part of the page of each.
 """
 
 from __future__ import annotations
@@ -20,20 +20,27 @@ from analysis.tables import tables
 from docs.tooling.gallery import rounded
 from docs.tooling.generated import write_generated
 from dyvte.errors import DyvteError
-from dyvte.policies.registry import labels
+from dyvte.policies.registry import labels, methods
 from dyvte.runs.config import compose
 from dyvte.runs.store import plain, write_json
 
 RECORD, PAGE = Path("docs/comparison.json"), Path("docs/comparison.md")
-SECTION = "comparison"
-KEPT = ("model", "data", "num_samples", "num_images", "needs_image", "needs_image_by", "tolerance", "rows", "verdicts")
+FORMS = {"comparison": "all_methods", "comparison_tokens": "llava15_128tokens"}
+"""The parts of the page, with the experiment of each."""
+SPENT = {"flops": ("decoder FLOPs of the prefill", "cost"), "tokens": ("visual tokens a decoder layer sees", "tokens")}
+"""What is held equal, and its column, by `dyvte.policies.method.Counted`."""
+QUESTIONS = 2000
+KEPT = (
+    *("experiment", "counted", "model", "data", "num_samples", "num_images"),
+    *("needs_image", "needs_image_by", "tolerance", "rows", "verdicts"),
+)
 SUBSETS = {"accuracy": "all", "accuracy_needs_image": "image needed"}
 
 
-def run_folder() -> Path:
-    """Where the runs lie: a folder for the weights and gates that ship."""
+def run_folder(experiment: str) -> Path:
+    """Where the runs of an experiment lie: a folder for the weights and gates that ship."""
     digests = shipped_files()
-    return Path("outputs/comparison") / f"{digests['weights']}-{digests['gates']}"
+    return Path("outputs/comparison") / f"{digests['weights']}-{digests['gates']}" / experiment
 
 
 def record(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,9 +50,8 @@ def record(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def comparison_section(found: Mapping[str, Any]) -> str:
-    """The comparison as Markdown, from what `record` keeps."""
-    tolerance, verdicts = found["tolerance"], found["verdicts"]
-    methods = {row["method"]: row for row in found["rows"]}
+    """One form of the comparison as Markdown, from what `record` keeps; the most accurate method comes first."""
+    tolerance, verdicts, (held_equal, column) = found["tolerance"], found["verdicts"], SPENT[found["counted"]]
     rows = {(row["method"], row["budget"]): row for row in found["rows"]}
     budgets = list(dict.fromkeys(row["budget"] for row in found["rows"] if row["budget"] is not None))
     leading = {
@@ -59,23 +65,37 @@ def comparison_section(found: Mapping[str, Any]) -> str:
         text = percent_with_limits(row, subset)
         if (subset, budget, method) in leading:
             return f"**{text}**"
-        return text if abs(row["cost"] - budget) <= tolerance else f"{text} (at {row['cost']:.2f})"
+        return text if abs(row[column] - budget) <= tolerance else f"{text} (at {row[column]:.2f})"
 
-    head = ["method", *(f"{budget:g}, {name}" for name in SUBSETS.values() for budget in budgets)]
+    def deciding(method: str) -> str:
+        spent = [row["deciding"] for (name, _), row in rows.items() if name == method and "deciding" in row]
+        return f"{max(spent):.3f}" if spent else "–"
+
+    def reached(method: str) -> float:
+        row = rows.get((method, budgets[-1]))
+        return 0.0 if row is None else row["accuracy_needs_image"] or 0.0
+
+    names = sorted({name: None for name, _ in rows if name != "none"}, key=reached, reverse=True)
+    head = ["method", *(f"{budget:g}, {name}" for name in SUBSETS.values() for budget in budgets), "+ deciding"]
     body = [
-        [labels()[method], *(cell(method, subset, budget) for subset in SUBSETS for budget in budgets)]
-        for method in methods
-        if method != "none"
+        [
+            labels()[name] + ("\\*" if methods()[name].source.unverified else ""),
+            *(cell(name, subset, budget) for subset in SUBSETS for budget in budgets),
+            deciding(name),
+        ]
+        for name in names
     ]
     lines = [
-        f"Accuracy in percent on {found['num_samples']} questions about {found['num_images']} images, "
-        f"{found['needs_image']} of which {in_words(found['needs_image_by'])} (*image needed*). In each "
-        "column all methods are set to the same decoder FLOPs of the prefill, as a share of the full model's. In "
-        "brackets: 95% intervals, clustered by image. Bold: the most accurate, and what is not told apart from it.",
+        f"Accuracy in percent on {found['num_samples']:,} questions about {found['num_images']:,} images, "
+        f"{found['needs_image']:,} of which {in_words(found['needs_image_by'])} (*image needed*). In each "
+        f"column all methods are set to the same {held_equal}, as a share of the full model's. In brackets: 95% "
+        "intervals, clustered by image. Bold: the most accurate, and what is not told apart from it. Deciding is what "
+        "choosing tokens or layers takes on top, as a share of the full model's decoder FLOPs. \\*: some details are "
+        "our choice, as neither paper nor code was at hand for them.",
         "",
         *markdown_table(head, body),
     ]
-    if (full := methods.get("none")) is not None:
+    if (full := rows.get(("none", None))) is not None:
         parts = [f"{percent_with_limits(full, subset)} ({name})" for subset, name in SUBSETS.items()]
         lines += ["", f"The full model: {', '.join(parts)}."]
     if several := [row for row in found["rows"] if row["seeds"] > 1]:
@@ -86,10 +106,13 @@ def comparison_section(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def publish(found: Mapping[str, Any], file: Path = RECORD, page: Path = PAGE) -> None:
-    """Keep the numbers, and show them on the page."""
+def publish(found: Mapping[str, Mapping[str, Any]], file: Path = RECORD, page: Path = PAGE) -> None:
+    """Keep the numbers of every experiment, and show them on the page."""
     write_json(file, found)
-    write_generated(page, comparison_section(found), "make comparison", ("weights", "gates"), SECTION)
+    for section, experiment in FORMS.items():
+        if experiment in found:
+            text = comparison_section(found[experiment])
+            write_generated(page, text, "make comparison", ("weights", "gates"), section)
 
 
 def main() -> None:
@@ -100,12 +123,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", help="key=value, see conf/tables.yaml")
     given: Sequence[str] = parser.parse_args().settings
-    try:
-        summary = tables(compose("tables", [f"output_dir={run_folder()}", *given]))
-    except DyvteError as error:
-        sys.exit(f"error: {error}")
-    if summary is not None:
-        publish(record(summary))
+    found = {}
+    for experiment in FORMS.values():
+        own = [f"experiment={experiment}", f"output_dir={run_folder(experiment)}", f"data.limit={QUESTIONS}"]
+        try:
+            summary = tables(compose("tables", [*own, *given]))
+        except DyvteError as error:
+            sys.exit(f"error: {error}")
+        if summary is not None:
+            found[experiment] = record(summary)
+    if found:
+        publish(found)
         print(f"written to {PAGE} and {RECORD}")
 
 
