@@ -382,7 +382,7 @@ def test_padding_that_enters_a_state_is_refused() -> None:
         pass
 
 
-@pytest.mark.parametrize("policy", [dyvte.SkipAttention([0])])
+@pytest.mark.parametrize("policy", [dyvte.SkipAttention([0]), dyvte.FastV(layer=1, keep=0.5)])
 def test_what_needs_attention_names_the_layers_that_attend(policy: dyvte.Policy) -> None:
     mllm = model("qwen3_5", "sasa")
     with pytest.raises(UnsupportedError, match=r"layer 0 .* does not attend: choose one of layers 1, 3"), policy(mllm):

@@ -142,6 +142,8 @@ class AttentionPolicy(Policy):
         mllm = as_mllm(model)
         with super().__call__(mllm, layout) as run:
             watched = frozenset(self.watched_layers(mllm))
+            for each in watched:
+                mllm.attention_of(each)  # refuses a layer that does not attend
 
             @torch.no_grad()
             def see(layer: int, call: AttentionCall) -> None:

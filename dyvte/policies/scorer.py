@@ -225,6 +225,8 @@ class ScorerPolicy(Policy):
                 watch = stack.enter_context(VisionTower(mllm).watch(needs))
                 stack.enter_context(_handing_over(self, mllm, run, watch))
             watched = frozenset(self.watched_layers(mllm))
+            for each in watched:
+                mllm.attention_of(each)  # refuses a layer that does not attend
             if watched:
                 stack.enter_context(watch_attention(mllm, self._seeing(watched, run)))
             if self.positions == "contiguous":
