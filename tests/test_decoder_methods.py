@@ -87,7 +87,8 @@ def test_projections_made_at_once_are_refused() -> None:
         qkv = nn.Linear(2, 6)
 
     class Model:
-        attentions = (Fused(),)
+        def attention_of(self, layer: int) -> nn.Module:
+            return Fused()
 
     with pytest.raises(UnsupportedError, match="no q_proj"):
         projection_of(Model(), 0, "q_proj")  # type: ignore[arg-type]
