@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.cache import KeptLayer
+from dyvte.instrument.sweep.frames import Keys
 from dyvte.mllm import MLLM
 
 _MARK = "dyvte_planted_visual"
@@ -106,7 +107,7 @@ class _Plant:
         visual = self.prompt_visual
         if getattr(cache, "positions", None) is not None:  # a sweep's, for some rows and positions
             return visual[cache.rows].gather(1, cache.positions)
-        layers = getattr(cache, "layers", [])
+        layers = [] if isinstance(cache, Keys) else getattr(cache, "layers", [])
         stored = layers[module.layer_idx] if module.layer_idx < len(layers) else None
         past = 0 if stored is None else stored.get_seq_length()
         if past == 0:

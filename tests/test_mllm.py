@@ -102,7 +102,7 @@ def test_decoder_is_told_from_a_vision_tower_of_the_same_depth() -> None:
 def test_models_that_do_not_fit_are_refused_in_one_line() -> None:
     config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     text_only = LlamaForCausalLM(config)
-    with pytest.raises(ModelError, match="has no image token") as error:
+    with pytest.raises(ModelError, match="has no image side") as error:
         dyvte.wrap(text_only)
     assert "\n" not in str(error.value)
     with pytest.raises(ModelError, match="Linear is not a transformers model"):
