@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 from dyvte.errors import UnsupportedError
 from dyvte.layout import PADDING, TokenLayout
@@ -67,6 +69,13 @@ class Batch(dict[str, Any]):
         shape = self["input_ids"].shape
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
+        if isinstance(value, ModelOutput):
+            return type(value)(**{key: self._rows_of(f"{name}.{key}", each, chosen) for key, each in value.items()})
+        if isinstance(value, dict):  # what an encoder made of images, by their kind
+            return {kind: self._rows_of(f"{name}[{kind!r}]", each, chosen) for kind, each in value.items()}
+        if isinstance(value, list) and len(value) == sum(counts := self._images_of_rows()):
+            stops = list(itertools.accumulate(counts))
+            return [value[at] for row in chosen.tolist() for at in range(stops[row] - counts[row], stops[row])]
         if not isinstance(value, Tensor):
             raise UnsupportedError(f"rows of a batch cannot be taken: {name} is a {type(value).__name__}, not a tensor")
         at = chosen.to(value.device)
@@ -83,11 +92,14 @@ class Batch(dict[str, Any]):
         lines = value.split(parts)
         return torch.cat([lines[row] for row in chosen.tolist()]) if len(chosen) else value[:0]
 
+    def _images_of_rows(self) -> list[int]:
+        """Images of each row: as it was encoded, else its stretches of visual tokens."""
+        starts = self.layout.visual & ~torch.nn.functional.pad(self.layout.visual, (1, 0))[:, :-1]
+        return list(self.images) if self.images is not None else starts.sum(1).tolist()
+
     def _lines_of_rows(self, value: Tensor) -> list[int] | None:
         """How many of an input's lines belong to each row; None if that cannot be told."""
-        visual, length = self.layout.visual, len(value)
-        starts = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
-        images = list(self.images) if self.images is not None else starts.sum(1).tolist()
+        visual, length, images = self.layout.visual, len(value), self._images_of_rows()
         stacked = value.ndim > 4 and value.shape[:2] == (len(visual), max(images)) and "image_sizes" not in self
         if stacked:  # [B, images, ...], as Idefics and SmolVLM have them
             return [1] * length

@@ -21,7 +21,7 @@ NUMBER = re.compile(r"\d+\.\d+|\d\s?%|\b\d{3,}\b")
 LESS_DATA = {
     "data.limit=192": "data.limit=16",
     "data.limit=144": "data.limit=12",
-    "data.limit=480": "data.limit=240",
+    "data.limit=480": "data.limit=400",
     "LIMIT = 48": "LIMIT = 12",
     "data.limit=36": "data.limit=12",
     "calibration.data.limit=32": "calibration.data.limit=8",

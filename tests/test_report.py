@@ -479,7 +479,8 @@ def test_numbers_are_shown_without_a_model_that_cannot_be_loaded(root: Path, tmp
 def test_names_with_brackets_are_names(tmp_path: Path):
     write_runs(tmp_path / "runs [old]")
     found, _ = find_runs({step.name: str(settings(tmp_path / "runs [old]").runs[step.name]) for step in REPORT_STEPS})
-    assert [run.name for run in found][2:5] == ["train/shapes_train", "evaluate/dynamic_exit", "evaluate/none"]
+    names = [run.name for run in found if run.name.startswith(("train", "evaluate"))]
+    assert names[:3] == ["train/shapes_train", "evaluate/dynamic_exit", "evaluate/none"]
 
 
 def test_pointers_find_keys_with_dots_and_slashes():

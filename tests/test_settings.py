@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -28,8 +30,10 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "value"), CASES, ids=lambda each: str(each))
 def test_a_bad_setting_is_one_line_that_says_what_is_right(name: str, value: object) -> None:
-    cfg = OmegaConf.create({"policy": {name.rpartition(".")[2]: value}})
-    with pytest.raises(ConfigError, match=r"^policy\.\w+=.*: give ") as caught:
+    path = name if "." in name else f"policy.{name}"
+    cfg = OmegaConf.create({})
+    OmegaConf.update(cfg, path, value)
+    with pytest.raises(ConfigError, match=rf"^{re.escape(path)}=.*: give ") as caught:
         check_settings(cfg)
     assert "\n" not in str(caught.value)
 

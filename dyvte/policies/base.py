@@ -19,7 +19,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -352,9 +352,10 @@ class _Engine:
         prefill.count_layer()
         hidden, attention = prefill.hidden, self.mllm.attentions[call.index]
         if selections is None:
-            at = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
-            attention, counted = self.mllm.attentions[call.index], self._start is not None
-            knowing = running_at(attention, at, at, None, hidden.shape[1], self._start) if counted else nullcontext()
+            knowing: AbstractContextManager[None] = nullcontext()
+            if self._start is not None:
+                at = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
+                knowing = running_at(attention, at, at, None, hidden.shape[1], self._start)
             with prefill.running_on(None), knowing:
                 return call.run(hidden)
         if attention is None:

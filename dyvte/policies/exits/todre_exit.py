@@ -55,7 +55,7 @@ class ToDREExit(ScoredExit, AttentionPolicy):
     def asked_layers(self, mllm: MLLM) -> range | list[int]:
         """The layers, or the paper's."""
         if self.layers is None:
-            return in_proportion([PAPER_LAYER], DEPTH, mllm.num_layers)
+            return [min(*in_proportion([PAPER_LAYER], DEPTH, mllm.num_layers), mllm.num_layers - 1)]
         return super().asked_layers(mllm) if isinstance(self.layers, str) else list(self.layers)
 
     def check(self, mllm: MLLM) -> None:
