@@ -46,7 +46,7 @@ def first_above(scores: Tensor, threshold: float, has_image: list[bool]) -> list
 @pytest.mark.parametrize("measure", ["probability", "margin"])
 @torch.no_grad()
 def test_the_lens_reads_the_last_position_and_rows_leave_where_it_is_sure(measure: str) -> None:
-    mllm = model("llava")
+    mllm = model.__wrapped__("llava")  # one of its own: transformers leaves hooks where hidden states were asked for
     batch = batch_of(mllm, (1, 1, 0))
     states = mllm.model(**batch, output_hidden_states=True).hidden_states
     rows = torch.arange(3)
@@ -82,7 +82,7 @@ def test_todre_leaves_where_the_text_attends_to_itself() -> None:
     assert exits_under(everywhere, mllm, batch) == first_above(scores, threshold, [True, True, False])
     # the paper asks once, at 28 of 32, and leaves where a share of .07 < .10 of the attention is left
     deep = dyvte.ToDREExit()
-    assert deep.asked_layers(mllm) == [round(28 / 32 * mllm.num_layers)]
+    assert deep.asked_layers(mllm) == [min(round(28 / 32 * mllm.num_layers), mllm.num_layers - 1)]
     assert (1 - tensor([0.07, 0.12]) > deep.threshold).tolist() == [True, False]
     for wrong in ([0], [], [mllm.num_layers], "some"):
         with pytest.raises(ConfigError, match="ToDREExit: layers"), dyvte.ToDREExit(layers=wrong)(mllm):  # type: ignore[arg-type]
