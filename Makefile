@@ -60,7 +60,7 @@ pytest: $(STAMP) ## Run the tests (WORKERS=2 processes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
 
 zoo: $(STAMP) ## Every check on a small model of every architecture of transformers (CI runs the quick ones)
-	OMP_NUM_THREADS=1 DYVTE_ZOO=all $(BIN)/python -m pytest -q -n $(WORKERS) tests/zoo
+	OMP_NUM_THREADS=1 DYVTE_ZOO=all $(BIN)/python -m pytest -q -n $(WORKERS) tests/zoo tests/test_models.py
 
 # In an environment of its own: lmms-eval brings many packages along, among them a wandb that wants an older protobuf.
 # torchvision's wheel needs the CUDA build of torch, and lmms-eval starts without it.

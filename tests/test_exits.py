@@ -187,10 +187,10 @@ def test_a_naive_script_finds_the_same_numbers(model: str, tmp_path: Path):
         pytest.skip("the shipped weights are not there yet")
     else:
         make = lambda: load(model, device="cpu")  # noqa: E731
-    expected, data = naive_summary(make(), ShapesDataset(limit=20), max_new_tokens=3, flip=model == "random")
+    expected, data = naive_summary(make(), ShapesDataset(limit=12), max_new_tokens=3, flip=model == "random")
     found = execute(make(), data, tmp_path / "run", "max_new_tokens=3")
     num_layers = found["num_layers"]
-    assert found["num_samples"] == 20
+    assert found["num_samples"] == 12
     for name in ("agreement", "accuracy"):
         assert found[name] == pytest.approx(expected[name].tolist()), name
     assert len(set(found["accuracy"])) > 2
