@@ -26,7 +26,7 @@ from analysis.explore import markup
 from analysis.explore.__main__ import main
 from analysis.explore.altered import (
     REGION,
-    Cut,
+    WindowCut,
     _decode,
     answer_from_argmax,
     cut_answer,
@@ -166,7 +166,13 @@ def test_a_cut_region_is_a_cut_of_its_keys(shapes: MLLM, reading: Reading) -> No
 
     def cut(keys: str, patches: Sequence[int], window: tuple[int, int]) -> tuple[list[int], float]:
         found = cut_answer(
-            shapes, reading.batch, reading.answer_ids, Cut("instruction", keys, window), patches, reading.end_ids, 8
+            shapes,
+            reading.batch,
+            reading.answer_ids,
+            WindowCut("instruction", keys, window),
+            patches,
+            reading.end_ids,
+            8,
         )
         return found.answer.ids, found.log_probability_change
 

@@ -85,7 +85,7 @@ def write_out_exit(mllm: MLLM, batch: Batch, exit_layer: int, max_new_tokens: in
 
 
 @dataclass(frozen=True)
-class Cut:
+class WindowCut:
     """A path and the layers in which it is cut.
 
     Attributes:
@@ -119,7 +119,7 @@ def cut_answer(
     mllm: MLLM,
     batch: Batch,
     answer_ids: Tensor,
-    cut: Cut,
+    cut: WindowCut,
     patches: Sequence[int],
     end_ids: Sequence[int],
     max_new_tokens: int,

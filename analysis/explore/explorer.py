@@ -21,7 +21,7 @@ from .altered import (
     QUERY_GROUPS,
     REGION,
     AlteredAnswer,
-    Cut,
+    WindowCut,
     cut_answer,
     exit_answer,
     known_methods,
@@ -192,7 +192,7 @@ class Explorer:
             if state.region is None:
                 raise ConfigError("no region: drag over some patches of the image first")
             patches = reading.grid.patches_in(state.region)
-        cut = Cut(state.queries, state.keys, (start, stop))
+        cut = WindowCut(state.queries, state.keys, (start, stop))
         with self._running:
             found = cut_answer(
                 self.mllm, reading.batch, reading.answer_ids, cut, patches, reading.end_ids, self.max_new_tokens

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 
 import pytest
+import torch
 
 import dyvte
 from dyvte.errors import DyvteError
 from tests.zoo.checks import CHECKS, QUICK, TOLERANCE, Subject, outcome
-from tests.zoo.specimens import NAMES, build_model
+from tests.zoo.specimens import NAMES, build_model, random_rows
 from tests.zoo.verdicts import VARIANTS, VERDICTS, Verdict
 
 CHOSEN = CHECKS if os.environ.get("DYVTE_ZOO") == "all" else {name: CHECKS[name] for name in QUICK}
@@ -47,3 +49,14 @@ def examine(subject: Subject, verdict: Verdict) -> None:
         else:
             assert isinstance(found, float), f"{check}: {found}"
             assert found >= TOLERANCE, f"{check} works now: say so in verdicts.py"
+
+
+@torch.no_grad()
+def test_a_prefix_is_shared_only_where_positions_do_not_count_other_rows() -> None:
+    """HunYuan-VL numbers the images of a batch: two questions on one image have prefixes of their own there."""
+    subject = Subject(dyvte.wrap(build_model("hunyuan_vl")))
+    first = random_rows(1)[0]
+    batch = subject.batch_of([first, replace(first, after=first.after[::-1])])
+    apart = dyvte.exit_sweep(subject.mllm, batch).logits
+    together = dyvte.exit_sweep(subject.mllm, batch, shared_image=[0, 0]).logits
+    torch.testing.assert_close(together, apart, atol=TOLERANCE, rtol=0)

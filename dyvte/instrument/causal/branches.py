@@ -115,10 +115,8 @@ class Branches:
                 "flash attention takes no mask on single pairs; load the model with attention 'sdpa'"
             )
         valid = ~self.layout.padding
-        if self.shared is not None:
-            self.shared.check(call.hidden)
-            if sees_ahead(call.mask, self.shared.mask, ~self.shared.mask & valid):
-                self.shared = None
+        if self.shared is not None and not self.shared.is_possible(call, self.layout):
+            self.shared = None
         position = torch.arange(self.length, device=call.hidden.device)
         of_frame: dict[tuple[bool, tuple[int, ...]], list[int]] = {}
         for branch, schedule in enumerate(self.schedules):

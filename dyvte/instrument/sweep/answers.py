@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -12,9 +10,6 @@ from dyvte.instrument.hooks import (
     Selection,
 )
 from dyvte.mllm import MLLM
-
-if TYPE_CHECKING:
-    pass
 
 
 def greedy_answer_ids(mllm: MLLM, batch: Batch, max_new_tokens: int = 64) -> Tensor:

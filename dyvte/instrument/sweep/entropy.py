@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,11 +11,8 @@ from dyvte.instrument.hooks import (
     LayerCall,
     Selection,
 )
-from dyvte.layout import TokenLayout
-
-if TYPE_CHECKING:
-    pass
 from dyvte.instrument.sweep.frames import Frame
+from dyvte.layout import TokenLayout
 
 ENTROPIES = (
     "text_entropy",

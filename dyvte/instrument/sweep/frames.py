@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +19,6 @@ from dyvte.instrument.hooks import (
 )
 from dyvte.instrument.kept_keys import take
 from dyvte.layout import TokenLayout
-
-if TYPE_CHECKING:
-    pass
-
 
 # ---------------------------------------------------------------------- pieces of a layer
 
@@ -221,18 +217,38 @@ class SharedPrefix:
         )
         self.mask = prefix
 
-    def check(self, hidden: Tensor) -> None:
-        """Refuse rows whose visual tokens are not those of their representative."""
-        index, mine = self.suffix.earlier, hidden
-        assert index is not None
-        theirs = hidden[self.selection.rows[self.group][:, None], index.index]
-        difference = (index.pack(mine) - theirs).abs().amax(-1)
-        if index.valid is not None:
-            difference = difference * index.valid
-        if (difference > 1e-3 * theirs.abs().amax()).any():
-            row = int(difference.amax(1).argmax())
+    def is_possible(self, call: LayerCall, layout: TokenLayout) -> bool:
+        """Whether the model makes the same of a prefix in every row, as the first layer's call shows.
+
+        Not where the image sees the question, nor where positions count what other rows hold (HunYuan-VL numbers the
+        images of a batch).
+
+        Raises:
+            ValueError: rows whose visual tokens are not those of their representative.
+        """
+        if (row := self._other_row(call.hidden)) is not None:
             first = int(self.selection.rows[self.group[row]])
             raise ValueError(f"rows {first} and {row} are said to share an image, but their visual tokens differ")
+        if sees_ahead(call.mask, self.mask, ~self.mask & ~layout.padding):
+            return False
+        shape = layout.roles.shape
+        for name, value in call.arguments.items():
+            for each in value if isinstance(value, (tuple, list)) else (value,):
+                if name.startswith("position_") and isinstance(each, Tensor) and each.ndim >= 2:
+                    by_row = each.movedim(0, -1) if each.shape[1:] == shape else each
+                    if by_row.shape[:2] == shape and self._other_row(by_row.reshape(*shape, -1)) is not None:
+                        return False
+        return True
+
+    def _other_row(self, states: Tensor) -> int | None:
+        """The row whose states [B, N, d] differ most from its representative's in the prefix; None if none does."""
+        index = self.suffix.earlier
+        assert index is not None
+        theirs = states[self.selection.rows[self.group][:, None], index.index]
+        difference = (index.pack(states) - theirs).abs().amax(-1)
+        if index.valid is not None:
+            difference = difference * index.valid
+        return int(difference.amax(1).argmax()) if (difference > 1e-3 * theirs.abs().amax()).any() else None
 
 
 def or_all(valid: Tensor | None, like: Tensor) -> Tensor:

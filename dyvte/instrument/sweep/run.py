@@ -247,10 +247,8 @@ class _Sweep:
         early = layout.system
         if self.hybrid or sees_ahead(mask, early, ~early & ~layout.padding):
             early = torch.zeros_like(early)
-        if self.shared is not None:
-            self.shared.check(call.hidden)
-            if sees_ahead(mask, self.shared.mask, ~self.shared.mask & ~layout.padding):
-                self.shared = None
+        if self.shared is not None and not self.shared.is_possible(call, layout):
+            self.shared = None
         everyone = torch.arange(self.batch_size, device=call.hidden.device)
         position = torch.arange(self.length, device=call.hidden.device)
         self.everything = Frame(Selection(everyone, position.expand(self.batch_size, -1), None), None)

@@ -66,27 +66,27 @@ class AutoPrune(ScorerPolicy):
         return range(LOOKS, mllm.num_layers - 1)
 
     def look(self, layer: int, prefill: Prefill, attention: LayerAttention) -> Tensor:
-        """Attention received from the text after the image; once also the information."""
+        """Attention received from the text after the image; once also the prompts' own curves."""
         text = prefill.layout.text_status_positions
         if layer == LOOKS:
             asked = attention.selection.pack(text.float()).bool()
             visual = attention.selection.pack(prefill.layout.visual.float()).bool()
             places = asked.any(0).nonzero().flatten()
-            told = prefill.hidden.new_zeros(len(prefill.kept), dtype=torch.float32)
+            told = prefill.hidden.new_zeros(len(asked), dtype=torch.float32)
             if len(places):
-                rows = attention.rows(slice(int(places[0]), int(places[-1]) + 1))
-                asked = asked[:, int(places[0]) : int(places[-1]) + 1]
-                told[attention.selection.rows] = information(rows, asked, visual)
+                queries = slice(int(places[0]), int(places[-1]) + 1)
+                told = information(attention.rows(queries), asked[:, queries], visual)
+            num_rows, length = prefill.kept.shape
+            curves = told.new_zeros(num_rows, 1, prefill.mllm.num_layers)
+            curves[attention.selection.rows, 0] = shares_by_layer(told, float(self.keep), curves.shape[2]).to(curves)
             key = (id(self), "earlier")
-            told = told[:, None].expand(prefill.kept.shape)
-            prefill.state[key] = told + prefill.state.get(key, 0.0)
+            prefill.state[key] = curves.expand(-1, length, -1) + prefill.state.get(key, 0.0)
         return attention.received(text)
 
     def choose(self, tokens: VisualTokens, number: int) -> Tensor:
         """As many as the prompt's own curve says, of those with the most attention."""
         assert tokens.earlier is not None
-        curve = shares_by_layer(tokens.earlier[:1].cpu(), float(self.keep), tokens.mllm.num_layers)[0]
-        return top(tokens.received, int(curve[tokens.layer] * tokens.size + 0.5))
+        return top(tokens.received, int(tokens.earlier[0, tokens.layer] * tokens.size + 0.5))
 
 
 def information(attention: Tensor, text: Tensor, visual: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def shares_by_layer(told: Tensor, keep: float, num_layers: int) -> Tensor:
         keep: the mean.
         num_layers: L.
     """
-    layer = torch.arange(num_layers, dtype=torch.float64) * DEPTH / num_layers
+    layer = torch.arange(num_layers, dtype=torch.float64, device=told.device) * DEPTH / num_layers
     curve = curve_at(layer, steepness(told.double())[:, None])
     low, high = torch.zeros_like(curve[:, :1]), 1 / curve.amin(1, keepdim=True)
 

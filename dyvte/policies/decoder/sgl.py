@@ -92,8 +92,8 @@ class SGL(StagedScorer):
     @contextmanager
     def _guided(self, mllm: MLLM, guide: MLLM, run: PolicyRun) -> Iterator[None]:
         """Within the block the guide answers before every prefill reaches the decoder."""
-        owner: Any = mllm.model.base_model
-        encode = owner.get_image_features
+        encoder: Any = mllm.model.base_model
+        encode = encoder.get_image_features
         pictures, types = dict[str, Tensor](), dict[str, Tensor]()
 
         def keep_pictures(*args: Any, **kwargs: Any) -> Any:
@@ -116,9 +116,9 @@ class SGL(StagedScorer):
                     received = self._guidance(guide, run.prefill, pictures, types)
                 run.prefill.state[id(self), "seen"] = (0, received)
 
-        with override_method(owner, "get_image_features", keep_pictures), ExitStack() as stack:
-            for owner, hook in ((mllm.model, keep_types), (mllm.decoder, answer)):
-                stack.callback(owner.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        with override_method(encoder, "get_image_features", keep_pictures), ExitStack() as stack:
+            for watched, hook in ((mllm.model, keep_types), (mllm.decoder, answer)):
+                stack.callback(watched.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
 
     def _guidance(self, guide: MLLM, prefill: Prefill, pictures: dict[str, Tensor], types: dict[str, Tensor]) -> Tensor:

@@ -40,7 +40,7 @@ class FixedExit(Policy):
     @property
     def layers(self) -> list[int]:
         """The exit layer, or those of the rows."""
-        return [self.layer] if isinstance(self.layer, int) else list(self.layer)
+        return list(self.layer) if isinstance(self.layer, Sequence) else [self.layer]
 
     def check(self, mllm: MLLM) -> None:
         """Refuse an exit layer outside 0..L."""
