@@ -83,7 +83,8 @@ class ViewState:
         if len(value) > LONGEST_LINK:
             raise ConfigError(f"the link's view has {len(value)} characters, at most {LONGEST_LINK} can be a view")
         try:
-            text = base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)).decode()
+            padded = value + "=" * (-len(value) % 4)
+            text = base64.b64decode(padded, altchars=b"-_", validate=True).decode()
         except (binascii.Error, ValueError) as error:
             raise ConfigError("the link's view is damaged: it is no base64 text") from error
         return cls.of(_json_object(text))
