@@ -150,8 +150,9 @@ def test_the_whole_path(visit: Visit, address: str) -> None:
 
     # the image leaves at layer 0
     visit.tab("Exits")
-    page.locator("#exit input[type=range]").focus()
-    page.keyboard.press("Home")
+    slider = page.locator("#exit input[type=range]")
+    slider.wait_for()  # its tab may still be drawn, and what is not seen takes no focus
+    slider.press("Home")
     page.get_by_text("0 of 12 layers see the image").wait_for()
     page.click("#write-out")
 
