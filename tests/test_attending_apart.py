@@ -11,12 +11,15 @@ from unittest import mock
 import pytest
 import torch
 from families import FAMILIES, random_batch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dyvte.batch import Batch
 from dyvte.instrument import kept_keys
 from dyvte.instrument.cache import KeptLayer
-from dyvte.instrument.kept_keys import ROOM, attend_apart
+from dyvte.instrument.hooks import Selection
+from dyvte.instrument.kept_keys import ROOM, KeyTable, added_to_scores, attend_apart
 from dyvte.mllm import MLLM
 from dyvte.policies import decoding
 from dyvte.policies.base import Policy, Prefill
@@ -92,6 +95,35 @@ def generated_logits(mllm: MLLM, batch: Batch) -> Tensor:
     settings = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     with RowsLeaveAt(EXITS)(mllm):
         return torch.stack(mllm.model.generate(**batch, **settings).logits, dim=1)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 4), st.booleans(), st.booleans(), st.booleans())
+def test_masks_added_to_scores_hide_what_boolean_masks_hide(
+    seed: int, new: int, everyone: bool, biased: bool, masked: bool
+) -> None:
+    """Against a mask made key by key, for prompts of different lengths of which some positions stayed."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, length = 3, 6
+    kept = torch.rand(rows, length, generator=generator) < 0.6
+    kept[:, -1] = True
+    chosen = list(range(rows)) if everyone else [2]
+    row_list = tuple(chosen)
+    selection = Selection.of(kept, torch.tensor(chosen), [int(kept[row].sum()) for row in chosen], row_list)
+    bias = torch.randn(len(chosen), selection.index.shape[1], generator=generator) if biased else None
+    own = torch.rand(rows, 1, new, length + new, generator=generator) < 0.7 if masked else None
+    found = KeyTable(selection, bias).added_mask(
+        None if own is None else added_to_scores(own, torch.float32), length, new, torch.float32
+    )
+    for at, row in enumerate(chosen):
+        positions = [*kept[row].nonzero().flatten().tolist(), *range(length, length + new)]
+        places = [*range(int(kept[row].sum())), *range(selection.index.shape[1], selection.index.shape[1] + new)]
+        for query in range(new):
+            said = torch.full((selection.index.shape[1] + new,), -torch.inf)
+            for place, position in zip(places, positions, strict=True):
+                shift = 0.0 if bias is None or position >= length else float(bias[at, place])
+                said[place] = shift if own is None or own[row, 0, query, position] else -torch.inf
+            mask = torch.zeros_like(said) if found is None else found[at, 0].expand(new, -1)[query]
+            torch.testing.assert_close(torch.where(mask < -1e30, -torch.inf, mask), said)
 
 
 def test_pieces_of_several_tokens() -> None:

@@ -91,9 +91,20 @@ class KeptLayer(DynamicLayer):
             self.make_table()
         return [each.table for each in self._groups] or None
 
-    def group_mask(self, table: KeyTable, mask: Tensor | None, num_queries: int, dtype: torch.dtype) -> Tensor | None:
-        """Attention mask of new tokens for the keys of one of the `groups`; `mask` is the model's."""
-        return table.mask(mask, self._prompt_length, self.length - self._prompt_length + num_queries, dtype)
+    def group_mask(
+        self, table: KeyTable, mask: Tensor | None, num_queries: int, dtype: torch.dtype, added: bool = False
+    ) -> Tensor | None:
+        """Attention mask of new tokens for the keys of one of the `groups`.
+
+        Args:
+            table: of the group.
+            mask: the model's.
+            num_queries: number of new tokens.
+            dtype: floating-point type of a mask that is added to the scores.
+            added: make one of that kind in any case; `mask` is one, or None.
+        """
+        make = table.added_mask if added else table.mask
+        return make(mask, self._prompt_length, self.length - self._prompt_length + num_queries, dtype)
 
     @contextmanager
     def attending_apart(self) -> Iterator[None]:

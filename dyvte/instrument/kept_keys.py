@@ -32,6 +32,7 @@ class KeyTable:
         self.selection, self.bias = selection, bias
         self._rooms: tuple[Tensor, Tensor | None, Tensor | None] | None = None
         self._start = -1
+        self._added: Tensor | None = None
 
     @classmethod
     def of(cls, selection: Selection, bias: Tensor | None) -> KeyTable:
@@ -49,19 +50,23 @@ class KeyTable:
             start: length of the prompt, the first new token's position.
             new: number of tokens since.
         """
+        width = self.selection.index.shape[1] + new
+        position, *rest = self._with_room(start, new)
+        valid, bias = (None if each is None else each.narrow(3, 0, width) for each in rest)
+        return position.narrow(3, 0, width), valid, bias
+
+    def _with_room(self, start: int, new: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What `keys` cuts, with room for tokens to come."""
         index = self.selection.index
-        width = index.shape[1] + new
-        if self._rooms is None or self._start != start or self._rooms[0].shape[3] < width:
-            self._start = start
+        if self._rooms is None or self._start != start or self._rooms[0].shape[3] < index.shape[1] + new:
+            self._start, self._added = start, None
             further = torch.arange(start, start + new + ROOM, device=index.device).expand(len(index), -1)
             self._rooms = (
                 torch.cat([index, further], dim=1)[:, None, None, :],
                 _with_room(self.selection.valid, further.shape[1], True),
                 _with_room(self.bias, further.shape[1], 0.0),
             )
-        position, valid, bias = (None if each is None else each.narrow(3, 0, width) for each in self._rooms)
-        assert position is not None
-        return position, valid, bias
+        return self._rooms
 
     def mask(self, mask: Tensor | None, start: int, new: int, dtype: torch.dtype) -> Tensor | None:
         """Attention mask of the last tokens for the keys of `keys(start, new)`.
@@ -87,6 +92,46 @@ class KeyTable:
             own = own.expand(rows, -1, -1, -1)
             packed = own.gather(3, position.expand(-1, own.shape[1], own.shape[2], -1))
         return combine_mask(packed, valid, bias, dtype)
+
+    def added_mask(self, mask: Tensor | None, start: int, new: int, dtype: torch.dtype) -> Tensor | None:
+        """As `mask`, but always what is added to the scores, of which validity and bias are made once a generation.
+
+        Args:
+            mask: None, or added to the scores as well (see `added_to_scores`).
+            start, new, dtype: as for `mask`.
+        """
+        if mask is None and self.selection.valid is None and self.bias is None:
+            return None
+        positions, valid, bias = self._with_room(start, new)
+        if self._added is None and (valid is not None or bias is not None):
+            of_valid = None if valid is None else added_to_scores(valid, dtype)
+            of_bias = None if bias is None else bias.to(dtype)
+            self._added = of_valid if of_bias is None else of_bias if of_valid is None else of_valid + of_bias
+        width = self.selection.index.shape[1] + new
+        added = None if self._added is None else self._added.narrow(3, 0, width)
+        if mask is None:
+            return added
+        everyone = self.selection.everyone or mask.shape[0] == 1
+        own = mask if everyone else mask.index_select(0, self.selection.rows)
+        over = (len(positions), *own.shape[1:3])  # expanding what has the shape would be dispatched, too
+        own = own if len(own) == over[0] else own.expand(over[0], -1, -1, -1)
+        position = positions.narrow(3, 0, width)
+        packed = own.gather(3, position if position.shape[:3] == over else position.expand(*over, -1))
+        return packed if added is None else packed + added
+
+
+def added_to_scores(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask (True: attend) as numbers that are added to the scores; one of numbers as it is.
+
+    `scaled_dot_product_attention` does this to a boolean mask at every call, and so once a layer.
+
+    Example:
+        >>> added_to_scores(torch.tensor([True, False]), torch.float32).tolist()[0]
+        0.0
+    """
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def _with_room(prompt: Tensor | None, room: int, filling: bool | float) -> Tensor | None:

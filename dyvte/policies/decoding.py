@@ -14,7 +14,7 @@ from dyvte.errors import UnsupportedError
 from dyvte.instrument.attention_calls import replace_attention
 from dyvte.instrument.cache import KeptLayer
 from dyvte.instrument.hooks import LayerCall
-from dyvte.instrument.kept_keys import KeyTable, attend_apart
+from dyvte.instrument.kept_keys import KeyTable, added_to_scores, attend_apart
 from dyvte.instrument.keys.borrowed import BorrowingLayer, StepSharing
 from dyvte.instrument.keys.indexed import KeptIndexedLayer, choosing_among
 from dyvte.instrument.keys.shared import lends_keys, store_of
@@ -35,7 +35,9 @@ class Decoding:
         self.mllm = mllm
         self._sharing = StepSharing()
         self._masks: dict[Any, tuple[Any, Tensor | None]] = {}  # of one step; many layers share them
-        self._attends_apart = mllm.text_config._attn_implementation not in (None, "eager")  # eager returns weights
+        implementation = mllm.text_config._attn_implementation
+        self._attends_apart = implementation not in (None, "eager")  # eager returns weights
+        self._adds_masks = implementation == "sdpa"  # makes numbers of boolean masks, at every call
         self._apart: tuple[KeptLayer, list[Tensor | None]] | None = None  # the layer that runs, and its groups' masks
         self._door = ExitStack()
 
@@ -93,7 +95,7 @@ class Decoding:
         groups = layer.groups(new)
         if groups is not None and len(groups) > 1:
             if self._attends_apart:
-                masks = [self._mask(call, layer, each) for each in groups]
+                masks = [self._mask(call, layer, each, self._adds_masks) for each in groups]
                 try:
                     return self._run_apart(call, layer, masks)
                 except _CannotAttendApartError:
@@ -105,14 +107,27 @@ class Decoding:
         with layer.decoding(), layer.choosing(attention, new, self._start) if indexed else nullcontext():
             return call.run(attention_mask=mask)
 
-    def _mask(self, call: LayerCall, layer: KeptLayer, table: KeyTable | None) -> Tensor | None:
+    def _mask(self, call: LayerCall, layer: KeptLayer, table: KeyTable | None, added: bool = False) -> Tensor | None:
         """The mask of a group of rows, or of the whole table of a layer; layers share them for a step."""
         mask, new, dtype = call.mask, call.hidden.shape[1], call.hidden.dtype
-        key = (id(mask), layer.length, layer.mask_key if table is None else id(table))
-        if key not in self._masks:
-            made = layer.mask(mask, new, dtype) if table is None else layer.group_mask(table, mask, new, dtype)
-            self._masks[key] = (mask, made)
-        return self._masks[key][1]
+
+        def make() -> Tensor | None:
+            if table is None:
+                return layer.mask(mask, new, dtype)
+            own = (
+                self._once(mask, ("added",), lambda: added_to_scores(mask, dtype))
+                if added and mask is not None
+                else mask
+            )
+            return layer.group_mask(table, own, new, dtype, added)
+
+        return self._once(mask, (added, layer.length, layer.mask_key if table is None else id(table)), make)
+
+    def _once(self, mask: Tensor | None, key: tuple[Any, ...], make: Callable[[], Tensor | None]) -> Tensor | None:
+        """`make()`, called once a step for a mask of the model's and a key."""
+        if (known := self._masks.get((id(mask), *key))) is None:
+            known = self._masks[id(mask), *key] = (mask, make())  # held, so that its id stays taken
+        return known[1]
 
     def _run_apart(self, call: LayerCall, layer: KeptLayer, masks: list[Tensor | None]) -> Any:
         """Run a layer whose groups of rows attend one after the other."""
