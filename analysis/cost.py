@@ -34,9 +34,9 @@ from .statistics.markdown import heading, markdown_table, published, write_table
 
 
 @command("cost")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> str:
     """Measure the policies of `conf/cost.yaml`."""
-    cost(cfg)
+    return str(cost(cfg)["in_words"])
 
 
 def cost(cfg: DictConfig) -> dict[str, Any]:
@@ -89,6 +89,7 @@ def cost(cfg: DictConfig) -> dict[str, Any]:
         device=str(mllm.device),
         threads=torch.get_num_threads(),
         rows=table.to_dict("records"),
+        in_words=cost_in_words(table),
     )
 
 
@@ -239,6 +240,21 @@ def summarize(repeats: pd.DataFrame, constants: pd.DataFrame, new_tokens: int) -
     table["flops_deciding"] = outside - table["batch_size"].map(of_full)
     order = {name: index for index, name in enumerate(constants["method"].drop_duplicates())}
     return table.sort_values(["batch_size", "method"], key=lambda c: c.map(order) if c.name == "method" else c)
+
+
+def cost_in_words(table: pd.DataFrame) -> str:
+    """Which method saves most time in the largest batch."""
+    batch_size = table["batch_size"].max()
+    rivals = table[(table["batch_size"] == batch_size) & (table["method"] != "none")]
+    if rivals.empty:
+        return "the full model alone was timed: name methods to compare it with (experiment.methods=)"
+    best = rivals.loc[rivals["prefill_ratio"].idxmin()]
+    faster = int((rivals["prefill_ratio_q75"] < 1).sum())
+    return (
+        f"{faster} of {len(rivals)} methods shorten the prefill of a batch of {batch_size}; {labels()[best['method']]} "
+        f"most, to {best['prefill_ratio']:.0%} of the full model's time, with {best['kv_cache_bytes'] / 1e3:.0f} kB in "
+        "the KV cache."
+    )
 
 
 def markdown(cfg: DictConfig, table: pd.DataFrame) -> list[str]:

@@ -46,14 +46,16 @@ from .statistics.exit_summary import (
     token_summary,
 )
 from .statistics.needs_image import needs_image
+from .statistics.verdicts import image_use_in_words
 
 
 @command("exits")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> str | None:
     """Measure, summarise and draw; continues where an earlier run of the same command was stopped."""
     dataset = questions_and_captions(cfg)
     mllm = load_model(cfg)
-    run(cfg, mllm, dataset)
+    summary = run(cfg, mllm, dataset)
+    return " ".join(image_use_in_words(summary)) if summary else None
 
 
 def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any] | None:

@@ -32,7 +32,7 @@ MIN_AGREEMENT, MAX_LOSS = 0.985, 0.01
 
 
 @command("gate_claims")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> str | None:
     """Test the gates that `conf/gate_claims.yaml` names."""
     mllm, dataset = load_model(cfg), build_dataset(cfg.data)
     if not cfg.gates:
@@ -46,7 +46,7 @@ def main(cfg: DictConfig) -> None:
     settings["bound"] = None if training is None else len(training)
     folder = RunFolder.open(cfg.output_dir, fingerprint(mllm, dataset, cfg, **settings), cfg, overwrite=True)
     if not distributed.is_main():
-        return
+        return None
     found = findings(cfg, labels, {name: claim_figures(gates, labels, cfg.folds, cfg.bootstrap, cfg.seed)
                                    for name, gates in tested.items()},
                      {name: counterfactual_runs(gates.facts) for name, gates in tested.items()})  # fmt: skip
@@ -68,6 +68,8 @@ def main(cfg: DictConfig) -> None:
         write_atomic(Path(cfg.page), lambda out: out.write(text.encode()))
     print(text)
     print(f"run: {folder.path}")
+    told = {name: conclusion(tests).replace("**", "") for name, tests in found["tests"].items()}
+    return " ".join(f"{name}: {words}" for name, words in told.items())
 
 
 def counterfactual_runs(facts: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from torch.nn.functional import one_hot
 
 from dyvte.calibrate import build_policy
 from dyvte.errors import ConfigError, RunFolderError
-from dyvte.evaluate import control_table, evaluate, expected_figures, figures, reference_rows
+from dyvte.evaluate import control_table, evaluate, expected_figures, figures, policy_in_words, reference_rows
 from dyvte.gates.controls import exits_by_hops
 from dyvte.gates.labels import LabelSet
 from dyvte.gates.module import SHIPPED_GATES, load_gates
@@ -345,7 +345,7 @@ def finish(cfg: DictConfig) -> dict[str, Any] | None:
 
 
 @command("gate_findings")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> str | None:
     """Evaluate the shipped gates and write the section."""
     if cfg.model.name not in SHIPPED_GATES or cfg.policy.get("gates") != cfg.model.name:
         raise ConfigError(f"the page is about the gates that ship: model and policy.gates must be {set(SHIPPED_GATES)}")
@@ -353,13 +353,14 @@ def main(cfg: DictConfig) -> None:
     around(page.read_text())  # before minutes of questions
     summary = finish(cfg)
     if summary is None:
-        return
+        return None
     found = findings(cfg, summary)
     text = with_section(page.read_text(), found)
     write_json(Path(cfg.findings), found)
     write_atomic(page, lambda out: out.write(text.encode()))
     print(section(found))
     print(f"page: {page}")
+    return policy_in_words(summary)
 
 
 if __name__ == "__main__":

@@ -26,14 +26,14 @@ FIGURES = ("mean_cost", "cost_at_0.985", "cost_at_0.99", "cost_at_0.995", "withh
 
 
 @command("gate_recipes")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> str | None:
     """Train and compare the options that `conf/gate_recipes.yaml` names."""
     mllm, dataset = load_model(cfg), build_dataset(cfg.data)
     labels = collect_labels(mllm, dataset, cfg, cfg.labels.dir, label_settings(cfg.labels))
     options: dict[str, Any] = OmegaConf.to_container(cfg.options, resolve=True)  # type: ignore[assignment]
     folders = {name: option_folder(cfg, labels, changes) for name, changes in options.items()}
     if not distributed.is_main():
-        return
+        return None
     rows = []
     for name, (folder, own) in folders.items():
         if not (file := folder.path / "summary.json").is_file():
@@ -51,10 +51,13 @@ def main(cfg: DictConfig) -> None:
             )
         rows.append({"option": name, **json.loads(file.read_text())})
         print(", ".join([name, *(f"{key} {rows[-1][key]:.4g}" for key in FIGURES if key in rows[-1])]))
-    text = page(cfg, pd.DataFrame(rows), len(split_labels(labels, cfg).validation))
+    table = pd.DataFrame(rows)
+    text = page(cfg, table, len(split_labels(labels, cfg).validation))
     if cfg.page is not None:
         write_atomic(Path(cfg.page), lambda out: out.write(text.encode()))
     print(text)
+    best = cheapest_that_waits(table)
+    return f"the cheapest option that waits for the image: {best}." if best else "no option waits for the image."
 
 
 def option_folder(cfg: DictConfig, labels: LabelSet, changes: dict[str, Any]) -> tuple[RunFolder, DictConfig]:
@@ -74,8 +77,7 @@ def option_folder(cfg: DictConfig, labels: LabelSet, changes: dict[str, Any]) ->
 def page(cfg: DictConfig, table: pd.DataFrame, validation_questions: int) -> str:
     """The whole page: one row an option, the cheapest that waits for the image named."""
     rows = [[each["option"], *(_cell(each.get(key), key) for key in FIGURES)] for each in table.to_dict("records")]
-    waiting = table[(table["withheld_less_seen"] < 0) & (table["dose_slope"] > 0)]
-    best = waiting.sort_values("mean_cost")["option"].iloc[0] if len(waiting) else None
+    best = cheapest_that_waits(table)
     shared: Sequence[str] = cfg.recipe.training.counterfactual
     lines = [
         "# Options of the gates' recipe",
@@ -96,6 +98,12 @@ def page(cfg: DictConfig, table: pd.DataFrame, validation_questions: int) -> str
         f"Cheapest of those that wait for the image: **{best}**." if best else "No option waits for the image.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def cheapest_that_waits(table: pd.DataFrame) -> str | None:
+    """The option of least cost among those whose gates wait for the image."""
+    waiting = table[(table["withheld_less_seen"] < 0) & (table["dose_slope"] > 0)]
+    return str(waiting.sort_values("mean_cost")["option"].iloc[0]) if len(waiting) else None
 
 
 def _cell(value: float | None, key: str) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -24,7 +24,6 @@ import torch
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from tqdm import tqdm
 
 from dyvte.batch import Batch
 from dyvte.cost.spent import SeenPositions
@@ -37,6 +36,7 @@ from dyvte.policies.registry import labels, methods
 from dyvte.runs import distributed
 from dyvte.runs.config import command, load_model
 from dyvte.runs.store import RunFolder, fingerprint
+from dyvte.runs.terminal import progress
 
 from .measuring.methods import ALL, describe, encoded, known_methods, load_calibration
 from .plots.style import figure_style
@@ -44,9 +44,10 @@ from .statistics.bands import mean_band
 
 
 @command("kept_positions")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> str | None:
     """Draw the maps that `conf/kept_positions.yaml` asks for."""
-    kept_positions(cfg)
+    summary = kept_positions(cfg)
+    return places_in_words(summary["methods"]) if summary else None
 
 
 def kept_positions(cfg: DictConfig) -> dict[str, Any] | None:
@@ -70,7 +71,7 @@ def kept_positions(cfg: DictConfig) -> dict[str, Any] | None:
     batches = list(encoded(mllm, dataset, cfg.batch_size))
     grid, chosen = common_grid(mllm, [sample for samples, _ in batches for sample in samples])
     calibration = load_calibration(mllm, cfg)
-    for index, name in enumerate(tqdm(cfg.methods, desc="methods", unit="method", dynamic_ncols=True)):
+    for index, name in enumerate(progress("kept positions", "methods", cfg.methods)):
         if folder.has_shard(index):
             continue
         started = time.perf_counter()
@@ -270,6 +271,18 @@ def preference(low: float, high: float) -> str:
     if low > 0.5:
         return "late places"
     return "early places" if high < 0.5 else "no preference shown"
+
+
+def places_in_words(found: Sequence[Mapping[str, Any]]) -> str:
+    """Which methods keep late or early places, which is no property of the question."""
+    named = {
+        which: [labels()[each["method"]] for each in found if each["preference"] == f"{which} places"]
+        for which in ("late", "early")
+    }
+    said = [f"{', '.join(names)}: {which} places" for which, names in named.items() if names]
+    rest = len(found) - sum(map(len, named.values()))
+    prefer = "; ".join(said) or "no method prefers early or late places"
+    return f"{prefer}. {rest} of {len(found)} methods show no such preference."
 
 
 def figure(found: Sequence[dict[str, Any]], title: str) -> Figure:

@@ -32,10 +32,11 @@ from .statistics.causal import LEVEL, CausalGroup, over_control, sample_effects
 
 
 @command("knockout")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> str | None:
     """Measure, summarise and draw; continues where an earlier run of the same command was stopped."""
     dataset = build_dataset(cfg.data)
-    run(cfg, load_model(cfg), dataset)
+    summary = run(cfg, load_model(cfg), dataset)
+    return worst_cut_in_words(summary) if summary else None
 
 
 def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any] | None:
@@ -166,13 +167,33 @@ def draw(summary: Mapping[str, Any]) -> dict[str, plt.Figure]:
 def outline(summary: Mapping[str, Any]) -> str:
     """For each path the windows that matter most, for the terminal."""
     lines = [f"windows of up to {summary['width']} layers; change in answers (percentage points), most harmful window"]
+    for name, (layers, mean, low, high) in worst_windows(summary).items():
+        lines.append(f"  {name:32} {layers}: {mean:6.1f} [{low:.1f}, {high:.1f}]")
+    return "\n".join(lines)
+
+
+def worst_windows(summary: Mapping[str, Any]) -> dict[str, tuple[str, float, float, float]]:
+    """For each path its most harmful window and what it does to the answers, in percentage points with limits."""
+    found = {}
     for name, measures in summary["overall"]["effects"].items():
         band = measures["agreement_points"]
         worst = int(np.nanargmin(np.array(band["mean"], dtype=float)))
         start, stop = summary["windows"][worst]
-        low, high = band["low"][worst], band["high"][worst]
-        lines.append(f"  {name:32} layers {start}-{stop - 1}: {band['mean'][worst]:6.1f} [{low:.1f}, {high:.1f}]")
-    return "\n".join(lines)
+        found[name] = (f"layers {start}-{stop - 1}", *(band[part][worst] for part in ("mean", "low", "high")))
+    return found
+
+
+def worst_cut_in_words(summary: Mapping[str, Any]) -> str:
+    """Which path and layers the answers need most."""
+    paths = {name: found for name, found in worst_windows(summary).items() if "(" not in name}  # without controls
+    name, (layers, mean, low, high) = min((paths or worst_windows(summary)).items(), key=lambda each: each[1][1])
+    queries, _, keys = name.partition("->")
+    if high >= 0:
+        return "No path through attention is needed in any window: no cut changes the answers beyond chance."
+    return (
+        f"The answers need {queries} to read {keys} in {layers} most: cut there, {-mean:.1f}% of them change "
+        f"[{-high:.1f}, {-low:.1f}]."
+    )
 
 
 if __name__ == "__main__":

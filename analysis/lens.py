@@ -26,10 +26,11 @@ from .statistics.bands import count_images, keyed_array, mean_band
 
 
 @command("lens")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> str | None:
     """Measure, summarise and draw; continues where an earlier run of the same command was stopped."""
     dataset = build_dataset(cfg.data)
-    run(cfg, load_model(cfg), dataset)
+    summary = run(cfg, load_model(cfg), dataset)
+    return "; ".join(outline(summary)) if summary else None
 
 
 def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any] | None:
@@ -50,7 +51,6 @@ def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any] | None:
     for name, figure in figures.items():
         folder.save_figure(name, figure)
     summary = folder.write_summary(**content, figures=sorted(figures))
-    print(outline(summary))
     print(closing_line(summary, folder))
     return summary
 
@@ -118,8 +118,8 @@ def draw(content: dict[str, Any], mllm: MLLM, dataset: Dataset, grids: int) -> d
     return figures
 
 
-def outline(summary: dict[str, Any]) -> str:
-    """In words, for the terminal: from which layer on the answer is the likeliest token, and what patches say."""
+def outline(summary: dict[str, Any]) -> list[str]:
+    """In words: from which layer on the answer is the likeliest token, and what patches say."""
     lines = []
     for name, curves in summary["answer"].items():
         shares = curves["is_answer"]["mean"]
@@ -131,7 +131,7 @@ def outline(summary: dict[str, Any]) -> str:
         share, control = curves["share"]["mean"][best], curves["control"]["mean"][best]
         chance = f"{share:.0%} ({control:.0%} by chance)"
         lines.append(f"patches of an object name its {attribute} most often after layer {best}: {chance}")
-    return "\n".join(lines)
+    return lines
 
 
 if __name__ == "__main__":

@@ -32,15 +32,15 @@ from .statistics.stage_table import (
     stage_rows,
 )
 from .statistics.stages import recipe_verdict
-from .statistics.verdicts import verdict_word
+from .statistics.verdicts import stages_held_in_words, verdict_word
 
 SHARED = ("model", "data", "num_layers")
 
 
 @command("stage_table")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> str:
     """Join, judge, write."""
-    make_stage_table(cfg)
+    return stages_held_in_words(make_stage_table(cfg)["rows"])
 
 
 def make_stage_table(cfg: DictConfig) -> dict[str, Any]:

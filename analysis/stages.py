@@ -51,29 +51,29 @@ Bands = dict[str, Band]
 
 
 @command("stages")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> str | None:
     """Measure, summarise and draw; continues where an earlier run of the same command was stopped."""
     dataset = build_dataset(cfg.data)
     mllm = load_model(cfg)
     extras: dict[str, Any] = {name: True for name in ("contributions", "heads") if cfg[name]}
     folder = measure_dataset(cfg, mllm, dataset, partial(measure_attention, mllm, **extras), **extras)
     if folder is None:
-        return
+        return None
     summary = summarize_stages(cfg, folder, mllm, dataset)
-    print(f"stages: {verdict_in_words(summary['stages'])}")
     if summary["layers_without_attention"]:
-        print(f"  layers that do not attend: {', '.join(map(str, summary['layers_without_attention']))}")
+        print(f"layers that do not attend: {', '.join(map(str, summary['layers_without_attention']))}")
     for reason in summary["stages"]["reasons"][1:]:
-        print(f"  also: {reason}")
+        print(f"also: {reason}")
     for claim, found in summary["stages"]["claims"].items():
-        print(f"  {claim.replace('_', ' ')}: {verdict_word(found)}")
-    print(f"  of the raw attention mass: {verdict_word(summary['stages_by_mass']['verdict'])}")
+        print(f"{claim.replace('_', ' ')}: {verdict_word(found)}")
+    print(f"of the raw attention mass: {verdict_word(summary['stages_by_mass']['verdict'])}")
     for part in ("contributions", "heads"):
         if summary[part]:
             print(f"{part}: {summary[part]['in_words']}")
     if summary["stages"]["boundaries"]:
-        print(f"  95% intervals of the boundaries: {summary['stages']['boundaries_ci']}")
+        print(f"95% intervals of the boundaries: {summary['stages']['boundaries_ci']}")
     print(closing_line(summary, folder))
+    return verdict_in_words(summary["stages"])
 
 
 class LayerTable:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
 
 from dyvte.data.base import build_dataset
 from dyvte.errors import ConfigError
@@ -26,12 +25,20 @@ from dyvte.policies.registry import labels
 from dyvte.runs import distributed
 from dyvte.runs.config import command, load_model
 from dyvte.runs.store import RunFolder, fingerprint
+from dyvte.runs.terminal import progress
 
 from .measuring.methods import encoded, gates_of, load_calibration, plan, run_job
 from .plots.methods import draw_methods_at_cost
 from .plots.style import figure_style
 from .statistics.markdown import write_table_page
-from .statistics.methods import compare_methods, comparison_page, outcome_row, outcomes_of, rows_by_kind
+from .statistics.methods import (
+    compare_methods,
+    comparison_page,
+    leaders_in_words,
+    outcome_row,
+    outcomes_of,
+    rows_by_kind,
+)
 from .statistics.needs_image import in_words, known_hops, needs_image
 
 OF_GATES = ("statuses", "train_on_kinds", "other_gates")
@@ -39,9 +46,10 @@ OF_GATES = ("statuses", "train_on_kinds", "other_gates")
 
 
 @command("tables")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> str | None:
     """Make the table that `conf/experiment/` names."""
-    tables(cfg)
+    summary = tables(cfg)
+    return summary["in_words"] if summary else None
 
 
 def tables(cfg: DictConfig) -> dict[str, Any] | None:
@@ -80,15 +88,13 @@ def tables(cfg: DictConfig) -> dict[str, Any] | None:
         batches = list(encoded(mllm, dataset, cfg.batch_size))
         calibration = load_calibration(mllm, cfg, gates, experiment.counted)
         calibration.asked = Calibration(mllm, [batch for _, batch in batches], counted=experiment.counted)
-        progress: dict[str, Any] = {
-            "initial": len(mine) - len(todo),
-            "total": len(mine),
-            "disable": not distributed.is_main(),
-        }
-        for index in tqdm(todo, desc=experiment.name, unit="run", **progress):
-            started = time.perf_counter()
-            found = run_job(jobs[index], calibration, batches, cfg.max_new_tokens)
-            folder.write_shard(index, found, num_samples=len(dataset), seconds=time.perf_counter() - started)
+        settings_of_bar = {"initial": len(mine) - len(todo), "disable": not distributed.is_main()}
+        with progress(experiment.name, "settings of methods", len(mine), **settings_of_bar) as bar:
+            for index in todo:
+                started = time.perf_counter()
+                found = run_job(jobs[index], calibration, batches, cfg.max_new_tokens)
+                folder.write_shard(index, found, num_samples=len(dataset), seconds=time.perf_counter() - started)
+                bar.update()
     distributed.barrier()
     if not distributed.is_main():
         return None
@@ -136,6 +142,7 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, reference: LabelSet) 
         tolerance=cfg.experiment.tolerance,
         rows=rows,
         verdicts=verdicts,
+        in_words=leaders_in_words(verdicts),
     )
 
 

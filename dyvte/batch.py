@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from dyvte.errors import UnsupportedError
+from dyvte.errors import DyvteWarning, UnsupportedError
 from dyvte.layout import PADDING, TokenLayout
 
 IGNORE_INDEX = -100
@@ -213,6 +213,7 @@ def warn_if_question_precedes_image(
             warnings.warn(
                 "the prompt puts the question before the image: text after the image is the template only, so text "
                 "status and cross attention do not see the question",
+                DyvteWarning,
                 stacklevel=3,
             )
             return

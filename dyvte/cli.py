@@ -11,28 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import dyvte
-
-COMMANDS: dict[str, tuple[str, str]] = {
-    "stages": ("dyvte.analysis.stages", "attention between image and text in every layer, and the verdict on stages"),
-    "exits": ("dyvte.analysis.exits", "what happens if the image leaves at exit layer k, for every k"),
-    "knockout": ("dyvte.analysis.knockout", "what an answer loses when a path through attention is cut"),
-    "stage-table": ("dyvte.analysis.stage_table", "which stages hold by attention, and which by cause"),
-    "lens": ("dyvte.analysis.lens", "what each patch says after each layer, and when the answer appears"),
-    "tables": ("dyvte.analysis.tables", "methods at matched cost"),
-    "cost": ("dyvte.analysis.cost", "latency, FLOPs and memory of every method"),
-    "kept-positions": ("dyvte.analysis.kept_positions", "which places of the image each method keeps"),
-    "gate-findings": ("dyvte.analysis.gate_findings", "what the gates read, against controls"),
-    "gate-claims": ("dyvte.analysis.gate_claims", "do gates read the state of the text, or the question"),
-    "explore": ("dyvte.analysis.explore.__main__", "a page in the browser: ask about an image and look inside"),
-    "report": ("dyvte.analysis.report.__main__", "every run so far on one HTML page"),
-    "train": ("dyvte.train", "DyVTE's gates"),
-    "evaluate": ("dyvte.evaluate", "what a policy costs in answers and saves in computation"),
-    "generate": ("dyvte.generate", "one answer, and the layer where its image left"),
-    "convert": ("dyvte.convert", "a checkpoint of the LLaVA code base into a transformers folder"),
-    "smol": ("dyvte.testbed.smol.assemble", "fetch the language model of llava_smol and put the model together"),
-    "train-smol": ("dyvte.testbed.smol.train", "the projector and adapter of llava_smol"),
-    "train-testbed": ("dyvte.testbed.train", "the small model that ships"),
-}
+from dyvte.runs.terminal import COMMANDS
 
 
 def usage() -> str:
@@ -44,7 +23,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "dyvte COMMAND --help lists the settings of a command.",
+            "dyvte COMMAND --help shows examples and the settings of a command.",
         ]
     )
 

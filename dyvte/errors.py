@@ -18,6 +18,10 @@ class DyvteError(Exception):
     """
 
 
+class DyvteWarning(UserWarning):
+    """What goes on, though it may not be what was meant; commands show it as one line."""
+
+
 class ConfigError(DyvteError, ValueError):
     """A setting is missing, unknown or out of range."""
 

@@ -38,9 +38,10 @@ from dyvte.runs.store import RunFolder, fingerprint, write_atomic
 
 
 @command("evaluate")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> str | None:
     """Evaluate the policy that `conf/evaluate.yaml` names."""
-    evaluate(cfg)
+    summary = evaluate(cfg)
+    return policy_in_words(summary) if summary else None
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any] | None:
@@ -394,6 +395,14 @@ def _print(summary: dict[str, Any]) -> None:
     of = f"{summary['num_references']} of {summary['num_questions']} questions with a reference"
     print(f"accuracy loss {summary['accuracy_loss']:.4f}, 95% interval [{low:.4f}, {high:.4f}], over {of}")
     print("accuracy is exact match; a benchmark's official metric is lmms-eval's (docs/how_to_own_data.md)")
+
+
+def policy_in_words(summary: dict[str, Any]) -> str:
+    """What a policy keeps and saves, and whether the best fixed exits would do as well, from a summary."""
+    return (
+        f"{summary['policy']} keeps {summary['agreement']:.1%} of the full model's answers at {summary['cost']:.0%} of "
+        f"its decoder FLOPs; the best fixed exits keep as many at {summary['cost_of_fixed_exits']:.0%}."
+    )
 
 
 # ----------------------------------------------------------------------- comparison

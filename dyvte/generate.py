@@ -21,9 +21,9 @@ from dyvte.runs.store import RunFolder, write_json
 
 
 @command("generate")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> str:
     """Answer the question of `conf/generate.yaml`."""
-    generate(cfg)
+    return str(generate(cfg)["in_words"])
 
 
 @torch.no_grad()
@@ -58,11 +58,15 @@ def generate(cfg: DictConfig) -> dict[str, Any]:
         "flops_decoder": count.decoder,
         "cost": count.decoder / full.decoder,
     }
+    left = (
+        f"left after {exit_layer} of {mllm.num_layers} layers" if exit_layer < mllm.num_layers else "stayed to the end"
+    )
+    same = "as the full model answers" if answer == full_answer else f"where the full model answers {full_answer}"
+    summary["in_words"] = (
+        f"{answer}, {same}; all visual tokens {left}: {summary['cost']:.0%} of its decoder FLOPs in the prefill."
+    )
     write_json(folder.path / "summary.json", summary)
     print(f"question: {question}\nanswer: {answer}")
-    where = f"after {exit_layer} of {mllm.num_layers}" if exit_layer < mllm.num_layers else "in no"
-    print(f"all visual tokens left {where} layers; decoder FLOPs of the prefill: ", end="")
-    print(f"{summary['cost']:.2f} of the full model's, which answers: {full_answer}")
     if isinstance(policy, DynamicExit):
         figure = exit_of_one_question(image, question, str(answer), probability, policy.thresholds, exit_layer)
         print(f"figure: {folder.save_figure('exit', figure)}")

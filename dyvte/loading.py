@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from dyvte.errors import ModelError
+from dyvte.errors import DyvteWarning, ModelError
 from dyvte.mllm import MLLM
 from dyvte.stored_files import check_model_folder
 
@@ -327,10 +327,14 @@ def _load_processor(source: str, hub_kwargs: dict[str, Any]) -> Any:
             ) from error
         if isinstance(error, AttributeError):
             raise
-        warnings.warn(f"no processor in {source}: {_explain(error)}; only batch() will work", stacklevel=3)
+        warnings.warn(
+            f"no processor in {source}: {_explain(error)}; only batch() will work", DyvteWarning, stacklevel=3
+        )
         return None
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
-        warnings.warn(f"{source} has no processor for images and text; only batch() will work", stacklevel=3)
+        warnings.warn(
+            f"{source} has no processor for images and text; only batch() will work", DyvteWarning, stacklevel=3
+        )
         return None
     return processor
 

@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 
 from dyvte.batch import IGNORE_INDEX, Batch, Image, image_rows, warn_if_question_precedes_image
 from dyvte.data.chat import Chat, split_chat
-from dyvte.errors import ModelError, UnsupportedError
+from dyvte.errors import DyvteWarning, ModelError, UnsupportedError
 from dyvte.layout import TokenLayout
 from dyvte.model_parts import (
     EACH_ALONE,
@@ -392,7 +392,9 @@ class MLLM:
                 f"{type(self.processor).__name__} has no chat template, so how {self.model.config.model_type} is asked "
                 "is unknown: put the chat_template.jinja of the original checkpoint into the model's folder"
             )
-        warnings.warn("the processor has no chat template: asking in the format of LLaVA-1.5", stacklevel=2)
+        warnings.warn(
+            "the processor has no chat template: asking in the format of LLaVA-1.5", DyvteWarning, stacklevel=2
+        )
         images = f"{self.processor.image_token}\n" * num_images
         return f"USER: {images}{question} ASSISTANT:" + ("" if answer is None else f" {answer}")
 

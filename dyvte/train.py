@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from dyvte.data.base import build_dataset
 from dyvte.errors import ConfigError, DataError
@@ -45,15 +44,17 @@ from dyvte.runs.config import command, load_model
 from dyvte.runs.locks import replace_folder, temporary_name
 from dyvte.runs.store import RunFolder
 from dyvte.runs.targets import build, find_target
+from dyvte.runs.terminal import progress
 
 STOPPING_SHARE = 0.1
 """Share of the images, of those that the threshold is not chosen on, that say when training stops."""
 
 
 @command("train")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> str | None:
     """Train gates as `conf/train.yaml` says."""
-    train(cfg)
+    gates = train(cfg)
+    return gates_in_words(gates.facts["validation"], cfg.output_dir) if gates else None
 
 
 def train(cfg: DictConfig) -> Gates | None:
@@ -118,6 +119,15 @@ def train(cfg: DictConfig) -> Gates | None:
     if cfg.comparison_dir is not None:
         compare(Path(cfg.comparison_dir))
     return fit.gates
+
+
+def gates_in_words(validation: Mapping[str, Any], folder: str) -> str:
+    """What gates reach on the questions held out for them, and how to go on."""
+    return (
+        f"on held-out questions the gates keep {validation['agreement']:.1%} of the answers at "
+        f"{validation['cost']:.0%} of the decoder's FLOPs (best fixed exits: {validation['cost_of_fixed_exits']:.0%}). "
+        f"Next: python -m dyvte.evaluate policy=dynamic_exit policy.gates={folder}/gates"
+    )
 
 
 def label_settings(labels: DictConfig, counterfactual: Sequence[str] = (), num_layers: int = 0) -> LabelSettings:
@@ -268,7 +278,7 @@ def fit_gates(
         writer = SummaryWriter(str(folder.path / "tensorboard"))
     members, results = [], []
     total = recipe.epochs * recipe.members
-    with tqdm(total=total, desc="gates", unit="epoch", disable=writer is None, dynamic_ncols=True) as progress:
+    with progress("training gates", "epochs", total, disable=writer is None) as bar:
         for member in range(recipe.members):
             torch.manual_seed(cfg.seed + member)
             gates = Gates(
@@ -283,8 +293,8 @@ def fit_gates(
 
             def log(epoch: int, losses: dict[str, float], gates: Gates = gates, member: int = member) -> None:
                 history.append({"member": member, "epoch": epoch, **losses})
-                progress.update()
-                progress.set_postfix({name: f"{value:.4f}" for name, value in losses.items()})
+                bar.update()
+                bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()})
                 if writer is not None:
                     _write_scalars(writer, f"member_{member}", epoch, losses, gates, stopping)
 

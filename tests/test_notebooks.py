@@ -108,6 +108,7 @@ def test_a_table_is_shown_once_and_as_a_table(file: Path) -> None:
 def test_progress_bars_go_and_warnings_stay() -> None:
     bars = (
         "a on b:   0%|          | 0/24 [00:00<?, ?sample/s]\ra on b:  67%|██▋   | 16/24 [00:34<00:17,  2.13s/sample]\n"
+        "a on b: 16 of 24 samples |████        | 00:34 gone, 00:17 left, loss=0.1\n"
     )
     stderr = {"output_type": "stream", "name": "stderr"}
     assert without_progress({**stderr, "text": [bars]}) is None

@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
-from tqdm import tqdm
 
 from dyvte.data.base import build_dataset
 from dyvte.errors import DataError
@@ -31,6 +30,7 @@ from dyvte.mllm import MLLM
 from dyvte.runs import distributed
 from dyvte.runs.config import load_model
 from dyvte.runs.store import RunFolder, fingerprint
+from dyvte.runs.terminal import progress
 from dyvte.train import Split, fit_gates, split_labels
 
 from ..statistics.bands import rate_band
@@ -79,7 +79,8 @@ def gate_table(cfg: DictConfig) -> dict[str, Any] | None:
     if not distributed.is_main():
         return None
     split = split_labels(training, cfg)
-    for index, variant in enumerate(tqdm(variants(cfg.experiment, split), desc=cfg.experiment.name, unit="gates")):
+    asked_for = variants(cfg.experiment, split)
+    for index, variant in enumerate(progress(cfg.experiment.name, "sets of gates", asked_for)):
         if folder.has_shard(index):
             continue
         started = time.perf_counter()
@@ -195,6 +196,17 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, asked: LabelSet) -> d
         experiment=cfg.experiment.name,
         rows=table,
         kinds=by_kind,
+        in_words=gates_in_words(table),
+    )
+
+
+def gates_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The cheapest of the gates that keep most answers."""
+    gates = [row for row in rows if row["gates"] != "full model"]
+    best = max(gates, key=lambda row: (round(row["agreement"], 2), -row["cost"]))
+    return (
+        f"of {len(gates)} sets of gates, {best['gates']} keeps most answers ({best['agreement']:.1%}), at "
+        f"{best['cost']:.0%} of the full model's decoder FLOPs."
     )
 
 

@@ -21,6 +21,7 @@ from dyvte.loading import SHIPPED_MODELS
 from dyvte.runs.config import command
 from dyvte.runs.store import RunFolder, versions, write_atomic, write_json
 
+from ..measuring.runs import read_summary
 from .draw import figures_of_step
 from .figures import PageFigure, describe_figure, figures_of
 from .findings import findings_of
@@ -39,9 +40,11 @@ Found = tuple[list[FinishedRun], dict[str, list[Path]]]
 
 
 @command("report")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> str:
     """Write the page that `conf/report.yaml` describes."""
-    write_report(cfg)
+    path = write_report(cfg)
+    sentences = read_summary(path.parent)["opening"] or ["no run says yet what the model does with its image."]
+    return f"{sentences[0]} Open {path} in a browser."
 
 
 def write_report(cfg: DictConfig) -> Path:
@@ -76,6 +79,7 @@ def write_report(cfg: DictConfig) -> Path:
         "runs": {run.name: str(run.path) for run in page.runs},
         "missing": [each.name for each in missing],
         "warnings": page.warnings,
+        "opening": list(page.opening.sentences),
         "samples": [] if page.samples is None else [record["id"] for record in page.samples.records],
         "versions": versions(),
     }

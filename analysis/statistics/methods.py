@@ -323,20 +323,10 @@ COLUMNS = (
 
 def sentence(verdict: Mapping[str, Any], tolerance: float) -> str:
     """Who is ahead at a cost, and who cannot be told apart."""
-    where = "all questions" if verdict["on"] == "accuracy" else "questions that need the image"
-    best, tied = verdict["ahead"], verdict["not_told_apart"]
+    text, tied = _leader(verdict), verdict["not_told_apart"]
     behind = [method for method in verdict["lead"] if method not in tied]
-    percent = f"{labels()[best]} ({100 * verdict['accuracy']:.1f}%)"
-    if not tied:
-        nearest = min(verdict["lead"], key=lambda method: verdict["lead"][method][0])
-        lead, low, high = (100 * each for each in verdict["lead"][nearest])
-        by = f"{lead:.1f} points [{low:.1f}, {high:.1f}]"
-        text = f"**{percent} is ahead** of all others, of {labels()[nearest]} by {by}."
-    else:
-        others = "all others" if not behind else ", ".join(labels()[each] for each in tied)
-        text = f"{percent} is the most accurate, **not told apart** from {others}."
-        if behind:
-            text += f" Behind it: {', '.join(labels()[each] for each in behind)}."
+    if tied and behind:
+        text += f" Behind it: {', '.join(labels()[each] for each in behind)}."
     dearer = {method: cost for method, cost in verdict["costs"].items() if cost > verdict["budget"] + tolerance}
     if dearer:
         text += f" On these, more than the budget is spent by {_with_costs(dearer)}."
@@ -346,8 +336,32 @@ def sentence(verdict: Mapping[str, Any], tolerance: float) -> str:
         text += f" Equivalent to it {within}: {same} (half-widths up to {100 * verdict['half_width']:.1f} points)."
     if verdict["not_matched"]:
         text += f" Not compared, as the budget is not met: {_with_costs(verdict['not_matched'])}."
+    return f"- {_contest(verdict)}: {text}"
+
+
+def _contest(verdict: Mapping[str, Any]) -> str:
+    where = "all questions" if verdict["on"] == "accuracy" else "questions that need the image"
     of_what = "visual tokens" if verdict.get("counted") == "tokens" else "FLOPs"
-    return f"- {verdict['budget']:g} of the {of_what}, {where}: {text}"
+    return f"{verdict['budget']:g} of the {of_what}, {where}"
+
+
+def _leader(verdict: Mapping[str, Any]) -> str:
+    best, tied = verdict["ahead"], verdict["not_told_apart"]
+    percent = f"{labels()[best]} ({100 * verdict['accuracy']:.1f}%)"
+    if tied:
+        others = "all others" if len(tied) == len(verdict["lead"]) else ", ".join(labels()[each] for each in tied)
+        return f"{percent} is the most accurate, **not told apart** from {others}."
+    nearest = min(verdict["lead"], key=lambda method: verdict["lead"][method][0])
+    lead, low, high = (100 * each for each in verdict["lead"][nearest])
+    by = f"{lead:.1f} points [{low:.1f}, {high:.1f}]"
+    return f"**{percent} is ahead** of all others, of {labels()[nearest]} by {by}."
+
+
+def leaders_in_words(verdicts: Sequence[Mapping[str, Any]]) -> str:
+    """Who is ahead in each contest, in one line for the terminal."""
+    if not verdicts:
+        return "no two methods met the same budget, so none is compared with another: name more methods or budgets"
+    return " ".join(f"At {_contest(each)}: {_leader(each).replace('**', '')}" for each in verdicts)
 
 
 def _with_costs(costs: Mapping[str, float]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 VERDICTS = {
@@ -72,3 +72,37 @@ def _open_claim(stages: Mapping[str, Any]) -> str:
     if failed := [name for name in ("valley", "shape") if claims.get(name) == wanted]:
         return failed[0]
     return "layers" if " layers; " in str((stages.get("reasons") or [""])[0]) else "images"
+
+
+def image_use_in_words(exits: Mapping[str, Any]) -> list[str]:
+    """Until which layer a model uses its image and what its answers are without it, from a summary of `analysis.exits`.
+
+    Nothing is computed here but the share of the FLOPs of an exit.
+    """
+    stops, last = exits.get("findings", {}).get("contribution_stops", {}), exits["num_layers"]
+    layer, verdict = stops.get("exit_layer"), stops.get("verdict")
+    agreement, flops = exits.get("agreement") or [], exits.get("flops_decoder") or []
+    sentences = []
+    if verdict == "found" and layer is not None:
+        cost = f"{flops[layer] / flops[last]:.1%}" if len(flops) > last else "–"
+        sentences.append(
+            f"The image is used by the first {layer} of {last} layers: without it in the later ones "
+            f"{agreement[layer]:.1%} of the answers stay, at {cost} of the decoder's FLOPs in the prefill."
+        )
+    elif verdict is not None:
+        why = f" ({stops['reasons'][0]})" if stops.get("reasons") else ""
+        more = " More questions may decide it (data.limit=)." if verdict == "undetermined" else ""
+        sentences.append(f"Whether the image stops being used at some layer: {verdict_word(verdict)}{why}.{more}")
+    if agreement:
+        sentences.append(f"If the decoder sees no image at all, {agreement[0]:.1%} of the answers stay the same.")
+    return sentences
+
+
+def stages_held_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The stages of a stage table's first split, by attention and by cause."""
+    first = [row for row in rows if row["split"] == rows[0]["split"]]
+
+    def judged(key: str) -> str:
+        return "; ".join(f"{row['stage']} {verdict_word(row[key])}" for row in first)
+
+    return f"Stages by attention: {judged('by_attention')}. By cause: {judged('by_cause')}."

@@ -24,7 +24,7 @@ FOLDER = ROOT / "notebooks"
 TIMEOUT = 600
 """Seconds a cell."""
 QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
-PROGRESS = re.compile(r"^.*\d+%\|.*\|.*$|^.*\d+(it|sample|epoch)s? \[.*\]$")
+PROGRESS = re.compile(r"^.*\d+%\|.*\|.*$|^.*\d+(it|sample|epoch)s? \[.*\]$|^.* of .*\|.*\| .* gone, .* left.*$")
 """A line of a progress bar, which is of no use to a reader."""
 
 

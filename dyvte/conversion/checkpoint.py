@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from dyvte.conversion.source import Source, checkpoint_folder, read_source
 from dyvte.conversion.target import plan, target_config
@@ -16,6 +15,7 @@ from dyvte.conversion.tokenizer import IMAGE_TOKEN, add_image_token, read_tokeni
 from dyvte.conversion.weights import write_shards
 from dyvte.errors import ConfigError, ModelError
 from dyvte.runs.locks import replace_folder, temporary_name
+from dyvte.runs.terminal import progress
 from dyvte.stored_files import read_json, reason_of
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -96,9 +96,9 @@ def convert(
     unfinished = temporary_name(folder)
     try:
         unfinished.mkdir(parents=True)
-        with tqdm(total=total, desc="weights", unit="B", unit_scale=True, dynamic_ncols=True) as progress:
+        with progress("weights", "bytes", total, unit_scale=True) as bar:
             for done in write_shards(unfinished, entries, int(shard_gigabytes * 2**30)):
-                progress.update(done)
+                bar.update(done)
         config.save_pretrained(unfinished)
         _generation_config(tokenizer).save_pretrained(unfinished)
         processor.save_pretrained(unfinished)

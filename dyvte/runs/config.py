@@ -3,7 +3,7 @@
 A command is a function of one configuration:
 
     @command("stages")
-    def main(cfg: DictConfig) -> None: ...
+    def main(cfg: DictConfig) -> str | None: ...
 
     if __name__ == "__main__":
         main()
@@ -28,11 +28,14 @@ from omegaconf import DictConfig, OmegaConf
 from dyvte.errors import ConfigError, DyvteError
 from dyvte.runs import distributed
 from dyvte.runs.settings import check_settings
+from dyvte.runs.terminal import help_text, quiet_libraries
 
 if TYPE_CHECKING:
     from dyvte.mllm import MLLM
 
 HYDRA_VERSION = "1.3"
+Task = Callable[[DictConfig], str | None]
+"""What a command does with its configuration; returns what it found, in one line."""
 
 
 def config_folder() -> Path:
@@ -62,21 +65,24 @@ def compose(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     return cfg
 
 
-def command(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[..., None]]:
+def command(name: str) -> Callable[[Task], Callable[..., str | None]]:
     """Make a function a command whose settings are `conf/<name>.yaml` and the `key=value` words after it.
 
-    It checks the settings (`dyvte.runs.settings`) and prints the run folder first. The project's own errors
-    (`DyvteError`) and what libraries raise at the edges (files, disk, device) end the process with one line on stderr
-    and status 1, below it the stack with `debug=true`; Ctrl-C with status 130. Called with a configuration, as in
-    `main(compose("stages"))`, it is an ordinary function and raises.
+    It checks the settings (`dyvte.runs.settings`), prints the run folder first and last the line that the function
+    returns: what was found, in words. Warnings of libraries are kept off unless `verbose=true`. The project's own
+    errors (`DyvteError`) and what libraries raise at the edges (files, disk, device) end the process with one line on
+    stderr and status 1, below it the stack with `debug=true`; Ctrl-C with status 130. Called with a configuration, as
+    in `main(compose("stages"))`, it is an ordinary function and raises.
     """
 
-    def decorate(task: Callable[[DictConfig], None]) -> Callable[..., None]:
+    def decorate(task: Task) -> Callable[..., str | None]:
         @functools.wraps(task)
-        def run(cfg: DictConfig) -> None:
+        def run(cfg: DictConfig) -> str | None:
             if not HydraConfig.initialized():
                 check_settings(cfg)
                 return task(cfg)
+            if not cfg.get("verbose"):
+                quiet_libraries()
             try:
                 if missing := missing_settings(cfg):
                     settings = " ".join(f"{key}=..." for key in missing)
@@ -84,7 +90,10 @@ def command(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[...,
                 check_settings(cfg)
                 if cfg.get("output_dir") is not None:
                     print(f"run folder: {cfg.output_dir}", flush=True)
-                task(cfg)
+                found = task(cfg)
+                if found:
+                    print(f"found: {found}", flush=True)
+                return found
             except Exception as error:
                 line = one_line(error)
                 if line is None:
@@ -98,7 +107,7 @@ def command(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[...,
                 print(f"interrupted; what is finished is in {cfg.get('output_dir', '.')}", file=sys.stderr)
                 sys.exit(130)
 
-        decorated: Callable[..., None] = hydra.main(
+        decorated: Callable[..., str | None] = hydra.main(
             version_base=HYDRA_VERSION, config_path=str(config_folder()), config_name=name
         )(run)
         return decorated
@@ -194,6 +203,7 @@ def _name_with(name: str, setting: Any) -> str:
     return name if setting is None else f"{name}_{setting}"
 
 
+OmegaConf.register_new_resolver("dyvte.help", lambda *, _root_: help_text(_root_), replace=True)
 OmegaConf.register_new_resolver("dyvte.name_with", _name_with, replace=True)
 OmegaConf.register_new_resolver("dyvte.folder_name", _folder_name, replace=True)
 OmegaConf.register_new_resolver("dyvte.join", "+".join, replace=True)

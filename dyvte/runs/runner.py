@@ -9,12 +9,12 @@ from typing import Any
 
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from dyvte.data.base import Dataset, Sample
 from dyvte.errors import BrokenSample, ConfigError, DataError, DyvteError, ModelError, RunFolderError, UnsupportedError
 from dyvte.runs import distributed
 from dyvte.runs.store import RunFolder, serialised
+from dyvte.runs.terminal import progress
 
 NOT_OF_ONE_SAMPLE = (ConfigError, UnsupportedError, RunFolderError, MemoryError, torch.AcceleratorError)
 """Errors of a setting, a model or a device, which every other sample would meet too."""
@@ -65,9 +65,7 @@ def run(
     total = sum(len(batches[index]) for index in mine)
     done = total - sum(len(batches[index]) for index in todo)
     quiet = not distributed.is_main()
-    with tqdm(
-        total=total, initial=done, desc=description, unit="sample", dynamic_ncols=True, disable=quiet
-    ) as progress:
+    with progress(description, "samples", total, initial=done, disable=quiet) as bar:
         works, fruitless = done > 0, 0
         for index in todo:
             start = time.perf_counter()
@@ -81,7 +79,7 @@ def run(
             failures += [_failure(dataset, each, error) for each, error in unusable]
             failures.sort(key=lambda failure: failure["index"])
             folder.write_files(index, files, failures, used, time.perf_counter() - start)
-            progress.update(len(batches[index]))
+            bar.update(len(batches[index]))
     distributed.barrier()
     with distributed.main_process_first():
         if distributed.is_main():

@@ -97,7 +97,7 @@ RULES: dict[str, Rule] = {
     "bootstrap": COUNT,
     "permutations": COUNT,
     "dtype": _choice("auto", "float16", "bfloat16", "float32", "float64", null=True),
-    **dict.fromkeys(("overwrite", "any_version", "debug", "trust_remote_code", "allow_outside"), FLAG),
+    **dict.fromkeys(("overwrite", "any_version", "debug", "verbose", "trust_remote_code", "allow_outside"), FLAG),
     # data
     "per_scene": COUNT,
     "turns": _choice("first", "single", "all"),

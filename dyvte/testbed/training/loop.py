@@ -18,6 +18,7 @@ from transformers import LlavaForConditionalGeneration
 
 from dyvte.errors import ConfigError
 from dyvte.runs.store import write_atomic
+from dyvte.runs.terminal import progress
 
 
 # ---------------------------------------------------------------- the loop
@@ -86,7 +87,8 @@ def run_stage(
     log = (folder / f"{name}.jsonl").open("a")
     started = time.monotonic()
     with SummaryWriter(str(folder / "tensorboard" / name), purge_step=first) as board, log:
-        bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=name, mininterval=5.0)
+        of_bar = {"initial": first, "total": cfg.steps, "mininterval": 5.0}
+        bar = progress(name, "steps", range(first, cfg.steps), **of_bar)
         running = float("nan")
         steps = DataLoader(
             _Steps(batch_of, cfg.steps), batch_size=None, sampler=range(first, cfg.steps), num_workers=workers
