@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -15,8 +16,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
 import dyvte
+from dyvte.errors import ModelError
 from dyvte.testbed.smol import assemble as assembling
 from dyvte.testbed.smol import base, phrases
+from dyvte.testbed.smol.average import average_parts
 from dyvte.testbed.smol.batches import EnglishBatches
 from dyvte.testbed.smol.practice import caption, look_up
 from dyvte.testbed.smol.questions import (
@@ -274,7 +277,6 @@ def test_what_is_trained_equals_what_is_assembled(tokenizer, language_model, tmp
 
 
 def test_without_a_source_the_error_names_both(tmp_path, monkeypatch):
-    from dyvte.errors import ModelError
 
     def refuse(folder: Path) -> Path:
         raise ModelError("no index answers")
@@ -287,7 +289,6 @@ def test_without_a_source_the_error_names_both(tmp_path, monkeypatch):
 
 
 def test_a_file_of_another_hash_is_refused_and_removed(tmp_path, monkeypatch):
-    from dyvte.errors import ModelError
 
     (tmp_path / base.GGUF_FILE).write_bytes(b"something else")
     monkeypatch.setattr(base.subprocess, "run", lambda *args, **options: _no_index())
@@ -317,3 +318,27 @@ def test_before_it_is_put_together_loading_says_what_to_do(tmp_path, monkeypatch
     monkeypatch.setattr(assembling, "is_assembled", lambda: False)
     with pytest.raises(dyvte.ModelError, match="run `make smol`, or `dyvte smol`"):
         dyvte.load("llava_smol")
+
+
+def test_two_runs_are_averaged_tensor_by_tensor_and_runs_of_two_shapes_are_not(tmp_path):
+    def write_parts(name, seed, rank):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {"a": torch.randn(rank, 3, generator=generator), "b": torch.randn(3, rank, generator=generator)}
+        (tmp_path / name / "adapter").mkdir(parents=True)
+        save_file(tensors, tmp_path / name / "adapter" / "adapter_model.safetensors")
+        save_file({"w": torch.randn(2, generator=generator)}, tmp_path / name / "projector.safetensors")
+        (tmp_path / name / "training.json").write_text(json.dumps({"log": []}))
+        return tmp_path / name
+
+    first, second = write_parts("first", 0, 2), write_parts("second", 1, 2)
+    average_parts(first, second, tmp_path / "mean", weight=0.25)
+    for name in ("projector.safetensors", "adapter/adapter_model.safetensors"):
+        a, b, mean = (load_file(tmp_path / folder / name) for folder in ("first", "second", "mean"))
+        for key in a:
+            torch.testing.assert_close(mean[key], 0.75 * a[key] + 0.25 * b[key])
+    assert json.loads((tmp_path / "mean" / "training.json").read_text())["averaged"]["weight"] == 0.25
+    with pytest.raises(ModelError, match="differ in a; average runs of one shape"):
+        average_parts(first, write_parts("wider", 2, 4), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(ModelError, match="exists"):
+        average_parts(first, second, tmp_path / "mean")
