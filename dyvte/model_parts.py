@@ -140,8 +140,14 @@ EACH_ALONE = ("moe", "mlp")
 """Kinds of decoder layer in which every position is by itself."""
 
 
-_OTHER_STATES = ("mamba", "recurrent", "hybrid", "hybrid_sliding")
-"""Kinds of decoder layer whose running state is built in a way of their own."""
+_OTHER_STATES = {
+    **dict.fromkeys(("mamba", "recurrent"), "dyvte does not know how its running state is built"),
+    **dict.fromkeys(
+        ("hybrid", "hybrid_sliding"),
+        "it convolves the keys that it attends to and counts their distances itself, as if no token were left out",
+    ),
+}
+"""Kinds of decoder layer that cannot run on some positions only, and why."""
 
 _INPUT_PROJECTION = "in_proj"
 """What the input projections of linear attention, Mamba and LFM's convolutions are called, or begin with."""
@@ -150,7 +156,9 @@ _INPUT_PROJECTION = "in_proj"
 def undrivable(layer: nn.Module, kind: str | None) -> str | None:
     """Why the running state of a decoder layer cannot be built from some positions only; None where it can."""
     if kind in _OTHER_STATES:
-        return "dyvte does not know how its running state is built"
+        return _OTHER_STATES[kind]
+    if getattr(layer, "ple", None) is not None:
+        return "it embeds runs of neighbouring token ids, which change where visual tokens leave"
     for name, module in layer.named_modules() if kind in RUNNING_STATE else ():
         if name.rpartition(".")[2].startswith(_INPUT_PROJECTION) and getattr(module, "bias", None) is not None:
             return f"its {name} adds a bias at padding too, over which the state of shorter rows would run"
@@ -166,13 +174,35 @@ def layer_kinds(text_config: Any) -> list[str | None]:
 INDEXERS_BY_KEY = ("Dots3NoteTextIndexer", "MistralLarge4TextIndexer")
 """Indexers that choose key by key among those that the layer's mask lets them see."""
 
+INDEXERS_BY_VISIBLE_BLOCK = ("Qwen4ExpTextQSAIndexer",)
+"""Indexers that choose blocks of keys that lie one behind the other among those that the mask lets a query see."""
+
 INDEXERS_BY_BLOCK = ("MiniMaxM3VLIndexer",)
 """Indexers that choose blocks of neighbouring keys."""
+
+INDEXERS_BY_POOL = ("Glm5NextTextIndexer",)
+"""Indexers that choose pools of tokens, which they count off from a row's first one."""
+
+DRIVEN_INDEXERS = INDEXERS_BY_KEY + INDEXERS_BY_VISIBLE_BLOCK + INDEXERS_BY_BLOCK + INDEXERS_BY_POOL
+"""Indexers of layers that can run on some positions only."""
 
 
 def indexer_of(attention: nn.Module | None) -> Any:
     """What an attention module chooses its keys with; None for one that attends to all."""
     return getattr(attention, "indexer", None)
+
+
+def runs_together(attention: nn.Module | None) -> bool:
+    """Whether a layer must run on the rows' tokens as they follow each other, all rows at once, padding in front.
+
+    So do layers that carry a running state, and those whose keys are pooled in the order in which they come.
+    """
+    return attention is None or type(indexer_of(attention)).__name__ in INDEXERS_BY_POOL
+
+
+def needs_all_tokens(attention: nn.Module | None) -> bool:
+    """Whether a layer cannot run on some tokens with the keys of earlier ones at hand: it builds on all of them."""
+    return runs_together(attention) or type(indexer_of(attention)).__name__ in INDEXERS_BY_VISIBLE_BLOCK
 
 
 def inner_models(model: Any) -> list[Any]:

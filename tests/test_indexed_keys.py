@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
@@ -214,6 +214,26 @@ def test_entropies_are_those_of_the_chosen_keys(family: str) -> None:
             expected = torch.special.entr(share).sum(-1).flatten(1).nanmean(1)
             layers = slice(0, LAYERS) if k == LAYERS else slice(k, LAYERS)
             close(sweep.text_entropy[row, k, layers], expected[layers])
+
+
+@torch.no_grad()
+def test_entropies_of_pools_are_those_of_text_alone() -> None:
+    """Exit 0 of GLM-5-Next, which has no positions, is the prompt without its image."""
+    config = {"layer_types": ["indexed_attention", "linear_attention"] * 2}
+    mllm, eager = (wrap(build_model("glm5_next", kind, text_config=config)) for kind in ("sdpa", "eager"))
+    batch = batch_of(mllm, (6, 3))
+    sweep = exit_sweep(mllm, batch)
+    for row in range(2):
+        text, asks = batch.layout.text[row], batch.layout.text_status_positions[row]
+        maps: list[Tensor] = []
+        with ExitStack() as stack:
+            for layer in eager.attention_layers:
+                keep = partial(lambda maps, *call: maps.append(call[-1][1]), maps)
+                stack.callback(eager.attention_of(layer).register_forward_hook(keep).remove)
+            eager.model(input_ids=batch["input_ids"][row : row + 1, text])
+        expected = [torch.special.entr(each[0][:, asks[text]]).sum(-1).mean() for each in maps]
+        close(sweep.text_entropy[row, 0, eager.attention_layers], torch.stack(expected))
+    assert sweep.text_entropy[:, 0, 1::2].isnan().all()
 
 
 @torch.no_grad()

@@ -73,6 +73,7 @@ class AttentionCall:
         key: [B, H_kv, K, head size].
         value: [B, H_kv, K, value size].
         output: [B, N, H, value size], what the function gave.
+        position_bias: [B, H, N, K] that a module adds to its scores, of relative positions; None where it adds none.
         weights: [B, H, N, K] where the function computed them anyway (eager attention), else None.
     """
 
@@ -85,13 +86,15 @@ class AttentionCall:
     scale: float
     sliding_window: int | None
     softcap: float | None
+    position_bias: Tensor | None
     weights: Tensor | None
 
     def rows(self, geometry: Geometry) -> Callable[[Block], Tensor]:
         """Attention rows for `role_sums`."""
         if self.weights is None:
             length = self.query.shape[2]
-            return score_rows(self.query, self.key[:, :, :length], self.scale, self.softcap, geometry)
+            key = self.key[:, :, :length]
+            return score_rows(self.query, key, self.scale, self.softcap, geometry, self.position_bias)
         weights = self.weights
         return lambda block: weights[:, :, block.rows, block.columns].float()
 
@@ -180,7 +183,7 @@ class _Door:
     def describe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> AttentionCall:
         """What the function was called with and what it returned, by name."""
         arguments = dict(zip(self.signature[1:], args, strict=False)) | kwargs
-        unknown = [name for name in ("position_bias", "s_aux") if arguments.get(name) is not None]
+        unknown = [name for name in ("s_aux",) if arguments.get(name) is not None]
         mask = arguments.get("attention_mask")
         weights = result[1] if self.name == "eager_attention_forward" else None
         if mask is not None and not isinstance(mask, Tensor):
@@ -203,5 +206,6 @@ class _Door:
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
             sliding_window=arguments.get("sliding_window"),
             softcap=arguments.get("softcap"),
+            position_bias=arguments.get("position_bias"),
             weights=weights,
         )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dyvte.errors import UnsupportedError
-from dyvte.model_parts import INDEXERS_BY_BLOCK, INDEXERS_BY_KEY, indexer_of, layer_kinds, self_attention_of, undrivable
+from dyvte.model_parts import DRIVEN_INDEXERS, indexer_of, layer_kinds, self_attention_of, undrivable
 
 if TYPE_CHECKING:
     from dyvte.mllm import MLLM
@@ -419,7 +419,7 @@ def check_model(mllm: MLLM) -> None:
             raise UnsupportedError(f"decoder layer {index} is of kind {kind!r}: {reason}")
     for index, attention in enumerate(map(self_attention_of, mllm.layers)):
         kind = type(indexer_of(attention)).__name__
-        if indexer_of(attention) is not None and kind not in INDEXERS_BY_KEY + INDEXERS_BY_BLOCK:
+        if indexer_of(attention) is not None and kind not in DRIVEN_INDEXERS:
             raise UnsupportedError(
                 f"decoder layer {index} chooses its keys with a {kind}, which dyvte cannot run on some positions only"
             )

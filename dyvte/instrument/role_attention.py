@@ -289,7 +289,14 @@ def _entropy_weights(geometry: Geometry) -> Tensor:
     return weights
 
 
-def score_rows(query: Tensor, key: Tensor, scale: float, softcap: float | None, geometry: Geometry) -> Callable:
+def score_rows(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    softcap: float | None,
+    geometry: Geometry,
+    position_bias: Tensor | None = None,
+) -> Callable[[Block], Tensor]:
     """Attention rows from queries and keys, to be given to `role_sums`.
 
     Args:
@@ -298,6 +305,7 @@ def score_rows(query: Tensor, key: Tensor, scale: float, softcap: float | None, 
         scale: multiplied with the scores.
         softcap: scores s become softcap * tanh(s / softcap), as in Gemma 2; None leaves them.
         geometry: of the layer's mask.
+        position_bias: [B, H, N, K >= N] added to the scores, of relative positions (Inkling); None for nothing.
     """
     batch, num_heads, length, size = query.shape
     num_key_heads = key.shape[1]
@@ -312,6 +320,8 @@ def score_rows(query: Tensor, key: Tensor, scale: float, softcap: float | None, 
         scores = scores.view(batch, num_heads, rows.stop - rows.start, columns.stop - columns.start)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
+        if position_bias is not None:
+            scores += position_bias[:, :, rows, columns]
         if geometry.bias is not None:
             scores += geometry.bias[:, :, rows, columns]
         if geometry.allowed is not None:

@@ -47,7 +47,7 @@ from dyvte.instrument.keys.shared import PrefillSharing, borrows_keys
 from dyvte.instrument.running_state import packed_arguments
 from dyvte.layout import TokenLayout
 from dyvte.mllm import as_mllm
-from dyvte.model_parts import VISUAL_MARKS, inner_models
+from dyvte.model_parts import VISUAL_MARKS, inner_models, runs_together
 from dyvte.policies.decoding import Decoding
 from dyvte.policies.generation import check_generation, same_settings
 from dyvte.policies.method import Calibration, Need, Source
@@ -327,7 +327,7 @@ class _Engine:
     # -------------------------------------------------------------------------- a layer
 
     def _run_layer(self, call: LayerCall) -> Any:
-        if self._decoding and self.mllm.attentions[call.index] is None:
+        if self._decoding and runs_together(self.mllm.attentions[call.index]):
             return call.run()
         if self._decoding:
             index, layers = self._cache_index(call.index), call.cache.layers
@@ -358,8 +358,8 @@ class _Engine:
                 knowing = running_at(attention, at, at, None, hidden.shape[1], self._start)
             with prefill.running_on(None), knowing:
                 return call.run(hidden)
-        if attention is None:
-            return self._without_attention(call, prefill)
+        if runs_together(attention):
+            return self._all_rows(call, prefill)
         layer = None if call.cache is None else self._kept_layer(call)
         result, output, sharing = hidden.clone(), None, PrefillSharing(call)
         for selection in selections:
@@ -381,8 +381,12 @@ class _Engine:
             layer.finish_prefill(hidden.shape[1])
         return with_states(output, result)
 
-    def _without_attention(self, call: LayerCall, prefill: Prefill) -> Any:
-        """A layer that carries a running state: all rows at once, so that it fills its layer of the cache itself."""
+    def _all_rows(self, call: LayerCall, prefill: Prefill) -> Any:
+        """A layer that `runs_together`: all rows at once, so that it fills its layer of the cache itself."""
+        if prefill.key_bias is not None and self.mllm.attentions[call.index] is not None:
+            raise UnsupportedError(
+                f"decoder layer {call.index} pools the keys of its tokens and takes no bias for those that were merged"
+            )
         selection, result = prefill.selection_behind_padding(), prefill.hidden.clone()
         assert selection is not None
         with prefill.running_on(selection):

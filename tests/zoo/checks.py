@@ -16,7 +16,6 @@ from torch import Tensor
 import dyvte
 from dyvte.batch import Batch
 from dyvte.mllm import MLLM
-from dyvte.model_parts import self_attention_of
 from dyvte.policies.base import Policy, Prefill
 
 from .reference import logits_alone
@@ -105,8 +104,8 @@ def probe(subject: Subject) -> float:
     maps: dict[int, Tensor] = {}
     handles = [
         module.register_forward_hook(lambda module, args, output, index=index: maps.__setitem__(index, output[1]))
-        for index, layer in enumerate(mllm.layers)
-        if (module := self_attention_of(layer)) is not None
+        for index, module in enumerate(mllm.attentions)
+        if module is not None
     ]
     try:
         mllm.model(**subject.batch(), use_cache=False)

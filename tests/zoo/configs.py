@@ -208,7 +208,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "linear_head_dim": 16,
         "linear_num_heads": 4,
         "index_head_dim": 16,
-        "index_n_heads": 2,
+        "index_n_heads": 16,
         "index_topk": 8,
         "index_kpool": 2,
         "hc_mult": 2,
@@ -316,7 +316,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "vision_config": {"video_temporal_patch_size": 2},
     },
     "qwen4_exp_text": {
-        "indexer_n_heads": 2,
+        "indexer_n_heads": 16,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 16,
         "indexer_budget": 8,

@@ -22,6 +22,9 @@ from dyvte.model_parts import self_attention_of
 RUNNING_STATE = ("linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding")
 """Kinds of layer, in the words of transformers' `layer_types`, that carry a state from position to position."""
 
+POOLS = ("Glm5NextTextIndexer",)
+"""Choose pools of neighbouring tokens, which change with the tokens: such layers, too, run on what is left."""
+
 
 @torch.no_grad()
 def logits_alone(mllm: MLLM, batch: Batch, leaves: Sequence[int]) -> Tensor:
@@ -57,7 +60,8 @@ def logits_alone(mllm: MLLM, batch: Batch, leaves: Sequence[int]) -> Tensor:
 def _has_running_state(mllm: MLLM, index: int) -> bool:
     kinds = getattr(mllm.text_config, "layer_types", None) or getattr(mllm.text_config, "layers_block_type", None)
     named = kinds is not None and kinds[index] in RUNNING_STATE
-    return named or self_attention_of(mllm.layers[index]) is None
+    attention = self_attention_of(mllm.layers[index])
+    return named or attention is None or type(getattr(attention, "indexer", None)).__name__ in POOLS
 
 
 def _hide(left: Tensor, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:

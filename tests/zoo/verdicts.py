@@ -27,20 +27,12 @@ WORKS = Verdict()
 ENCODER_DECODER = Verdict(refused="encoder-decoder")
 NO_IMAGE_TOKEN = Verdict(refused="has no image token")
 CROSS_ATTENTION = Verdict(refused="reads its encoder through cross-attention")
-OTHER_CHECKS = ("exits", "sweep", "mixed exits", "kept tokens", "generation")
-"""All but the probe."""
-
-
-def _fails(probe: str = "", others: str = "", **of: str) -> Verdict:
-    found = {name: others for name in OTHER_CHECKS if others} | {
-        name.replace("_", " "): why for name, why in of.items()
-    }
-    return Verdict(fails=({"probe": probe} if probe else {}) | found)
-
-
-def _state(kind: str, probe: str = "no self-attention module") -> Verdict:
-    return _fails(probe, f"of kind '{kind}'")
-
+CONVOLVED_KEYS = Verdict(
+    fails=dict.fromkeys(
+        ("exits", "sweep", "mixed exits", "kept tokens", "generation"), "it convolves the keys that it attends to"
+    )
+)
+"""Only the probe works."""
 
 VERDICTS: dict[str, Verdict] = {
     "aria": WORKS,
@@ -72,7 +64,7 @@ VERDICTS: dict[str, Verdict] = {
     "glm46v": WORKS,
     "glm4v": WORKS,
     "glm4v_moe": WORKS,
-    "glm5_next": _fails("einsum", "Glm5NextTextIndexer"),
+    "glm5_next": WORKS,
     "glm_ocr": WORKS,
     "glmga": WORKS,
     "got_ocr2": WORKS,
@@ -83,8 +75,8 @@ VERDICTS: dict[str, Verdict] = {
     "idefics": CROSS_ATTENTION,
     "idefics2": WORKS,
     "idefics3": WORKS,
-    "inkling2": _state("hybrid_sliding", probe=""),
-    "inkling_mm_model": _state("hybrid_sliding", probe="position_bias"),
+    "inkling2": CONVOLVED_KEYS,
+    "inkling_mm_model": CONVOLVED_KEYS,
     "instructblip": WORKS,
     "instructblipvideo": WORKS,
     "internvl": WORKS,
@@ -129,7 +121,7 @@ VERDICTS: dict[str, Verdict] = {
     "qwen3_omni_moe_thinker": WORKS,
     "qwen3_vl": WORKS,
     "qwen3_vl_moe": WORKS,
-    "qwen4_exp": _fails(others="Qwen4ExpTextQSAIndexer"),
+    "qwen4_exp": WORKS,
     "shieldgemma2": WORKS,
     "smolvlm": WORKS,
     "step3p7": WORKS,
@@ -161,6 +153,12 @@ VARIANTS: dict[str, Verdict] = {
             "index_head_dim": 16,
             "index_block_size": 4,  # all blocks are chosen: `test_indexed_keys.py` makes it a real choice
         },
+    ),
+    "qwen4_exp, several indexed layers": _variant(
+        "qwen4_exp", text_config={"layer_types": [*["indexed_attention"] * 2, "linear_attention", "indexed_attention"]}
+    ),
+    "glm5_next, several indexed layers": _variant(
+        "glm5_next", text_config={"layer_types": ["indexed_attention", "linear_attention"] * 2}
     ),
     "llama4, scaled queries": _variant(
         "llama4", text_config={"no_rope_layers": [1, 0, 1, 0], "floor_scale": 64, "attn_scale": 0.7}

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 from dyvte.instrument.cache import KeptLayer
 from dyvte.instrument.hooks import Selection, override_method
-from dyvte.model_parts import INDEXERS_BY_BLOCK, indexer_of
+from dyvte.model_parts import INDEXERS_BY_BLOCK, INDEXERS_BY_VISIBLE_BLOCK, indexer_of
 
 if TYPE_CHECKING:
     from dyvte.mllm import MLLM
@@ -32,6 +32,7 @@ class KeptIndexedLayer(KeptLayer):
     def __init__(self, replaced: DynamicLayer) -> None:
         self._index = KeptLayer(DynamicLayer())
         super().__init__(replaced)
+        self.indexer_position_ids: Tensor | None = getattr(replaced, "indexer_position_ids", None)
 
     def groups(self, num_queries: int) -> Any:
         """One group at most: an indexer chooses for all rows at once."""
@@ -54,6 +55,8 @@ class KeptIndexedLayer(KeptLayer):
         position, valid, _ = self.key_positions(new)
         length = self.length + new
         own = torch.arange(self.length, length, device=position.device).expand(len(position), -1)
+        if type(indexer_of(attention)).__name__ in INDEXERS_BY_VISIBLE_BLOCK:
+            return _turning_at(position, indexer_of(attention))
         return choosing_among(attention, own, position, valid, length, start)
 
     @contextmanager
@@ -82,11 +85,33 @@ class KeptIndexedLayer(KeptLayer):
         """Forget everything."""
         super().reset()
         self._index.reset()
+        self.indexer_position_ids = None
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep, repeat or reorder rows."""
         super().batch_select_indices(indices)
         self._index.batch_select_indices(indices)
+        if self.indexer_position_ids is not None:
+            self.indexer_position_ids = self.indexer_position_ids.index_select(1, indices)
+
+
+@contextmanager
+def _turning_at(keys: Tensor, indexer: Any) -> Iterator[None]:
+    """Within the block an indexer turns the keys that it pools by the rotary tables of their positions [b, K].
+
+    While decoding, the model gives tables of all positions so far, and the indexer takes keys to stand one behind the
+    other in them.
+    """
+    forward = indexer.forward
+
+    def choose(hidden: Tensor, rotary: tuple[Tensor, Tensor], *rest: Any) -> Tensor:
+        def of_keys(table: Tensor) -> Tensor:
+            return table.expand(len(keys), -1, -1).gather(1, keys[:, :, None].expand(-1, -1, table.shape[2]))
+
+        return forward(hidden, (of_keys(rotary[0]), of_keys(rotary[1])), *rest)
+
+    with override_method(indexer, "forward", choose):
+        yield
 
 
 @contextmanager

@@ -43,9 +43,9 @@ from dyvte.instrument.sweep.answers import teacher_forced
 from dyvte.instrument.sweep.criteria import sequence_nll
 from dyvte.instrument.sweep.entropy import ENTROPIES, EntropyPlan, chosen_keys
 from dyvte.instrument.sweep.frames import Frame, Keys, SharedPrefix, or_all, repeat_arguments, repeated, sees_ahead
-from dyvte.instrument.sweep.without_attention import run_behind_padding
+from dyvte.instrument.sweep.without_attention import behind_padding, run_behind_padding
 from dyvte.mllm import MLLM
-from dyvte.model_parts import indexer_of
+from dyvte.model_parts import indexer_of, needs_all_tokens, runs_together
 
 _LOGITS_AT_ONCE = 2**25
 """Logits computed at once when the answer is scored: 128 MiB in float32."""
@@ -195,7 +195,7 @@ class _Sweep:
             (num_layers + 1, num_layers, self.batch_size, len(ENTROPIES)), torch.nan, device=mllm.device
         )
         self.shared = None
-        self.hybrid = None in mllm.attentions  # some layers build a state from all that a branch sees
+        self.hybrid = any(map(needs_all_tokens, mllm.attentions))  # some build on all that a branch sees
         apart = self.hybrid or any(map(borrows_keys, mllm.attentions))  # rows that share a prefix would need own stores
         if shared_image is not None and self.layout.visual.any() and not apart:
             self.shared = SharedPrefix(self.layout, inputs["input_ids"], shared_image)
@@ -270,12 +270,12 @@ class _Sweep:
 
     def _main_pass(self, call: LayerCall) -> tuple[Any, tuple[Tensor, ...] | None]:
         """The layer of the full model; also keys and values of the branches' earlier text."""
-        if self.mllm.attentions[call.index] is None:
-            return call.run(past_key_values=None), None
         if self.shared is not None:
             return self._shared_main_pass(call, self.shared)
-        keys = Keys()
         self._expect(call, self.everything, self.entropy_plan, self.mllm.num_layers)
+        if runs_together(self.mllm.attentions[call.index]):
+            return call.run(past_key_values=None), None
+        keys = Keys()
         output = call.run(past_key_values=keys)
         if self.branches is None or self.branch.earlier is None or borrows_keys(self.mllm.attentions[call.index]):
             return output, None
@@ -302,7 +302,9 @@ class _Sweep:
         for first in range(0, call.index + 1, at_once):
             exits = branches[first : min(first + at_once, call.index + 1)]
             running = range(first, first + len(exits))
-            self._expect(call, self.branch, self.branch_entropy_plan, slice(running.start, running.stop))
+            together = runs_together(self.mllm.attentions[call.index])
+            frame = Frame(behind_padding(self.branch.own)[0], None) if together else self.branch
+            self._expect(call, frame, self.branch_entropy_plan, slice(running.start, running.stop))
             states = self._run_frame(call, self.branch, exits.reshape(-1, tokens, size), early, running)
             exits.copy_(states.view_as(exits))
 
@@ -331,7 +333,7 @@ class _Sweep:
     ) -> Tensor:
         """Run the layer on the frame's tokens, under several exits in different states [exits * b, M, d]."""
         attention = self.mllm.attentions[call.index]
-        if attention is None:
+        if runs_together(attention):
             return run_behind_padding(call, frame.own, states)
         times = 1 if exits is None else len(exits)
         packed = repeat_arguments(call, {**call.packed(frame.own), "attention_mask": frame.mask(call)}, times)

@@ -1,4 +1,4 @@
-"""Branches through layers that do not attend."""
+"""Branches through layers that do not attend, or that must run on tokens as they follow each other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dyvte.instrument.sweep.frames import repeat_arguments
 
 
 def run_behind_padding(call: LayerCall, selection: Selection, states: Tensor) -> Tensor:
-    """Run a layer that does not attend, without a cache, on packed states of one branch or of several.
+    """Run a layer that `runs_together`, without a cache, on packed states of one branch or of several.
 
     Args:
         call: of the layer.
@@ -25,16 +25,20 @@ def run_behind_padding(call: LayerCall, selection: Selection, states: Tensor) ->
         [times * b, n, d]; anything at padding.
     """
     times = len(states) // len(selection.rows)
-    aligned, there, back = selection.remembered("behind padding", None, partial(_aligned, selection))
+    aligned, there, back = behind_padding(selection)
     arguments = repeat_arguments(call, packed_arguments(call, aligned), times)
     arguments["past_key_values"] = None
-    if there is None:
+    if there is None or back is None:
         return output_states(call.run(states, **arguments))
     return _moved(output_states(call.run(_moved(states, there), **arguments)), back)
 
 
+def behind_padding(selection: Selection) -> tuple[Selection, Tensor | None, Tensor | None]:
+    """A selection with its padding in front, and which column [b, n] each comes from on the way there and back."""
+    return selection.remembered("behind padding", None, partial(_aligned, selection))
+
+
 def _aligned(selection: Selection) -> tuple[Selection, Tensor | None, Tensor | None]:
-    """The selection with its padding in front, and which column [b, n] each comes from on the way there and back."""
     if selection.valid is None:
         return selection, None, None
     width = selection.index.shape[1]
