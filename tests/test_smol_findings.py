@@ -107,3 +107,13 @@ def test_late_entry_has_a_sign(look, recall, verdict):
         for kind, loss in (("look_recall", look), ("recall_look", recall))
     ]
     assert findings.late_entry(pd.concat(tables)).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"), [(-0.3, -0.1, "confirmed"), (0.1, 0.2, "refuted"), (-0.1, 0.1, "undetermined")]
+)
+def test_a_withheld_status_is_read_by_its_interval_and_what_gates_were_trained_on_is_said(low, high, verdict):
+    tests = {"withheld": {"value": (low + high) / 2, "low": low, "high": high}, "trained_on": ["withheld"]}
+    outcome = findings.status_withheld({"tests": {"llava_smol": tests}, "images": 12})
+    assert outcome.verdict == verdict
+    assert "12 images; the gates were trained on such statuses (withheld)" in outcome.numbers

@@ -7,7 +7,7 @@ Reads finished runs (the page names their commands) and `docs/testbed_smol/evalu
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
 from analysis.plots import style as plots
-from analysis.statistics.bands import cluster_bootstrap
+from analysis.statistics.bands import Band, cluster_bootstrap
 from dyvte.gates.metrics import share_interval
 from dyvte.runs.store import write_atomic
 
@@ -32,6 +32,7 @@ RECALL = Path("outputs/exits/llava_smol/recall")
 CUTS = Path("outputs/knockout/llava_smol/english")
 LATE = Path("outputs/knockout/llava_smol/late")
 RECALL_CUTS = Path("outputs/knockout/llava_smol/recall")
+GATES = Path("outputs/gate_claims/llava_smol/english")
 ONE_PATH = "replace=[] control=false objects=false entry_exit=false"
 ONE_WINDOW = f"{ONE_PATH} 'splits=[]'"
 OF_RECALL = "data=english 'data.kinds=[recall_look,look_recall]' data.per_scene=2 data.name=recall"
@@ -45,6 +46,7 @@ COMMANDS = {
     CUTS: f"{CUT} data=english width=5 'paths=[[visual,visual],[instruction,visual]]' {ONE_PATH}",
     LATE: f"{CUT} data=english 'windows=[[20,30]]' 'paths=[[instruction,visual]]' {ONE_WINDOW} output_dir={LATE}",
     RECALL_CUTS: f"{CUT} {OF_RECALL} 'windows=[[0,5]]' 'paths=[[instruction,visual]]' {ONE_WINDOW}",
+    GATES: "python -m analysis.gate_claims model=llava_smol model.dtype=bfloat16 data=english data.limit={n}",
 }
 SPLIT = (5, 20)
 VALLEY = np.log(1.1)
@@ -168,6 +170,17 @@ def late_entry(cuts: pd.DataFrame) -> Outcome:
     return Outcome(outcome.verdict, f"{outcome.numbers}; " + ", ".join(f"{k} {v:.1f}" for k, v in wide.mean().items()))
 
 
+def status_withheld(summary: Mapping[str, Any]) -> Outcome:
+    """H7: what a status from a run that never saw the image does to the gates' mean exit probability."""
+    (tests,) = summary["tests"].values()
+    change = tests["withheld"]
+    verdict = CONFIRMED if change["high"] < 0 else REFUTED if change["low"] > 0 else UNDETERMINED
+    numbers = f"{change['value']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}], {summary['images']} images"
+    if tests["trained_on"]:
+        numbers += f"; the gates were trained on such statuses ({', '.join(tests['trained_on'])})"
+    return Outcome(verdict, numbers)
+
+
 def decide() -> dict[str, Outcome]:
     """Every hypothesis with what can be said of it today."""
     missing = Outcome(OPEN, "its runs are missing")
@@ -189,19 +202,22 @@ def decide() -> dict[str, Outcome]:
     for name, (run, rule) in rules.items():
         if (run / "summary.json").is_file():
             found[name] = rule(read_cuts(run))
+    if (GATES / "summary.json").is_file():
+        found["H7"] = status_withheld(json.loads((GATES / "summary.json").read_text()))
     return found
 
 
 def findings_figure() -> Any:
     """Attention on the image and what leaving early costs, layer by layer, on one axis of layers."""
     stages, exits = (json.loads((run / "summary.json").read_text()) for run in (STAGES, EXITS))
-    curve, agreement = stages["curves"]["cross"], exits["agreement"]
+    attention = Band.from_dict(stages["bands"][stages["endpoint"]]["cross"])
+    agreement = Band.from_dict(exits["overall"]["bands"]["agreement"])
     with plots.figure_style():
         figure, (top, bottom) = plt.subplots(2, 1, figsize=(6.4, 4.6), sharex=True)
-        top.plot(range(len(curve)), curve, color=plots.CYCLE[0].color)
+        plots.draw_band(top, range(len(attention.mean)), attention, plots.CYCLE[0])
         top.axhline(1, color="0.6", linewidth=0.8)
         top.set(ylabel="attention on the image\n(enrichment over uniform)", ylim=(0, None))
-        bottom.plot(range(len(agreement)), agreement, color=plots.CYCLE[1].color)
+        plots.draw_band(bottom, range(len(agreement.mean)), agreement, plots.CYCLE[1])
         bottom.set(
             xlabel="decoder layer; exit layer k",
             ylabel="answers kept if the\nimage leaves after k layers",
@@ -211,7 +227,8 @@ def findings_figure() -> Any:
             for border in SPLIT:
                 axis.axvline(border, color="0.8", linewidth=0.8)
         figure.suptitle(
-            f"llava_smol, {exits['num_samples']} questions; grey lines: the registered split", fontsize="medium"
+            f"llava_smol, {exits['num_samples']} questions, 95% bands; grey lines: the registered split",
+            fontsize="medium",
         )
         figure.tight_layout()
     return figure
