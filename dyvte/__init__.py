@@ -27,6 +27,8 @@ _PUBLIC = {
     "TokenLayout": "dyvte.layout",
     "AttentionProbe": "dyvte.instrument.attention",
     "AttentionStats": "dyvte.instrument.attention",
+    "frame_numbers": "dyvte.instrument.video_frames",
+    "frame_shares": "dyvte.instrument.video_frames",
     "exit_sweep": "dyvte.instrument.sweep",
     "ExitSweep": "dyvte.instrument.sweep",
     "knockout": "dyvte.instrument.causal.knockout",
@@ -106,6 +108,8 @@ if TYPE_CHECKING:  # what a type checker sees; a test holds it to the names abov
     from dyvte.instrument.causal.lens import logit_lens as logit_lens
     from dyvte.instrument.sweep import ExitSweep as ExitSweep
     from dyvte.instrument.sweep import exit_sweep as exit_sweep
+    from dyvte.instrument.video_frames import frame_numbers as frame_numbers
+    from dyvte.instrument.video_frames import frame_shares as frame_shares
     from dyvte.layout import ROLES as ROLES
     from dyvte.layout import TokenLayout as TokenLayout
     from dyvte.loading import load as load

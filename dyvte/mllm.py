@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from dyvte.batch import IGNORE_INDEX, Batch, Image, image_rows, warn_if_question_precedes_image
-from dyvte.data.chat import Chat, split_chat
+from dyvte.data.chat import MAX_FRAMES, Chat, split_chat
 from dyvte.errors import DyvteWarning, ModelError, UnsupportedError
 from dyvte.layout import TokenLayout
 from dyvte.model_parts import (
@@ -218,13 +218,14 @@ class MLLM:
         warn_if_question_precedes_image(getattr(self.processor, "image_token", None), prompts, questions, rows)
         return batch if answers is None else self.append_answers(batch, self.answer_ids(questions, answers))
 
-    def encode_chats(self, chats: Sequence[Chat], padding_side: str = "left") -> Batch:
+    def encode_chats(self, chats: Sequence[Chat], padding_side: str = "left", max_frames: int = MAX_FRAMES) -> Batch:
         """Turn conversations of several turns, with images and videos anywhere in them, into a batch.
 
         Args:
-            chats: each a list of messages (see `dyvte.data.chat.Chat`), the last one to be answered. Videos are frames;
-                only families whose processor has a video processor take them.
+            chats: each a list of messages (see `dyvte.data.chat.Chat`), the last one to be answered. Videos are frames
+                or files; only families whose processor has a video processor take them.
             padding_side: "left" (what generation needs) or "right".
+            max_frames: the most frames that are read of a file, evenly spread.
 
         Raises:
             ModelError: no chat template, other content than text, image and video, or a video that nothing reads.
@@ -240,7 +241,7 @@ class MLLM:
         processor = self._require_processor()
         if not getattr(processor, "chat_template", None):
             raise ModelError(f"{type(processor).__name__} has no chat template, which conversations need")
-        found = [split_chat(chat) for chat in chats]
+        found = [split_chat(chat, max_frames) for chat in chats]
         videos = [each.videos for each in found]
         if any(videos) and getattr(processor, "video_processor", None) is None:
             raise ModelError(f"{type(processor).__name__} reads no videos: give some of their frames as images")

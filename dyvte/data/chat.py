@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from dyvte.data.video import read_video
 from dyvte.errors import ModelError
 
 Chat = Sequence[Mapping[str, Any]]
-"""Messages `{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "..."}]}`."""
+"""Messages `{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "..."}]}`.
+
+A `{"type": "video", "video": film}` is a list of frames, an array [frames, height, width, 3], or a file name.
+"""
 
 
 @dataclass
@@ -27,11 +32,17 @@ class SplitChat:
     videos: list[Any] = field(default_factory=list)
 
 
-def split_chat(chat: Chat) -> SplitChat:
-    """Take the media out of a conversation.
+MAX_FRAMES = 8
+"""Frames that are read of the file of a video where nobody says how many."""
+
+
+def split_chat(chat: Chat, max_frames: int = MAX_FRAMES) -> SplitChat:
+    """Take the media out of a conversation; files of videos are read (`dyvte.data.video.read_video`).
 
     Raises:
         ModelError: content that is neither text, image nor video.
+        ConfigError: the file of a video, and no package that decodes it.
+        BrokenSample: it is missing or unreadable.
 
     Example:
         >>> asked = {"role": "user", "content": [{"type": "image", "image": 7}, {"type": "text", "text": "?"}]}
@@ -47,8 +58,12 @@ def split_chat(chat: Chat) -> SplitChat:
             kind = part.get("type")
             if kind == "text":
                 content.append({"type": "text", "text": part["text"]})
-            elif kind in ("image", "video"):
-                (found.images if kind == "image" else found.videos).append(part[kind])
+            elif kind == "image":
+                found.images.append(part["image"])
+                content.append({"type": kind})
+            elif kind == "video":
+                film = part["video"]
+                found.videos.append(read_video(film, max_frames) if isinstance(film, (str, Path)) else film)
                 content.append({"type": kind})
             else:
                 raise ModelError(f"a message holds {kind!r}; a conversation is made of text, image and video")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
-from transformers.video_utils import load_video
 
 from dyvte.data.reading import find_image, read_image, to_rgb, without_placeholders
+from dyvte.data.video import read_video
 from dyvte.errors import ConfigError
 
 
@@ -29,7 +27,7 @@ def read_chat(messages: Sequence[Any], where: str, max_num_frames: int) -> list[
             elif part["type"] == "image":
                 content.append({"type": "image", "image": _image(part["url"], where)})
             elif part["type"] == "video":
-                content.append({"type": "video", "video": _frames(part["url"], max_num_frames)})
+                content.append({"type": "video", "video": read_video(part["url"], max_num_frames, where)})
             else:
                 raise ConfigError(f"{where}: holds {part['type']}; dyvte answers about text, images and videos")
         chat.append({"role": message["role"], "content": content})
@@ -43,18 +41,3 @@ def _image(visual: Any, where: str) -> Image.Image:
     if not isinstance(visual, str):
         raise ConfigError(f"{where}: shows {type(visual).__name__}; dyvte reads pictures, their files and data URLs")
     return read_image(find_image(visual, None, where, allow_outside=True), visual, where)
-
-
-def _frames(video: Any, most: int) -> Any:
-    """Frames of a video, at most so many, evenly spread: of a file, or of frames that are read already."""
-    if isinstance(video, (str, Path)):
-
-        def indices(metadata: Any, **_: Any) -> list[int]:
-            return _spread(metadata.total_num_frames, most)
-
-        return load_video(str(video), sample_indices_fn=indices)[0]
-    return [video[index] for index in _spread(len(video), most)]
-
-
-def _spread(number: int, most: int) -> list[int]:
-    return [round(index) for index in np.linspace(0, number - 1, min(number, most))]
