@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from dyvte.cost.calls import together_is_cheaper
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.hooks import Selection
 from dyvte.layout import TokenLayout
@@ -165,7 +166,7 @@ class Prefill:
     def running(self) -> Selection | None:
         """While a layer runs, the positions that it runs on; None between layers.
 
-        A layer runs once for rows with and once for rows without visual tokens.
+        A layer runs once for rows with and once for rows without visual tokens, unless that is dearer than together.
         """
         if self._running == "everything":
             rows = torch.arange(len(self.kept), device=self.kept.device)
@@ -185,7 +186,8 @@ class Prefill:
     def selections(self) -> list[Selection] | None:
         """The kept positions, as one selection for rows with and one for rows without visual tokens.
 
-        None as long as no row left any position out. Costs one host synchronisation after a `drop`.
+        All rows are in one where that is cheaper (`dyvte.cost.calls`), padded to the longest. None as long as no row
+        left any position out. Costs one host synchronisation after a `drop`.
         """
         rows = self._rows
         if rows.unknown:
@@ -213,12 +215,13 @@ class Prefill:
 
     def _groups_of_rows(self) -> list[tuple[tuple[int, ...], Tensor]]:
         """Rows with and rows without visual tokens, on the host and on the device, without sending any."""
+        counts, device = self._rows.counts, self.kept.device
         groups = [
             tuple(row for row, sees in enumerate(self._rows.seeing) if sees == wanted) for wanted in (True, False)
         ]
-        device = self.kept.device
-        if not all(groups):
-            return [(each, torch.arange(len(each), device=device)) for each in groups if each]
+        if not all(groups) or together_is_cheaper(self.mllm, [[counts[row] for row in each] for each in groups]):
+            everyone = tuple(range(len(counts)))
+            return [(everyone, torch.arange(len(everyone), device=device))]
         order = (~self.has_visual).to(torch.int8).argsort(stable=True)
         parts = order.split_with_sizes([len(each) for each in groups])
         return list(zip(groups, parts, strict=True))
