@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from torch import Tensor
 
+from analysis import gate_recipes
+from analysis.statistics.gates.recipes import cost_differences, mean_mixture_cost
 from dyvte.errors import ConfigError, ModelError
 from dyvte.gates import Gates
 from dyvte.gates.counterfactual import OtherRuns, exits_for, rule_of_exit
@@ -19,6 +23,7 @@ from dyvte.gates.objectives import GateData, Recipe, exit_distribution, hazard_l
 from dyvte.gates.teacher import Teacher
 from dyvte.gates.training import average_gates, gate_probabilities, total_loss, train_gates
 from dyvte.gates.validation import cost_at_agreement
+from dyvte.runs.config import compose
 
 seeds = st.integers(0, 10_000)
 
@@ -235,3 +240,75 @@ def test_cost_at_agreement_is_the_cheapest_mixture_of_thresholds(seed: int, caut
         ]
         assert found[f"cost_at_{wanted:g}"] == pytest.approx(min(mixed), abs=1e-6)
     assert found["mean_cost"] == pytest.approx((found["cost_at_0.8"] + found["cost_at_1"]) / 2)
+
+
+# ------------------------------------------------------------- recipes side by side
+
+
+@settings(max_examples=10)
+@given(seeds, st.integers(2, 6))
+def test_differences_are_of_the_same_images_drawn_again(seed: int, images: int) -> None:
+    """Against replicates whose questions are written out one by one."""
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, images, 12)
+    image[:images] = np.arange(images)
+    costs, kept = rng.random((2, 12, 3)), (rng.random((2, 12, 3)) < 0.7).astype(float)
+    kept[:, :, 0] = 1  # one threshold is never reached
+    wanted, draws = (0.8, 0.9), 40
+    frontiers = {name: (costs[i], kept[i]) for i, name in enumerate("ab")}
+    found = cost_differences(frontiers, "a", image, wanted, draws, seed)["b"]
+
+    def difference(rows: np.ndarray) -> float:
+        one, other = (mean_mixture_cost(costs[i][rows].mean(0), kept[i][rows].mean(0), wanted) for i in (0, 1))
+        return other - one
+
+    drawn = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), draws)
+    naive = [
+        difference(np.concatenate([np.tile(np.flatnonzero(image == i), n) for i, n in enumerate(times)]))
+        for times in drawn
+    ]
+    assert found.mean == pytest.approx(difference(np.arange(12)))
+    off = np.abs(np.array(naive) - found.mean)
+    assert found.high - found.mean == pytest.approx(np.quantile(off, 0.95) if off.max() > 1e-9 else 0, abs=1e-9)
+    assert found.mean - found.low == pytest.approx(found.high - found.mean)
+
+
+def test_intervals_hold_for_all_recipes_at_once() -> None:
+    """Of recipes that do not differ but for noise, all together are covered in about 95 of 100 worlds."""
+    missed, worlds = 0, 60
+    for world in range(worlds):
+        rng = np.random.default_rng(world)
+        shared = np.repeat(rng.normal(size=40), 3)[:, None]
+        recipes = {name: (shared + rng.normal(size=(120, 1)), np.ones((120, 1))) for name in "abcdef"}
+        found = cost_differences(recipes, "a", np.repeat(np.arange(40), 3), [0.9], 200, world)
+        missed += not all(each.low <= 0 <= each.high for each in found.values())
+    assert missed <= 9  # a chance of 0.3% if it is 5%
+
+
+def test_a_small_run_of_the_comparison(tmp_path: Path) -> None:
+    small: dict[str, object] = {
+        "data.limit": 32,
+        "batch_size": 16,
+        "validation_share": 0.5,
+        "recipe.training.epochs": 2,
+        "bootstrap": 20,
+    }
+    small |= {"labels.dir": tmp_path / "labels", "labels.max_new_tokens": 3, "labels.exits": "[0,2]"}
+    small |= {"output_dir": tmp_path / "run", "page": tmp_path / "page.md"}
+    cfg = compose("gate_recipes", [f"{key}={value}" for key, value in small.items()])
+    OmegaConf.set_struct(cfg, False)
+    cfg.options = {name: cfg.options[name] for name in ("as it is", "lens", "no other runs")}
+    gate_recipes.main(cfg)
+    text = (tmp_path / "page.md").read_text()
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines() if line.startswith("| ")}
+    assert list(rows) == ["option", "as it is", "lens", "no other runs"]
+    assert rows["as it is"][2] == ""
+    assert [rows[name][-1].strip(" |") for name in ("as it is", "lens")] == ["320", "323"]
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").glob("*/summary.json")}
+    assert len(written) == 3
+    costs = {name: float(row[1]) for name, row in rows.items() if name != "option"}
+    difference = float(rows["lens"][2].split(" [")[0])
+    assert difference == pytest.approx(costs["lens"] - costs["as it is"], abs=1.6e-3), "rounded"
+    gate_recipes.main(cfg)
+    assert {file: file.stat().st_mtime_ns for file in written} == written, "what is there is not trained again"
+    assert (tmp_path / "page.md").read_text() == text

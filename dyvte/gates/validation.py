@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dyvte.errors import ConfigError
 from dyvte.gates.labels import LabelSet
-from dyvte.gates.metrics import at_exit, first_exit, mixture_cost, thresholds_by_depth
+from dyvte.gates.metrics import first_exit, mixture_cost, thresholds_by_depth
 from dyvte.gates.module import Gates
 from dyvte.gates.training import gate_probabilities
 
@@ -20,32 +20,50 @@ THRESHOLDS = 200
 """Thresholds whose agreement and cost make the frontier."""
 
 
-def cost_at_agreement(
-    probability: Tensor, agree: Tensor, cost: Tensor, caution: float, wanted: Sequence[float] = AGREEMENTS
-) -> dict[str, float]:
-    """Mean cost of gates at some agreements, whatever the threshold that reaches them: mixtures of two thresholds.
+def threshold_frontier(probability: Tensor, agree: Tensor, cost: Tensor, caution: float) -> tuple[Tensor, Tensor]:
+    """What every question costs and whether its answer is kept, under each of T thresholds.
 
-    Thresholds are spread evenly over how certain the questions' most certain gates are.
+    Thresholds are spread evenly over how certain the questions' most certain gates are; the first is never reached.
 
     Args:
         probability: [n, L - 1] of exit.
         agree: [n, L + 1] whether exit k keeps the answer.
         cost: [n, L + 1].
         caution: see `dyvte.gates.metrics.thresholds_by_depth`.
+
+    Returns:
+        Costs and 1 where the answer is kept, both [n, T].
+
+    Example:
+        >>> agree, cost = torch.tensor([[0, 1, 1], [0, 0, 1]]), torch.tensor([[0.0, 0.5, 1.0]] * 2)
+        >>> costs, kept = threshold_frontier(torch.tensor([[0.9], [0.2]]), agree, cost, caution=0.0)
+        >>> costs.mean(0).tolist(), kept.mean(0).tolist()
+        ([1.0, 0.75, 1.0], [1.0, 1.0, 1.0])
+    """
+    num_layers = probability.shape[1] + 1
+    risk = 1 - torch.tensor(thresholds_by_depth(0.0, num_layers, caution), dtype=torch.float64)
+    certain = (1 - (1 - probability.double()) / risk).amax(1)
+    exits = [torch.full((len(probability),), num_layers)]
+    grid = torch.linspace(0, 1, THRESHOLDS, dtype=torch.float64)
+    for threshold in certain.quantile(grid, interpolation="lower").unique().tolist():
+        exits.append(first_exit(probability, thresholds_by_depth(threshold, num_layers, caution)))
+    chosen = torch.stack(exits, dim=1)
+    return cost.double().gather(1, chosen), agree.double().gather(1, chosen)
+
+
+def cost_at_agreement(
+    probability: Tensor, agree: Tensor, cost: Tensor, caution: float, wanted: Sequence[float] = AGREEMENTS
+) -> dict[str, float]:
+    """Mean cost of gates at some agreements, whatever the threshold that reaches them: mixtures of two thresholds.
+
+    Args:
+        probability, agree, cost, caution: as for `threshold_frontier`.
         wanted: the agreements.
 
     Returns:
         `cost_at_0.99` and so on, and `mean_cost`, their mean.
     """
-    num_layers = probability.shape[1] + 1
-    risk = 1 - torch.tensor(thresholds_by_depth(0.0, num_layers, caution), dtype=torch.float64)
-    certain = (1 - (1 - probability.double()) / risk).amax(1)
-    points = [(float(cost[:, -1].mean()), 1.0)]
-    grid = torch.linspace(0, 1, THRESHOLDS, dtype=torch.float64)
-    for threshold in certain.quantile(grid, interpolation="lower").unique().tolist():
-        exits = first_exit(probability, thresholds_by_depth(threshold, num_layers, caution))
-        points.append((float(at_exit(cost, exits).mean()), float(at_exit(agree, exits).double().mean())))
-    costs, agreements = np.array(points).T
+    costs, agreements = (each.mean(0).numpy() for each in threshold_frontier(probability, agree, cost, caution))
     found = {f"cost_at_{each:g}": mixture_cost(costs, agreements, each) for each in wanted}
     return {**found, "mean_cost": float(np.mean(list(found.values())))}
 
