@@ -42,3 +42,15 @@ def test_the_image_is_seen_by_thirty_layers_and_needed(mllm):
     assert not sweep.agree[:, 0].all()
     positions = batch["input_ids"] == mllm.model.config.image_token_id
     assert positions.sum(1).tolist() == [144] * 4
+
+
+def test_its_gates_let_the_image_go_before_the_end_and_keep_the_answers(mllm):
+    """On held-out wordings; what they keep and save is in the table beside them (dyvte/testbed/smol/gates/README.md)."""
+    dataset = EnglishDataset(limit=12, kinds=["arithmetic", "attribute", "relation"], paraphrases="held_out", seed=9)
+    samples = [dataset[i] for i in range(len(dataset))]
+    batch = mllm.encode(images=[s.image for s in samples], questions=[s.question for s in samples])
+    plain = mllm.generate(batch)
+    with dyvte.DynamicExit("llava_smol")(mllm) as run:
+        gated = mllm.generate(batch)
+    assert run.exit_layers.min() < mllm.num_layers
+    assert sum(a == b for a, b in zip(plain, gated, strict=True)) >= 10

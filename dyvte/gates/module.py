@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 TESTBED = Path(__file__).parents[1] / "testbed"
-SHIPPED_GATES = {"llava_shapes": TESTBED / "gates", "llava_shapes_waiting": TESTBED / "gates_waiting"}
+SHIPPED_GATES = {
+    "llava_shapes": TESTBED / "gates",
+    "llava_shapes_waiting": TESTBED / "gates_waiting",
+    "llava_smol": TESTBED / "smol" / "gates",
+}
 """Gates that come with the package: a model's by its name, others of that model with their recipe's behind it."""
 
 
