@@ -18,6 +18,7 @@ from dyvte import FixedExit, exit_sweep, knockout
 from dyvte.batch import Batch
 from dyvte.errors import ConfigError, ModelError, UnsupportedError
 from dyvte.instrument.causal import GROUPS, Knockout, all_windows, windows_of_width
+from dyvte.instrument.causal.branches import STATES_A_TOKEN, Branches
 from dyvte.instrument.causal.strands import NOTHING, TRUNK, Tree
 from dyvte.mllm import MLLM
 
@@ -305,6 +306,34 @@ def test_replaced_keys_and_values(
 
 
 # ----------------------------------------------------------------------------- the tree
+
+
+@pytest.mark.parametrize("path", [("instruction", "visual"), ("visual", "visual")])
+def test_branches_hold_no_more_states_than_asked_for(path: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit waits for another pass; one branch always fits."""
+    passes: list[tuple[int, int]] = []
+    collect = Branches._collect
+
+    def watched(self: Branches) -> None:
+        passes.append((sum(each.held for each in self.strands), sum(len(each.branches) for each in self.strands)))
+        collect(self)
+
+    monkeypatch.setattr(Branches, "_collect", watched)
+    mllm = model("llava")
+    batch = batch_of(mllm)
+    windows = all_windows(LAYERS)
+    most = {}
+    for tokens in (1, 4, 10**6):
+        passes.clear()
+        cut = knockout(mllm, batch, None, [path], windows, branch_tokens=tokens)
+        assert all(held <= STATES_A_TOKEN * tokens or number == 1 for held, number in passes)
+        assert sum(number for _, number in passes) == len(windows)
+        most[tokens] = (cut, len(passes))
+    whole, once = most[10**6]
+    assert once == 1
+    for cut, times in most.values():
+        torch.testing.assert_close(cut.token_nll, whole.token_nll, atol=EXACT, rtol=0, equal_nan=True)
+        assert cut is whole or times > 1
 
 
 @given(

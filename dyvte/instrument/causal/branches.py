@@ -7,6 +7,9 @@ trunk's keys of the positions before them.
 
 With L layers, a window [s, e) costs L - s layers on M of N positions. All L (L + 1) / 2 windows of an inverted path
 share what they have in common: about L^3 / 6 node-layers instead of L^3 / 2.
+
+Between two layers the state of every node is held. Where these would take more memory than the layers themselves, the
+branches are divided among several passes; each repeats the trunk.
 """
 
 from __future__ import annotations
@@ -22,16 +25,20 @@ from torch import Tensor
 from dyvte.batch import Batch
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.causal.groups import Intervention
-from dyvte.instrument.causal.strands import NOTHING, TRUNK, Strand
+from dyvte.instrument.causal.strands import NOTHING, TRUNK, Budget, Strand
 from dyvte.instrument.hooks import LayerCall, drive_layers, output_states, with_states
 from dyvte.instrument.kept_keys import locate, take
 from dyvte.instrument.keys.places import counting_from
 from dyvte.instrument.sweep.frames import Frame, Keys, SharedPrefix, sees_ahead
 from dyvte.mllm import MLLM
 
+STATES_A_TOKEN = 12
+"""Held states of branches for each token that runs at once: about what a layer makes of one token (normed states,
+queries, keys, values, what attention and MLP give, each as wide as a state or up to three times as wide)."""
+
 
 class Branches:
-    """One forward pass of a batch with branches riding along.
+    """Forward passes of a batch with branches riding along: one, or as many as memory asks for.
 
     Args:
         mllm: the model.
@@ -41,7 +48,8 @@ class Branches:
             intervention.
         wanted: [B, n] positions whose final states are asked for, none of them before the last one of the prompt.
         shared_image: [B] equal numbers for rows that share all passes up to their image's last token.
-        tokens_at_once: bounds memory.
+        tokens_at_once: bounds memory: tokens that run through a layer at once; `STATES_A_TOKEN` times as many are held
+            between layers, if one branch does not need more.
     """
 
     def __init__(
@@ -62,29 +70,38 @@ class Branches:
         # A state would have to be handed on from what rows share to each of them.
         if shared_image is not None and self.layout.visual.any() and None not in mllm.attentions:
             self.shared = SharedPrefix(self.layout, inputs["input_ids"], shared_image)
+        self.waiting = list(range(len(schedules)))
         self.strands: list[Strand] = []
         self.template: Any = None
         self.final: Tensor | None = None
+        self.found: dict[int, Tensor] = {}
 
     def run(self) -> None:
-        """Run the model."""
+        """Run the model until no branch waits."""
         model = self.mllm.model
         inputs = {name: value for name, value in self.inputs.items() if name not in ("labels", "past_key_values")}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             inputs["logits_to_keep"] = 1
-        with drive_layers(self.mllm, self._run_layer):
-            model(**{**inputs, "use_cache": False})
-        if self.final is None:
-            raise UnsupportedError(f"{type(model).__name__} did not run its decoder layers in order")
+        while self.waiting or self.final is None:
+            with drive_layers(self.mllm, self._run_layer):
+                model(**{**inputs, "use_cache": False})
+            if self.final is None:
+                raise UnsupportedError(f"{type(model).__name__} did not run its decoder layers in order")
+            self._collect()
+
+    def _collect(self) -> None:
+        """Take what the branches of a pass came to, and nothing else of them, for the next pass to have the memory."""
+        while self.strands:
+            strand = self.strands.pop()
+            leaves = zip(strand.branches, strand.tree.leaves, strict=True)
+            self.found |= {branch: strand.final[leaf] for branch, leaf in leaves if leaf != TRUNK}
 
     def states(self) -> Tensor:
         """Final states [branches + 1, B, n, d] at the wanted positions; the last entry is the main pass."""
         assert self.final is not None
         found = self.final.expand(len(self.schedules) + 1, -1, -1, -1).clone()
-        for strand in self.strands:
-            for branch, leaf in zip(strand.branches, strand.tree.leaves, strict=True):
-                if leaf != TRUNK:
-                    found[branch] = strand.final[leaf]
+        for branch, states in self.found.items():
+            found[branch] = states
         return found
 
     # ------------------------------------------------------------------------ a layer
@@ -98,8 +115,10 @@ class Branches:
             segment.enter(call)
         output, keys, values = self._main_pass(call)
         hidden = output_states(output)
-        for strand in self.strands:
-            strand.run(call, self.mllm.attentions[call.index], keys, values, self.tokens_at_once)
+        known = [strand.earlier(call, keys, values) for strand in self.strands]
+        del keys, values  # not needed while branches run
+        for strand, of_trunk in zip(self.strands, known, strict=True):
+            strand.run(call, self.mllm.attentions[call.index], of_trunk)
         for segment in segments:
             segment.leave(hidden)
         self.template = output
@@ -119,18 +138,25 @@ class Branches:
             self.shared = None
         position = torch.arange(self.length, device=call.hidden.device)
         of_frame: dict[tuple[bool, tuple[int, ...]], list[int]] = {}
-        for branch, schedule in enumerate(self.schedules):
-            action = next((self.actions[step] for step in schedule if step != NOTHING), None)
+        for branch in self.waiting:
+            action = next((self.actions[step] for step in self.schedules[branch] if step != NOTHING), None)
             if action is not None:
                 first = torch.where(action.queries, position, self.length).amin(1)
                 starts = tuple(torch.minimum(first, self.layout.last_prompt).tolist())
                 of_frame.setdefault((self._is_of_image(action), starts), []).append(branch)
+        room, self.waiting = STATES_A_TOKEN * self.tokens_at_once, []
         for (of_image, starts), branches in of_frame.items():
             own = valid & (position >= torch.tensor(starts, device=position.device)[:, None])
             if sees_ahead(call.mask, valid & ~own, own):  # prefix-LM: what comes before sees it
                 own = valid
             shared = self.shared if of_image else None
-            self.strands.append(Strand(own, self.layout, self.actions, branches, self.schedules, self.wanted, shared))
+            schedules = {branch: self.schedules[branch] for branch in branches}
+            budget = Budget(self.tokens_at_once, room, 0 if self.strands else 1)
+            strand = Strand(own, self.layout, self.actions, schedules, self.wanted, shared, budget)
+            self.waiting += branches[len(strand.branches) :]
+            if strand.branches:
+                self.strands.append(strand)
+                room -= strand.held
 
     def _is_of_image(self, action: Intervention) -> bool:
         """Whether it changes what rows share, and in the same way for all that show one image."""

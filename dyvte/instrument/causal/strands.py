@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -146,20 +147,26 @@ class Segment:
         return [self.free.pop().copy_(state) for state in states]
 
     def run(
-        self, call: LayerCall, entering: Tensor, steps: Sequence[int], earlier: tuple[Tensor, Tensor] | None
+        self,
+        call: LayerCall,
+        entering: Tensor,
+        steps: Sequence[int],
+        earlier: tuple[Tensor, Tensor] | None,
+        keep_keys: bool,
     ) -> tuple[Tensor, Keys]:
-        """Run the layer on some nodes: their states [n, b, M, d], and their own keys and values.
+        """Run the layer on some nodes: their states [n, b, M, d], and their own keys and values, if these are kept.
 
         Args:
             call: of the layer.
             entering: [n * b, M, d].
             steps: what acts on each node.
             earlier: keys and values of the earlier positions, [b or n * b, heads, E, size].
+            keep_keys: whether its own keys and values are asked for.
         """
         times, packed = len(steps), call.packed(self.frame.own)
         arguments = repeat_arguments(call, {**packed, "attention_mask": None}, times)
         arguments["attention_mask"] = self._masks(call, steps)
-        keys = Keys(earlier, self.frame.rows.repeat(times), self.frame.key_positions.repeat(times, 1))
+        keys = Keys(earlier, self.frame.rows.repeat(times), self.frame.key_positions.repeat(times, 1), keep_keys)
         arguments["past_key_values"] = keys
         return output_states(call.run(entering, **arguments)).unflatten(0, (times, -1)), keys
 
@@ -258,6 +265,21 @@ class SharedImage:
         return torch.where(self.changed[:, None, :, None], moved, earlier).flatten(0, 1)
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What the nodes of a strand may take up.
+
+    Attributes:
+        at_once: tokens that run through a layer at once, if one node does not need more.
+        held: tokens whose states are held between layers.
+        least: branches that run however many tokens they take.
+    """
+
+    at_once: int
+    held: int
+    least: int
+
+
 class Strand:
     """The nodes whose schedules change the same positions first; they carry the same tokens.
 
@@ -265,12 +287,14 @@ class Strand:
         own: [B, N] the positions that nodes carry.
         layout: of the batch.
         actions: the interventions that the tree's steps refer to.
-        branches: which branches of the engine these are.
-        schedules: of all branches.
+        schedules: of the engine's branches that these nodes are for, by number.
         wanted: [B, n] positions whose states are kept after the last layer.
         shared: images whose tokens are carried once for all rows that show them, if there are such.
+        budget: bounds memory.
 
     Attributes:
+        branches: the first of those given, as many as there is room for; possibly none.
+        held: tokens whose states are held at most.
         final: [B, n, d] of every node of the last layer.
     """
 
@@ -279,15 +303,14 @@ class Strand:
         own: Tensor,
         layout: TokenLayout,
         actions: Sequence[Intervention],
-        branches: list[int],
-        schedules: Sequence[Sequence[int]],
+        schedules: Mapping[int, Sequence[int]],
         wanted: Tensor,
         shared: SharedPrefix | None,
+        budget: Budget,
     ) -> None:
-        self.own, self.branches = own, branches
+        self.own = own
         self.before = ~layout.padding & ~own
-        self.tree = Tree([schedules[each] for each in branches])
-        used = {step for each in branches for step in schedules[each]} - {NOTHING}
+        used = {step for steps in schedules.values() for step in steps} - {NOTHING}
         if any(actions[step].mode != "cut" and (actions[step].keys & own).any() for step in used):
             raise UnsupportedError(
                 "the image sees the question (prefix-LM attention): its keys cannot be replaced for the question alone"
@@ -301,6 +324,16 @@ class Strand:
         mine = self.segment.frame.own
         self.wanted = locate(mine.index, or_all(mine.valid, mine.index), wanted, own.shape[1])
         self.final: list[Tensor] = []
+        self.tokens_at_once = budget.at_once
+        self.at_once = max(1, budget.at_once // sum(each.cost for each in self.segments))
+        of_node = sum(each.frame.own.index.numel() for each in self.segments)
+
+        def held(number: int) -> int:
+            return of_node * Tree(list(schedules.values())[:number]).most_states(self.at_once)
+
+        number = max(budget.least, bisect_right(range(1, len(schedules) + 1), budget.held, key=held))
+        self.branches, self.held = list(schedules)[:number], held(number)
+        self.tree = Tree(list(schedules.values())[:number])
 
     def _shared(
         self, of_image: Tensor, shared: SharedPrefix, actions: Sequence[Intervention], layout: TokenLayout
@@ -320,15 +353,15 @@ class Strand:
         """What nodes carry, in the order in which it runs."""
         return [self.segment] if self.image is None else [self.image.segment, self.segment]
 
-    def run(
-        self,
-        call: LayerCall,
-        attention: nn.Module | None,
-        keys: Tensor | None,
-        values: Tensor | None,
-        tokens_at_once: int,
-    ) -> None:
-        """Run the layer on every node, with the trunk's keys and values [B, heads, N, size] of earlier positions.
+    def earlier(self, call: LayerCall, keys: Tensor | None, values: Tensor | None) -> list[KeysOf]:
+        """For each segment, what its nodes take from the trunk's keys and values [B, heads, N, size] in this layer."""
+        steps = set(self.tree.steps[call.index])
+        if keys is None or values is None or not steps:
+            return [{} for _ in self.segments]
+        return [each.earlier(keys, values, steps) for each in self.segments]
+
+    def run(self, call: LayerCall, attention: nn.Module | None, known: Sequence[KeysOf]) -> None:
+        """Run the layer on every node, with `earlier` keys and values.
 
         A layer that does not attend has none, nor scores to cut: it runs on whole rows.
         """
@@ -336,11 +369,7 @@ class Strand:
         if not parents:
             return
         last = call.index == len(self.tree.parents) - 1
-        at_once = max(1, tokens_at_once // sum(each.cost for each in self.segments))
-        places = self.tree.most_states(at_once)
-        known: list[KeysOf] = [{} for _ in self.segments]
-        if keys is not None and values is not None:
-            known = [each.earlier(keys, values, set(steps)) for each in self.segments]
+        at_once, places = self.at_once, self.tree.most_states(self.at_once)
         made: list[list[Tensor | None]] = [[] for _ in self.segments]
         waiting = Counter(parents)
         for first in range(0, len(parents), at_once):
@@ -356,15 +385,16 @@ class Strand:
                     earlier = self.image.into(earlier, carried, len(now))
                 if attention is None:
                     of_nodes = found.unflatten(0, (len(now), -1))
-                    states = run_whole_rows(call, segment.frame.own, of_nodes, tokens_at_once)
+                    states = run_whole_rows(call, segment.frame.own, of_nodes, self.tokens_at_once)
                 else:
                     with counting_from(attention, segment.frame.own.index, self.own.shape[1]):
-                        states, carried = segment.run(call, found, now, earlier)
+                        states, carried = segment.run(call, found, now, earlier, segment is not self.segment)
                 if not last:
                     new.extend(segment.kept(states, places))
                 elif segment is self.segment:
                     where = self.wanted[None, :, :, None].expand(len(now), -1, -1, states.shape[-1])
                     self.final.extend(states.gather(2, where).unbind(0))
+            del entering, found, states  # before the next nodes run
         for segment, new in zip(self.segments, made, strict=True):
             segment.states = new
             if last:

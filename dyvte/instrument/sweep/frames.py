@@ -82,10 +82,15 @@ class Keys:
     """Stands in for a KV cache in one call of one layer: adds the keys of earlier tokens, and keeps what it saw."""
 
     def __init__(
-        self, earlier: tuple[Tensor, ...] | None = None, rows: Tensor | None = None, positions: Tensor | None = None
+        self,
+        earlier: tuple[Tensor, ...] | None = None,
+        rows: Tensor | None = None,
+        positions: Tensor | None = None,
+        keep: bool = True,
     ) -> None:
         self.earlier = earlier  # keys, values, and an indexer's keys where the layer has one
         self.rows, self.positions = rows, positions  # [b] and [b, K]: which keys `update` returns, None for all
+        self.keep = keep  # whether `of_all` will be asked
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.index: Tensor | None = None
@@ -113,7 +118,8 @@ class Keys:
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """As of a cache: the keys and values to attend to, the earlier ones in front."""
-        self.keys, self.values = keys, values
+        if self.keep:
+            self.keys, self.values = keys, values
         if self.earlier is None:
             return keys, values
         return _behind(self.earlier[0], keys), _behind(self.earlier[1], values)
