@@ -8,17 +8,25 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, random_batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.vision_patches import PATCHES
 from dyvte.instrument.vision_tower import TowerNeeds, TowerTokens, VisionTower
+from dyvte.loading import wrap
 from dyvte.mllm import MLLM
 
 SEEN = sorted(set(PATCHES) & set(FAMILIES))
 ALL = TowerNeeds(attention=(0, -1), keys=(0, -1), features=(0, -1))
 WITH_CLASS_TOKEN = ("llava", "llava_next", "internvl")
-PLAIN = ("llava", "llava_next", "llava_onevision", "internvl", "gemma3")
+PLAIN = ("llava", "llava_next", "llava_onevision", "internvl", "gemma3", "mistral3", "idefics3")
+TILED = ("idefics3", "smolvlm")
+OF_SQUARES = ("internvl", "gemma3", "mistral3", "idefics3")
+"""Families whose small models make a token of 2 x 2 patches."""
 
 
 @cache
@@ -67,6 +75,8 @@ def test_attention_is_that_of_the_eager_maps(family: str, attention: str) -> Non
     output = eager.model.base_model.get_image_features(**inputs, output_attentions=True)
     for layer in (0, -1):
         maps = output.attentions[layer].mean(1)  # [views, queries, keys]
+        if family == "mistral3":  # pictures in one sequence
+            maps = torch.stack([maps[0, at : at + 16, at : at + 16] for at in range(0, maps.shape[1], 16)])
         values = maps[:, 0, 1:] if family in WITH_CLASS_TOKEN else maps.mean(1)
         got = tokens.attention(layer)
         expected = [row[list(members)].mean() for row in values for members in patches_of(family, values.shape[1])]
@@ -82,12 +92,14 @@ def test_attention_is_that_of_the_eager_maps(family: str, attention: str) -> Non
 
 def patches_of(family: str, number: int) -> list[tuple[int, ...]]:
     """The patches of every token of a view, in the order of the tokens."""
-    if family not in ("internvl", "gemma3"):
-        return [(patch,) for patch in range(number)]
     side = round(number**0.5)
-    block = 2  # of the small models: 16 patches, 4 tokens
-    corners = [(row, column) for row in range(0, side, block) for column in range(0, side, block)]
-    return [tuple((r + i) * side + c + j for i in range(block) for j in range(block)) for r, c in corners]
+    return squares(side, side, 2 if family in OF_SQUARES else 1)
+
+
+def squares(height: int, width: int, block: int) -> list[tuple[int, ...]]:
+    """The patches of every whole square of a grid."""
+    corners = [(r, c) for r in range(0, height - block + 1, block) for c in range(0, width - block + 1, block)]
+    return [tuple((r + i) * width + c + j for i in range(block) for j in range(block)) for r, c in corners]
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision"])
@@ -106,7 +118,7 @@ def test_features_through_the_projector_are_the_visual_tokens(family: str) -> No
         torch.testing.assert_close(expected[~inside], newline.expand((~inside).sum(), -1))
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3", "internvl"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", *OF_SQUARES])
 @torch.no_grad()
 def test_a_change_in_one_patch_of_a_token_moves_that_token(family: str) -> None:
     """Windows reorder patches inside of the tower, mergers take several: the token that changes is the token told."""
@@ -147,6 +159,83 @@ def test_windows_are_softmaxed_apart() -> None:
     assert float(tokens.attention(1).sum() * unit) == pytest.approx(1, abs=1e-4)
 
 
+SIDES = st.integers(1, 5)
+
+
+@cache
+def small(kind: str, attention: str) -> MLLM:
+    """Models beside `FAMILIES`: SmolVLM, and LLaVA with Pixtral's tower."""
+    if kind in FAMILIES:
+        return model(kind, attention)
+    base = FAMILIES["idefics3" if kind == "smolvlm" else "mistral3"]().model.config.to_dict()
+    tower = {**base["vision_config"], "model_type": "smolvlm_vision"} if kind == "smolvlm" else base["vision_config"]
+    family = kind.partition(" ")[0]
+    changes = {"model_type": family, "vision_config": tower, "vision_feature_select_strategy": "full"}
+    config = CONFIG_MAPPING[family](**{**base, **changes})
+    torch.manual_seed(0)
+    return wrap(AutoModelForImageTextToText.from_config(config, attn_implementation=attention))
+
+
+@settings(max_examples=6)
+@given(st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3), st.sampled_from(["mistral3", "llava of Pixtral"]))
+@torch.no_grad()
+def test_pictures_of_any_size_in_one_sequence_are_apart(sizes: list[tuple[int, int]], kind: str) -> None:
+    """Pixtral's tower: attention, views and places against the eager maps, block by block."""
+    block = 2 if kind == "mistral3" else 1
+    if kind == "mistral3":  # transformers takes no batch of a single token
+        sizes = [(max(height, block), max(width, 2 * block)) for height, width in sizes]
+    pixels = torch.randn(len(sizes), 3, 10, 10, generator=torch.Generator().manual_seed(len(sizes)))
+    inputs = {"pixel_values": pixels, "image_sizes": torch.tensor(sizes) * 2}  # a patch is two pixels wide
+    tokens, _ = seen(small(kind, "sdpa"), inputs)
+    eager = small(kind, "eager").model.base_model.get_image_features(**inputs, output_attentions=True)
+    start, rows = 0, []
+    for view, (height, width) in enumerate(sizes):
+        inside = slice(start, start := start + height * width)
+        received = eager.attentions[-1][0, :, inside, inside].mean((0, 1))
+        for members in squares(height, width, block):
+            place = divmod(members[0], width)
+            middle = (block - 1) / 2
+            rows.append([view, place[0] + middle, place[1] + middle, float(received[list(members)].mean())])
+    expected = torch.tensor(rows)
+    assert torch.equal(torch.column_stack([tokens.view, tokens.place]), expected[:, :3])
+    torch.testing.assert_close(tokens.attention(-1), expected[:, 3], atol=1e-6, rtol=1e-5)
+
+
+@settings(max_examples=6)
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=2, max_size=4), st.sampled_from(TILED))
+@torch.no_grad()
+def test_padding_of_a_tile_neither_attends_nor_is_attended_to(real: list[tuple[int, int]], kind: str) -> None:
+    """Idefics3 and SmolVLM: a row of one tile, a row of the others; each tile has pixels in its upper left part."""
+    pixels, mask = torch.zeros(2, len(real) - 1, 3, 8, 8), torch.zeros(2, len(real) - 1, 8, 8, dtype=torch.bool)
+    for at, (height, width) in zip([(0, 0), *((1, tile) for tile in range(len(real) - 1))], real, strict=True):
+        pixels[at] = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(at[1]))
+        mask[at][: 2 * height, : 2 * width] = True
+    inputs = {"pixel_values": pixels, "pixel_attention_mask": mask}
+    tokens, _ = seen(small(kind, "sdpa"), inputs)
+    maps = small(kind, "eager").model.base_model.get_image_features(**inputs, output_attentions=True).attentions[0]
+    expected = []
+    for view, (height, width) in enumerate(real):
+        inside = [row * 4 + column for row in range(height) for column in range(width)]
+        received = torch.zeros(16)
+        received[inside] = maps[view].mean(0)[inside][:, inside].mean(0)
+        expected += [received[list(members)].mean() for members in squares(4, 4, 2)]
+    torch.testing.assert_close(tokens.attention(0), torch.stack(expected), atol=1e-6, rtol=1e-5)
+    assert tokens.view.tolist() == [view for view in range(len(real)) for _ in range(4)]
+
+
+@torch.no_grad()
+def test_packed_sequences_whose_bounds_are_not_in_a_mask_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    mllm = model("mistral3")
+
+    def packed(module: Any, query: Tensor, *args: Any, cu_seq_lens_q: Tensor | None = None, **kwargs: Any) -> Any:
+        return query.transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_2", packed)
+    monkeypatch.setattr(mllm.model.base_model.vision_tower.config, "_attn_implementation_internal", "flash_attention_2")
+    with pytest.raises(UnsupportedError, match="cu_seq_lens_q in PixtralAttention"):
+        seen(mllm, inputs_of(mllm))
+
+
 @torch.no_grad()
 def test_the_class_tokens_query_and_the_keys_give_its_row_up_to_its_own_column() -> None:
     mllm = model("llava")
@@ -173,7 +262,7 @@ def test_the_place_of_a_token_is_where_its_patches_are(family: str) -> None:
     tokens, _ = seen(mllm, inputs_of(mllm))
     inside = tokens.view >= 0
     assert (tokens.place[~inside] == -1).all()
-    block = 2 if family in ("internvl", "gemma3") or family.startswith("qwen") else 1
+    block = 2 if family in OF_SQUARES or family.startswith("qwen") else 1
     if family.startswith("qwen"):
         expected = [
             (row * block + 0.5, column * block + 0.5)
@@ -198,10 +287,11 @@ def test_the_class_token_of_a_token_is_that_of_its_view() -> None:
     torch.testing.assert_close(tokens.of_class_token(tokens.class_states, -1), expected)
 
 
-def test_what_is_not_mapped_is_refused_by_name() -> None:
-    for family in ("mistral3", "idefics3"):
-        with pytest.raises(UnsupportedError, match=family):
-            VisionTower(model(family))
+def test_what_is_not_mapped_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.delitem(PATCHES, "gemma3")
+        with pytest.raises(UnsupportedError, match="'gemma3' is not mapped"):
+            VisionTower(model("gemma3"))
     tower = VisionTower(model("llava"))
     with pytest.raises(UnsupportedError, match="no layer 7"), tower.watch(TowerNeeds(attention=(7,))):
         pass

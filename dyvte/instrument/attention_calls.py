@@ -183,7 +183,7 @@ class _Door:
     def describe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> AttentionCall:
         """What the function was called with and what it returned, by name."""
         arguments = dict(zip(self.signature[1:], args, strict=False)) | kwargs
-        unknown = [name for name in ("s_aux",) if arguments.get(name) is not None]
+        unknown = [name for name in ("s_aux", "cu_seq_lens_q") if arguments.get(name) is not None]
         mask = arguments.get("attention_mask")
         weights = result[1] if self.name == "eager_attention_forward" else None
         if mask is not None and not isinstance(mask, Tensor):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
@@ -39,22 +39,50 @@ def patches_to_tokens(tower: VisionTower, values: Tensor, arguments: Arguments) 
     return PATCHES[tower.family](tower, values.float(), arguments)
 
 
-def patch_places(tower: VisionTower, patches: int, arguments: Arguments) -> Tensor:
-    """[P, 2] row and column of every patch of a view, in the tower's order."""
+def patch_places(tower: VisionTower, views: int, patches: int, arguments: Arguments) -> Tensor:
+    """[V, P, 3] view, row and column of every patch, in the tower's order.
+
+    Views are counted through the batch, in packed sequences (V is 1) as elsewhere.
+
+    Args:
+        tower: the tower.
+        views, patches: V and P of the tower's states.
+        arguments: of `get_image_features`.
+    """
+    sizes = packed_sizes(tower, arguments)
+    if sizes is None:
+        side = int(patches**0.5)
+        sizes = [(side, side)] * views
+    view = torch.arange(len(sizes)).repeat_interleave(torch.tensor([height * width for height, width in sizes]))
     grids = arguments.get("image_grid_thw")
     if grids is None:
-        side = int(patches**0.5)
-        number = torch.arange(patches)
-        return torch.stack([number.div(side, rounding_mode="floor"), number % side], dim=1).float()
+        place = torch.cat([torch.cartesian_prod(torch.arange(h), torch.arange(w)) for h, w in sizes])
+        return torch.cat([view[:, None], place], dim=1).float().view(views, patches, 3)
     unit = tower.tower.spatial_merge_size
-    places = get_vision_position_ids(grids, unit).float().unflatten(0, (-1, unit**2))  # merger by merger
+    place = get_vision_position_ids(grids, unit)  # merger by merger
+    units = torch.cat([view[:, None].to(place.device), place], dim=1).float().unflatten(0, (-1, unit**2))
     if tower.family == "qwen2_5_vl":
-        places = places[_window_index(tower, arguments).to(places.device)]
-    return places.flatten(0, 1)
+        units = units[_window_index(tower, arguments).to(units.device)]
+    return units.flatten(0, 1)[None]
+
+
+def packed_sizes(tower: VisionTower, arguments: Arguments) -> list[tuple[int, int]] | None:
+    """Height and width, in patches, of the views that a tower has one after another in one sequence.
+
+    Qwen's towers, where every frame is a view, and Pixtral's. None where each view has a row of its own.
+    """
+    grids = arguments.get("image_grid_thw")
+    if grids is not None:
+        return [(height, width) for frames, height, width in grids.tolist() for _ in range(frames)]
+    if tower.tower.config.model_type != "pixtral":
+        return None
+    sizes, pixels, patch = arguments.get("image_sizes"), arguments["pixel_values"], tower.tower.patch_size
+    whole = [pixels.shape[-2:]] * len(pixels) if sizes is None else sizes
+    return [(int(height) // patch, int(width) // patch) for height, width in whole]
 
 
 def _one_each(tower: VisionTower, values: Tensor, arguments: Arguments) -> Tensor:
-    """LLaVA-1.5: a patch is a token."""
+    """LLaVA-1.5 and Pixtral: a patch is a token."""
     return values.flatten(0, 1)
 
 
@@ -79,13 +107,16 @@ def _packed_tiles(tower: VisionTower, values: Tensor, arguments: Arguments) -> T
 
 
 def _shuffled_pixels(tower: VisionTower, values: Tensor, arguments: Arguments) -> Tensor:
-    """InternVL: 2 x 2 patches (or as `downsample_ratio` says) become the channels of one token."""
+    """InternVL, Idefics3 and SmolVLM: squares of patches become the channels of one token."""
     patches, channels = values.shape[1:]
-    side = int(patches**0.5)
-    ratio = tower.mllm.model.config.downsample_ratio
-    number = torch.arange(patches, device=values.device).view(1, side, side, 1)
-    members = tower.owner.pixel_shuffle(number, scale_factor=ratio).flatten(1, 2)[0]  # [tokens, patches of a token]
-    return values[:, members].mean(2).reshape(-1, channels)
+    number = torch.arange(patches, device=values.device)
+    if tower.family == "internvl":
+        side, ratio = int(patches**0.5), tower.mllm.model.config.downsample_ratio
+        members = tower.owner.pixel_shuffle(number.view(1, side, side, 1), scale_factor=ratio).flatten(1, 2)[0]
+    else:
+        connector = tower.owner.connector
+        members = connector.pixel_shuffle(number.view(1, patches, 1), connector.scale_factor)[0]
+    return values[:, members].mean(2).reshape(-1, channels)  # members: [tokens, patches of a token]
 
 
 def _pooled(tower: VisionTower, values: Tensor, arguments: Arguments) -> Tensor:
@@ -94,6 +125,14 @@ def _pooled(tower: VisionTower, values: Tensor, arguments: Arguments) -> Tensor:
     side = int(patches**0.5)
     grid = values.transpose(1, 2).reshape(views, channels, side, side)
     return tower.owner.multi_modal_projector.avg_pool(grid).flatten(2).transpose(1, 2).reshape(-1, channels)
+
+
+def _merged_each(tower: VisionTower, values: Tensor, arguments: Arguments) -> Tensor:
+    """Mistral 3: squares of patches of images of any size are merged; rows and columns left over are dropped."""
+    sizes, merge = packed_sizes(tower, arguments) or [], tower.mllm.model.config.spatial_merge_size
+    images = values[0].split([height * width for height, width in sizes])
+    grids = [image.T.unflatten(1, size) for image, size in zip(images, sizes, strict=True)]
+    return torch.cat([nn.functional.avg_pool2d(grid, merge).flatten(1).T for grid in grids])
 
 
 def _merged(tower: VisionTower, values: Tensor, arguments: Arguments) -> Tensor:
@@ -127,6 +166,9 @@ PATCHES: dict[str, Callable[[VisionTower, Tensor, Arguments], Tensor]] = {
     "llava_onevision": _packed_tiles,
     "internvl": _shuffled_pixels,
     "gemma3": _pooled,
+    "idefics3": _shuffled_pixels,
+    "smolvlm": _shuffled_pixels,
+    "mistral3": _merged_each,
     "qwen2_vl": _merged,
     "qwen2_5_vl": _windowed,
     "qwen3_vl": _merged,

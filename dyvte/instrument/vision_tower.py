@@ -29,6 +29,10 @@ MAP_ENTRIES = 2**24
 """Entries of an attention matrix made at once (64 MiB in float32); no result depends on it."""
 
 
+TOWERS = ("visual", "vision_tower", "vision_model")
+"""What families call their tower."""
+
+
 @dataclass(frozen=True)
 class TowerNeeds:
     """What to take from which encoder layers (0-based; negative ones count from the last, -1).
@@ -151,7 +155,7 @@ class VisionTower:
                 f"{', '.join(sorted(PATCHES))}"
             )
         self.owner: Any = mllm.model.base_model
-        self.tower: Any = self.owner.visual if hasattr(self.owner, "visual") else self.owner.vision_tower
+        self.tower: Any = next(getattr(self.owner, name) for name in TOWERS if hasattr(self.owner, name))
         stacks = [module for module in self.tower.modules() if isinstance(module, nn.ModuleList)]
         self.layers = max((list(stack) for stack in stacks), key=len)
         self.attentions = [_attention_of(layer) for layer in self.layers]
@@ -223,11 +227,11 @@ class VisionTower:
 
         first = next(iter({**record.attention, **record.keys, **record.features}.values()))
         views, patches = without_class_token(first).shape[:2]
-        view = torch.arange(views, device=first.device, dtype=torch.float32)[:, None, None]
-        place = patch_places(self, patches, arguments).to(first.device)
+        places = patch_places(self, views, patches, arguments).to(first.device)
+        view, *place = mapped(places).nan_to_num(-1.0).unbind(1)
         return TowerTokens(
-            view=mapped(view.expand(views, patches, 1))[:, 0].nan_to_num(-1.0).round().long(),
-            place=mapped(place.expand(views, patches, 2)).nan_to_num(-1.0),
+            view=view.round().long(),
+            place=torch.stack(place, dim=1),
             attentions={layer: values[:, 0] for layer, values in of_layers(record.attention).items()},
             all_keys=of_layers(record.keys),
             states=of_layers(record.features),
@@ -308,16 +312,21 @@ class _Record:
         values[layer] = value if layer not in values else torch.cat([values[layer], value], dim=1)
 
     def _attention(self, call: AttentionCall) -> Tensor:
-        if call.mask is not None or call.softcap is not None:
-            raise UnsupportedError(f"the vision tower of {self.owner.family!r} masks its attention; it is not mapped")
+        """[V, S] of the class token, or the mean over the queries that see a patch; those of padding are none."""
+        if call.softcap is not None:
+            raise UnsupportedError(f"the vision tower of {self.owner.family!r} caps its scores; it is not mapped")
         if self.owner.has_class_token:
             return _attention_rows(call, slice(0, 1)).mean(1)[:, 0]
         views, heads, length = call.query.shape[:3]
         at_once = max(1, MAP_ENTRIES // (views * heads * call.key.shape[2]))
         received = call.query.new_zeros(views, call.key.shape[2], dtype=torch.float32)
+        queries = torch.zeros_like(received)
         for start in range(0, length, at_once):
-            received += _attention_rows(call, slice(start, min(start + at_once, length))).mean(1).sum(1)
-        return received / length
+            rows = slice(start, min(start + at_once, length))
+            seen = _seen_patches(call, rows)
+            received += (_attention_rows(call, rows).mean(1) * seen).sum(1)
+            queries += seen.sum(1)
+        return received / queries.clamp(min=1)
 
 
 def _attention_rows(call: AttentionCall, queries: slice) -> Tensor:
@@ -325,7 +334,22 @@ def _attention_rows(call: AttentionCall, queries: slice) -> Tensor:
     if call.weights is not None:
         return call.weights[:, :, queries].float()
     scores = (call.query[:, :, queries].float() * call.scale) @ call.key.float().transpose(2, 3)
+    if call.mask is not None:
+        scores = scores.masked_fill(~_open(call.mask[:, :, queries]), -torch.inf)
     return scores.softmax(-1)
+
+
+def _seen_patches(call: AttentionCall, queries: slice) -> Tensor:
+    """[V or 1, q, S] which patches a slice of the queries sees; queries of padding, none."""
+    if call.mask is None:
+        return torch.ones(1, queries.stop - queries.start, call.key.shape[2], device=call.key.device)
+    mask = call.mask[:, 0]
+    return _open(mask[:, queries]) & _open(mask.diagonal(dim1=1, dim2=2)[:, queries, None])
+
+
+def _open(mask: Tensor) -> Tensor:
+    """Boolean form of a mask that holds either booleans or what is added to scores."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _by_view(states: Tensor) -> Tensor:
