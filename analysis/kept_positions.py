@@ -274,15 +274,15 @@ def preference(low: float, high: float) -> str:
 
 
 def places_in_words(found: Sequence[Mapping[str, Any]]) -> str:
-    """Which methods keep late or early places, which is no property of the question."""
-    named = {
-        which: [labels()[each["method"]] for each in found if each["preference"] == f"{which} places"]
-        for which in ("late", "early")
-    }
-    said = [f"{', '.join(names)}: {which} places" for which, names in named.items() if names]
-    rest = len(found) - sum(map(len, named.values()))
+    """How many methods keep late or early places, which is no property of the question."""
+    said = []
+    for which, furthest in (("late", max), ("early", min)):
+        some = [each for each in found if each["preference"] == f"{which} places"]
+        if some:
+            most = furthest(some, key=lambda each: each["mean_place"])
+            said.append(f"{len(some)} of {len(found)} methods keep {which} places, {labels()[most['method']]} most")
     prefer = "; ".join(said) or "no method prefers early or late places"
-    return f"{prefer}. {rest} of {len(found)} methods show no such preference."
+    return f"{prefer} (the first visual token is at 0, the last at 1, and the mean of all at 0.5)."
 
 
 def figure(found: Sequence[dict[str, Any]], title: str) -> Figure:

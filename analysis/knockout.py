@@ -183,6 +183,16 @@ def worst_windows(summary: Mapping[str, Any]) -> dict[str, tuple[str, float, flo
     return found
 
 
+SPOKEN = {
+    "system": "the system prompt",
+    "visual": "the image",
+    "question": "the question",
+    "last": "the last token and the answer",
+    "instruction": "the text after the image",
+}
+"""What the groups of positions are in a sentence."""
+
+
 def worst_cut_in_words(summary: Mapping[str, Any]) -> str:
     """Which path and layers the answers need most."""
     paths = {name: found for name, found in worst_windows(summary).items() if "(" not in name}  # without controls
@@ -191,7 +201,7 @@ def worst_cut_in_words(summary: Mapping[str, Any]) -> str:
     if high >= 0:
         return "No path through attention is needed in any window: no cut changes the answers beyond chance."
     return (
-        f"The answers need {queries} to read {keys} in {layers} most: cut there, {-mean:.1f}% of them change "
+        f"The answers need {SPOKEN[queries]} to read {SPOKEN[keys]} in {layers} most: cut there, {-mean:.1f}% change "
         f"[{-high:.1f}, {-low:.1f}]."
     )
 

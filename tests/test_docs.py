@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import json
 import os
 import re
 import shlex
@@ -22,6 +23,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 import dyvte
+from dyvte.policies.registry import methods
 from dyvte.runs.config import HYDRA_VERSION, config_folder, missing_settings
 
 ROOT = Path(__file__).parents[1]
@@ -329,13 +331,34 @@ def test_messages_on_the_page_of_pitfalls_are_those_of_the_code():
             assert longest in said, f"no message says {longest!r} ({message})"
 
 
+def text_of(html: str) -> str:
+    return re.sub(r"<[^>]+>", "", html)
+
+
 def test_the_site_builds_without_a_warning(tmp_path: Path):
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")]
     done = subprocess.run(
         build, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     )
     assert done.returncode == 0, done.stderr + done.stdout
-    assert "dyvte.policies.exits.fixed_exit.FixedExit" in (tmp_path / "site" / "reference" / "index.html").read_text()
+    page = {file.parent.relative_to(tmp_path / "site").as_posix(): file.read_text()
+            for file in (tmp_path / "site").rglob("index.html")}  # fmt: skip
+    assert "dyvte.policies.exits.fixed_exit.FixedExit" in page["reference"]
+    sources = json.loads((ROOT / "docs/images/sources.json").read_text())
+    mapped = sources["kept_positions.png"]["numbers"]["methods.*.method"]
+    assert mapped
+    for name, method in methods().items():
+        assert f"policy={name}" in text_of(page[f"methods/{name}"])
+        assert method.source.paper in page[f"methods/{name}"]
+        assert f'href="{name}/"' in page["methods"]
+        assert ("Which places it keeps" in page[f"methods/{name}"]) == (name in mapped)
+    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+        shown = page[f"notebooks/{notebook.stem}"]
+        assert shown.count("What this cell draws") == notebook.read_text().count('"image/png"')
+    assert page["concepts"].count("<math") > 10
+    assert "arithmatex" not in page["concepts"], "a formula was left as it is"
+    for text in page.values():  # it is read without a network
+        assert not re.findall(r'<(?:script|img)[^>]*src="https?:|<link[^>]*rel="stylesheet"[^>]*href="https?:', text)
 
 
 def test_the_readme_is_short_and_shows_a_picture_first():

@@ -181,7 +181,7 @@ def test_knockout_names_the_path_and_the_layers_that_matter_most():
     effects = {"question->visual": band(-3, -40), "last->question": band(-1, -2), "last->visual (random)": band(-90, 0)}
     summary = {"windows": [[0, 3], [3, 6]], "width": 3, "overall": {"effects": effects}}
     words = worst_cut_in_words(summary)
-    assert words.startswith("The answers need question to read visual in layers 3-5 most: cut there, 40.0% of them")
+    assert words.startswith("The answers need the question to read the image in layers 3-5 most: cut there, 40.0%")
     assert "[35.0, 45.0]" in words
     none = {**summary, "overall": {"effects": {"last->question": band(-1, -2)}}}
     assert worst_cut_in_words(none).startswith("No path")
@@ -208,8 +208,15 @@ def test_tables_say_who_is_ahead_or_that_none_could_be_compared():
 
 
 def test_places_and_times_in_words():
-    found = [{"method": "fastv", "preference": "late places"}, {"method": "tome", "preference": "no preference shown"}]
-    assert places_in_words(found) == "FastV: late places. 1 of 2 methods show no such preference."
+    places = {"fastv": ("late", 0.6), "divprune": ("late", 0.7), "tome": ("early", 0.4)}
+    found = [
+        {"method": name, "preference": f"{which} places", "mean_place": mean} for name, (which, mean) in places.items()
+    ]
+    words = places_in_words(found)
+    assert words.startswith(
+        "2 of 3 methods keep late places, DivPrune most; 1 of 3 methods keep early places, ToMe most"
+    )
+    assert places_in_words([{**found[0], "preference": "no preference shown"}]).startswith("no method prefers")
     import pandas as pd
 
     rows = [

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from omegaconf import DictConfig
 
-from analysis import exits, plots, stages, tables
+from analysis import exits, kept_positions, knockout, lens, plots, stages, tables
 from analysis.in_notebook import read_summary, show
 from analysis.measuring.attention import file_name
-from docs.tooling.generated import write_generated
+from docs.tooling.generated import read_record, write_generated
 from docs.tooling.hero import draw_hero, hero_caption
 from dyvte import evaluate
 from dyvte.data import build_dataset
@@ -44,6 +44,9 @@ OWN_PAGES = ("docs/testbed", "docs/stages/", "docs/explorer/")
 COMMANDS: dict[str, Callable[[DictConfig], Any]] = {
     "stages": stages.main,
     "exits": exits.main,
+    "knockout": knockout.main,
+    "lens": lens.main,
+    "kept_positions": kept_positions.main,
     "evaluate": evaluate.evaluate,
     "tables": tables.tables,
 }
@@ -205,6 +208,20 @@ def entry(name: str, alt: str, cfg: DictConfig, sources: Mapping[str, Any], page
     return f"![{alt}]({link})\n\n*{caption}*"
 
 
+def pictures_of_other_pages(cfg: DictConfig) -> list[str]:
+    """Pictures that another command made, with that command and the page that they are on."""
+    root, record, parts = Path.cwd(), read_record(Path.cwd()), []
+    for page in sorted((root / "docs").rglob("*.md")):
+        for alt, link in re.findall(r"!\[([^\]]*)\]\((?![a-z]+:)([^)\s]+)\)", page.read_text()):
+            file = (page.parent / link).resolve()
+            name = os.path.relpath(file, root.resolve())
+            if page != root / cfg.page and name in record and not name.startswith(f"{cfg.images}/"):
+                shown = os.path.relpath(file, (root / cfg.page).resolve().parent)
+                where = os.path.relpath(page, (root / cfg.page).parent)
+                parts.append(f"![{alt}]({shown})\n\nFrom `{record[name]['command']}`, on [{where}]({where}).")
+    return parts
+
+
 def gallery_page(cfg: DictConfig, sources: Mapping[str, Any]) -> str:
     """The page that shows every picture."""
     parts = [
@@ -215,6 +232,8 @@ def gallery_page(cfg: DictConfig, sources: Mapping[str, Any]) -> str:
     for name in cfg.pictures:
         shown = entry(name, cfg.pictures[name].alt, cfg, sources, Path(cfg.page))
         parts.append(f"{shown}\n\nFrom `{sources[name]['command']}`.")
+    if others := pictures_of_other_pages(cfg):
+        parts += ["## On other pages", *others]
     return "\n\n".join(parts) + "\n"
 
 
@@ -226,12 +245,21 @@ def hero_of(sources: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
     return drawn.getvalue(), {"command": COMMAND, "caption": hero_caption(numbers), "numbers": {}}
 
 
-def gallery(cfg: DictConfig) -> None:
-    """Finish the runs, draw the pictures, write the pages."""
+def gallery(cfg: DictConfig, only: Sequence[str] = ()) -> None:
+    """Finish the runs, draw the pictures, write the pages.
+
+    Args:
+        cfg: conf/gallery.yaml.
+        only: names of runs, beside which everything stays as it is; none for all.
+    """
     images = Path(cfg.images)
-    runs = {run: finish(run, cfg) for run in cfg.runs}
+    kept = json.loads((images / SOURCES).read_text()) if only else {}
+    runs = {run: finish(run, cfg) for run in cfg.runs if not only or run in only}
     sources = {}
     for name, picture in cfg.pictures.items():
+        if picture.run not in runs:
+            sources[name] = kept[name]
+            continue
         run_cfg = runs[picture.run]
         made_from = ("weights", "gates") if cfg.runs[picture.run].command in USE_GATES else ("weights",)
         write_generated(images / name, draw(picture.figure, run_cfg), COMMAND, made_from)
@@ -260,6 +288,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", help="key=value, see conf/gallery.yaml")
     parser.add_argument("--pages", action="store_true", help="run nothing: pages and first picture from sources.json")
+    parser.add_argument("--only", nargs="+", default=(), metavar="RUN", help="only the pictures of these runs")
     given = parser.parse_args()
     try:
         cfg = compose("gallery", given.settings)
@@ -267,7 +296,7 @@ def main() -> None:
             kept = json.loads((Path(cfg.images) / SOURCES).read_text())
             publish(cfg, {name: kept[name] for name in cfg.pictures})
         else:
-            gallery(cfg)
+            gallery(cfg, given.only)
     except DyvteError as error:
         sys.exit(f"error: {error}")
 

@@ -1,8 +1,8 @@
-"""What `mkdocs build` does beside building: a hook for mkdocs.yml.
+"""A hook of mkdocs: links out of docs/ become links of the site.
 
 Pages are written to be read on GitHub, so they link to files of the repository outside of docs/. In the site, a file
-becomes a copy of itself under `repository/`, README.md the first page, and a folder is named without a link. A link to
-something that is not there is a warning, which `--strict` makes an error.
+becomes a copy of itself under `repository/`, a notebook its page, README.md the first page, and a folder is named
+without a link. A link to something that is not there is a warning, which `--strict` makes an error.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import griffe
 from mkdocs.structure.files import File, Files
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 LINK = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+[^)\s#]*)(#[^)\s]*)?\)")
-log = logging.getLogger("mkdocs.hooks.site")
+log = logging.getLogger("mkdocs.hooks.links")
 _copied: set[str] = set()
 
 
@@ -49,17 +48,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             log.warning(f"{page.file.src_uri}: link to {target}, which does not exist")
             return text
         name = path.relative_to(ROOT).as_posix()
+        if path.suffix == ".ipynb" and here.name != path.parent.name:  # in all pages but its own
+            return f"[{text}]({os.path.relpath(path.with_suffix('.md').relative_to(ROOT), here)})"
         if name in _copied:
             return f"[{text}]({os.path.relpath(f'repository/{name}', here)})"
         return f"[{text}]({os.path.relpath('index.md', here)})" if name == "README.md" else text
 
     return LINK.sub(replaced, markdown)
-
-
-class ExampleSections(griffe.Extension):
-    """A docstring's `Example:` is the same section as `Examples:`, and is shown as code."""
-
-    def on_object(self, *, obj: Any, **_: Any) -> None:
-        """Rename the section of anything that has one."""
-        if obj.docstring:
-            obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
