@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
+import signal
+import time
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -51,12 +54,20 @@ def test_tables_summary_and_figures(tmp_path: Path) -> None:
     assert summary["overall"]["entry_exit"]["agreement_points"]["mean"][3] == 0  # open from 0 to 4: the model itself
     assert {path.stem for path in (tmp_path / "a/figures").glob("*.png")} == set(summary["figures"])
 
-    # killed after the first batch and started again: the same tables
-    killed = mock.patch.object(knockout.KnockoutMeasurement, "_random_keys", side_effect=[KeyboardInterrupt])
-    with killed, pytest.raises(KeyboardInterrupt):
-        knockout.run(config(tmp_path / "b"), mllm, dataset)
+    # SIGKILL once the first batch is written, then the same command again: the same tables
+    process = multiprocessing.get_context("fork").Process(
+        target=knockout.run, args=(config(tmp_path / "b"), mllm, dataset)
+    )
+    process.start()
+    while not list((tmp_path / "b").glob("shards/0*")) and process.is_alive():
+        time.sleep(0.002)
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "b/summary.json").exists()
     knockout.run(config(tmp_path / "b"), mllm, dataset)
-    assert (tmp_path / "b/knockouts.csv").read_bytes() == (tmp_path / "a/knockouts.csv").read_bytes()
+    for name in ("samples", "knockouts", "entry_exit", "curves"):
+        assert (tmp_path / f"b/{name}.csv").read_bytes() == (tmp_path / f"a/{name}.csv").read_bytes()
 
 
 def test_bands_have_a_width_where_all_agree() -> None:
