@@ -27,7 +27,7 @@ import torch
 import dyvte
 from analysis.statistics.markdown import markdown_table
 from benchmarks.common import VISUAL_TOKENS, add_output, random_llava, random_prompts, write_page
-from benchmarks.dynamic_exit import QUESTION_TOKENS, ROWS, SYSTEM_TOKENS, UNCHANGED, mixed_exits
+from benchmarks.dynamic_exit import NEARLY_NEVER, QUESTION_TOKENS, ROWS, SYSTEM_TOKENS, UNCHANGED, mixed_exits
 from dyvte.batch import Batch
 from dyvte.cost.operators import LayerWork, OperatorCounter, Work, count_layers
 from dyvte.gates import Gates
@@ -53,8 +53,6 @@ STEPS = 4
 """Decoding steps: the first, which prepares the others, and three that are as all later ones."""
 PACKAGE = str(Path(dyvte.__file__).parent) + os.sep
 KEEP = 0.5
-NEARLY_NEVER = 1 - 1e-6
-"""A threshold that no random gate reaches, but that the host cannot know of."""
 
 
 def counted_model(layers: int = LAYERS) -> MLLM:

@@ -115,7 +115,7 @@ def test_an_exit_in_time() -> None:
     exits = bench_dynamic_exit.exits_of_batch(mllm, mixed)
     assert len(exits) == bench_dynamic_exit.ROWS
     assert len(set(exits)) > 2
-    known = {"full": 2.0, "half": 1.5, "layers": 1.4, "text layers": 0.4, "gates": 0.02, "batch": 8.0}
+    known = {"full": 2.0, "half": 1.5, "layers": 1.4, "text layers": 0.4, "batch": 8.0}
     known |= {"one by one": 10.0, "decoding": 0.5, "decoding mixed": 0.4}
     table = {what: measured for what, measured, _ in bench_dynamic_exit.table(8, [known], 0.5, exits)}
     assert table["saved, of what timed layers predict"] == "1.000 [1.000, 1.000]"
@@ -123,6 +123,22 @@ def test_an_exit_in_time() -> None:
     assert table["batch over one by one"] == "0.800 [0.800, 0.800]"
     assert table["decoding with these exits, of full"] == "0.800 [0.800, 0.800]"
     assert 0.3 < bench_dynamic_exit.flops_saved(mllm) < 0.5
+
+
+def test_what_deciding_costs() -> None:
+    gates, decoder = bench_dynamic_exit.deciding_flops(*bench_dynamic_exit.LLAVA["LLaVA-1.5-7B"])
+    status, width = 2 * 4096, 2048
+    assert gates == 31 * 2 * (2 * 640 * 4096 + status * width + 2 * width)  # means, and two layers a gate
+    assert gates < 0.01 * decoder
+    small = random_llava(layers=3, hidden=32, head_size=16)
+    gate, layer = bench_dynamic_exit.deciding_work(small)
+    assert gate.operators <= 16 < layer.operators
+    assert gate.synchronisations == 1
+    rounds = bench_dynamic_exit.measure_gates(small, repeats=2)
+    assert all(0 < each["gates"] < each["asked"] for each in rounds)
+    known = [{"full": 2.0, "asked": 2.1, "gates": 0.02}]
+    text = "\n".join(bench_dynamic_exit.deciding_page(small, known))
+    assert "| time of the gates, of the prefill | 0.0100 [0.0100, 0.0100] |" in text
 
 
 def test_fitting_a_recipe() -> None:

@@ -156,9 +156,10 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
         """
         own = 0 if self.shared else layer
         standardised = (status.to(self.inner.dtype) - self.shift[layer]) * self.scale[layer]
-        hidden = standardised @ self.inner[own]
-        if self.inner_bias is not None:
-            hidden = hidden + self.inner_bias[layer]
+        if self.inner_bias is None:
+            hidden = standardised @ self.inner[own]
+        else:
+            hidden = torch.addmm(self.inner_bias[layer], standardised, self.inner[own])
         found = (F.gelu(hidden) @ self.outer[own]).softmax(-1)[:, 1]
         return found if before is None or not self.cumulative else 1 - (1 - before) * (1 - found)
 

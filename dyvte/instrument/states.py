@@ -49,7 +49,7 @@ def status_weights(layout: TokenLayout, parts: Sequence[str] = TEXT_STATUS) -> T
 
 def token_status(hidden: Tensor, weights: Tensor) -> Tensor:
     """Status [B, P * d] of hidden states [B, N, d] under `status_weights` [B, P, N], parts one after the other."""
-    return (weights.to(hidden.dtype) @ hidden).flatten(1)
+    return torch.bmm(weights.to(hidden.dtype), hidden).flatten(1)
 
 
 def text_status(hidden: Tensor, layout: TokenLayout) -> Tensor:

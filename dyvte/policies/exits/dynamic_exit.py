@@ -131,10 +131,14 @@ class DynamicExit(Policy):
         assert isinstance(self.gates, Gates)
         parts, state = bases_of(self.gates.status), prefill.state
         read = [part for part in STATUS_PARTS if part in parts or (part == TEXT_LAST and LENS in parts)]
-        hidden = prefill.hidden[..., : prefill.mllm.hidden_size]  # of a layer with several streams the first
+        hidden, size = prefill.hidden, prefill.mllm.hidden_size
+        hidden = hidden if hidden.shape[-1] == size else hidden[..., :size]  # of several streams the first
         if (weights := state.get(self._key)) is None:
             weights = state[self._key] = status_weights(prefill.layout, read).to(hidden.device, hidden.dtype)
-        pieces = token_status(hidden, weights.to(hidden.device)).chunk(len(read), dim=-1)
+        status = token_status(hidden, weights.to(hidden.device))
+        if tuple(read) == self.gates.status:
+            return status.to(self.gates.inner.device)
+        pieces = status.chunk(len(read), dim=-1)
         now = dict(zip(read, pieces, strict=True))
         if LENS in parts:
             now[LENS] = lens_features(prefill.mllm, now[TEXT_LAST]).to(hidden.dtype)
