@@ -81,7 +81,7 @@ def measure_attention(
     )
     table = labels.assign(**{name: value.flatten().numpy() for name, value in values.items()})
     has_image = np.repeat(batch.layout.has_image.cpu().numpy(), mllm.num_layers)
-    broken = table[has_image & table["cross_mass"].isna()]
+    broken = table[has_image & table["cross_mass"].isna() & table["layer"].isin(mllm.attention_layers)]
     if len(broken):
         row = broken.iloc[0]
         raise ModelError(
