@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ class Architecture:
 
     Attributes:
         config: fields of its `config.json`.
-        inputs: what it gets for one image: the shape of `pixel_values`, the values of everything else.
+        inputs: what it gets for one image, as `conf/model/_architecture/_base.yaml` says.
         num_layers: decoder layers.
         visual_tokens: what these inputs become.
         tflops: published TFLOPs of a prefill with `text_tokens`, from and to; None where none are published.
@@ -72,7 +73,7 @@ def build_config(settings: dict[str, Any]) -> Any:
             part = settings[key]
             settings[key] = CONFIG_MAPPING[part["model_type"]](**_without(part, "model_type"))
     model_type = settings["model_type"]
-    if model_type in ("qwen2_5_vl", "qwen3_vl", "glm4v"):  # these take their parts as dictionaries only
+    if model_type in ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"):  # these take their parts as dictionaries only
         settings |= {key: settings[key].to_dict() for key in ("text_config", "vision_config")}
     return CONFIG_MAPPING[model_type](**_without(settings, "model_type"))
 
@@ -85,6 +86,23 @@ def full_size(known: Architecture) -> MLLM:
     """The model in full size on the meta device: it has shapes and no weights."""
     with torch.device("meta"):
         return dyvte.wrap(AutoModelForImageTextToText.from_config(build_config(known.config), dtype=torch.bfloat16))
+
+
+_SMALL_PARTS: dict[str, Any] = {
+    "full_attn_idxs": [1, 3],
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": SMALL_VOCABULARY,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+}
+"""Of a small copy's decoder, where it has them."""
 
 
 def small_settings(known: Architecture) -> dict[str, Any]:
@@ -104,6 +122,9 @@ def small_settings(known: Architecture) -> dict[str, Any]:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+    text |= {name: value for name, value in _SMALL_PARTS.items() if text.get(name)}
+    if text.get("num_kv_shared_layers"):  # the last ones, each after one of its kind
+        text |= {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 3}
     if "query_pre_attn_scalar" in text:
         text["query_pre_attn_scalar"] = 16
     rotary = text.get("rope_parameters", {})
@@ -118,7 +139,9 @@ def small_settings(known: Architecture) -> dict[str, Any]:
         "depth": 4,
         "num_attention_heads": 2,
         "num_heads": 2,
+        "num_key_value_heads": 2,
         "head_dim": 16,
+        "global_head_dim": 16,
         "out_hidden_size": 64,
         "deepstack_visual_indexes": [0, 2],
         "fullatt_block_indexes": [1, 3],
@@ -146,10 +169,19 @@ def small_copy(known: Architecture, attn_implementation: str = "sdpa") -> MLLM:
 def image_inputs(known: Architecture, seed: int = 0) -> dict[str, Tensor]:
     """Inputs of one random image."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(*value, generator=generator) if name == "pixel_values" else torch.tensor(value)
-        for name, value in known.inputs.items()
+    made: dict[str, Callable[[list[int]], Tensor]] = {
+        "pixel_values": lambda shape: torch.randn(*shape, generator=generator),
+        "pixel_attention_mask": lambda shape: torch.ones(*shape, dtype=torch.long),
+        "image_position_ids": _grid,
     }
+    return {name: made.get(name, torch.tensor)(value) for name, value in known.inputs.items()}
+
+
+def _grid(size: list[int]) -> Tensor:
+    """[1, rows * columns, 2] column and row of every patch."""
+    rows, columns = size
+    place = torch.arange(rows * columns)
+    return torch.stack([place % columns, place // columns], dim=-1)[None]
 
 
 @torch.no_grad()

@@ -40,6 +40,11 @@ CONFIGS = sorted(
     for file in (config_folder() / "model").glob("[!_]*.yaml")
     if file.stem not in ("hf", "exported", "llava_shapes", "llava_smol")  # any model or export, and our own
 )
+ASKED_IN_CI = ("gemma4_31b", "gemma4_e4b", "glm45v", "lfm25_vl_1b6", "minicpmv46", "paddleocr_vl", "qwen35_9b")
+"""Of types that the zoo asks in CI: what it does with them is computed here by `make zoo` only."""
+HYBRID = ("lfm25_vl_1b6", "minicpmv46", "qwen35_9b")
+"""With layers that carry a state, for which hiding keys is not leaving them out (`tests/zoo/reference.py` does that)."""
+COMPARED = CONFIGS if os.environ.get("DYVTE_ZOO") == "all" else tuple(n for n in CONFIGS if n not in ASKED_IN_CI)
 QUICK = ("eagle_x5_7b", "glm41v_9b", "llava7b", "smolvlm2")
 """One of each way in, and a type that has no family of its own here; `make zoo` takes all."""
 
@@ -71,7 +76,7 @@ def full_size(name: str) -> MLLM:
     return architectures.full_size(architectures.architecture(name))
 
 
-@pytest.mark.parametrize("name", ["llava7b", "qwen3vl8b", "gemma3_4b", "internvl_chat7b"])
+@pytest.mark.parametrize("name", ["llava7b", "gemma3_4b", "internvl_chat7b", *ASKED_IN_CI])
 def test_full_size_on_the_meta_device(name: str) -> None:
     mllm, known = full_size(name), architectures.architecture(name)
     assert mllm.num_layers == known.num_layers
@@ -100,12 +105,22 @@ def test_layers_and_visual_tokens(name: str) -> None:
     )
 
 
+SMALL_IMAGES: dict[str, dict[str, Any]] = {
+    "lfm2_vl": {"pixel_values": [1, 32, 768], "pixel_attention_mask": [1, 32], "spatial_shapes": [[4, 8]]},
+    "minicpmv4_6": {"pixel_values": [1, 3, 14, 14 * 64], "target_sizes": [[8, 8]]},
+    "gemma4": {"pixel_values": [1, 72, 768], "image_position_ids": [6, 12]},
+}
+"""Inputs of a small image, of types that take one as a sequence of patches."""
+
+
 def with_small_image(known: architectures.Architecture) -> architectures.Architecture:
     """The same model for a small image: fewer patches and tiles' pixels, the same way from patches to visual tokens."""
     config, inputs = copy.deepcopy(known.config), copy.deepcopy(known.inputs)
     vision = config["vision_config"]
-    if "image_grid_thw" in inputs:
-        inputs |= {"image_grid_thw": [[1, 4, 8]], "pixel_values": [32, known.inputs["pixel_values"][1]]}
+    if (found := SMALL_IMAGES.get(config["model_type"])) is not None:
+        inputs |= found
+    elif "image_grid_thw" in inputs:
+        inputs |= {"image_grid_thw": [[1, 4, 8]], "pixel_values": [32, *known.inputs["pixel_values"][1:]]}
     else:
         patches_a_side = {
             "llava_next": 2,
@@ -147,7 +162,7 @@ def small(name: str) -> tuple[MLLM, architectures.Architecture]:
     return architectures.small_copy(known), known
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", COMPARED)
 def test_instruments_agree_with_plain_computations(name: str) -> None:
     found = models.compare(small(name)[1])
     assert found["probe"] < 1e-5
@@ -168,7 +183,7 @@ def test_instruments_agree_on_images_of_the_real_size(name: str) -> None:
 # ------------------------------------------------------------------------- generation
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name for name in COMPARED if name not in HYBRID])
 @pytest.mark.parametrize("exit_layer", [0, 2])
 def test_generation_under_exit_equals_masked_recomputation(name: str, exit_layer: int) -> None:
     mllm, known = small(name)
