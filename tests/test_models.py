@@ -43,7 +43,7 @@ CONFIGS = sorted(
 ASKED_IN_CI = ("gemma4_31b", "gemma4_e4b", "glm45v", "lfm25_vl_1b6", "minicpmv46", "paddleocr_vl", "qwen35_9b")
 """Of types that the zoo asks in CI: what it does with them is computed here by `make zoo` only."""
 HYBRID = ("lfm25_vl_1b6", "minicpmv46", "qwen35_9b")
-"""With layers that carry a state, for which hiding keys is not leaving them out (`tests/zoo/reference.py` does that)."""
+"""With layers that carry a state, for which hiding keys is not leaving tokens out (`tests/zoo/reference.py` does)."""
 COMPARED = CONFIGS if os.environ.get("DYVTE_ZOO") == "all" else tuple(n for n in CONFIGS if n not in ASKED_IN_CI)
 QUICK = ("eagle_x5_7b", "glm41v_9b", "llava7b", "smolvlm2")
 """One of each way in, and a type that has no family of its own here; `make zoo` takes all."""

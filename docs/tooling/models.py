@@ -103,7 +103,7 @@ def compare(known: Architecture) -> dict[str, float]:
 
 
 def _eager_cross_mass(mllm: MLLM, batch: Batch) -> Tensor:
-    """Attention mass from the instruction to the image in the layers that attend, [n, H], from eager attention's maps."""
+    """Attention mass [n, H] from the instruction to the image in the n layers that attend of eager attention's maps."""
     maps: list[Tensor] = []
     handles = [
         module.register_forward_hook(lambda module, args, output: maps.append(output[1][0]))
