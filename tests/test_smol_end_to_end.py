@@ -45,7 +45,7 @@ def test_the_image_is_seen_by_thirty_layers_and_needed(mllm):
 
 
 def test_its_gates_let_the_image_go_before_the_end_and_keep_the_answers(mllm):
-    """On held-out wordings; what they keep and save is in the table beside them (dyvte/testbed/smol/gates/README.md)."""
+    """On held-out wordings; what they keep and save is told by the README beside them."""
     dataset = EnglishDataset(limit=12, kinds=["arithmetic", "attribute", "relation"], paraphrases="held_out", seed=9)
     samples = [dataset[i] for i in range(len(dataset))]
     batch = mllm.encode(images=[s.image for s in samples], questions=[s.question for s in samples])
