@@ -114,7 +114,7 @@ def train(cfg: DictConfig) -> Gates | None:
         **fit.validation,
     )
     print(fit.report.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
-    print("\n".join(f"{key.replace('_', ' ')}: {value}" for key, value in fit.validation.items()))
+    print(outline(fit.validation, cfg.recipe.training.get("members", 1)))
     print(f"gates: {folder.path / 'gates'}")
     if cfg.comparison_dir is not None:
         compare(Path(cfg.comparison_dir))
@@ -250,6 +250,28 @@ class GateFit:
     report: pd.DataFrame
     history: pd.DataFrame
     validation: dict[str, Any]
+
+
+def outline(validation: Mapping[str, Any], members: int) -> str:
+    """What training came to, for the terminal; all numbers are in `summary.json`.
+
+    Args:
+        validation: of a `GateFit`.
+        members: gates that were trained for every layer.
+    """
+    epochs = f"{validation['epochs']} epochs"
+    if members > 1:
+        epochs += f" of {members} gates a layer together"
+    of = validation
+    lines = [
+        f"trained on {of['train_questions']:,} questions, {epochs}; loss {of['validation_loss']:.4f} on "
+        f"{of['validation_questions']:,} validation questions on {of['validation_images']:,} images, where",
+        f"gates exit after {of['mean_exit_layer']:.2f} layers on average (threshold {of['threshold']:.3f}); "
+        f"{of['agreement']:.1%} of the answers stay, at most {of['disagreement_upper_limit']:.1%} change;",
+        f"FLOPs, in full prefills of the mean question: {of['cost']:.3f}; fixed exits that keep as many answers "
+        f"{of['cost_of_fixed_exits']:.3f}, with hindsight {of['cost_of_oracle']:.3f}",
+    ]
+    return "\n".join(lines)
 
 
 def fit_gates(

@@ -35,6 +35,7 @@ from dyvte.gates.metrics import (
 from dyvte.gates.module import load_gates
 from dyvte.gates.objectives import GateData, Recipe, exit_distribution, label_loss, stopping_loss
 from dyvte.gates.training import average_gates, evaluate_loss, gate_probabilities, train_gates
+from dyvte.train import outline
 
 ADAM = functools.partial(torch.optim.AdamW, lr=3e-3)
 
@@ -340,3 +341,13 @@ def test_exit_by_kind_spends_where_it_helps() -> None:
     kinds = ["easy"] * 4 + ["hard"] * 2 + ["middle"] * 2
     assert exit_by_kind(agree, cost, kinds, wanted=1.0) == {"easy": 0, "middle": 1, "hard": 2}
     assert exit_by_kind(agree, cost, kinds, wanted=0.75) == {"easy": 0, "middle": 1, "hard": 0}
+
+
+def test_outline_of_training_is_read_by_people() -> None:
+    validation = dict.fromkeys(("train_questions", "validation_questions", "validation_images"), 1234)
+    shares = ("validation_loss", "threshold", "agreement", "disagreement_upper_limit", "mean_exit_layer", "cost")
+    validation |= dict.fromkeys((*shares, "cost_of_fixed_exits", "cost_of_oracle"), 0.123456789012) | {"epochs": 25}
+    several, one = (outline(validation, members) for members in (5, 1))
+    assert "25 epochs of 5 gates a layer together" in several
+    assert "25 epochs;" in one
+    assert "0.12345" not in several + one
