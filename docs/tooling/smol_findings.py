@@ -6,6 +6,7 @@ Reads finished runs (the page names their commands) and `docs/testbed_smol/evalu
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from jinja2 import Environment, StrictUndefined
 
 from analysis.plots import style as plots
 from analysis.statistics.bands import Band, cluster_bootstrap
+from docs.tooling.generated import write_generated
+from docs.tooling.hero import draw_hero
 from dyvte.gates.metrics import share_interval
 from dyvte.runs.store import write_atomic
 
@@ -33,6 +36,7 @@ CUTS = Path("outputs/knockout/llava_smol/english")
 LATE = Path("outputs/knockout/llava_smol/late")
 RECALL_CUTS = Path("outputs/knockout/llava_smol/recall")
 GATES = Path("outputs/gate_claims/llava_smol/english")
+GATED = Path("outputs/evaluate/llava_smol/english/dynamic_exit")
 ONE_PATH = "replace=[] control=false objects=false entry_exit=false"
 ONE_WINDOW = f"{ONE_PATH} 'splits=[]'"
 OF_RECALL = "data=english 'data.kinds=[recall_look,look_recall]' data.per_scene=2 data.name=recall"
@@ -47,7 +51,14 @@ COMMANDS = {
     LATE: f"{CUT} data=english 'windows=[[20,30]]' 'paths=[[instruction,visual]]' {ONE_WINDOW} output_dir={LATE}",
     RECALL_CUTS: f"{CUT} {OF_RECALL} 'windows=[[0,5]]' 'paths=[[instruction,visual]]' {ONE_WINDOW}",
     GATES: "python -m analysis.gate_claims model=llava_smol model.dtype=bfloat16 data=english data.limit={n}",
+    GATED: (
+        "python -m dyvte.evaluate model=llava_smol model.dtype=bfloat16 data=english data.limit={n} "
+        "policy=dynamic_exit policy.gates=llava_smol"
+    ),
 }
+COMMAND = "python -m docs.tooling.smol_findings"
+SECTION = "smol"
+ALT = "Attention on the image over 30 layers, answers that stay without it, and where gates let it go"
 SPLIT = (5, 20)
 VALLEY = np.log(1.1)
 LATE_COST = 2.0
@@ -234,6 +245,28 @@ def findings_figure() -> Any:
     return figure
 
 
+def first_picture() -> tuple[Any, str]:
+    """What README.md shows first, and what it says in words, from the runs of attention, exits and gates."""
+    stages, exits, gated = (json.loads((run / "summary.json").read_text()) for run in (STAGES, EXITS, GATED))
+    settled = exits["findings"]["contribution_stops"]["details"]["changed_answers"]["estimate"]
+    kept = exits["agreement"]
+    numbers = {
+        "stages.png": {"curves": stages["curves"]},
+        "exits.png": {"agreement": kept, "findings.contribution_stops.exit_layer": settled},
+        "exit_examples.png": {"exit_layers": gated["exit_layers"]},
+    }
+    caption = (
+        f"`llava_smol`, a LLaVA on a pretrained language model of {exits['num_layers']} layers, "
+        f"{exits['num_questions']} questions about drawn scenes ([what else came out](docs/findings_smol.md)). "
+    )
+    if settled is None:
+        return draw_hero(numbers), caption + "Its answers change whichever layer the image leaves at."
+    return draw_hero(numbers), caption + (
+        f"Its answers need the image up to layer {settled}: {min(kept[settled:]):.0%} of them hold without it from there "
+        f"on, {kept[settled - 4]:.0%} if it leaves four layers before."
+    )
+
+
 def main() -> None:
     """Apply the rules and write the page."""
     found = decide()
@@ -241,6 +274,12 @@ def main() -> None:
     if {STAGES, EXITS} <= runs.keys():
         figure = findings_figure()
         write_atomic(FIGURES / "layers.png", lambda out: figure.savefig(out, format="png", metadata={"Software": None}))
+    if {STAGES, EXITS, GATED} <= runs.keys():
+        picture, caption = first_picture()
+        drawn = io.BytesIO()
+        picture.savefig(drawn, format="png", dpi=160, metadata={"Software": None})
+        write_generated(FIGURES / "hero.png", drawn.getvalue(), COMMAND)
+        write_generated("README.md", f"![{ALT}]({FIGURES / 'hero.png'})\n\n*{caption}*", COMMAND, section=SECTION)
     commands = [COMMANDS[run].format(n=summary["num_samples"]) for run, summary in runs.items()]
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(TEMPLATE.read_text())
     page = template.render(found=found, commands=commands, stages=runs.get(STAGES), exits=runs.get(EXITS))
