@@ -364,7 +364,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path):
 def test_the_readme_is_short_and_shows_a_picture_first():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 120
-    assert any("](docs/images/hero.png)" in line for line in lines[:10])
+    assert any("](docs/testbed_smol/hero.png)" in line for line in lines[:10])
 
 
 # ---------------------------------------------------------------------------- citations

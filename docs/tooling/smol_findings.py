@@ -67,6 +67,19 @@ LEAST_ACCURACY = 0.60
 CONFIRMED, REFUTED, UNDETERMINED, OPEN = "confirmed", "refuted", "undetermined", "not yet tested"
 
 
+TITLES = {
+    "H1": "attention on the image has a valley at layers 5 to 19",
+    "H2": "cutting patches off patches costs most in the middle",
+    "H3": "the last ten layers use the image",
+    "H4": "the valley needs pretraining",
+    "H5": "questions of more steps need the image longer",
+    "H6": "the valley needs the language model to adapt",
+    "H7": "gates see that the image was withheld",
+    "H8a": "recall, then look: late entry costs less",
+    "H8b": "look, then recall: early exit costs less",
+}
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a rule says of one hypothesis, and the numbers it rests on."""
@@ -262,8 +275,8 @@ def first_picture() -> tuple[Any, str]:
     if settled is None:
         return draw_hero(numbers), caption + "Its answers change whichever layer the image leaves at."
     return draw_hero(numbers), caption + (
-        f"Its answers need the image up to layer {settled}: {min(kept[settled:]):.0%} of them hold without it from there "
-        f"on, {kept[settled - 4]:.0%} if it leaves four layers before."
+        f"Its answers need the image up to layer {settled}: {min(kept[settled:]):.0%} of them hold without it from "
+        f"there on, {kept[settled - 4]:.0%} if it leaves four layers before."
     )
 
 
@@ -282,7 +295,14 @@ def main() -> None:
         write_generated("README.md", f"![{ALT}]({FIGURES / 'hero.png'})\n\n*{caption}*", COMMAND, section=SECTION)
     commands = [COMMANDS[run].format(n=summary["num_samples"]) for run, summary in runs.items()]
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(TEMPLATE.read_text())
-    page = template.render(found=found, commands=commands, stages=runs.get(STAGES), exits=runs.get(EXITS))
+    page = template.render(
+        found=found,
+        titles=TITLES,
+        commands=commands,
+        stages=runs.get(STAGES),
+        exits=runs.get(EXITS),
+        gated=runs.get(GATED),
+    )
     write_atomic(PAGE, lambda out: out.write(page.encode()))
     for name, outcome in found.items():
         print(f"{name:4} {outcome.verdict}: {outcome.numbers}")
