@@ -1,7 +1,8 @@
 """Paths through attention cut in windows of layers: `python -m analysis.knockout`.
 
 For every path and window: how many answers change, by how much log p(answer) and the first token's probability fall;
-the same with the image's keys and values replaced, and with as many random keys cut; and the entry x exit map
+the same with the image's keys and values replaced, with as many random keys cut, and with text that gets as much
+attention as the image; and the entry x exit map
 (`docs/causes.md`).
 """
 
@@ -23,12 +24,12 @@ from dyvte.mllm import MLLM
 from dyvte.runs import store
 from dyvte.runs.config import command, load_model
 
-from .measuring.image_objects import knows_targets
+from .measuring.key_sets import knows_targets
 from .measuring.knockout import KnockoutMeasurement
 from .measuring.runs import closing_line, measure_dataset
 from .plots import causal as plots
 from .statistics.bands import MIN_CLUSTERS, count_images
-from .statistics.causal import LEVEL, CausalGroup, over_control, sample_effects
+from .statistics.causal import LEVEL, CausalGroup, mass_reached, over_control, sample_effects
 
 
 @command("knockout")
@@ -53,6 +54,7 @@ def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any] | None:
     names = ("max_new_tokens", "width", "windows", "paths", "replace", "control", "splits", "entry_exit")
     settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(names)))
     settings["objects"] = known
+    settings |= {"equal_mass": True} if any(cut.what == "mass" for cut in measure.cuts) else {}
     folder = measure_dataset(cfg, mllm, dataset, measure, **settings)
     if folder is None:
         return None
@@ -114,6 +116,9 @@ def summarise(cfg: DictConfig, folder: store.RunFolder, measure: KnockoutMeasure
             "overall": summary_of.pop("all"),
             "kinds": summary_of,
             "over_control": over_control(effects, names, images, cfg.bootstrap, cfg.seed),
+            "mass_reached": mass_reached(folder.read_table("equal_mass"), ids)
+            if any(cut.what == "mass" for cut in measure.cuts)
+            else {},
             "settings": {"level": LEVEL, "bootstrap": cfg.bootstrap},
         }
     )
@@ -153,7 +158,7 @@ def draw(summary: Mapping[str, Any]) -> dict[str, plt.Figure]:
         f"instruction->visual ({what})" in effects for what in ("mean", "swap")
     ):
         figures["replacement"] = plots.draw_replacements(summary)
-    if any("(random)" in name for name in effects):
+    if any(f"({what})" in name for name in effects for what in plots.CONTROLS):
         figures["controls"] = plots.draw_controls(summary)
     if any("(objects)" in name for name in effects):
         figures["objects"] = plots.draw_objects(summary)

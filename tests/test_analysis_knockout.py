@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from test_exits import random_model
 
 from analysis import knockout
-from analysis.measuring.image_objects import target_keys
+from analysis.measuring.key_sets import target_keys
 from analysis.measuring.knockout import cuts_of, windows_to_cut
 from analysis.statistics.causal import effect_band
 from dyvte.data.english import EnglishDataset
@@ -54,6 +54,18 @@ def test_tables_summary_and_figures(tmp_path: Path) -> None:
     assert summary["overall"]["entry_exit"]["agreement_points"]["mean"][3] == 0  # open from 0 to 4: the model itself
     assert {path.stem for path in (tmp_path / "a/figures").glob("*.png")} == set(summary["figures"])
 
+    # text that gets as much attention as the image, from later queries only
+    masses = pd.read_parquet(tmp_path / "a/equal_mass.parquet")
+    in_place = [f"{queries}->visual (mass)" for queries in ("question", "last", "instruction")]
+    assert masses["name"].unique().tolist() == in_place
+    assert {*in_place, "visual->visual (random)"} <= set(summary["over_control"])
+    assert len(masses) == len(in_place) * len(table["id"].unique()) * len(summary["windows"])
+    for name in in_place:
+        rows = masses[(masses["name"] == name) & (masses["window"] == 2) & masses["id"].isin(asked)]
+        share = rows["mass"].sum() / rows["image_mass"].sum()
+        assert summary["mass_reached"][name][2] == pytest.approx(share)
+        assert np.isfinite(summary["overall"]["effects"][name]["nats"]["mean"]).all()
+
     # SIGKILL once the first batch is written, then the same command again: the same tables
     process = multiprocessing.get_context("fork").Process(
         target=knockout.run, args=(config(tmp_path / "b"), mllm, dataset)
@@ -66,7 +78,7 @@ def test_tables_summary_and_figures(tmp_path: Path) -> None:
     assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "b/summary.json").exists()
     knockout.run(config(tmp_path / "b"), mllm, dataset)
-    for name in ("samples", "knockouts", "entry_exit", "curves"):
+    for name in ("samples", "knockouts", "equal_mass", "entry_exit", "curves"):
         assert (tmp_path / f"b/{name}.csv").read_bytes() == (tmp_path / f"a/{name}.csv").read_bytes()
 
 
@@ -128,6 +140,6 @@ def test_objects_of_the_answer_are_cut_beside_as_many_other_patches(tmp_path: Pa
     knockout.run(config(tmp_path, "control=false", "entry_exit=false", "replace=[]"), mllm, dataset)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {"objects", "knockout"} <= set(summary["figures"])
-    assert "instruction->visual (objects)" in summary["over_control"]
+    assert set(summary["over_control"]) == {"instruction->visual (other patches)"}
     with pytest.raises(ConfigError, match="does not say which objects"):
         knockout.run(config(tmp_path / "b", "objects=true"), mllm, ShapesDataset("test", 8))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,15 +17,13 @@ from dyvte.data import Sample
 from dyvte.data.metrics import exact_match
 from dyvte.errors import ConfigError
 from dyvte.instrument.causal import GROUPS, Knockout, all_windows, find_donors, knockout, windows_of_width
-from dyvte.instrument.causal.groups import group_masks
 from dyvte.instrument.sweep import greedy_answer_ids
 from dyvte.mllm import MLLM
 
 from ..statistics.segments import MIN_STAGE_LAYERS, registered_split, stage_splits
 from ..statistics.stage_table import cuts_of_split
-from .image_objects import target_keys
+from .key_sets import EqualMass, as_many_keys, equal_mass_keys, received_by_group, target_keys
 
-RANDOM = "as many random keys"
 ZHANG_WIDTH = 9 / 32
 """Share of the layers in a window of Zhang et al. 2024 (arXiv 2411.18620)."""
 
@@ -36,8 +33,9 @@ class Cut:
     """One line of the figures: a path, and what happens to it.
 
     Attributes:
-        what: "cut", "mean", "swap", "random" for as many random keys in place of the path's, "objects" for the patches
-            of the objects that the answer rests on, "other patches" for as many random ones of the same image.
+        what: "cut", "mean", "swap", "random" for as many random keys in place of the path's, "mass" for random text
+            keys that get as much attention as the image's, "objects" for the patches of the objects that the answer
+            rests on, "other patches" for as many random ones of the same image.
     """
 
     queries: str
@@ -51,6 +49,8 @@ class Cut:
 
 
 OF_THE_IMAGE = ("objects", "other patches")
+CUT_IN_PLACE = ("random", "mass", *OF_THE_IMAGE)
+"""Other keys than the path's are cut."""
 
 
 def cuts_of(cfg: DictConfig, objects: bool = False) -> list[Cut]:
@@ -70,11 +70,18 @@ def cuts_of(cfg: DictConfig, objects: bool = False) -> list[Cut]:
             raise ConfigError(f"paths: {list(path)} is not [queries, keys] from {', '.join(GROUPS)}")
     if unknown := set(cfg.replace) - {"mean", "swap"}:
         raise ConfigError(f"replace: {min(unknown)!r} is neither mean nor swap")
+    equal_mass = cfg.control and cfg.equal_mass
     return [
         *(Cut(path[0], path[1], "cut") for path in paths),
         *(Cut("instruction", "visual", what) for what in cfg.replace),
         *(Cut("instruction", "visual", what) for what in OF_THE_IMAGE if objects),
         *(Cut(path[0], path[1], "random") for path in paths if cfg.control),
+        # The image's own queries see next to no text that could stand in for the image.
+        *(
+            Cut(path[0], path[1], "mass")
+            for path in paths
+            if equal_mass and path[1] == "visual" and path[0] != "visual"
+        ),
     ]
 
 
@@ -118,7 +125,7 @@ def splits_of(cfg: DictConfig, num_layers: int) -> list[tuple[int, int]]:
 
 @dataclass
 class KnockoutMeasurement:
-    """Turns the samples of a batch into the tables `samples`, `knockouts`, `stage_cuts` and `entry_exit`."""
+    """Turns a batch's samples into the tables `samples`, `knockouts`, `equal_mass`, `stage_cuts` and `entry_exit`."""
 
     mllm: MLLM
     cuts: list[Cut]
@@ -151,6 +158,7 @@ class KnockoutMeasurement:
         answers = greedy_answer_ids(self.mllm, batch, self.max_new_tokens)
         text = self.mllm.decode([[token for token in row if token >= 0] for row in answers.tolist()])
         ids = [sample.id for sample in samples]
+        equal = self._equal_mass(ids, batch, answers)
         found = {
             "samples": pd.DataFrame(
                 {
@@ -170,8 +178,10 @@ class KnockoutMeasurement:
                     "visual_tokens": batch.layout.visual.sum(1).tolist(),
                 }
             ),
-            "knockouts": self._knockouts(samples, batch, answers),
+            "knockouts": self._knockouts(samples, batch, answers, {name: each.keys for name, each in equal.items()}),
         }
+        if equal:
+            found["equal_mass"] = _masses(ids, equal, self.windows)
         if self.splits:
             found["stage_cuts"] = self._stage_cuts(samples, batch, answers)
         if self.entry_exit:
@@ -202,19 +212,37 @@ class KnockoutMeasurement:
             **how,
         ).up_to_ties()
 
-    def _knockouts(self, samples: list[Sample], batch: Batch, answers: Tensor) -> pd.DataFrame:
+    def _equal_mass(self, ids: Sequence[str], batch: Batch, answers: Tensor) -> dict[str, EqualMass]:
+        """The keys that are cut in place of the image's, by the cut's name."""
+        asked = [each for each in self.cuts if each.what == "mass"]
+        if not asked:
+            return {}
+        received = received_by_group(self.mllm, batch, answers, [each.queries for each in asked])
+        return {
+            each.name: equal_mass_keys(received[each.queries], batch, ids, self.windows, self.seed, each.name)
+            for each in asked
+        }
+
+    def _knockouts(
+        self, samples: list[Sample], batch: Batch, answers: Tensor, equal_mass: dict[str, Tensor]
+    ) -> pd.DataFrame:
         ids = [sample.id for sample in samples]
         tables = []
         for mode in ("cut", "mean", "swap"):
             indices = [
                 index
                 for index, each in enumerate(self.cuts)
-                if each.what == mode or (each.what in ("random", *OF_THE_IMAGE) and mode == "cut")
+                if each.what == mode or (each.what in CUT_IN_PLACE and mode == "cut")
             ]
             if not indices:
                 continue
             chosen = [self.cuts[index] for index in indices]
-            sets = {each.name: self._random_keys(ids, batch, each) for each in chosen if each.what == "random"}
+            sets = {
+                each.name: as_many_keys(batch, ids, each.keys, self.seed, each.name)
+                for each in chosen
+                if each.what == "random"
+            }
+            sets |= equal_mass if mode == "cut" else {}
             of_image = [each for each in chosen if each.what in OF_THE_IMAGE]
             if of_image:
                 keys = dict(zip(OF_THE_IMAGE, target_keys(self.mllm, batch, samples, self.seed), strict=True))
@@ -249,16 +277,27 @@ class KnockoutMeasurement:
             tables.append(table)
         return pd.concat(tables, ignore_index=True)
 
-    def _random_keys(self, ids: Sequence[str], batch: Batch, cut: Cut) -> Tensor:
-        """As many positions of each prompt as the path's keys, drawn anew for each sample and path."""
-        wanted = group_masks(batch.layout)[cut.keys]
-        drawn = torch.zeros_like(wanted)
-        for row, name in enumerate(ids):
-            generator = np.random.default_rng([self.seed, zlib.crc32(f"{name} {cut.name}".encode())])
-            prompt = (~batch.layout.padding[row]).nonzero().flatten().cpu().numpy()
-            some = generator.choice(prompt, size=int(wanted[row].sum()), replace=False)
-            drawn[row, torch.as_tensor(some, device=drawn.device)] = True
-        return drawn
+
+def _masses(ids: Sequence[str], found: dict[str, EqualMass], windows: Sequence[tuple[int, int]]) -> pd.DataFrame:
+    """One row a sample, cut and window: attention on the image, on the keys cut in its place, and their number."""
+    row, window = (axis.ravel() for axis in np.indices((len(ids), len(windows))))
+    starts, stops = np.array(windows).T
+    tables = [
+        pd.DataFrame(
+            {
+                "id": np.array(ids)[row],
+                "name": name,
+                "window": window,
+                "start": starts[window],
+                "stop": stops[window],
+                "image_mass": each.wanted.flatten().numpy(),
+                "mass": each.reached.flatten().numpy(),
+                "num_keys": each.keys.sum(-1).flatten().numpy(),
+            }
+        )
+        for name, each in found.items()
+    ]
+    return pd.concat(tables, ignore_index=True)
 
 
 def _without_donor(table: pd.DataFrame, ids: Sequence[str], donors: Sequence[int] | None) -> pd.DataFrame:

@@ -39,7 +39,13 @@ LABELS = {
     "nats": "change of log p(answer) (nats)",
     "first_token_percent": "change of p(first token) (%)",
 }
-REPLACED = {"mean": "replaced by their mean", "swap": "those of another image", "random": "as many random keys"}
+REPLACED = {
+    "mean": "replaced by their mean",
+    "swap": "those of another image",
+    "random": "as many random keys",
+    "mass": "text keys of as much attention",
+}
+CONTROLS = ("random", "mass")
 OF_THE_IMAGE = {"objects": "patches of the answer's objects", "other patches": "as many other patches"}
 
 
@@ -99,9 +105,9 @@ def draw_objects(summary: Summary) -> Figure:
 
 
 def draw_controls(summary: Summary) -> Figure:
-    """Each path beside as many random keys, one panel a path."""
+    """Each path beside as many random keys and text keys of as much attention, one panel a path."""
     effects = summary["overall"]["effects"]
-    names = [name for name in effects if f"{name} (random)" in effects]
+    names = [name for name in effects if any(f"{name} ({what})" in effects for what in CONTROLS)]
     with figure_style():
         columns = min(3, len(names))
         rows = math.ceil(len(names) / columns)
@@ -111,19 +117,18 @@ def draw_controls(summary: Summary) -> Figure:
         for axis in axes.flat[len(names) :]:
             axis.set_visible(False)
         for axis, name in zip(axes.flat, names, strict=False):
-            for series, key, label in (
-                (CYCLE[0], name, "the path"),
-                (CYCLE[1], f"{name} (random)", REPLACED["random"]),
-            ):
-                draw_band(
-                    axis, _middles(summary), Band.from_dict(effects[key]["agreement_points"]), series.named(label)
-                )
+            lines = {name: "the path"} | {f"{name} ({what})": REPLACED[what] for what in CONTROLS}
+            for series, (key, label) in zip(CYCLE, lines.items(), strict=False):
+                if key in effects:
+                    band = Band.from_dict(effects[key]["agreement_points"])
+                    draw_band(axis, _middles(summary), band, series.named(label))
             axis.set_title(cut_label(name), fontsize=9)
             layer_axis(axis, summary["num_layers"], ticks=6)
         for axis in axes[:, 0]:
             axis.set_ylabel(LABELS["agreement_points"], fontsize=8)
         figure.suptitle(title_of(summary))
-        add_legend(figure, axes[0, 0], _note(summary["overall"]))
+        fullest = max(axes.flat, key=lambda axis: len(axis.get_legend_handles_labels()[1]))
+        add_legend(figure, fullest, _note(summary["overall"]))
         return figure
 
 

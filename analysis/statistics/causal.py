@@ -121,21 +121,40 @@ class CausalGroup:
 def over_control(
     effects: dict[str, Array], names: Sequence[str], images: Clusters, n_boot: int, seed: int
 ) -> dict[str, Any]:
-    """How much more each path does than its control, question by question: name -> measure -> band.
+    """How much more each path does than its controls, question by question: control -> measure -> band.
 
-    The control of a path is as many random keys, that of an image's objects as many of its other patches.
+    The controls of a path are as many random keys, and text keys that get as much attention; that of an image's objects
+    is as many of its other patches.
     """
-    controls = {name: f"{name} (random)" for name in names} | {
-        name: name.replace("(objects)", "(other patches)") for name in names if "(objects)" in name
+    control_of = {f"{name} ({what})": name for what in ("random", "mass") for name in names} | {
+        name.replace("(objects)", "(other patches)"): name for name in names if "(objects)" in name
     }
-    pairs = [(name, names.index(control)) for name, control in controls.items() if control in names]
+    pairs = [(control, names.index(name)) for control, name in control_of.items() if control in names]
     if not pairs:
         return {}
-    found: dict[str, Any] = {name: {} for name, _ in pairs}
+    found: dict[str, Any] = {control: {} for control, _ in pairs}
     for measure, values in effects.items():
-        difference = np.stack([values[:, names.index(name)] - values[:, control] for name, control in pairs], axis=1)
+        difference = np.stack([values[:, path] - values[:, names.index(control)] for control, path in pairs], axis=1)
         limits = (-100.0, 100.0) if measure == "agreement_points" else None
         band = effect_band(difference, images, n_boot, seed, limits)
-        for index, (name, _) in enumerate(pairs):
-            found[name][measure] = Band(band.mean[index], band.low[index], band.high[index]).to_dict()
+        for index, (control, _) in enumerate(pairs):
+            found[control][measure] = Band(band.mean[index], band.low[index], band.high[index]).to_dict()
     return found
+
+
+def mass_reached(table: pd.DataFrame, ids: Clusters) -> dict[str, list[float | None]]:
+    """How near the keys cut in the image's place came to its attention: name -> share of it by window, over samples.
+
+    Args:
+        table: `equal_mass` of a run.
+        ids: the samples that count.
+
+    Returns:
+        Sum of `mass` over sum of `image_mass`; None in a window without attention on the image.
+    """
+    sums = table[table["id"].isin(ids)].groupby(["name", "window"])[["mass", "image_mass"]].sum()
+    share = (sums["mass"] / sums["image_mass"]).where(sums["image_mass"] > 0)
+    return {
+        str(name): [None if np.isnan(each) else float(each) for each in by_window]
+        for name, by_window in share.groupby(level="name")
+    }

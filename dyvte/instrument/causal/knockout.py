@@ -145,7 +145,8 @@ def knockout(
         mode: "cut"; or replace the visual keys and values that the path reads, which keeps the number of keys: by
             their mean over the row's visual positions ("mean"), or by those of the row's donor ("swap").
         donors: [B] row whose image each row gets, for "swap".
-        key_sets: name -> bool [B, N], positions of the prompts: patches of an object, random positions.
+        key_sets: name -> bool [B, N], positions of the prompts: patches of an object, random positions; or
+            [B, W, N], others for each window.
         shared_image: [B] equal numbers for rows that show the same images after the same system text: what they share
             runs once, in the main pass and in branches that change it (visual -> visual).
         keep_logits: False saves [B, P, W, vocab] floats.
@@ -174,21 +175,21 @@ def knockout(
     _check(mllm, batch, paths, windows, mode, donors, key_sets or {}, shared_image)
 
     # Key sets are padded and rolled along with the ids of the prompts.
-    names = list(key_sets or {})
-    carried = {f"key set {name}": key_sets[name].to(mllm.device) for name in names} if key_sets else {}
+    given_sets, cut_paths, action_of = _of_each_window(paths, len(windows), key_sets or {})
+    carried = {f"key set {name}": members.to(mllm.device) for name, members in given_sets.items()}
     inputs, answers = teacher_forced(mllm, Batch({**batch, **carried}, batch.layout), answer_ids)
     if shared_image is not None:
         inputs = inputs.right_padded()  # the same image must stand at the same positions
-    sets = {name: inputs[f"key set {name}"].bool() for name in names}
+    sets = {name: inputs[f"key set {name}"].bool() for name in given_sets}
     inputs = Batch({name: value for name, value in inputs.items() if name not in carried}, inputs.layout)
     given = None if donors is None else torch.tensor(list(donors), device=mllm.device)
     if given is not None:
         check_donors(inputs.layout, given)
-    actions = interventions(inputs.layout, paths, sets, mode, given)
+    actions = interventions(inputs.layout, cut_paths, sets, mode, given)
     schedules = [
-        [path if (start <= layer < stop) != invert else NOTHING for layer in range(mllm.num_layers)]
-        for path in range(len(paths))
-        for start, stop in windows
+        [action if (start <= layer < stop) != invert else NOTHING for layer in range(mllm.num_layers)]
+        for of_windows in action_of
+        for action, (start, stop) in zip(of_windows, windows, strict=True)
     ]
     # Answer token j is predicted from the j-th position after the prompt's end.
     layout, width = inputs.layout, 1 if answers is None else answers.shape[1]
@@ -222,11 +223,34 @@ def _check(
     for name, given in (("donors", donors), ("shared_image", shared_image)):
         if given is not None and len(given) != rows:
             raise ConfigError(f"{name} has {len(given)} entries for {rows} rows")
+    length = batch["input_ids"].shape[1]
     for name, members in key_sets.items():
-        if members.shape != batch["input_ids"].shape:
+        if members.shape not in ((rows, length), (rows, len(windows), length)):
             raise ConfigError(
-                f"key set {name!r} is {tuple(members.shape)}, the prompts are {tuple(batch['input_ids'].shape)}"
+                f"key set {name!r} is {tuple(members.shape)}, the prompts are {(rows, length)}"
+                + (f" and there are {len(windows)} windows" if members.ndim == 3 else "")
             )
+
+
+def _of_each_window(
+    paths: list[tuple[str, str]], num_windows: int, key_sets: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[tuple[str, str]], list[list[int]]]:
+    """Key sets [B, N] only, the paths between them, and for each path asked for that of these for every window."""
+    sets: dict[str, Tensor] = {}
+    parts: dict[str, list[str]] = {}
+    for name, members in key_sets.items():
+        if members.ndim == 3:
+            parts[name] = [f"{name} in window {window}" for window in range(num_windows)]
+            sets |= dict(zip(parts[name], members.unbind(1), strict=True))
+        else:
+            sets[name] = members
+    cut: list[tuple[str, str]] = []
+    action_of = []
+    for queries, keys in paths:
+        names = parts.get(keys, [keys])
+        action_of.append([len(cut) + (window if keys in parts else 0) for window in range(num_windows)])
+        cut += [(queries, name) for name in names]
+    return sets, cut, action_of
 
 
 def _score(
