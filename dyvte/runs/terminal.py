@@ -112,6 +112,8 @@ def _own_settings(root: DictConfig) -> list[tuple[str, Any]]:
             continue
         if key in choices:
             found.append((key, choices[key]))
+        elif isinstance(value, dict) and value and all(isinstance(each, dict) for each in value.values()):
+            found.append((f"{key}.NAME", value))  # their names are the user's
         elif isinstance(value, dict):
             found += [(f"{key}.{inner}", each) for inner, each in value.items()]
         else:
