@@ -22,7 +22,7 @@ from .measuring.attention import file_name
 from .measuring.lens import LensMeasurement, patch_words
 from .measuring.runs import closing_line, measure_dataset
 from .plots import lens as plots
-from .statistics.bands import count_images, keyed_array, mean_band
+from .statistics.bands import count_images, keyed_array, mean_band, rate_band
 
 
 @command("lens")
@@ -64,13 +64,13 @@ def summarise_lens(cfg: DictConfig, folder: store.RunFolder, num_layers: int) ->
         ids = rows["id"].unique()
         images = rows.drop_duplicates("id").set_index("id").loc[ids, "image_id"].to_numpy()
         curves[name] = {
-            column: mean_band(
-                keyed_array(rows, column, ids, "layer"),
+            "answer_probability": mean_band(
+                keyed_array(rows, "answer_probability", ids, "layer"),
                 images,
                 n_boot=cfg.bootstrap,
                 seed=cfg.seed,
-            ).to_dict()
-            for column in ("answer_probability", "is_answer")
+            ).to_dict(),
+            "is_answer": rate_band(keyed_array(rows, "is_answer", ids, "layer"), images).to_dict(),
         }
     content = {
         "model": cfg.model.name,
@@ -86,11 +86,8 @@ def summarise_lens(cfg: DictConfig, folder: store.RunFolder, num_layers: int) ->
         for attribute, rows in patches.groupby("attribute"):
             images = rows["image_id"].unique()
             content["patches"][attribute] = {
-                column: mean_band(
-                    keyed_array(rows.rename(columns={"image_id": "id"}), column, images, "layer"),
-                    images,
-                    n_boot=cfg.bootstrap,
-                    seed=cfg.seed,
+                column: rate_band(
+                    keyed_array(rows.rename(columns={"image_id": "id"}), column, images, "layer"), images
                 ).to_dict()
                 for column in ("share", "control")
             }

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from intervals import intervals_of_zero_width
 from omegaconf import DictConfig
 from test_exits import random_model
 
@@ -66,6 +67,8 @@ def test_tables_summary_and_figures(tmp_path: Path) -> None:
         assert summary["mass_reached"][name][2] == pytest.approx(share)
         assert np.isfinite(summary["overall"]["effects"][name]["nats"]["mean"]).all()
 
+    assert intervals_of_zero_width(tmp_path / "a") == []
+
     # SIGKILL once the first batch is written, then the same command again: the same tables
     process = multiprocessing.get_context("fork").Process(
         target=knockout.run, args=(config(tmp_path / "b"), mllm, dataset)
@@ -88,6 +91,19 @@ def test_bands_have_a_width_where_all_agree() -> None:
         assert (band.mean == value).all()
         assert (band.low == value).all() if value == limits[0] else (band.low < value - 10).all()
         assert (band.high == value).all() if value == limits[1] else (band.high > value + 10).all()
+    one_image = effect_band(np.arange(8.0)[:, None], [0] * 8, 100, 0, (-100, 100))
+    assert one_image.low < 0
+    assert one_image.high > 10
+
+
+def test_nothing_is_claimed_where_an_unbounded_effect_does_not_vary() -> None:
+    values = np.stack([np.zeros(20), np.full(20, -1.5), np.arange(20.0)], axis=1)
+    band = effect_band(values, range(20), 100, 0)
+    assert np.allclose(band.mean, [0, -1.5, 9.5])
+    assert np.isnan(band.low[:2]).all()
+    assert np.isnan(band.high[:2]).all()
+    assert band.low[2] < 9.5 < band.high[2]
+    assert np.isnan(effect_band(values, [0] * 20, 100, 0).low).all()  # one image shows nothing of others
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from intervals import intervals_of_zero_width
 from omegaconf import DictConfig
 from test_exits import random_model
 
@@ -37,6 +38,7 @@ def test_tables_summary_and_figures(tmp_path: Path) -> None:
     assert plain["is_answer"]["mean"][-1] == 1  # after the last layer the answer is the model's own
     assert {path.stem for path in (tmp_path / "a/figures").glob("*.png")} == set(summary["figures"])
     assert any(name.startswith("grid_") for name in summary["figures"])
+    assert intervals_of_zero_width(tmp_path / "a") == []
 
     # against the lens itself, sample by sample
     table = pd.read_parquet(tmp_path / "a/answers.parquet")

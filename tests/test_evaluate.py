@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from intervals import intervals_of_zero_width
 from omegaconf import DictConfig
 from PIL import Image
 from torch import nn
@@ -132,6 +133,10 @@ def test_labels_are_what_a_loop_over_exits_finds(mllm: MLLM, trained: Path) -> N
         status = labels.status(["text_mean", "text_last"])[row]
         torch.testing.assert_close(status, sweep.text_status[0, :-1], atol=1e-4, rtol=1e-4)
         assert labels.flops[row].tolist() == [count.decoder for count in exit_flops(mllm, batch)]
+
+
+def test_no_rate_has_an_interval_without_width(trained: Path, evaluated: Path) -> None:
+    assert intervals_of_zero_width(trained) + intervals_of_zero_width(evaluated) == []
 
 
 def test_label_rules_nest(trained: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from intervals import intervals_of_zero_width
 from omegaconf import DictConfig
 from planted import planted
 from scipy.special import entr
@@ -605,6 +606,7 @@ def test_the_command_writes_the_run_folder(tmp_path: Path, capsys: pytest.Captur
     mllm.processor.save_pretrained(tmp_path / "model")
     exits.main(config(tmp_path / "run", f"model.path={tmp_path / 'model'}", "data.limit=16", "captions=10"))
     assert "K* (first exit with KL at most eta)" in capsys.readouterr().out
+    assert intervals_of_zero_width(tmp_path / "run") == []
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     for name in ("accuracy", "agreement", "kl", "flops_total", "flops_decoder"):
         assert len(summary[name]) == NUM_LAYERS + 1, name

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from intervals import intervals_of_zero_width
 
 from analysis import gate_claims
 from analysis.measuring.shipped import shipped_files
@@ -140,6 +141,7 @@ def test_a_small_run_end_to_end(tmp_path: Path) -> None:
     gate_claims.main(compose("gate_claims", [f"{key}={value}" for key, value in small.items()]))
     found = json.loads((tmp_path / "page.json").read_text())
     assert (tmp_path / "page.md").read_text() == gate_claims.page(found)
+    assert intervals_of_zero_width(tmp_path) == []
     assert set(found["tests"]) == {"llava_shapes"}
     costs, agreements = zip(*found["bound"]["frontier"], strict=True)
     assert list(costs) == sorted(costs)

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from intervals import intervals_of_zero_width
 from omegaconf import OmegaConf
 from PIL import Image
 from planted import planted
@@ -95,6 +96,7 @@ def test_summary_holds_what_others_read(finished: Path) -> None:
 
 
 def test_summary_holds_every_number_of_the_curves(finished: Path) -> None:
+    assert intervals_of_zero_width(finished) == []
     summary = json.loads((finished / "summary.json").read_text())
     curves = pd.read_parquet(finished / "curves.parquet")
     for (kind, measure, curve), rows in curves.groupby(["kind", "measure", "curve"]):

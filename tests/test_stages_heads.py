@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from intervals import intervals_of_zero_width
 from test_exits import random_model
 from test_stages import LAYERS, model_folder, run
 
@@ -52,6 +53,7 @@ def test_summary_tables_and_figures(detailed: Path) -> None:
     assert {"contributions", "heads"} <= set(summary["figures"])
     assert len(summary["maps"]) == len([name for name in summary["figures"] if "_token_" in name]) >= 1
     assert len(summary["heads"]["looking"]["mean"]) == LAYERS
+    assert intervals_of_zero_width(detailed) == []
 
 
 @torch.no_grad()

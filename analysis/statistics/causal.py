@@ -24,6 +24,8 @@ from .bands import (
 )
 
 LEVEL = 0.95
+NO_WIDTH = 1e-9
+"""A band that is no wider comes from samples that do not vary, up to rounding."""
 MEASURES = {"agreement_points": "agree", "nats": "nats", "first_token_percent": "first_percent"}
 """Name of each effect, and its column: same answer in percentage points, log p(answer), p(first token) in percent."""
 
@@ -48,17 +50,21 @@ def effect_band(
         limits: the least and the largest value that a sample can have, if there are such. The band stays between them,
             and has a width where all samples agree: as Wilson's interval, Bonferroni over the entries, where the mean
             is at a limit or no sample shows an effect.
+
+    Returns:
+        Limits are NaN, that is, no interval is claimed, where `limits` are not given and nothing varies over images:
+        all samples have one value, or there is one image. How far a value without bounds could go cannot be told then.
     """
     replicates = cluster_bootstrap(values, images, n_boot, seed)
     mean = cluster_mean(values)
     band = simultaneous_band(mean, replicates, LEVEL)
+    flat = ~(band.high - band.low > NO_WIDTH)
     if limits is None:
-        return band
+        return Band(mean, np.where(flat, np.nan, band.low), np.where(flat, np.nan, band.high))
     least, largest = limits
     _, reach = wilson_limits(0.0, count_images(images), 1 - (1 - LEVEL) / max(1, mean.size))
-    alike = (np.abs(values - mean) < 1e-9).all(0)
-    low = np.where(alike, np.minimum(band.low, mean + reach * (least - mean)), band.low)
-    high = np.where(alike, np.maximum(band.high, mean + reach * (largest - mean)), band.high)
+    low = np.where(flat, np.minimum(band.low, mean + reach * (least - mean)), band.low)
+    high = np.where(flat, np.maximum(band.high, mean + reach * (largest - mean)), band.high)
     return Band(mean, np.maximum(low, least), np.minimum(high, largest))
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..bands import Array, Clusters, cluster_bootstrap, cluster_mean, percentile_band
+from dyvte.gates.metrics import wilson_limits
+
+from ..bands import Array, Band, Clusters, cluster_bootstrap, cluster_mean, count_images, percentile_band
 from ..stages import MIN_EFFECT, log_endpoint
 
 CARRIED = 0.5
@@ -52,7 +54,11 @@ def summarise_heads(
     known = np.isfinite(draws[0]).all((1, 2)) & np.isfinite(draws[1]).all((1, 2))
 
     def band(of: Any, which: int) -> dict[str, Any]:
-        return percentile_band(of(means[which][None])[0], of(draws[which][known])).to_dict()
+        found = percentile_band(of(means[which][None])[0], of(draws[which][known]))
+        # All heads, or none, in every draw: that shows nothing of how much images vary, so these are counted.
+        flat = (found.low == found.high) & np.isin(found.mean, (0.0, 1.0))
+        low, high = wilson_limits(np.where(flat, found.mean, np.nan), count_images(images))
+        return Band(found.mean, np.where(flat, low, found.low), np.where(flat, high, found.high)).to_dict()
 
     found = {
         "mass": means[0].tolist(),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dyvte.gates.metrics import half_width, mixture_cost, mixture_hull
+from dyvte.gates.metrics import half_width, mixture_cost, mixture_hull, wilson_limits
 
 from ..bands import Clusters
 
@@ -60,7 +60,8 @@ def within_group_auc(
 
     The pooled two-sample U-statistic over all such pairs, ties half. Its interval is normal, from its projection on
     single questions (DeLong et al., Biometrics 44, 1988), summed over the questions of a cluster, since these are
-    dependent, and over gates.
+    dependent, and over gates. Where all pairs are won, or none, that projection does not vary, and the limits are
+    Wilson's with the clusters counted.
 
     Args:
         scores: [n, G].
@@ -93,6 +94,9 @@ def within_group_auc(
     if not count:
         return Estimate(np.nan, np.nan, np.nan), 0
     auc = float(total / count)
+    if auc in (0, 1):
+        in_pairs = np.asarray(clusters).astype(str)[pairs > 0]
+        return Estimate(auc, *(float(each) for each in wilson_limits(auc, len(np.unique(in_pairs)), level))), int(count)
     half = half_width((won - auc * pairs) / count, clusters, level)
     return Estimate(auc, auc - half, auc + half), int(count)
 
