@@ -675,3 +675,5 @@ def test_the_page_fits_the_window(page: Path, chromium: browser.Browser, width: 
     chromium.open(page.as_uri(), width)
     assert chromium.run("document.documentElement.scrollWidth") <= width
     assert chromium.run("[...document.querySelectorAll('.box')].every((box) => box.clientWidth <= innerWidth)")
+    opening = "document.querySelector('.opening .frame')"
+    assert chromium.run(f"{opening}.scrollWidth <= {opening}.clientWidth")  # the answer is seen whole
