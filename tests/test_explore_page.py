@@ -35,6 +35,9 @@ SECONDS_A_QUESTION = 2.0
 PATIENCE = 60_000
 """Milliseconds that a test waits for something to appear."""
 
+UNFINISHED = (2, 9)
+"""Example of the shipped model, and an exit layer with which its answer changes before its end."""
+
 
 def require(module: str) -> Any:
     return pytest.importorskip(module, reason=f"no {module}: pip install 'dyvte[explore-test]'")
@@ -154,7 +157,7 @@ def test_the_whole_path(visit: Visit, address: str) -> None:
     slider.wait_for()  # its tab may still be drawn, and what is not seen takes no focus
     slider.press("Home")
     page.get_by_text("0 of 12 layers see the image").wait_for()
-    page.click("#write-out")
+    assert not page.is_visible("#write-out")  # the same answer: it is there to its end
 
     # a method
     visit.tab("Methods")
@@ -185,6 +188,26 @@ def test_the_whole_path(visit: Visit, address: str) -> None:
     visit.wait('#heads button[data-head="4"][aria-pressed="true"]')
     assert page.locator("#view i.chosen").count() == 25
     assert visit.value("question") == saved["question"]
+
+
+def test_an_answer_is_written_out_where_something_is_left_of_it(chromium: Any, address: str) -> None:
+    visit = Visit(chromium.new_page())
+    page, (example, exit_layer) = visit.page, UNFINISHED
+    page.goto(address)
+    visit.wait("#view .photo")
+    page.click(f'#examples button[data-example="{example}"]')
+    visit.wait(f'#examples button[data-example="{example}"][aria-pressed="true"]')
+    page.click("#ask")
+    visit.wait("#view .cells i")
+    visit.tab("Exits")
+    slider = page.locator("#exit input[type=range]")
+    slider.fill(str(exit_layer))
+    page.get_by_text(f"{exit_layer} of 12 layers see the image: another answer").wait_for()
+    page.click("#write-out")
+    page.wait_for_selector("#write-out", state="hidden")
+    assert page.locator("#left .spoken span").all_inner_texts() == ["small", "<end>"]
+    assert visit.complaints == []
+    page.close()
 
 
 def test_an_image_of_ones_own(visit: Visit, address: str, tmp_path: Path) -> None:

@@ -155,15 +155,19 @@ class Explorer:
 
     # -------------------------------------------------------------- the altered model
 
-    def leave(self, reading: Reading, exit_layer: int, write_out: bool = False) -> str:
-        """The answer if the image leaves at exit layer k: read off the sweep, or generated to its end."""
+    def leave(self, reading: Reading, exit_layer: int, write_out: bool = False) -> tuple[str, bool]:
+        """The answer if the image leaves at exit layer k: read off the sweep, or generated to its end.
+
+        Returns:
+            What is shown of it, and whether it is there to its end.
+        """
         found = exit_answer(reading.sweep, exit_layer, reading.end_ids)
         if write_out and not found.complete:
             with self._running:
                 ids = write_out_exit(self.mllm, reading.batch, exit_layer, self.max_new_tokens)
             found = AlteredAnswer(ids, True, found.changed)
         cost = float(Calibration(self.mllm, [reading.batch]).exit_costs([1.0] * reading.num_layers)[0, exit_layer])
-        return exit_panel(reading, exit_layer, found, self.words(found.ids, reading.end_ids), cost)
+        return exit_panel(reading, exit_layer, found, self.words(found.ids, reading.end_ids), cost), found.complete
 
     def thin_out(self, reading: Reading, state: ViewState) -> str:
         """Which patches a method keeps at a budget, and the answer.

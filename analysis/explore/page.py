@@ -93,7 +93,7 @@ class Page:
                     start.question, label="Question", lines=1, scale=4, min_width=200, elem_id="question"
                 )
                 self.ask = gr.Button("Ask", variant="primary", scale=1, min_width=60, elem_id="ask")
-        self.notice = gr.HTML("", css_template=_asset("parts.css"), elem_id="notice")
+        self.notice = gr.HTML("", visible=False, css_template=_asset("parts.css"), elem_id="notice")
         self.answer = _part(elem_id="answer")
         with gr.Row():
             with gr.Column(min_width=300):
@@ -116,7 +116,7 @@ class Page:
         gr.Markdown("All exits come from one pass over the answer: the slider runs no model.")
         self.exit_layer = gr.Slider(0, layers, layers, step=1, label="The image leaves at exit layer", elem_id="exit")
         self.left = gr.HTML("", css_template=_asset("parts.css"), elem_id="left")
-        self.write_out = gr.Button("Write it out", size="sm", elem_id="write-out")
+        self.write_out = gr.Button("Write it out", size="sm", visible=False, elem_id="write-out")
 
     def _build_methods(self, start: ViewState) -> None:
         choices = [(label, name) for name, label in self.explorer.methods.items()]
@@ -157,7 +157,7 @@ class Page:
         asked = [
             self.reading,
             *(self.notice, self.examples, self.image, self.question),
-            *(self.exit_layer, self.left, self.thinned, self.was_cut, self.saved),
+            *(self.exit_layer, self.left, self.write_out, self.thinned, self.was_cut, self.saved),
             *(self.method, self.budget, self.queries, self.keys, self.first, self.last, self.region),
             *self.shown,
         ]
@@ -172,15 +172,15 @@ class Page:
         self._on(self.examples.pick_example, self._choose, [self.state], [*chosen, self.notice], **light)
         self._on(self.examples.own_image, self._upload, [self.state, self.question], [*chosen, self.notice], **light)
 
-        both = [self.reading, self.state]
+        both, left = [self.reading, self.state], [self.left, self.write_out]
         self._on(self.answer.pick_token, self._pick_token, both, self.shown, **light)
         self._on(self.heads.pick_head, self._pick_head, both, self.shown, **light)
         self._on(self.bars.pick_layer, self._pick_layer, both, self.shown, **light)
         self._on(self.view.pick_region, self._pick_region, both, [self.region, self.keys, *self.shown], **light)
         self._on(self.region.submit, self._type_region, [self.region, *both], [self.notice, *self.shown], **light)
         self._on(self.layer.input, self._move_layer, [self.layer, *both], self.shown, **light)
-        self._on(self.exit_layer.input, self._leave, [self.exit_layer, *both], [self.state, self.left], **light)
-        self._on(self.write_out.click, self._write_out, both, self.left, **model)
+        self._on(self.exit_layer.input, self._leave, [self.exit_layer, *both], [self.state, *left], **light)
+        self._on(self.write_out.click, self._write_out, both, left, **model)
         self._on(self.thin.click, self._thin, [self.method, self.budget, *both], [self.state, self.thinned], **model)
         path = [self.queries, self.keys, self.first, self.last, self.region]
         self._on(self.do_cut.click, self._cut, [*path, *both], [self.state, self.was_cut], **model)
@@ -213,8 +213,8 @@ class Page:
         exit_layer = reading.num_layers if state.exit_layer is None else state.exit_layer
         return [
             reading,
-            *("", self._examples(state), image, state.question),
-            *(exit_layer, self.explorer.leave(reading, exit_layer), "", "", ""),
+            *(_told(""), self._examples(state), image, state.question),
+            *(exit_layer, *self._exit(reading, exit_layer), "", "", ""),
             *(state.method, state.budget, state.queries, state.keys),
             *(min(start, last), max(stop - 1, 0), _region_text(state)),
             *self._show(reading, state),
@@ -238,20 +238,20 @@ class Page:
         try:
             for words, reading in self.explorer.ask(image, question):
                 if reading is None:
-                    yield self._waiting(answer=markup.token_row(words, None), notice="")
+                    yield self._waiting(answer=markup.token_row(words, None), notice=_told(""))
                 else:
                     assert image is not None
                     state = self.explorer.fitted(reading, replace(state, question=reading.question))
                     yield dict(zip(self.asked, self._fill(reading, state, image), strict=True))
         except DyvteError as error:
-            yield self._waiting(notice=markup.notice(str(error)))
+            yield self._waiting(notice=_told(str(error)))
 
     def _from_link(self, request: gr.Request) -> Iterator[dict[Any, Any]]:
         link = request.query_params.get(QUERY_KEY)
         if link:
             yield from self._go(lambda: (ViewState.from_link(link), None))
         else:
-            yield self._waiting(notice="")
+            yield self._waiting(notice=_told(""))
 
     def _from_json(self, text: str) -> Iterator[dict[Any, Any]]:
         yield from self._go(lambda: read_view_file(text, **self.upload_limits))
@@ -265,7 +265,7 @@ class Page:
             if image is None:
                 raise ConfigError("this view is of an uploaded image, which a link does not carry: use its JSON")
         except DyvteError as error:
-            yield self._waiting(notice=markup.notice(str(error)))
+            yield self._waiting(notice=_told(str(error)))
             return
         yield from self._answered(image, state.question, state)
 
@@ -279,12 +279,12 @@ class Page:
         try:
             image = read_upload(str(event.value), **self.upload_limits)
         except DyvteError as error:
-            return [*[gr.skip()] * 7, markup.notice(str(error))]
+            return [*[gr.skip()] * 7, _told(str(error))]
         state = replace(self.explorer.start(), example=None, question=question, layer=state.layer)
         return self._chosen(image, state)
 
     def _chosen(self, image: Image.Image, state: ViewState) -> list[Any]:
-        return [image, state.question, self._examples(state), markup.plain_image(image), "", None, state, ""]
+        return [image, state.question, self._examples(state), markup.plain_image(image), "", None, state, _told("")]
 
     # --------------------------------------------------------------------------- a view
 
@@ -315,22 +315,25 @@ class Page:
             if reading is not None and state.region is not None:
                 reading.grid.patches_in(state.region)
         except ConfigError as error:
-            return [markup.notice(str(error)), *[gr.skip()] * len(self.shown)]
-        return ["", *self._show(reading, state)]
+            return [_told(str(error)), *[gr.skip()] * len(self.shown)]
+        return [_told(""), *self._show(reading, state)]
 
     # -------------------------------------------------------------------- altered models
 
-    def _leave(self, exit_layer: int, reading: Reading | None, state: ViewState) -> tuple[ViewState, str]:
-        state = replace(state, exit_layer=exit_layer)
-        return state, _or_notice(lambda: self.explorer.leave(_asked(reading), exit_layer))
+    def _exit(self, reading: Reading | None, exit_layer: int, write_out: bool = False) -> list[Any]:
+        """The answer if the image leaves, and the button that writes it to its end where something is left to write."""
+        try:
+            panel, complete = self.explorer.leave(_asked(reading), exit_layer, write_out)
+        except DyvteError as error:
+            panel, complete = markup.notice(str(error)), True
+        return [panel, gr.update(visible=not complete)]
 
-    def _write_out(self, reading: Reading | None, state: ViewState) -> str:
-        def written() -> str:
-            found = _asked(reading)
-            exit_layer = found.num_layers if state.exit_layer is None else state.exit_layer
-            return self.explorer.leave(found, exit_layer, write_out=True)
+    def _leave(self, exit_layer: int, reading: Reading | None, state: ViewState) -> list[Any]:
+        return [replace(state, exit_layer=exit_layer), *self._exit(reading, exit_layer)]
 
-        return _or_notice(written)
+    def _write_out(self, reading: Reading | None, state: ViewState) -> list[Any]:
+        exit_layer = self.explorer.mllm.num_layers if state.exit_layer is None else state.exit_layer
+        return self._exit(reading, exit_layer, write_out=True)
 
     def _thin(self, method: str, budget: float, reading: Reading | None, state: ViewState) -> tuple[ViewState, str]:
         state = replace(state, method=method, budget=budget)
@@ -365,6 +368,11 @@ def _asked(reading: Reading | None) -> Reading:
     if reading is None:
         raise ConfigError("ask a question first")
     return reading
+
+
+def _told(text: str) -> Any:
+    """The line above the answer: a sentence, or no line at all."""
+    return gr.update(value=markup.notice(text) if text else "", visible=bool(text))
 
 
 def _or_notice(show: Callable[[], str]) -> str:
