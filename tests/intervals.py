@@ -53,11 +53,12 @@ def intervals_of_zero_width(folder: Path) -> list[str]:
             continue
         if "measure" in table:
             table = table[~table["measure"].isin(NO_RATES)]
+        columns = [str(name) for name in table]
         for low, high in SIDES:
-            for column in (name for name in table if str(name) == low or str(name).endswith(f"_{low}")):
+            for column in (name for name in columns if name == low or name.endswith(f"_{low}")):
                 other = f"{column[: -len(low)]}{high}"
-                of = column[: -len(low) - 1] or str(table.columns[table.columns.get_loc(column) - 1])
-                if not of.endswith(NO_RATES) and other in table and _flat(table[column], table[other]):
+                of = column[: -len(low) - 1] or columns[columns.index(column) - 1]
+                if not of.endswith(NO_RATES) and other in columns and _flat(table[column], table[other]):
                     found.append(f"{file.relative_to(folder)}: {column}")
     for file in sorted(folder.rglob("summary.json")):
         found += _in_summary(json.loads(file.read_text()), str(file.relative_to(folder)))
