@@ -24,6 +24,7 @@ from docs.tooling.generated import write_generated
 from docs.tooling.hero import draw_hero
 from dyvte.gates.metrics import share_interval
 from dyvte.runs.store import write_atomic
+from dyvte.testbed.smol.questions import IMAGE_KINDS
 
 PAGE = Path("docs/findings_smol.md")
 TEMPLATE = Path(__file__).with_name("smol_findings.md.j2")
@@ -50,7 +51,9 @@ COMMANDS = {
     CUTS: f"{CUT} data=english width=5 'paths=[[visual,visual],[instruction,visual]]' {ONE_PATH}",
     LATE: f"{CUT} data=english 'windows=[[20,30]]' 'paths=[[instruction,visual]]' {ONE_WINDOW} output_dir={LATE}",
     RECALL_CUTS: f"{CUT} {OF_RECALL} 'windows=[[0,5]]' 'paths=[[instruction,visual]]' {ONE_WINDOW}",
-    GATES: "python -m analysis.gate_claims model=llava_smol model.dtype=bfloat16 data=english data.limit={n}",
+    GATES: (
+        "python -m analysis.gate_claims model=llava_smol model.dtype=bfloat16 data=english data.limit={n} batch_size=4"
+    ),
     GATED: (
         "python -m dyvte.evaluate model=llava_smol model.dtype=bfloat16 data=english data.limit={n} "
         "policy=dynamic_exit policy.gates=llava_smol"
@@ -276,8 +279,16 @@ def first_picture() -> tuple[Any, str]:
         return draw_hero(numbers), caption + "Its answers change whichever layer the image leaves at."
     return draw_hero(numbers), caption + (
         f"Its answers need the image up to layer {settled}: {min(kept[settled:]):.0%} of them hold without it from "
-        f"there on, {kept[settled - 4]:.0%} if it leaves four layers before."
+        f"there on, {kept[settled - 4]:.0%} if it leaves four layers before. Gates trained on a thousand questions let it "
+        f"go in {1 - gated['exit_layers'][-1] / gated['num_questions']:.0%} of them."
     )
+
+
+def exits_by_need(answers: pd.DataFrame) -> dict[str, float]:
+    """Mean exit layer of the gates for questions that need no image, and for those that do."""
+    needs = answers["kind"].isin(IMAGE_KINDS)
+    layers = answers["exit_layer"]
+    return {"without": float(layers[~needs].mean()), "with": float(layers[needs].mean())}
 
 
 def main() -> None:
@@ -293,6 +304,9 @@ def main() -> None:
         picture.savefig(drawn, format="png", dpi=160, metadata={"Software": None})
         write_generated(FIGURES / "hero.png", drawn.getvalue(), COMMAND)
         write_generated("README.md", f"![{ALT}]({FIGURES / 'hero.png'})\n\n*{caption}*", COMMAND, section=SECTION)
+    gated = runs.get(GATED)
+    if gated is not None:
+        gated = {**gated, "exits": exits_by_need(pd.read_parquet(GATED / "answers.parquet"))}
     commands = [COMMANDS[run].format(n=summary["num_samples"]) for run, summary in runs.items()]
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(TEMPLATE.read_text())
     page = template.render(
@@ -301,7 +315,7 @@ def main() -> None:
         commands=commands,
         stages=runs.get(STAGES),
         exits=runs.get(EXITS),
-        gated=runs.get(GATED),
+        gated=gated,
     )
     write_atomic(PAGE, lambda out: out.write(page.encode()))
     for name, outcome in found.items():
