@@ -279,8 +279,8 @@ def first_picture() -> tuple[Any, str]:
         return draw_hero(numbers), caption + "Its answers change whichever layer the image leaves at."
     return draw_hero(numbers), caption + (
         f"Its answers need the image up to layer {settled}: {min(kept[settled:]):.0%} of them hold without it from "
-        f"there on, {kept[settled - 4]:.0%} if it leaves four layers before. Gates trained on a thousand questions let it "
-        f"go in {1 - gated['exit_layers'][-1] / gated['num_questions']:.0%} of them."
+        f"there on, {kept[settled - 4]:.0%} if it leaves four layers before. Gates trained on a thousand questions let "
+        f"it go in {1 - gated['exit_layers'][-1] / gated['num_questions']:.0%} of others."
     )
 
 
