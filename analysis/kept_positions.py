@@ -252,15 +252,18 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, grid: View, num_quest
 
 def overlap_figure(names: Sequence[str], shared: Sequence[Sequence[float]]) -> Figure:
     """The matrix of overlaps, with its numbers."""
-    side = 1.8 + 0.42 * len(names)
+    side = 1.8 + 0.34 * len(names)
     drawing, axis = plt.subplots(figsize=(side, side), layout="constrained")
     axis.imshow(shared, cmap="RdBu", vmin=-1, vmax=1)
     for row, values in enumerate(shared):
         for column, value in enumerate(values):
-            axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6)
+            if row != column:
+                ink = "white" if abs(value) > 0.55 else "black"  # on the dark ends of the colours
+                shown = f"{value:.2f}".replace("0.", ".")
+                axis.text(column, row, shown, ha="center", va="center", fontsize=6, color=ink)
     axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
     axis.set_yticks(range(len(names)), names, fontsize=7)
-    axis.set_title("Tokens that two methods both keep:\n1 as many as can be, 0 as by chance", fontsize=8)
+    axis.set_title("Tokens that two methods both keep:\n1 as many as can be, 0 as by chance", fontsize=max(8, side))
     return drawing
 
 
