@@ -19,7 +19,8 @@ from dyvte.batch import Batch
 from dyvte.instrument import kept_keys
 from dyvte.instrument.cache import KeptLayer
 from dyvte.instrument.hooks import Selection
-from dyvte.instrument.kept_keys import ROOM, KeyTable, added_to_scores, attend_apart
+from dyvte.instrument.kept_keys import ROOM, KeyTable, attend_apart
+from dyvte.instrument.role_attention import added_to_scores
 from dyvte.mllm import MLLM
 from dyvte.policies import decoding
 from dyvte.policies.base import Policy, Prefill

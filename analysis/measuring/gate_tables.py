@@ -196,11 +196,11 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, asked: LabelSet) -> d
         experiment=cfg.experiment.name,
         rows=table,
         kinds=by_kind,
-        in_words=gates_in_words(table),
+        in_words=cheapest_gates_in_words(table),
     )
 
 
-def gates_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
+def cheapest_gates_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
     """The cheapest of the gates that keep most answers."""
     gates = [row for row in rows if row["gates"] != "full model"]
     best = max(gates, key=lambda row: (round(row["agreement"], 2), -row["cost"]))

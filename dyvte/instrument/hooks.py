@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dyvte.errors import UnsupportedError
+from dyvte.instrument.role_attention import added_to_scores
 from dyvte.model_parts import DRIVEN_INDEXERS, indexer_of, layer_kinds, self_attention_of, undrivable
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def combine_mask(packed: Tensor, valid: Tensor | None, key_bias: Tensor | None, 
             packed = packed & valid
         if key_bias is None:
             return packed
-        packed = torch.zeros_like(packed, dtype=dtype).masked_fill(~packed, torch.finfo(dtype).min)
+        packed = added_to_scores(packed, dtype)
     elif valid is not None:
         packed = packed.masked_fill(~valid, torch.finfo(packed.dtype).min)
     return packed if key_bias is None else packed + key_bias.to(packed.dtype)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dyvte.instrument.hooks import Selection, combine_mask
+from dyvte.instrument.role_attention import added_to_scores
 
 ROOM = 32
 """New tokens of every row that stores make room for at a time."""
@@ -118,20 +119,6 @@ class KeyTable:
         position = positions.narrow(3, 0, width)
         packed = own.gather(3, position if position.shape[:3] == over else position.expand(*over, -1))
         return packed if added is None else packed + added
-
-
-def added_to_scores(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask (True: attend) as numbers that are added to the scores; one of numbers as it is.
-
-    `scaled_dot_product_attention` does this to a boolean mask at every call, and so once a layer.
-
-    Example:
-        >>> added_to_scores(torch.tensor([True, False]), torch.float32).tolist()[0]
-        0.0
-    """
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def _with_room(prompt: Tensor | None, room: int, filling: bool | float) -> Tensor | None:

@@ -334,6 +334,30 @@ def score_rows(
     return rows_of
 
 
+def allowed_by(mask: Tensor) -> Tensor:
+    """A mask, boolean (True: attend) or added to the scores, as what it allows.
+
+    Example:
+        >>> allowed_by(torch.tensor([0.0, torch.finfo(torch.float32).min])).tolist()
+        [True, False]
+    """
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def added_to_scores(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask (True: attend) as numbers that are added to the scores; one of numbers as it is.
+
+    `scaled_dot_product_attention` does this to a boolean mask at every call, and so once a layer.
+
+    Example:
+        >>> added_to_scores(torch.tensor([True, False]), torch.float32).tolist()[0]
+        0.0
+    """
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
 def allowed_pairs(
     mask: Tensor | None, length: int, causal: bool, sliding_window: int | None, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -353,9 +377,8 @@ def allowed_pairs(
     """
     if mask is not None and mask.ndim == 4:
         mask, bias = mask[..., :length], None
-        allowed = mask
+        allowed = allowed_by(mask)
         if mask.dtype != torch.bool:
-            allowed = mask > torch.finfo(mask.dtype).min / 2
             bias = mask.float().masked_fill(~allowed, 0.0)
         if mask.shape[1] > 1:  # heads that choose their keys: a pair is allowed if one of them may see it
             bias = (torch.zeros_like(mask, dtype=torch.float) if bias is None else bias).masked_fill(

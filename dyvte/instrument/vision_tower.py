@@ -20,6 +20,7 @@ from dyvte.cost.flops import overhead
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.attention_calls import AttentionCall, watch_attention
 from dyvte.instrument.hooks import override_method
+from dyvte.instrument.role_attention import allowed_by
 from dyvte.instrument.vision_patches import PATCHES, patch_places, patches_to_tokens
 
 if TYPE_CHECKING:
@@ -335,7 +336,7 @@ def _attention_rows(call: AttentionCall, queries: slice) -> Tensor:
         return call.weights[:, :, queries].float()
     scores = (call.query[:, :, queries].float() * call.scale) @ call.key.float().transpose(2, 3)
     if call.mask is not None:
-        scores = scores.masked_fill(~_open(call.mask[:, :, queries]), -torch.inf)
+        scores = scores.masked_fill(~allowed_by(call.mask[:, :, queries]), -torch.inf)
     return scores.softmax(-1)
 
 
@@ -344,12 +345,7 @@ def _seen_patches(call: AttentionCall, queries: slice) -> Tensor:
     if call.mask is None:
         return torch.ones(1, queries.stop - queries.start, call.key.shape[2], device=call.key.device)
     mask = call.mask[:, 0]
-    return _open(mask[:, queries]) & _open(mask.diagonal(dim1=1, dim2=2)[:, queries, None])
-
-
-def _open(mask: Tensor) -> Tensor:
-    """Boolean form of a mask that holds either booleans or what is added to scores."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return allowed_by(mask[:, queries]) & allowed_by(mask.diagonal(dim1=1, dim2=2)[:, queries, None])
 
 
 def _by_view(states: Tensor) -> Tensor:

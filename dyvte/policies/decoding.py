@@ -14,10 +14,11 @@ from dyvte.errors import UnsupportedError
 from dyvte.instrument.attention_calls import replace_attention
 from dyvte.instrument.cache import KeptLayer
 from dyvte.instrument.hooks import LayerCall
-from dyvte.instrument.kept_keys import KeyTable, added_to_scores, attend_apart
+from dyvte.instrument.kept_keys import KeyTable, attend_apart
 from dyvte.instrument.keys.borrowed import BorrowingLayer, StepSharing
 from dyvte.instrument.keys.indexed import KeptIndexedLayer, choosing_among
 from dyvte.instrument.keys.shared import lends_keys, store_of
+from dyvte.instrument.role_attention import added_to_scores
 
 if TYPE_CHECKING:
     from dyvte.mllm import MLLM

@@ -165,6 +165,14 @@ def progress(what: str, counted: str, over: Sequence[Any] | int, **settings: Any
 # ----------------------------------------------------------------------- warnings
 
 
+_formatwarning = warnings.formatwarning
+
+
+def _own_in_one_line(message: Warning | str, category: type[Warning], *where: Any, **source: Any) -> str:
+    own = issubclass(category, DyvteWarning)
+    return f"warning: {message}\n" if own else _formatwarning(message, category, *where, **source)
+
+
 def quiet_libraries() -> None:
     """Keep warnings and log messages of other libraries off; the package's own warnings come as one line each.
 
@@ -173,13 +181,7 @@ def quiet_libraries() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
         warnings.simplefilter("default", DyvteWarning)
-    plain = warnings.formatwarning
-
-    def in_one_line(message: Warning | str, category: type[Warning], *where: Any, **source: Any) -> str:
-        own = issubclass(category, DyvteWarning)
-        return f"warning: {message}\n" if own else plain(message, category, *where, **source)
-
-    warnings.formatwarning = in_one_line
+    warnings.formatwarning = _own_in_one_line
     logging.getLogger().setLevel(logging.ERROR)
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
         os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # where transformers is imported later

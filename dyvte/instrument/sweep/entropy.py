@@ -11,6 +11,7 @@ from dyvte.instrument.hooks import (
     LayerCall,
     Selection,
 )
+from dyvte.instrument.role_attention import allowed_by
 from dyvte.instrument.sweep.frames import Frame
 from dyvte.layout import TokenLayout
 
@@ -103,8 +104,7 @@ def chosen_keys(mask: Tensor | None, queries: Tensor, keys: Tensor | None) -> Te
     """
     if mask is None:
         return None
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    seen = seen.expand(len(queries), -1, -1, -1)
+    seen = allowed_by(mask).expand(len(queries), -1, -1, -1)
     seen = seen.gather(2, queries[:, None, :, None].expand(-1, seen.shape[1], -1, seen.shape[3]))
     return seen if keys is None else seen.gather(3, keys[:, None, None].expand(*seen.shape[:3], -1))
 

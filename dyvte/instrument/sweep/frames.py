@@ -18,6 +18,7 @@ from dyvte.instrument.hooks import (
     pack_mask,
 )
 from dyvte.instrument.kept_keys import take
+from dyvte.instrument.role_attention import allowed_by
 from dyvte.layout import TokenLayout
 
 # ---------------------------------------------------------------------- pieces of a layer
@@ -75,7 +76,7 @@ class Frame:
         if mask is None or mask.ndim == 2:
             causal = self.own.index[:, :, None] >= self.key_positions[:, None, :]
             return causal & self.key_valid[:, None, :]
-        return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
+        return allowed_by(mask[:, 0])
 
 
 class Keys:
@@ -266,5 +267,4 @@ def sees_ahead(mask: Tensor | None, queries: Tensor, keys: Tensor) -> bool:
     """Whether the mask lets any of the positions `queries` [B, N] see any of `keys` [B, N]: never if causal."""
     if mask is None or mask.ndim != 4:
         return False
-    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return bool((allowed[:, 0] & queries[:, :, None] & keys[:, None, :]).any())
+    return bool((allowed_by(mask)[:, 0] & queries[:, :, None] & keys[:, None, :]).any())
