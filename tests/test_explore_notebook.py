@@ -12,22 +12,25 @@ from dyvte.runs.config import compose
 
 @pytest.fixture(scope="module")
 def explorer(shapes: dyvte.MLLM) -> Explorer:
-    cfg = compose("explore", ["examples=2"])
+    cfg = compose("explore", ["examples=4"])
     return Explorer.of(shapes, build_dataset(cfg.data), cfg)
 
 
 def test_the_table_of_exits_is_what_the_model_answers_under_each(explorer: Explorer) -> None:
-    view = NotebookView.ask(explorer, image=1)
-    example, mllm = explorer.examples[1], explorer.mllm
-    batch = mllm.encode(images=[example.image], questions=[example.question])
-    assert view.answer == mllm.generate(batch)[0]
-    for row in view.exits().itertuples():
-        with dyvte.FixedExit(row.exit_layer)(mllm):
-            given = mllm.generate(batch)[0]
-        assert given.startswith(row.answer.removesuffix(" …"))
-        assert row.same == (given == view.answer)
-    with pytest.raises(ConfigError, match="examples 0 to 1"):
-        NotebookView.ask(explorer, image=2)
+    mllm, changed = explorer.mllm, 0
+    for number, example in enumerate(explorer.examples):
+        view = NotebookView.ask(explorer, image=number)
+        batch = mllm.encode(images=[example.image], questions=[example.question])
+        assert view.answer == mllm.generate(batch)[0]
+        for row in view.exits().itertuples():
+            with dyvte.FixedExit(row.exit_layer)(mllm):
+                given = mllm.generate(batch)[0]
+            assert given.startswith(row.answer.removesuffix(" …"))
+            assert row.same == (given == view.answer)
+            changed += not row.same
+    assert changed, "no exit changes an answer: nothing was tested"
+    with pytest.raises(ConfigError, match="examples 0 to"):
+        NotebookView.ask(explorer, image=len(explorer.examples))
 
 
 def test_the_widget_follows_its_controls(explorer: Explorer) -> None:
