@@ -106,15 +106,16 @@ def add_adapter(model: LlavaForConditionalGeneration, rank: int, seed: int) -> n
 
 
 def train_in_bfloat16(model: LlavaForConditionalGeneration, compiled: bool) -> None:
-    """Keep the decoder's frozen matrices in bfloat16 and add the adapter's product in one call.
+    """Keep the decoder's frozen matrices in bfloat16 and add the adapter's product, if there is one, in one call.
 
     The library's own forward converts every input to the adapter's float32 and back, which costs more than its
     products. With `compiled` every decoder layer is compiled (needs a C++ compiler; three times as fast on a CPU).
     """
     for module in model.model.language_model.modules():
         if isinstance(module, LoraLayer):
-            module.get_base_layer().to(torch.bfloat16)
             module.__dict__["forward"] = partial(_adapted_linear, module)
+        elif isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            module.to(torch.bfloat16)
     if compiled:
         # one graph for every layer and shape; without room for them the rest would run uncompiled
         torch._dynamo.config.recompile_limit = 256
@@ -214,7 +215,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
     if cfg.init_from:
         start_from_parts(Path(cfg.init_from), projector, modules.get("adapter"))
     model = model.to(device)
-    if precision == "bf16" and cfg.rank:
+    if precision == "bf16":
         train_in_bfloat16(model, cfg.compile)
     original = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if device.type == "cpu":
