@@ -37,6 +37,40 @@ def test_a_valley_is_confirmed_only_where_both_sides_lie_clearly_above_it(first,
     assert outcome.verdict.startswith(verdict)
 
 
+def outcome(verdict: str) -> findings.Outcome:
+    return findings.Outcome(verdict, "numbers")
+
+
+@pytest.mark.parametrize(
+    ("main", "seeds", "verdict"),
+    [
+        ("refuted", ["confirmed", "confirmed"], "refuted"),
+        ("confirmed", ["confirmed", "confirmed"], "confirmed"),
+        ("confirmed", ["confirmed", "refuted"], "undetermined"),
+        ("confirmed", ["confirmed"], "confirmed in the main run; the seeds are missing"),
+    ],
+)
+def test_a_valley_in_every_seed_needs_every_seed(main, seeds, verdict):
+    found = findings.valley_in_all(outcome(main), {f"seed{i}": outcome(each) for i, each in enumerate(seeds)})
+    assert found.verdict == verdict
+    assert all(f"seed{i}: {each}" in found.numbers for i, each in enumerate(seeds))
+
+
+@pytest.mark.parametrize(
+    ("main", "control", "verdict"),
+    [
+        ("confirmed", "refuted", "confirmed"),
+        ("confirmed", "confirmed", "refuted"),
+        ("confirmed", "undetermined", "undetermined"),
+        ("refuted", "refuted", "confirmed by the letter, but the main run has no valley either"),
+    ],
+)
+def test_a_control_without_a_valley_says_nothing_where_the_main_run_has_none(main, control, verdict):
+    found = findings.valley_is_absent(outcome(main), outcome(control), 0.41)
+    assert found.verdict == verdict
+    assert "answers 41%" in found.numbers
+
+
 @pytest.mark.parametrize(("slope", "verdict"), [(1.0, "confirmed"), (-1.0, "refuted"), (0.0, "undetermined")])
 def test_depth_by_hops_reads_the_paired_slope(slope, verdict):
     rng = np.random.default_rng(1)

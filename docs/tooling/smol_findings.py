@@ -38,6 +38,16 @@ LATE = Path("outputs/knockout/llava_smol/late")
 RECALL_CUTS = Path("outputs/knockout/llava_smol/recall")
 GATES = Path("outputs/gate_claims/llava_smol/english")
 GATED = Path("outputs/evaluate/llava_smol/english/dynamic_exit")
+CONTROLS = FIGURES / "controls.json"
+"""Accuracy of the trainings beside the main one, by `docs.tooling.smol_controls`."""
+SEEDS, UNTRAINED, PROJECTOR = ("seed1", "seed2"), "random", "projector"
+
+
+def stages_of(control: str) -> Path:
+    """The attention run of one of the trainings beside the main one."""
+    return Path(f"outputs/stages/llava_smol_{control}/english")
+
+
 ONE_PATH = "replace=[] control=false objects=false entry_exit=false"
 ONE_WINDOW = f"{ONE_PATH} 'splits=[]'"
 OF_RECALL = "data=english 'data.kinds=[recall_look,look_recall]' data.per_scene=2 data.name=recall"
@@ -58,6 +68,13 @@ COMMANDS = {
         "python -m dyvte.evaluate model=llava_smol model.dtype=bfloat16 data=english data.limit={n} "
         "policy=dynamic_exit policy.gates=llava_smol"
     ),
+}
+CONTROL_COMMANDS = {
+    stages_of(name): (
+        f"python -m analysis.stages model=llava_smol model.path=outputs/smol/{name}/model model.name=llava_smol_{name} "
+        "data=english data.limit={n}"
+    )
+    for name in (*SEEDS, UNTRAINED, PROJECTOR)
 }
 COMMAND = "python -m docs.tooling.smol_findings"
 SECTION = "smol"
@@ -114,9 +131,26 @@ def valley(layers: pd.DataFrame) -> Outcome:
         numbers.append(f"{name} / middle {np.exp(estimate):.2f} [{np.exp(low):.2f}, {np.exp(high):.2f}]")
         verdicts.append(CONFIRMED if low > VALLEY else REFUTED if high < VALLEY else UNDETERMINED)
     verdict = REFUTED if REFUTED in verdicts else CONFIRMED if set(verdicts) == {CONFIRMED} else UNDETERMINED
-    if verdict == CONFIRMED:
-        verdict = "confirmed in the main run; the seeds are missing"
     return Outcome(verdict, "enrichment, " + "; ".join(numbers) + " (one-sided 95% limits)")
+
+
+def valley_in_all(main: Outcome, seeds: Mapping[str, Outcome]) -> Outcome:
+    """H1: the main run refutes alone; to confirm it takes the main run and every seed."""
+    numbers = "; ".join([main.numbers, *(f"{name}: {each.verdict}, {each.numbers}" for name, each in seeds.items())])
+    verdict = main.verdict
+    if verdict == CONFIRMED and len(seeds) < len(SEEDS):
+        verdict = "confirmed in the main run; the seeds are missing"
+    elif verdict == CONFIRMED and {each.verdict for each in seeds.values()} != {CONFIRMED}:
+        verdict = UNDETERMINED
+    return Outcome(verdict, numbers)
+
+
+def valley_is_absent(main: Outcome, control: Outcome, accuracy: float) -> Outcome:
+    """H4 and H6: a control shows no valley. Where the main run has none either, this says nothing of what makes one."""
+    verdict = {CONFIRMED: REFUTED, REFUTED: CONFIRMED}.get(control.verdict, UNDETERMINED)
+    if verdict == CONFIRMED and main.verdict != CONFIRMED:
+        verdict = "confirmed by the letter, but the main run has no valley either"
+    return Outcome(verdict, f"{control.numbers}; the control answers {accuracy:.0%} of one and two hops")
 
 
 def _signed(values: np.ndarray, images: np.ndarray, unit: str, wanted: int) -> Outcome:
@@ -221,6 +255,17 @@ def decide() -> dict[str, Outcome]:
         return dict.fromkeys(found, weak)
     if (STAGES / "layers.parquet").is_file():
         found["H1"] = valley(pd.read_parquet(STAGES / "layers.parquet"))
+        controls = json.loads(CONTROLS.read_text()) if CONTROLS.is_file() else {}
+        valleys = {
+            name: valley(pd.read_parquet(stages_of(name) / "layers.parquet"))
+            for name in controls
+            if (stages_of(name) / "layers.parquet").is_file()
+        }
+        for name, control in (("H4", UNTRAINED), ("H6", PROJECTOR)):
+            if control in valleys:
+                right = controls[control]["accuracy"]["bar"]["accuracy"]
+                found[name] = valley_is_absent(found["H1"], valleys[control], right)
+        found["H1"] = valley_in_all(found["H1"], {name: valleys[name] for name in SEEDS if name in valleys})
     if (WALKED / "samples.parquet").is_file():
         found["H5"] = depth_by_hops(pd.read_parquet(WALKED / "samples.parquet"))
     if (RECALL / "samples.parquet").is_file():
@@ -294,7 +339,8 @@ def exits_by_need(answers: pd.DataFrame) -> dict[str, float]:
 def main() -> None:
     """Apply the rules and write the page."""
     found = decide()
-    runs = {run: json.loads((run / "summary.json").read_text()) for run in COMMANDS if (run / "summary.json").is_file()}
+    commands = COMMANDS | CONTROL_COMMANDS
+    runs = {run: json.loads((run / "summary.json").read_text()) for run in commands if (run / "summary.json").is_file()}
     if {STAGES, EXITS} <= runs.keys():
         figure = findings_figure()
         write_atomic(FIGURES / "layers.png", lambda out: figure.savefig(out, format="png", metadata={"Software": None}))
@@ -307,12 +353,13 @@ def main() -> None:
     gated = runs.get(GATED)
     if gated is not None:
         gated = {**gated, "exits": exits_by_need(pd.read_parquet(GATED / "answers.parquet"))}
-    commands = [COMMANDS[run].format(n=summary["num_samples"]) for run, summary in runs.items()]
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(TEMPLATE.read_text())
     page = template.render(
         found=found,
         titles=TITLES,
-        commands=commands,
+        commands=[commands[run].format(n=summary["num_samples"]) for run, summary in runs.items()],
+        cell=lambda rate: f"{rate['accuracy']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]",
+        controls=json.loads(CONTROLS.read_text()) if CONTROLS.is_file() else {},
         stages=runs.get(STAGES),
         exits=runs.get(EXITS),
         gated=gated,

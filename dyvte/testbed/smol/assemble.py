@@ -7,6 +7,7 @@ the whole is written as an ordinary LLaVA folder that `dyvte.load("llava_smol")`
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -93,12 +94,16 @@ def assemble(parts: Path = PARTS, target: Path | None = None, downloads: Path | 
     """Fetch, check, merge and write the model; returns what is also written to `assembled.json`.
 
     Args:
-        parts: Folder with `adapter/` (absent: the language model as it is) and `projector.safetensors`.
+        parts: Folder with `adapter/` (absent: the language model as it is), `projector.safetensors` and
+            `training.json`, which says whether the decoder was one without pretraining.
         target: Folder to write, by default `assembled_folder()`; replaced at once when everything is written.
         downloads: Folder that keeps what is fetched, by default one in the cache.
     """
     target = target or assembled_folder()
     language, tokenizer, source = fetch_language_model(downloads or cache_folder() / "downloads")
+    trained = json.loads((parts / "training.json").read_text())["settings"]
+    if trained["random_decoder"]:
+        language = base.without_pretraining(language, trained["seed"])
     text = HELD_OUT_TEXT.read_text()
     before = base.perplexity(language, tokenizer, text)
     if (parts / "adapter").is_dir():
@@ -163,16 +168,23 @@ def export_parts(
 
 
 def main() -> None:
-    """Assemble the shipped model unless it is there already, and say what it is."""
-    if is_assembled():
-        settings = json.loads((assembled_folder() / SETTINGS).read_text())
-        print(f"llava_smol is in {assembled_folder()} already")
+    """Assemble the shipped model unless it is there already, or the parts of another run, and say what it is."""
+    parser = argparse.ArgumentParser(prog="dyvte smol", description=__doc__.split("\n")[0])
+    parser.add_argument("--parts", type=Path, default=PARTS, help="parts folder of a run, by default what ships")
+    parser.add_argument("--target", type=Path, help="folder to write, by default where model=llava_smol looks")
+    chosen = parser.parse_args()
+    target = chosen.target or assembled_folder()
+    if chosen.target is None and chosen.parts != PARTS:
+        parser.error("--parts of another run need a --target of their own; model=llava_smol stays the model that ships")
+    if chosen.target is None and is_assembled():
+        settings = json.loads((target / SETTINGS).read_text())
+        print(f"llava_smol is in {target} already")
     else:
         try:
-            settings = assemble()
-        except ModelError as error:
+            settings = assemble(chosen.parts, target)
+        except (ModelError, FileNotFoundError) as error:
             raise SystemExit(f"error: {error}") from None
-        print(f"llava_smol written to {assembled_folder()}")
+        print(f"written to {target}")
     print(
         f"language model: {settings['language_model']}; perplexity of a held-out text {settings['perplexity_before']} "
         f"as fetched, {settings['perplexity_after']} with the adapter"

@@ -112,6 +112,12 @@ def load_language_model(folder: Path) -> LlamaForCausalLM:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def without_pretraining(language: LlamaForCausalLM, seed: int) -> LlamaForCausalLM:
+    """A decoder of the same shape with the random weights of a seed: what pretraining is compared with."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(language.config).eval()
+
+
 def build_tokenizer(source: Path | str, **options: Any) -> PreTrainedTokenizerFast:
     """The language model's tokenizer with the image's placeholder in place of an unused special token."""
     read = AutoTokenizer.from_pretrained(source, **options)

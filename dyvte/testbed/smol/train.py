@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dyvte.errors import ConfigError
@@ -37,6 +37,7 @@ from dyvte.testbed.smol.base import (
     join,
     load_language_model,
     perplexity,
+    without_pretraining,
 )
 from dyvte.testbed.smol.batches import EnglishBatches
 from dyvte.testbed.smol.questions import IMAGE_KINDS
@@ -82,9 +83,8 @@ def build_model(cfg: DictConfig) -> tuple[LlavaForConditionalGeneration, Any]:
     language = load_language_model(base)
     options: dict[str, Any] = {"gguf_file": GGUF_FILE} if (base / GGUF_FILE).is_file() else {}
     tokenizer = build_tokenizer(base, **options)
-    torch.manual_seed(cfg.seed)
     if cfg.random_decoder:
-        language = LlamaForCausalLM(language.config)
+        language = without_pretraining(language, cfg.seed)
     tower = LlavaForConditionalGeneration.from_pretrained(cfg.tower, local_files_only=True).model.vision_tower
     ids = tokenizer.convert_tokens_to_ids(["<image>", "<|endoftext|>"])
     torch.manual_seed(cfg.seed)
@@ -275,7 +275,10 @@ def main(cfg: DictConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     train(cfg, folder)
-    print(f"trained parts are in {folder / 'parts'}; python -m dyvte.testbed.smol.assemble parts={folder / 'parts'}")
+    print(
+        f"trained parts are in {folder / 'parts'}; put the model together with python -m dyvte.testbed.smol.assemble "
+        f"--parts {folder / 'parts'} --target {folder / 'model'}"
+    )
 
 
 if __name__ == "__main__":
