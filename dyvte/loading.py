@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from dyvte.errors import DyvteWarning, ModelError
+from dyvte.errors import DyvteWarning, ModelError, UnsupportedError
+from dyvte.instrument.hooks import check_model
 from dyvte.mllm import MLLM
 from dyvte.stored_files import check_model_folder
 
@@ -21,6 +22,9 @@ SHIPPED_MODELS = {"llava_shapes": Path(__file__).parent / "testbed" / "weights"}
 def wrap(model: nn.Module, processor: Any = None) -> MLLM:
     """Use a model that is already in memory; `processor` may be None when inputs are prepared elsewhere.
 
+    A model whose layers cannot run on some positions only (Inkling convolves its keys) can still be looked at: a
+    `DyvteWarning` says that of such a model only `AttentionProbe` is exact, and what drives layers refuses it.
+
     Raises:
         ModelError: the model is not a decoder-only multimodal LLM with visual tokens in its sequence.
 
@@ -30,7 +34,17 @@ def wrap(model: nn.Module, processor: Any = None) -> MLLM:
     """
     if processor is not None:
         _complete_processor(processor, model)
-    return MLLM(model, processor)
+    mllm = MLLM(model, processor)
+    try:
+        check_model(mllm)
+    except UnsupportedError as reason:
+        warnings.warn(
+            f"{type(model).__name__}: AttentionProbe works; policies, exit_sweep, knockout and logit_lens are refused: "
+            f"{reason}",
+            DyvteWarning,
+            stacklevel=2,
+        )
+    return mllm
 
 
 def load(

@@ -76,12 +76,18 @@ def visual_token_ids_of(model: nn.Module, processor: Any) -> tuple[int, ...]:
     image_ids = [each for each in found if isinstance(each, int) and each >= 0]
     video = [getattr(config, name, None) for name in ("video_token_id", "video_token_index")]
     video_ids = [each for each in video if isinstance(each, int) and each >= 0]
-    if not image_ids and not video_ids and VISUAL_MARKS in inspect.signature(model.forward).parameters:
+    takes = inspect.signature(model.forward).parameters
+    if not image_ids and not video_ids and VISUAL_MARKS in takes:
         return ()
     if not image_ids and not video_ids:
+        model_without = f"{type(model).__name__} (model type {config.model_type!r}) has no image token"
+        if "pixel_values" in takes:
+            raise ModelError(
+                f"{model_without}: it adds visual tokens to the sequence itself, input_ids have no position for them, "
+                "and dyvte finds the roles of positions by their ids"
+            )
         raise ModelError(
-            f"{type(model).__name__} (model type {config.model_type!r}) has no image token: dyvte needs a multimodal "
-            "LLM that puts visual tokens into the sequence of its decoder"
+            f"{model_without}: dyvte needs a multimodal LLM that puts visual tokens into the sequence of its decoder"
         )
     return tuple(dict.fromkeys([*image_ids[:1], *video_ids]))
 

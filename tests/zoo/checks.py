@@ -191,6 +191,15 @@ def generation(subject: Subject) -> float:
     return worst
 
 
+@torch.no_grad()
+def lens(subject: Subject) -> float:
+    """After the last layer the logit lens reads what the model says."""
+    batch = subject.batch()
+    expected = subject.mllm.model(**batch, use_cache=False).logits[:, -1].softmax(-1).amax(-1)
+    found = dyvte.logit_lens(subject.mllm, subject.batch(), positions="last", top=1)
+    return _largest(found.probabilities[:, -1, 0, 0] - expected)
+
+
 CHECKS: dict[str, Callable[[Subject], float]] = {
     "probe": probe,
     "exits": exits,
@@ -198,6 +207,7 @@ CHECKS: dict[str, Callable[[Subject], float]] = {
     "mixed exits": mixed_exits,
     "kept tokens": kept_tokens,
     "generation": generation,
+    "lens": lens,
 }
 """By name; what they return must be below `TOLERANCE`."""
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 
 import dyvte
-from dyvte.errors import DyvteError
+from dyvte.errors import DyvteError, DyvteWarning
 from tests.zoo.checks import CHECKS, QUICK, TOLERANCE, Subject, outcome
 from tests.zoo.specimens import NAMES, build_model, random_rows
 from tests.zoo.verdicts import VARIANTS, VERDICTS, Verdict
@@ -34,7 +35,16 @@ def test_verdict(name: str) -> None:
             dyvte.wrap(model)
         assert "\n" not in str(refusal.value)
         return
-    examine(Subject(dyvte.wrap(model)), verdict)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mllm = dyvte.wrap(model)
+    told = [str(each.message) for each in caught if issubclass(each.category, DyvteWarning)]
+    assert bool(told) == bool(verdict.fails)  # who loads a model is told what it will refuse, before anything runs
+    for line in told:
+        assert "\n" not in line
+        assert "AttentionProbe works" in line
+        assert all(reason in line for reason in verdict.fails.values())
+    examine(Subject(mllm), verdict)
 
 
 def examine(subject: Subject, verdict: Verdict) -> None:

@@ -25,13 +25,11 @@ class Verdict:
 
 WORKS = Verdict()
 ENCODER_DECODER = Verdict(refused="encoder-decoder")
-NO_IMAGE_TOKEN = Verdict(refused="has no image token")
+NO_IMAGE_TOKEN = Verdict(refused="input_ids have no position for them")
 CROSS_ATTENTION = Verdict(refused="reads its encoder through cross-attention")
-CONVOLVED_KEYS = Verdict(
-    fails=dict.fromkeys(
-        ("exits", "sweep", "mixed exits", "kept tokens", "generation"), "it convolves the keys that it attends to"
-    )
-)
+DRIVES = ("exits", "sweep", "mixed exits", "kept tokens", "generation", "lens")
+"""Checks of what drives decoder layers."""
+CONVOLVED_KEYS = Verdict(fails=dict.fromkeys(DRIVES, "it convolves the keys that it attends to"))
 """Only the probe works."""
 
 VERDICTS: dict[str, Verdict] = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dyvte.batch import Batch
 from dyvte.errors import ConfigError, UnsupportedError
 from dyvte.instrument.causal.readout import LOGITS_AT_ONCE, read_out
-from dyvte.instrument.hooks import Selection, is_driven, layer_states
+from dyvte.instrument.hooks import Selection, check_model, is_driven, layer_states
 from dyvte.mllm import MLLM
 
 Positions = Literal["visual", "last"]
@@ -68,7 +68,7 @@ def logit_lens(
 
     Raises:
         ConfigError: no such positions, or visual ones under a policy.
-        UnsupportedError: a policy is active.
+        UnsupportedError: a policy is active, or the layers cannot be driven.
 
     Example:
         >>> lens = dyvte.logit_lens(mllm, batch, positions="last")
@@ -77,6 +77,7 @@ def logit_lens(
     """
     if is_driven(mllm):
         raise UnsupportedError("logit_lens runs the model itself: give policy= instead of an active one")
+    check_model(mllm)
     chosen = _chosen(batch, positions)
     if not 1 <= top <= mllm.lm_head.weight.shape[0]:
         raise ConfigError(f"top is {top}; give 1 to the size of the vocabulary")
