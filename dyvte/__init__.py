@@ -76,6 +76,8 @@ _PUBLIC = {
     "HiRED": "dyvte.policies.vision.hired",
     "PruMergePlus": "dyvte.policies.vision.prumerge",
     "PruMerge": "dyvte.policies.vision.prumerge",
+    "DyCoke": "dyvte.policies.video.dycoke",
+    "PruneVid": "dyvte.policies.video.prunevid",
     "RandomDrop": "dyvte.policies.pruning.drop",
     "StratifiedDrop": "dyvte.policies.pruning.drop",
     "UniformDrop": "dyvte.policies.pruning.drop",
@@ -153,6 +155,8 @@ if TYPE_CHECKING:  # what a type checker sees; a test holds it to the names abov
     from dyvte.policies.scorer import ScorerPolicy as ScorerPolicy
     from dyvte.policies.skip_attention import SkipAttention as SkipAttention
     from dyvte.policies.unchanged import Unchanged as Unchanged
+    from dyvte.policies.video.dycoke import DyCoke as DyCoke
+    from dyvte.policies.video.prunevid import PruneVid as PruneVid
     from dyvte.policies.vision.fastervlm import FasterVLM as FasterVLM
     from dyvte.policies.vision.fopru import FoPru as FoPru
     from dyvte.policies.vision.hired import HiRED as HiRED

@@ -21,10 +21,11 @@ from dyvte.policies.attention_policy import LayerAttention
 from dyvte.policies.decoder.aim import walk
 from dyvte.policies.decoder.dart import least_alike
 from dyvte.policies.decoder.feather import grid_places
-from dyvte.policies.decoder.sparsevlm import density_peaks, raters
+from dyvte.policies.decoder.sparsevlm import raters
 from dyvte.policies.decoder.stages import in_proportion, projection_of
 from dyvte.policies.decoder.topv import importance
 from dyvte.policies.decoder.yopo import within_window
+from dyvte.policies.merging.density_peaks import density_peaks
 from dyvte.policies.registry import methods
 from dyvte.policies.scorer import top
 
@@ -190,7 +191,7 @@ def test_raters_are_the_words_that_look_at_the_image() -> None:
 
 def test_density_peaks_of_points_on_a_line() -> None:
     points = tensor([0.0, 1, 3, 10, 11.5, 14])[:, None]
-    centres, belongs = density_peaks(points, 3)
+    centres, belongs = density_peaks(points, 3, 3)
     assert centres.tolist() == [1, 4, 0]
     means = [float(points[belongs == cluster].mean()) for cluster in range(3)]
     assert means == pytest.approx([2.0, 11.8333, 0.0], abs=1e-4)

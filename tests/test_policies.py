@@ -135,7 +135,7 @@ def kept_under(policy: Policy, mllm: MLLM, batch: Batch) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def with_keys_hidden(mllm: MLLM, batch: Batch, kept: Tensor) -> Tensor:
-    """Logits of the full-length model in which layer l hides the keys outside of `kept[l]`."""
+    """Logits of the full-length model in which layer l hides keys outside of `kept[l]`, [B, N] or [B, queries, N]."""
     rows, length = batch.layout.roles.shape
 
     def hide(index: int) -> Any:
@@ -144,7 +144,7 @@ def with_keys_hidden(mllm: MLLM, batch: Batch, kept: Tensor) -> Tensor:
             if mask is None:
                 mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
             mask = mask.expand(rows, -1, -1, -1)
-            seen = kept[index][:, None, None, :]
+            seen = kept[index][:, None] if kept.ndim == 4 else kept[index][:, None, None, :]
             if mask.dtype == torch.bool:
                 mask = (mask & seen) | torch.eye(length, dtype=torch.bool)
             else:

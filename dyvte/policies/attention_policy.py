@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dyvte.cost.flops import overhead
 from dyvte.instrument.attention_calls import AttentionCall, watch_attention
+from dyvte.instrument.cache import KeptLayer
 from dyvte.instrument.hooks import Selection
 from dyvte.instrument.role_attention import allowed_pairs
 from dyvte.layout import TokenLayout
@@ -154,3 +156,50 @@ class AttentionPolicy(Policy):
 
             with watch_attention(mllm, see):
                 yield run
+
+
+@contextmanager
+def watch_steps(mllm: MLLM, layer: int, see: Callable[[Tensor], None]) -> Iterator[None]:
+    """Within the block, `see(row)` is told of a layer's attention whenever it decodes: for `watches_steps`.
+
+    `row` [B, T] is that of the last new token to each of the T positions so far, the mean over heads; 0 for those whose
+    keys the layer has not.
+
+    Raises:
+        UnsupportedError: the layer does not attend, or cannot be watched.
+    """
+    owner = mllm.attention_of(layer)
+    stored: tuple[int, Selection | None] | None = None  # all positions, and those of the keys; None in a prefill
+
+    def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal stored
+        if module is not owner:  # of a deep copy
+            return
+        cache, new = kwargs.get("past_key_values"), (kwargs["hidden_states"] if kwargs else args[0]).shape[1]
+        index = getattr(owner, "layer_idx", layer)
+        known = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+        stored = None
+        if known is not None and known.get_seq_length():
+            selection = None
+            if isinstance(known, KeptLayer):
+                position, valid, _ = known.key_positions(new)
+                selection = Selection(torch.arange(len(position), device=position.device), position, valid)
+            stored = known.get_seq_length() + new, selection
+
+    @torch.no_grad()
+    def seen(watched: int, call: AttentionCall) -> None:
+        if watched != layer or stored is None:
+            return
+        with overhead():
+            (length, selection), (rows, _, keys, _) = stored, call.key.shape
+            if selection is None:
+                position = torch.arange(length - keys, length, device=call.key.device).expand(rows, -1)
+                selection = Selection(torch.arange(rows, device=position.device), position, None)
+            attention = LayerAttention(call, selection)
+            row = attention.rows(slice(-1, None)).mean(1)[:, 0]
+            see(attention.unpacked(row, row.new_empty(rows, length)))
+
+    with ExitStack() as stack:
+        stack.callback(owner.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        stack.enter_context(watch_attention(mllm, seen))
+        yield

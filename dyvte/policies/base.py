@@ -48,7 +48,7 @@ from dyvte.instrument.running_state import packed_arguments
 from dyvte.layout import TokenLayout
 from dyvte.mllm import as_mllm
 from dyvte.model_parts import VISUAL_MARKS, inner_models, runs_together
-from dyvte.policies.decoding import Decoding
+from dyvte.policies.decoding import Decoding, without_keys
 from dyvte.policies.generation import check_generation, same_settings
 from dyvte.policies.method import Calibration, Need, Source
 from dyvte.policies.prefill import Prefill as Prefill
@@ -72,6 +72,7 @@ class Policy:
         acts: "exits" if all visual tokens leave at once, "thins" if some stay, "" for neither; says what composes.
         by_place: whether places in the whole grid of the image decide.
         meets_budgets: whether some setting trades cost for answers.
+        watches_steps: whether it looks at the attention of generated tokens; all rows then attend together.
 
     Example:
         >>> class LeaveAtThird(dyvte.Policy):
@@ -91,6 +92,7 @@ class Policy:
     acts: ClassVar[Literal["exits", "thins", ""]] = ""
     by_place: ClassVar[bool] = False
     meets_budgets: ClassVar[bool] = True
+    watches_steps: ClassVar[bool] = False
 
     def shares(self, mllm: MLLM) -> list[float]:
         """Share of the visual tokens that each of the L decoder layers sees, from which a setting's cost is planned."""
@@ -122,6 +124,13 @@ class Policy:
         values on the host: `prefill.drop` takes the decision as a mask and the engine synchronises once.
         """
         raise NotImplementedError
+
+    def hidden_keys(self, layer: int, prefill: Prefill) -> Tensor | None:
+        """[B, N] boolean: positions of the prompt whose keys generated tokens do not see in a layer; None hides none.
+
+        Called before every layer of every step that decodes on the KV cache, which goes on holding those keys.
+        """
+        return None
 
     @contextmanager
     def __call__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
@@ -182,7 +191,7 @@ class _Engine:
         self.prefill: Prefill | None = None
         self._decoding = False
         self._calls: list[nn.Module] = []  # forward calls in progress, a wrapper's before its inner model's
-        self._prompt_ids: Tensor | None = None
+        self._prompt: dict[str, Any] = {}  # what `generate` was given; it encodes images and videos by itself
         self._start: Tensor | None = None  # first tokens, where blocks of keys are counted from them
         self._steps = Decoding(mllm)
 
@@ -212,11 +221,11 @@ class _Engine:
 
         def checked_generate(*args: Any, **kwargs: Any) -> Any:
             check_generation(model, args, kwargs)
-            self._prompt_ids = kwargs.get("input_ids")
+            self._prompt = kwargs
             try:
                 return generate(*args, **kwargs)
             finally:
-                self._prompt_ids = None
+                self._prompt = {}
 
         with ExitStack() as stack:
             stack.enter_context(drive_layers(self.mllm, self._run_layer))
@@ -250,7 +259,7 @@ class _Engine:
         inputs = dict(zip(names, args, strict=False)) | kwargs
         input_ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
         if input_ids is None and module is not self.mllm.model:  # a wrapper's generate gives embeddings
-            input_ids = self._prompt_ids
+            input_ids = self._prompt.get("input_ids")
         if input_ids is None:
             raise UnsupportedError(
                 "a policy finds the visual tokens by their ids: pass input_ids, not inputs_embeds alone"
@@ -261,7 +270,7 @@ class _Engine:
         self.prefill, self._decoding = None, cache is not None and cache.get_seq_length() > 0
         if self._decoding:
             self._check_continued(cache, input_ids, inputs.get("pixel_values"))
-            self._steps.begin(self._start)
+            self._steps.begin(self._start, together=any(policy.watches_steps for policy, _, _ in self.policies))
             return
         mask = inputs.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
@@ -273,6 +282,7 @@ class _Engine:
             hidden=input_ids.new_empty(0),
             _kept=~layout.padding,
             input_ids=input_ids,
+            inputs=self._prompt | {name: each for name, each in inputs.items() if each is not None},
         )
         if self.prefill.ends_with_visual:
             self.prefill = None
@@ -321,6 +331,7 @@ class _Engine:
         self._steps.end()
         if self.prefill is not None:
             self.prefill.hidden = self.prefill.hidden.new_empty(0)  # do not hold on to activations
+            self.prefill.inputs = {}
             self.prefill.forget()
         self.prefill, self._decoding = None, False
 
@@ -331,13 +342,30 @@ class _Engine:
             return call.run()
         if self._decoding:
             index, layers = self._cache_index(call.index), call.cache.layers
-            return self._steps.run_layer(call, layers[index] if index < len(layers) else None)  # none for borrowers
+            layer = layers[index] if index < len(layers) else None  # none for borrowers
+            return self._steps.run_layer(self._with_keys_hidden(call, layer), layer)
         if self.prefill is None:
             raise UnsupportedError(
                 f"decoder layer {call.index} was called outside of {type(self.mllm.model).__name__}.forward; a policy "
                 "needs the ids of the whole model's forward call"
             )
         return self._prefill_layer(call, self.prefill)
+
+    def _with_keys_hidden(self, call: LayerCall, layer: Any) -> LayerCall:
+        """The call without the keys that a policy hides from generated tokens."""
+        for policy, _, run in self.policies:
+            if type(policy).hidden_keys is Policy.hidden_keys:
+                continue
+            if run.prefill is None or len(run.prefill.kept) != len(call.hidden):
+                raise UnsupportedError(
+                    f"{type(policy).__name__} chooses keys for generated tokens by what it saw in their prefill: "
+                    "decode in the block of that prefill, with the same rows"
+                )
+            with overhead():
+                hidden = policy.hidden_keys(call.index, run.prefill)
+            if hidden is not None:
+                call = without_keys(call, hidden, layer)
+        return call
 
     def _prefill_layer(self, call: LayerCall, prefill: Prefill) -> Any:
         if call.index == 0 and call.cache is not None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.attention_calls import replace_attention
 from dyvte.instrument.cache import KeptLayer
-from dyvte.instrument.hooks import LayerCall
+from dyvte.instrument.hooks import LayerCall, combine_mask
 from dyvte.instrument.kept_keys import KeyTable, attend_apart
 from dyvte.instrument.keys.borrowed import BorrowingLayer, StepSharing
 from dyvte.instrument.keys.indexed import KeptIndexedLayer, choosing_among
@@ -42,13 +44,15 @@ class Decoding:
         self._apart: tuple[KeptLayer, list[Tensor | None]] | None = None  # the layer that runs, and its groups' masks
         self._door = ExitStack()
 
-    def begin(self, start: Tensor | None) -> None:
+    def begin(self, start: Tensor | None, together: bool = False) -> None:
         """A decoding step begins: within it, groups of rows can attend apart.
 
         Args:
             start: of the rows, as `starts_of` finds it.
+            together: they shall not.
         """
         self._start = start
+        self._attends_apart = self._attends_apart and not together
         if self._attends_apart:
             try:
                 self._door.enter_context(replace_attention(self.mllm, self._attend))
@@ -153,6 +157,35 @@ class Decoding:
             raise _CannotAttendApartError
         arguments.pop("position_ids", None)  # of all rows; flash attention takes those for packed sequences
         return attend_apart(functools.partial(original, module), store, query, masks, **arguments)
+
+
+def without_keys(call: LayerCall, hidden: Tensor, layer: Any) -> LayerCall:
+    """The call of a decoding step whose new tokens do not see some keys of the prompt.
+
+    Args:
+        call: of the layer, with the model's mask.
+        hidden: [B, N] boolean, positions of the prompt.
+        layer: of the KV cache.
+
+    Raises:
+        UnsupportedError: the layer reads keys that another layer stored.
+    """
+    if not isinstance(layer, DynamicLayer):  # borrowers
+        raise UnsupportedError(
+            f"decoder layer {call.index} reads keys that another layer stored, which cannot be hidden from it alone"
+        )
+    new, mask = call.hidden.shape[1], call.mask
+    length, offset = layer.get_mask_sizes(new)
+    prompt = hidden[:, offset : offset + length]
+    seen = ~nn.functional.pad(prompt, (0, length - prompt.shape[1]))
+    if call.uses_flash:
+        seen = seen.to(torch.long if mask is None else mask.dtype)
+        made = seen if mask is None else mask[:, -length:] * seen
+    elif mask is None:
+        made = added_to_scores(seen[:, None, None] & seen.new_ones(new, length).tril(length - new), call.hidden.dtype)
+    else:
+        made = combine_mask(mask, seen[:, None, None], None, call.hidden.dtype)
+    return replace(call, arguments={**call.arguments, "attention_mask": made})
 
 
 class _CannotAttendApartError(Exception):

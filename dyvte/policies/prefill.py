@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from dyvte.batch import Batch
 from dyvte.cost.calls import together_is_cheaper
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.hooks import Selection
+from dyvte.instrument.video_frames import frame_numbers
 from dyvte.layout import TokenLayout
 
 if TYPE_CHECKING:
@@ -77,6 +79,7 @@ class Prefill:
         key_bias: [B, N] added to the attention scores of a key from this layer on, or None.
         place: [B, N] the position whose rotary embedding a position takes from this layer on; None for its own.
         input_ids: [B, N] of the prompts.
+        inputs: what the model, or its `generate`, was called with, while the prefill runs.
         state: for policies to remember things between the layers of one prefill.
 
     Example:
@@ -93,6 +96,7 @@ class Prefill:
     input_ids: Tensor
     key_bias: Tensor | None = None
     place: Tensor | None = None
+    inputs: dict[str, Any] = field(default_factory=dict)
     state: dict[Any, Any] = field(default_factory=dict)
     _rows: Rows = field(init=False)
     _running: Selection | Literal["everything"] | None = None
@@ -161,6 +165,17 @@ class Prefill:
     def layers_with_image(self) -> Tensor:
         """[B] number of layers so far that saw a visual position of the row; in the end its exit layer k."""
         return torch.tensor(self._rows.layers_with_image, device=self.kept.device)
+
+    @property
+    def frames(self) -> Tensor:
+        """[B, N] the frame of every visual position, counted in a row from 0; -1 elsewhere (see `frame_numbers`).
+
+        To be asked for while the prefill runs.
+
+        Raises:
+            UnsupportedError: the inputs of the videos do not say how their tokens are divided into frames.
+        """
+        return frame_numbers(self.mllm, Batch({**self.inputs, "input_ids": self.input_ids}, self.layout))
 
     @property
     def running(self) -> Selection | None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from dyvte.policies.attention_policy import LayerAttention
 from dyvte.policies.base import Prefill
 from dyvte.policies.decoder.stages import StagedScorer
+from dyvte.policies.merging.density_peaks import cluster_means
 from dyvte.policies.method import Source
 from dyvte.policies.scorer import VisualTokens, top
 
@@ -83,10 +84,8 @@ class SparseVLM(StagedScorer):
         if leaving <= 0 or not clusters:
             return stay if leaving > 0 else torch.ones_like(stay), None
         some = top(tokens.received.masked_fill(stay, -torch.inf), clustered + clusters).nonzero().flatten()
-        centres, belongs = density_peaks(tokens.hidden[some], clusters)
-        states = tokens.hidden.clone()
-        for index, centre in enumerate(centres.tolist()):
-            states[some[centre]] = tokens.hidden[some[belongs == index]].mean(0)
+        centres, means = cluster_means(tokens.hidden[some], clusters, clusters)
+        states = tokens.hidden.index_copy(0, some[centres], means)
         return stay.index_fill(0, some[centres], True), states
 
 
@@ -104,20 +103,3 @@ def raters(embeddings: Tensor, visual: Tensor, text: Tensor) -> Tensor:
         above = shares > shares.mean()
         found[row, words[above] if above.any() else words] = True
     return found
-
-
-def density_peaks(features: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Cluster tokens [m, d] by density peaks: centres [number], and which of them each token belongs to [m].
-
-    Density is exp of the negative mean squared distance to the `number` nearest, itself included; centres have the
-    largest product of density and distance to a denser token.
-    """
-    distance = torch.cdist(features.float(), features.float()) / features.shape[1] ** 0.5
-    density = (-distance.topk(min(number, len(distance)), largest=False).values.square().mean(1)).exp()
-    denser = density[None] > density[:, None]
-    apart = distance.masked_fill(~denser, torch.inf).amin(1)
-    apart = torch.where(denser.any(1), apart, distance.amax(1))
-    centres = (density * apart).argsort(descending=True, stable=True)[:number]
-    belongs = distance[:, centres].argmin(1)
-    belongs[centres] = torch.arange(number, device=centres.device)
-    return centres, belongs

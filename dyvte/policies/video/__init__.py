@@ -1,0 +1,1 @@
+"""Methods for videos: they look for what repeats from frame to frame."""
