@@ -13,10 +13,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from families import FAMILIES, random_batch
+from families import FAMILIES, processor_for, random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from PIL import Image
 
 import dyvte
 from analysis.cost import Stopwatch, constant, measure, summarize
@@ -469,6 +470,70 @@ def test_published_numbers_stand_beside_a_run(tokens: int) -> None:
     cfg.experiment.benchmark = "nothing"
     with pytest.raises(ConfigError, match="benchmark is one of"):
         beside(cfg.experiment, "FastV")
+
+
+@pytest.fixture
+def llava_run(tmp_path: Path) -> list[str]:
+    """Settings of a run as of LLaVA-1.5's: a small random model in the Hub's layout, questions in LLaVA's JSON."""
+    model().model.save_pretrained(tmp_path / "model")
+    processor_for("llava").save_pretrained(tmp_path / "model")
+    rng, records = np.random.default_rng(0), []
+    for number in range(8):
+        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        turns = [("human", "<image>\nwhat color is the circle ?"), ("gpt", "red" if number % 2 else "blue")]
+        talk = [{"from": who, "value": text} for who, text in turns]
+        records.append({"id": str(number), "image": f"{number}.png", "conversations": talk})
+    (tmp_path / "questions.json").write_text(json.dumps(records))
+    settings = [
+        "model=llava7b",
+        f"model.path={tmp_path}/model",
+        "model.dtype=float32",
+        "device=cpu",
+        "max_new_tokens=1",
+    ]
+    for name in ("data", "calibration.data"):
+        settings += [
+            f"{'data' if name == 'data' else f'data@{name}'}=llava_json",
+            f"{name}.file={tmp_path}/questions.json",
+        ]
+        settings += [f"{name}.image_folder={tmp_path}"]
+    return [*settings, "bootstrap=20", f"reference_dir={tmp_path}/reference", f"output_dir={tmp_path}/run"]
+
+
+def test_what_papers_print_stands_beside_a_real_run(llava_run: list[str], tmp_path: Path) -> None:
+    """`experiment=llava15_64tokens` on a model: methods at 64 of 576 tokens, each with its published numbers."""
+    asked = ["none", "fastv", "visionzip", "random"]
+    cfg = compose(
+        "tables",
+        [
+            *llava_run,
+            "experiment=llava15_64tokens",
+            "experiment.benchmark=GQA",
+            f"experiment.methods={asked}",
+            "experiment.random_seeds=1",
+        ],
+    )
+    found = tables(cfg)
+    assert found is not None
+    spent = {row["method"]: row["tokens"] for row in found["rows"]}
+    assert set(spent) == {"none", "visionzip", "random"}, "FastV's first layers alone see more than a ninth"
+    assert spent["none"] == 1
+    assert all(spent[name] == pytest.approx(64 / 576, abs=1 / 16) for name in ("visionzip", "random"))
+    page = (tmp_path / "run" / "table.md").read_text().splitlines()
+    head = next(line for line in page if "published, GQA" in line)
+    column = [cell.strip() for cell in head.split("|")].index("published, GQA")
+    printed = pd.read_csv(Path(__file__).parents[1] / "conf" / "published" / "llava15_7b.csv")
+    of_run = page[page.index(head) + 2 :][: len(found["rows"])]
+    shown = {cells[2].strip(): cells[column].strip() for cells in (line.split("|") for line in of_run)}
+    for label, tokens in (("full model", 576), ("VisionZip", 64)):
+        numbers = printed[(printed["method"] == label) & (printed["tokens"] == tokens)]["GQA"].dropna()
+        assert shown[label] == f"{numbers.min():g} to {numbers.max():g} ({len(numbers)} sources)"
+    assert shown[labels()["random"]] == "–"
+    below = page[page.index(head) + 2 + len(found["rows"]) :]
+    rows = [line for line in below if line.startswith("| FastV | 64 |")]
+    assert len(rows) == len(printed[(printed["method"] == "FastV") & (printed["tokens"] == 64)])
+    assert rows[0].rstrip(" |").endswith("]"), "with its source"
 
 
 def test_published_methods_have_the_names_of_the_tables() -> None:
