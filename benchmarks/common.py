@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 
+from analysis.statistics.markdown import replace_between
 from dyvte.batch import Batch
 from dyvte.cost.measure import PeakMemory
 from dyvte.loading import wrap
@@ -192,3 +193,20 @@ def write_page(path: Path, lines: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda out: out.write(text.encode()))
     print(f"wrote {path}")
+
+
+def write_section(path: Path, name: str, lines: Sequence[str]) -> None:
+    """Print a part of a page, and write it between the page's comments `<!-- name -->` and `<!-- /name -->`.
+
+    Raises:
+        ValueError: the page lacks the two comments.
+    """
+    text = "\n".join(lines)
+    print(text)
+    before = path.read_text()
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if start not in before or end not in before:
+        raise ValueError(f"{path} has no part between {start} and {end}")
+    after = replace_between(before, start, end, text)
+    write_atomic(path, lambda out: out.write(after.encode()))
+    print(f"wrote {path}, {name}")

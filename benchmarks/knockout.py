@@ -1,9 +1,10 @@
 """What `knockout` costs against one masked forward for each path and window.
 
-    python -m benchmarks.knockout --naive 12
+    python -m benchmarks.knockout --naive 4  # writes the table of docs/causes.md
 
 The model of the sweep's benchmark (24 layers; 32 system, 576 visual, 32 instruction tokens). Both sides run in one
-process, alternating; the masked forwards are timed on a sample of the windows and scaled to all of them.
+process, alternating; the masked forwards are timed on a sample of the windows and scaled to all of them. Memory is the
+peak of a process of its own during one call, above what it held before, beside that of one exit sweep.
 """
 
 from __future__ import annotations
@@ -11,11 +12,21 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import extra_mib, machine, measured_apart, random_llava, random_prompts
+from analysis.statistics.markdown import markdown_table
+from benchmarks.common import (
+    VISUAL_TOKENS,
+    extra_mib,
+    machine,
+    measured_apart,
+    random_llava,
+    random_prompts,
+    write_section,
+)
 from dyvte import exit_sweep, knockout
 from dyvte.batch import Batch
 from dyvte.instrument.causal import all_windows
@@ -23,6 +34,8 @@ from dyvte.instrument.causal.groups import group_masks
 from dyvte.mllm import MLLM
 
 WIDTH, SWEEP = 4, "exit sweep"
+SYSTEM_TOKENS, QUESTION_TOKENS = 32, 32
+SECTION = "what knock-out costs"
 PATHS = [("question", "visual"), ("question", "question"), ("last", "visual"), ("last", "question")]
 
 
@@ -52,16 +65,16 @@ def calls(num_layers: int) -> dict[str, tuple[list[tuple[str, str]], list[tuple[
     """What is measured, by name: paths, windows, inverted or not."""
     of_width = [(start, min(start + WIDTH, num_layers)) for start in range(num_layers)]
     return {
-        "96 knock-outs of width 4": (PATHS, of_width, False),
+        f"{len(PATHS)} paths, width {WIDTH}": (PATHS, of_width, False),
         "entry x exit map": ([("instruction", "visual")], all_windows(num_layers), True),
-        "image -> image, width 4": ([("visual", "visual")], of_width, False),
+        f"visual -> visual, width {WIDTH}": ([("visual", "visual")], of_width, False),
     }
 
 
 def model_and_prompt(options: argparse.Namespace) -> tuple[Any, Any]:
     """The sweep benchmark's model, and one prompt."""
     mllm = random_llava(options.layers, options.hidden, min(128, options.hidden), vocabulary=32064)
-    return mllm, random_prompts(mllm, 1, 32, 32)
+    return mllm, random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
 
 
 @torch.no_grad()
@@ -75,26 +88,10 @@ def measure_memory(options: argparse.Namespace) -> float:
     return extra_mib(lambda: knockout(mllm, batch, None, paths, windows, invert, keep_logits=False))
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--naive", type=int, default=12, help="masked forwards that are timed")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # what a child process measures
-    options = parser.parse_args()
-    if options.memory_of:
-        print(json.dumps(measure_memory(options)))
-        return
-    print(machine())
-    sizes = ["--layers", str(options.layers), "--hidden", str(options.hidden)]
-    memory = {
-        name: measured_apart("benchmarks.knockout", ["--memory-of", name, *sizes])
-        for name in (SWEEP, *calls(options.layers))
-    }
-    for name, mib in memory.items():
-        print(f"peak memory, {name}: {mib:.0f} MiB, {mib / memory[SWEEP]:.2f}x the sweep's", flush=True)
+def measure_time(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Seconds of both sides by call, how many knock-outs they are, and how far their logits are apart."""
     mllm, batch = model_and_prompt(options)
+    found = {}
     for name, (paths, windows, invert) in calls(options.layers).items():
         jobs = [(p, w) for p in range(len(paths)) for w in range(len(windows))]
         chosen = jobs[:: max(1, len(jobs) // options.naive)]
@@ -111,10 +108,55 @@ def main() -> None:
                 naive += time.perf_counter() - start
                 worst = max(worst, (logits - cut.logits[:, p, w]).abs().max().item())
         whole = naive / len(chosen) * len(jobs)
-        print(
-            f"{name}: {min(fast):.2f} s against {whole:.1f} s, {whole / min(fast):.1f}x; logits within {worst:.1e}",
-            flush=True,
-        )
+        found[name] = {"number": len(jobs), "call": min(fast), "forwards": whole, "difference": worst}
+        print(name, found[name], flush=True)
+    return found
+
+
+def report(options: argparse.Namespace, times: dict[str, dict[str, float]], memory: dict[str, float]) -> list[str]:
+    """The lines of the section."""
+    rows = [
+        [
+            name,
+            f"{each['number']:.0f}",
+            f"{each['call']:.1f} s",
+            f"{each['forwards']:.1f} s",
+            f"{each['forwards'] / each['call']:.1f}",
+            f"{memory[name]:.0f} MiB, {memory[name] / memory[SWEEP]:.2f} x",
+        ]
+        for name, each in times.items()
+    ]
+    worst = max(each["difference"] for each in times.values())
+    return [
+        f"Measured on {machine()}: {options.layers} layers of width {options.hidden}; {SYSTEM_TOKENS} system, "
+        f"{VISUAL_TOKENS} visual and {QUESTION_TOKENS} question tokens. The slow side was timed on about "
+        f"{options.naive} masked forwards a line and scaled up. Memory is beside that of one exit sweep, "
+        f"{memory[SWEEP]:.0f} MiB. The logits of both sides differ by {worst:.0e} at most.",
+        "",
+        *markdown_table(
+            ["what", "knock-outs", "one call", "one masked forward each", "ratio", "peak memory, the sweep's = 1"], rows
+        ),
+    ]
+
+
+def main() -> None:
+    """Measure, print and write the section."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--naive", type=int, default=12, help="masked forwards that are timed")
+    parser.add_argument("--page", type=Path, default=Path("docs/causes.md"), help="default: %(default)s")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # what a child process measures
+    options = parser.parse_args()
+    if options.memory_of:
+        print(json.dumps(measure_memory(options)))
+        return
+    sizes = ["--layers", str(options.layers), "--hidden", str(options.hidden)]
+    memory = {}
+    for name in (SWEEP, *calls(options.layers)):
+        memory[name] = measured_apart("benchmarks.knockout", ["--memory-of", name, *sizes])
+        print(f"peak memory, {name}: {memory[name]:.0f} MiB, {memory[name] / memory[SWEEP]:.2f} x", flush=True)
+    write_section(options.page, SECTION, report(options, measure_time(options), memory))
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ from benchmarks import end_to_end as bench_end_to_end
 from benchmarks import fitprune as bench_fitprune
 from benchmarks import full_width as bench_full_width
 from benchmarks import gpu as bench_gpu
+from benchmarks import knockout as bench_knockout
 from benchmarks import probe as bench_probe
 from benchmarks import sweep as bench_sweep
-from benchmarks.common import VISUAL_TOKENS, extra_mib, random_llava, random_prompts, spread, write_page
+from benchmarks.common import VISUAL_TOKENS, extra_mib, random_llava, random_prompts, spread, write_page, write_section
 from dyvte.data.shapes import ShapesDataset
 
 
@@ -104,6 +105,25 @@ def test_the_sweep() -> None:
     text = "\n".join(bench_sweep.report(options, times, {"plain": 100.0, "sweep": 50.0, "sweep_shared": 200.0}))
     assert "32 system + 576 visual + 32 instruction tokens" in text
     assert "| (b) sweep | 50 | 0.50 |" in text
+
+
+def test_knock_outs(tmp_path: Path) -> None:
+    options: Any = SimpleNamespace(layers=2, hidden=32, naive=2)
+    times = bench_knockout.measure_time(options)
+    assert [each["number"] for each in times.values()] == [8, 3, 2]
+    assert all(each["difference"] < 1e-5 for each in times.values())
+    memory = dict.fromkeys(times, 60.0) | {bench_knockout.SWEEP: 50.0}
+    lines = bench_knockout.report(options, times, memory)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n<!-- {bench_knockout.SECTION} -->\nold\n<!-- /{bench_knockout.SECTION} -->\nafter\n")
+    write_section(page, bench_knockout.SECTION, lines)
+    text = page.read_text()
+    assert text.count("| 60 MiB, 1.20 x |") == 3
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    with pytest.raises(ValueError, match="has no part"):
+        write_section(page, "another", lines)
 
 
 def test_an_exit_in_time() -> None:

@@ -336,6 +336,29 @@ def test_branches_hold_no_more_states_than_asked_for(path: tuple[str, str], monk
         assert cut is whole or times > 1
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])  # the latter adds to states between layers
+def test_a_later_pass_starts_where_its_branches_act(family: str) -> None:
+    mllm = model(family)
+    batch, answers = batch_of(mllm, (1, 2)), random_answers(2, 2)
+    ran = [0] * LAYERS
+
+    def counts(layer: int) -> Any:
+        def count(*_: Any) -> None:
+            ran[layer] += 1
+
+        return mllm.layers[layer].mlp.register_forward_hook(count)
+
+    counting = [counts(layer) for layer in range(LAYERS)]
+    try:
+        cut = knockout(mllm, batch, answers, [("visual", "visual")], [(3, 4), (0, 2), (2, 3), (1, 3)], branch_tokens=1)
+    finally:
+        for each in counting:
+            each.remove()
+    # A pass for each branch; trunk and branch run from the layer on in which the branch acts.
+    assert ran == [2 * (layer + 1) for layer in range(LAYERS)]
+    assert_is_naive(cut, mllm, batch, answers, invert=False)
+
+
 @given(
     schedules=st.integers(1, 5).flatmap(
         lambda layers: st.lists(st.lists(st.integers(-1, 1), min_size=layers, max_size=layers), min_size=1, max_size=6)

@@ -9,7 +9,8 @@ With L layers, a window [s, e) costs L - s layers on M of N positions. All L (L 
 share what they have in common: about L^3 / 6 node-layers instead of L^3 / 2.
 
 Between two layers the state of every node is held. Where these would take more memory than the layers themselves, the
-branches are divided among several passes; each repeats the trunk.
+branches are divided among several passes. Those that act first come first: a later pass repeats the trunk only from the
+first layer in which one of its branches acts.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from dyvte.instrument.keys.places import counting_from
 from dyvte.instrument.sweep.frames import Frame, Keys, SharedPrefix, sees_ahead
 from dyvte.mllm import MLLM
 
-STATES_A_TOKEN = 12
-"""Held states of branches for each token that runs at once: about what a layer makes of one token (normed states,
-queries, keys, values, what attention and MLP give, each as wide as a state or up to three times as wide)."""
+STATES_A_TOKEN = 6
+"""Held states of branches for each token that runs at once: about half of what a layer makes of one token (normed
+states, queries, keys, values, what attention and MLP give, each as wide as a state or up to three times as wide)."""
 
 
 class Branches:
@@ -70,7 +71,10 @@ class Branches:
         # A state would have to be handed on from what rows share to each of them.
         if shared_image is not None and self.layout.visual.any() and None not in mllm.attentions:
             self.shared = SharedPrefix(self.layout, inputs["input_ids"], shared_image)
-        self.waiting = list(range(len(schedules)))
+        self.acts_from = [_first_action(schedule) for schedule in schedules]
+        self.waiting = sorted(range(len(schedules)), key=self.acts_from.__getitem__)
+        self.start = self.next_start = 0  # the trunk runs from this layer on, in this pass and in the next one
+        self.entering: Tensor | None = None  # [B, N, d] what the trunk enters layer `next_start` with
         self.strands: list[Strand] = []
         self.template: Any = None
         self.final: Tensor | None = None
@@ -108,7 +112,12 @@ class Branches:
 
     def _run_layer(self, call: LayerCall) -> Any:
         if call.index == 0:
+            self.start = self.next_start
             self._plan(call)
+        if call.index < self.start:
+            hidden = self._passed_over(call)
+            self._remember(call.index, hidden)
+            return with_states(self.template, hidden)
         self._check_order(call)
         segments = [segment for strand in self.strands for segment in strand.segments]
         for segment in segments:
@@ -122,6 +131,7 @@ class Branches:
         for segment in segments:
             segment.leave(hidden)
         self.template = output
+        self._remember(call.index, hidden)
         if call.index == self.mllm.num_layers - 1:
             rows = torch.arange(self.batch_size, device=hidden.device)[:, None]
             self.final = hidden[rows, self.wanted]
@@ -157,6 +167,20 @@ class Branches:
             if strand.branches:
                 self.strands.append(strand)
                 room -= strand.held
+        self.next_start = min((self.acts_from[branch] for branch in self.waiting), default=0)
+
+    def _passed_over(self, call: LayerCall) -> Tensor:
+        """What comes out of a layer that no branch of this pass needs: anything, but for the last one of them."""
+        if call.index < self.start - 1:
+            return call.hidden
+        hidden, self.entering = self.entering, None
+        assert hidden is not None
+        return hidden
+
+    def _remember(self, layer: int, hidden: Tensor) -> None:
+        """Keep what the next pass starts with, if this is the layer before; the model may add to its own states."""
+        if layer == self.next_start - 1:
+            self.entering = hidden.clone()
 
     def _is_of_image(self, action: Intervention) -> bool:
         """Whether it changes what rows share, and in the same way for all that show one image."""
@@ -208,3 +232,8 @@ class Branches:
         """[B, N] where each position stands among the keys of the suffix; 0 for padding."""
         position = torch.arange(self.length, device=suffix.rows.device).expand(self.batch_size, -1)
         return locate(suffix.key_positions, suffix.key_valid, position.contiguous(), self.length)
+
+
+def _first_action(schedule: Sequence[int]) -> int:
+    """The first layer in which a schedule intervenes; their number if it never does."""
+    return next((layer for layer, step in enumerate(schedule) if step != NOTHING), len(schedule))

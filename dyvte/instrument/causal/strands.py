@@ -87,8 +87,8 @@ class Segment:
         actions: the interventions that the tree's steps refer to.
         layout: of the batch.
         states: [b, M, d] of each node after the last layer that ran; None once every child has continued it.
-        trunk: [b, M, d] what the layer before gave in the main pass.
-        entering: [b, M, d] what enters this layer there.
+        trunk: [b, M, d] what the layer before gave in the main pass; None while a layer runs.
+        entering: [b, M, d] what enters this layer there; None between layers.
         free: places for states, all of one tensor: states that outlive a layer would otherwise lie scattered over
             memory in whose gaps the layers' own tensors do not fit.
     """
@@ -122,17 +122,21 @@ class Segment:
         if self.trunk is not None and self.states:
             added = self.entering - self.trunk
             if added.any():
-                self.states = [None if each is None else each + added for each in self.states]
+                for state in self.states:
+                    if state is not None:
+                        state += added
+        self.trunk = None
 
     def leave(self, hidden: Tensor) -> None:
         """Note what the main pass made of the layer [B, N, d]."""
+        self.entering = None
         self.trunk = self.frame.own.pack(hidden)
 
     def continued(self, parents: Sequence[int]) -> Tensor:
         """[n * b, M, d] what enters the layer for children of these nodes."""
         assert self.entering is not None
         found = [self.entering if parent == TRUNK else self.states[parent] for parent in parents]
-        return torch.cat([each for each in found if each is not None])
+        return joined([each for each in found if each is not None])
 
     def let_go(self, node: int) -> None:
         """Forget the state of a node."""
@@ -178,7 +182,7 @@ class Segment:
         if all(each is None for each in masks):
             return None
         plain = self.frame.allowed(call)[:, None] if any(each is None for each in masks) else None
-        return torch.cat([plain if each is None else each for each in masks])  # type: ignore[misc]
+        return joined([plain if each is None else each for each in masks])  # type: ignore[misc]
 
     def _mask(self, call: LayerCall, step: int) -> Tensor | None:
         mask = self.frame.mask(call)
@@ -225,6 +229,11 @@ class Segment:
         weights = self.layout.visual.to(tensor.dtype)
         weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
         return (tensor * weights[:, None, :, None]).sum(2, keepdim=True)
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors one behind the other; a single one as it is, without a copy."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def earlier_of(earlier: KeysOf, steps: Sequence[int]) -> tuple[Tensor, Tensor] | None:
