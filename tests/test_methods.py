@@ -6,6 +6,7 @@ import inspect
 import pkgutil
 import re
 from dataclasses import fields
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import get_args
@@ -18,7 +19,10 @@ from omegaconf import OmegaConf
 
 import dyvte
 import dyvte.policies
+from dyvte.batch import Batch
 from dyvte.calibrate import build_policy
+from dyvte.data.shapes import ShapesDataset
+from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy
 from dyvte.policies.method import Calibration, Need
 from dyvte.policies.registry import labels, methods
@@ -57,7 +61,9 @@ def test_a_method_says_everything_about_itself(name: str) -> None:
     assert re.fullmatch(r"(\d{4}\.\d{5})?", source.paper), source
     assert re.fullmatch(r"([\w.-]+/[\w.-]+)?", source.code), source
     pages = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md") if page.stem != "reference")
-    assert f"`{name}" in pages, f"no page of docs/ shows {name}"
+    rows = [row for row in pages.splitlines() if row.startswith("|") and re.search(rf"`{name}\b", row)]
+    assert rows, f"no table of docs/ has {name}"
+    assert any(all(need in row for need in method.needs) for row in rows), f"no row of {name} says what it needs"
 
 
 def test_labels_tell_methods_apart() -> None:
@@ -102,16 +108,30 @@ def test_a_method_that_thins_says_what_its_layers_see(name: str) -> None:
     torch.testing.assert_close(counts, expected.to(counts), atol=1.5 / 16, rtol=0)
 
 
-@pytest.mark.parametrize("name", [name for name, method in methods().items() if "gates" not in method.needs])
-def test_its_configuration_makes_the_method_with_its_own_defaults(name: str) -> None:
-    """Settings in `conf/policy/` are checked, and are those of the class to two digits."""
+@cache
+def shipped() -> tuple[MLLM, Batch]:
+    """The model that ships, and two questions."""
+    mllm, samples = dyvte.load("llava_shapes", device="cpu"), list(ShapesDataset("test", 2))
+    return mllm, mllm.encode([each.image for each in samples], [each.question for each in samples])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_its_configuration_makes_the_method_with_its_own_defaults_and_it_runs(name: str) -> None:
+    """Settings in `conf/policy/` are checked, those of the class to two digits, and fit the model that ships."""
     needed = {"fixed_exit": ["policy.layer=1"], "vtw": ["policy.layer=1"], "skip_attention": ["policy.layers=[1]"]}
+    mllm, batch = shipped()
     if name == "fitprune":
-        needed[name] = ["policy.recipe={keep: [1.0], alpha: 0.1, budget: 1.0, cost: 1.0, num_samples: 1}"]
+        keep = [1.0] * 6 + [0.5] * (mllm.num_layers - 6)
+        needed[name] = [f"policy.recipe={{keep: {keep}, alpha: 0.1, budget: 0.8, cost: 0.8, num_samples: 1}}"]
     cfg = compose("evaluate", [f"policy={name}", *needed.get(name, [])])
     policy = build_policy(cfg.policy)
-    assert type(policy) is methods()[name]
-    if name not in needed and name != "tome":
+    assert type(policy) is get_class(CONFIGS[name]["_target_"])
+    if name in methods() and name not in needed and name != "tome" and "gates" not in policy.needs:
         own = methods()[name]()
         for each in fields(own):
             assert getattr(policy, each.name) == pytest.approx(getattr(own, each.name), abs=0.005), each.name
+    with policy(mllm) as run:
+        assert all(mllm.generate_ids(batch, max_new_tokens=2))
+    if policy.acts == "thins" and name != "dycoke":  # which leaves a still image whole
+        assert run.prefill is not None
+        assert ((run.prefill.kept & batch.layout.visual).sum(1) < batch.layout.visual.sum(1)).all()

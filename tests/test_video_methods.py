@@ -120,8 +120,9 @@ def hidden_from_generated(
     return with_keys_hidden(mllm, longer, seen)[:, prompt - 1 : -1]
 
 
-@pytest.mark.parametrize("similar", [-1.0, 0.97, 1.01])
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize(
+    ("family", "similar"), [("llava", -1.0), ("llava", 0.97), ("llava", 1.01), ("qwen2_5_vl", 0.97)]
+)
 @torch.no_grad()
 def test_dycoke_decodes_on_the_keys_that_the_layer_before_attends_to(family: str, similar: float) -> None:
     """Keys are chosen anew when the row of attention has changed: never, sometimes, always."""
@@ -292,29 +293,30 @@ def generate_eager(policy: Policy, batch: Any) -> Any:
 
 
 @pytest.mark.parametrize("family", VIDEO_FAMILIES)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["dycoke", "prunevid"])
 @torch.no_grad()
 def test_videos_of_every_family(name: str, family: str) -> None:
     """Tokens leave, rows answer as they do alone, and nothing stays on the model."""
     mllm = model(family)
     batch, _ = video_batch(mllm, steps_for(family))
-    plain = generate(mllm, batch)
+    plain = generate(mllm, batch, max_new_tokens=3)
     with METHODS[name]()(mllm) as run:
-        together = generate(mllm, batch)
+        together = generate(mllm, batch, max_new_tokens=3)
         assert run.prefill is not None
         left = (run.prefill.kept & batch.layout.visual).sum(1)
         assert (left < batch.layout.visual.sum(1)).all()
         assert (left > 0).all()
         for row in range(2) if family != "qwen3_vl" else ():
-            alone = generate(mllm, batch[[row]])
+            alone = generate(mllm, batch[[row]], max_new_tokens=3)
             for one, other in zip(alone.logits, together.logits, strict=True):
                 torch.testing.assert_close(one[0], other[row], atol=EXACT, rtol=0)
     assert pristine(mllm)
-    assert torch.equal(torch.stack(generate(mllm, batch).logits), torch.stack(plain.logits))
+    after = generate(mllm, batch, max_new_tokens=3)
+    assert torch.equal(torch.stack(after.logits), torch.stack(plain.logits))
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "internvl", "qwen2_5_vl", "gemma3"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["dycoke", "prunevid"])
 def test_prompts_with_images_run_in_batches(name: str, family: str) -> None:
     mllm = model(family)
     with METHODS[name]()(mllm) as run:
