@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from dyvte.data import Dataset, build_dataset
 from dyvte.errors import ConfigError
 from dyvte.instrument.causal import all_windows
-from dyvte.instrument.hooks import check_model
+from dyvte.instrument.causal.knockout import check_cuts
 from dyvte.mllm import MLLM
 from dyvte.runs import store
 from dyvte.runs.config import command, load_model
@@ -46,11 +46,13 @@ def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any] | None:
     Returns:
         The summary; None in processes other than the main one.
     """
-    check_model(mllm)
+    check_cuts(mllm)
     known = cfg.objects is not False and knows_targets(dataset)
     if cfg.objects and not known:
         raise ConfigError(f"objects=true: data={cfg.data.name} does not say which objects an answer rests on")
     measure = KnockoutMeasurement.of(mllm, cfg, known)
+    for mode in cfg.replace:
+        check_cuts(mllm, mode)
     names = ("max_new_tokens", "width", "windows", "paths", "replace", "control", "splits", "entry_exit")
     settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(names)))
     settings["objects"] = known

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import masked_forward, with_generated
+from test_knockout import masked, naive_groups
 from torch import Tensor, nn
 
 from dyvte import AttentionProbe, FixedExit, exit_sweep, knockout
@@ -249,11 +250,41 @@ def test_the_probe_sees_what_eager_attention_gives() -> None:
         close(probe.stats.maps[row][:, own][:, :, own], expected[row][:, own][:, :, own])
 
 
+@pytest.mark.parametrize("family", ["mistral_large4", "dots3_note"])
+@settings(max_examples=2)
+@given(
+    seed=st.integers(0, 99),
+    side=st.sampled_from(["left", "right"]),
+    path=st.sampled_from([("instruction", "visual"), ("visual", "visual"), ("last", "question")]),
+    windows=st.lists(st.sampled_from([(0, 2), (1, 4), (2, 3), (0, 4)]), min_size=1, max_size=2),
+    at_once=st.sampled_from([None, 1]),
+)
+@torch.no_grad()
+def test_a_cut_leaves_the_choice_among_the_other_keys(
+    family: str,
+    seed: int,
+    side: str,
+    path: tuple[str, str],
+    windows: list[tuple[int, int]],
+    at_once: int | None,
+) -> None:
+    mllm = model(family)
+    batch = batch_of(mllm, (6, 3, 0), seed, side)
+    cut = knockout(mllm, batch, paths=[path], windows=windows, branch_tokens=at_once)
+    groups = naive_groups(mllm, batch)
+    assert cut.logits is not None
+    for place, (start, stop) in enumerate(windows):
+        expected = masked(mllm, batch, groups[path[0]], groups[path[1]], list(range(start, stop)))
+        close(cut.logits[:, 0, place], expected[torch.arange(3), batch.layout.last_prompt])
+
+
 @torch.no_grad()
 def test_what_would_not_be_exact_is_refused_in_one_line() -> None:
     mllm = model("minimax_m3_vl")
-    with pytest.raises(UnsupportedError, match="borrow or choose their keys"):
+    with pytest.raises(UnsupportedError, match="layer 0 chooses its keys in blocks or pools"):
         knockout(mllm, batch_of(mllm), windows=[(0, 1)])
+    with pytest.raises(UnsupportedError, match="layer 0 chooses its keys, so they cannot be replaced"):
+        knockout(model("mistral_large4"), batch_of(mllm), windows=[(0, 1)], mode="mean")
     taking_over = model("mistral_large4", index_skip_topk_offset=1, index_topk_freq=2)
     with pytest.raises(UnsupportedError, match="decoder layer 1 attends to keys that an earlier layer chose"):
         FixedExit(1)(taking_over).__enter__()

@@ -11,12 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import masked_forward, with_generated
+from test_knockout import masked, naive_groups
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dyvte import AttentionProbe, FixedExit, exit_sweep, knockout, logit_lens
 from dyvte.batch import Batch
+from dyvte.cost.exit_flops import exit_flops
+from dyvte.cost.flops import plan_decoder_flops, prefill_flops
 from dyvte.errors import UnsupportedError
 from dyvte.gates.labels import plain_status
 from dyvte.layout import INSTRUCTION, TokenLayout
@@ -250,11 +253,75 @@ def test_a_cache_that_knows_no_config_serves_as_well(layers: tuple[int, ...]) ->
     close(torch.stack(lazy.logits), torch.stack(made.logits))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=3)
+@given(
+    borrowing=st.sampled_from([2, 3]),
+    seed=st.integers(0, 99),
+    side=st.sampled_from(["left", "right"]),
+    path=st.sampled_from([("instruction", "visual"), ("visual", "visual"), ("last", "question"), ("system", "system")]),
+    windows=st.lists(st.sampled_from([(0, 2), (1, 4), (3, 6), (4, 6), (0, 6), (2, 3)]), min_size=2, max_size=2),
+    invert=st.booleans(),
+    at_once=st.sampled_from([None, 1]),
+)
 @torch.no_grad()
-def test_what_branches_cannot_do_is_refused_in_one_line() -> None:
+def test_a_cut_equals_a_forward_with_edited_masks(
+    family: str,
+    borrowing: int,
+    seed: int,
+    side: str,
+    path: tuple[str, str],
+    windows: list[tuple[int, int]],
+    invert: bool,
+    at_once: int | None,
+) -> None:
+    """A layer that borrows keys is cut in its own window, and takes keys as they are in its own branch."""
+    mllm = model(family, borrowing)
+    batch = batch_of(mllm, (4, 2, 0), seed)
+    batch = batch.right_padded() if side == "right" else batch
+    cut = knockout(mllm, batch, paths=[path], windows=windows, invert=invert, branch_tokens=at_once)
+    groups = naive_groups(mllm, batch)
+    assert cut.logits is not None
+    for place, (start, stop) in enumerate(windows):
+        layers = [layer for layer in range(LAYERS) if (start <= layer < stop) != invert]
+        expected = masked(mllm, batch, groups[path[0]], groups[path[1]], layers)
+        close(cut.logits[:, 0, place], expected[torch.arange(3), batch.layout.last_prompt])
+
+
+@torch.no_grad()
+def test_a_cut_of_borrowed_keys_is_felt() -> None:
+    """In the layers that borrow alone, too, and where a later pass starts among them."""
+    mllm = model("gemma4")
+    cut, again = (
+        knockout(mllm, batch_of(mllm, (4, 2)), windows=[(3, 6), (5, 6)], shared_image=[0, 1], branch_tokens=tokens)
+        for tokens in (None, 1)
+    )
+    assert cut.logits is not None
+    assert again.logits is not None
+    assert (cut.logits[:, 0] - cut.full_logits[:, None]).abs().amax(-1).min() > 100 * EXACT
+    close(again.logits, cut.logits)
+
+
+def test_replaced_keys_are_refused_in_one_line() -> None:
     mllm = model("gemma3n")
-    with pytest.raises(UnsupportedError, match="borrow or choose their keys"):
-        knockout(mllm, batch_of(mllm), windows=[(0, 1)])
+    with pytest.raises(UnsupportedError, match="layer 3 borrows its keys, so they cannot be replaced"):
+        knockout(mllm, batch_of(mllm), windows=[(0, 1)], mode="mean")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exits_cost_what_is_planned(family: str) -> None:
+    """But for what the decoder does outside of its layers, which is the same under every exit."""
+    mllm = model(family)
+    batch = batch_of(mllm, (4,))
+    text, visual = int(batch.layout.text.sum()), int(batch.layout.visual.sum())
+    counted = exit_flops(mllm, batch)
+    outside = set()
+    for k in range(LAYERS + 1):
+        with FixedExit(k)(mllm):
+            assert prefill_flops(mllm, batch) == counted[k]
+        outside.add(counted[k].decoder - plan_decoder_flops(mllm, [text + visual] * k + [text] * (LAYERS - k)))
+    assert len(outside) == 1
+    assert counted[LAYERS].decoder > counted[LAYERS - 1].decoder > counted[0].decoder
 
 
 @torch.no_grad()

@@ -30,8 +30,10 @@ from dyvte.instrument.causal.strands import NOTHING, TRUNK, Budget, Strand
 from dyvte.instrument.hooks import LayerCall, drive_layers, output_states, with_states
 from dyvte.instrument.kept_keys import locate, take
 from dyvte.instrument.keys.places import counting_from
+from dyvte.instrument.keys.shared import borrows_keys, lends_keys
 from dyvte.instrument.sweep.frames import Frame, Keys, SharedPrefix, sees_ahead
 from dyvte.mllm import MLLM
+from dyvte.model_parts import indexer_of
 
 STATES_A_TOKEN = 6
 """Held states of branches for each token that runs at once: about half of what a layer makes of one token (normed
@@ -68,11 +70,16 @@ class Branches:
         self.batch_size, self.length = self.layout.roles.shape
         self.tokens_at_once = tokens_at_once or self.batch_size * self.length
         self.shared = None
-        # A state would have to be handed on from what rows share to each of them.
-        if shared_image is not None and self.layout.visual.any() and None not in mllm.attentions:
+        # A state, or keys that are borrowed or chosen, would have to be handed on from what rows share to each of them.
+        apart = any(each is None or borrows_keys(each) or indexer_of(each) for each in mllm.attentions)
+        if shared_image is not None and self.layout.visual.any() and not apart:
             self.shared = SharedPrefix(self.layout, inputs["input_ids"], shared_image)
         self.acts_from = [_first_action(schedule) for schedule in schedules]
         self.waiting = sorted(range(len(schedules)), key=self.acts_from.__getitem__)
+        # A pass cannot leave out the layers whose keys later ones borrow.
+        self.latest_start = next(
+            (index for index, each in enumerate(mllm.attentions) if lends_keys(each)), mllm.num_layers
+        )
         self.start = self.next_start = 0  # the trunk runs from this layer on, in this pass and in the next one
         self.entering: Tensor | None = None  # [B, N, d] what the trunk enters layer `next_start` with
         self.strands: list[Strand] = []
@@ -122,10 +129,10 @@ class Branches:
         segments = [segment for strand in self.strands for segment in strand.segments]
         for segment in segments:
             segment.enter(call)
-        output, keys, values = self._main_pass(call)
+        output, keys = self._main_pass(call)
         hidden = output_states(output)
-        known = [strand.earlier(call, keys, values) for strand in self.strands]
-        del keys, values  # not needed while branches run
+        known = [strand.earlier(call, keys) for strand in self.strands]
+        del keys  # not needed while branches run
         for strand, of_trunk in zip(self.strands, known, strict=True):
             strand.run(call, self.mllm.attentions[call.index], of_trunk)
         for segment in segments:
@@ -167,7 +174,7 @@ class Branches:
             if strand.branches:
                 self.strands.append(strand)
                 room -= strand.held
-        self.next_start = min((self.acts_from[branch] for branch in self.waiting), default=0)
+        self.next_start = min(self.latest_start, min((self.acts_from[branch] for branch in self.waiting), default=0))
 
     def _passed_over(self, call: LayerCall) -> Tensor:
         """What comes out of a layer that no branch of this pass needs: anything, but for the last one of them."""
@@ -199,15 +206,16 @@ class Branches:
             if ahead:
                 raise UnsupportedError(f"decoder layer {call.index} lets earlier positions see later ones, layer 0 not")
 
-    def _main_pass(self, call: LayerCall) -> tuple[Any, Tensor | None, Tensor | None]:
-        """The layer of the model left alone; also its keys and values [B, heads, N, size], if it attends."""
-        if self.mllm.attentions[call.index] is None:
-            return call.run(past_key_values=None), None, None
+    def _main_pass(self, call: LayerCall) -> tuple[Any, tuple[Tensor, ...]]:
+        """The layer of the model left alone; also its keys and values [B, heads, N, size], if it makes some."""
+        attention = self.mllm.attentions[call.index]
+        if attention is None or borrows_keys(attention):
+            return call.run(past_key_values=None), ()
         everyone = torch.arange(self.batch_size, device=call.hidden.device)
         cache = Keys()
         if self.shared is None:
             output = call.run(past_key_values=cache)
-            return output, *cache.of(everyone)
+            return output, cache.of(everyone)
         shared = self.shared
         hidden = call.hidden.clone() if call.index == 0 else call.hidden
         output = call.run(shared.selection.pack(hidden), **{**call.packed(shared.selection), "past_key_values": cache})
@@ -218,15 +226,11 @@ class Branches:
         earlier = cache.of(shared.group)
         behind = Keys(earlier)
         arguments = {**call.packed(suffix.own), "attention_mask": suffix.mask(call), "past_key_values": behind}
-        with counting_from(self.mllm.attentions[call.index], suffix.own.index, self.length):
+        with counting_from(attention, suffix.own.index, self.length):
             suffix.own.put_back(hidden, output_states(call.run(own, **arguments)))
-        assert behind.keys is not None
-        assert behind.values is not None
         places = suffix.own.remembered("places in", shared, lambda: self._places_in(suffix))
-        keys, values = (
-            take(torch.cat(each, dim=2), places) for each in ((earlier[0], behind.keys), (earlier[1], behind.values))
-        )
-        return with_states(output, hidden), keys, values
+        keys = tuple(take(torch.cat(each, dim=2), places) for each in zip(earlier, behind.of_all(), strict=True))
+        return with_states(output, hidden), keys
 
     def _places_in(self, suffix: Frame) -> Tensor:
         """[B, N] where each position stands among the keys of the suffix; 0 for padding."""

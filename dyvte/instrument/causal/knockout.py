@@ -18,7 +18,7 @@ from dyvte.instrument.hooks import check_model, is_driven
 from dyvte.instrument.keys.shared import borrows_keys
 from dyvte.instrument.sweep.answers import teacher_forced
 from dyvte.mllm import MLLM
-from dyvte.model_parts import indexer_of
+from dyvte.model_parts import INDEXERS_BY_KEY, indexer_of
 
 Window = tuple[int, int]
 
@@ -131,7 +131,9 @@ def knockout(
 
     In a hybrid model only the layers that attend (`mllm.attention_layers`) have scores to cut. The others run as ever:
     what their running state carries from the image to the question goes on, also within the window, and a window
-    without any layer that attends changes nothing.
+    without any layer that attends changes nothing. A layer that borrows the keys of an earlier one (Gemma 3n, Gemma 4
+    E2B and E4B) is cut in its own window only. One that chooses its keys one by one (DeepSeek's sparse attention)
+    chooses among those that the cut leaves; one that chooses them in blocks or pools is refused.
 
     Args:
         mllm: the model, with sdpa or eager attention.
@@ -154,7 +156,7 @@ def knockout(
 
     Raises:
         ConfigError: an unknown group, a window that does not fit, a key set of another shape.
-        UnsupportedError: the layers cannot be driven exactly (flash attention), or a policy is on.
+        UnsupportedError: a policy is on, or `check_cuts` refuses the model.
         ValueError: answers that do not fit the batch.
         ModelError: NaN among the logits.
 
@@ -165,12 +167,7 @@ def knockout(
     """
     if is_driven(mllm):
         raise UnsupportedError("knockout drives the layers itself: call it outside of any `with policy(mllm):` block")
-    check_model(mllm)
-    if any(borrows_keys(each) or indexer_of(each) for each in mllm.attentions):
-        raise UnsupportedError(
-            f"knockout: layers of {mllm.text_config.model_type} borrow or choose their keys, which branches of several "
-            "interventions cannot do yet; use FixedExit or exit_sweep"
-        )
+    check_cuts(mllm, mode)
     paths, windows = [(str(a), str(b)) for a, b in paths], [(int(s), int(e)) for s, e in windows]
     _check(mllm, batch, paths, windows, mode, donors, key_sets or {}, shared_image)
 
@@ -198,6 +195,32 @@ def knockout(
     branches = Branches(mllm, inputs, actions, schedules, positions, shared_image, branch_tokens)
     branches.run()
     return _score(mllm, branches, answers, paths, windows, keep_logits)
+
+
+def check_cuts(mllm: MLLM, mode: Mode = "cut") -> None:
+    """Refuse a model in which a path cannot be cut exactly, before anything is computed.
+
+    Args:
+        mllm: the model.
+        mode: of `knockout`.
+
+    Raises:
+        UnsupportedError: its layers cannot be driven, choose their keys in blocks or pools, or (replacing keys) borrow
+            or choose them.
+    """
+    check_model(mllm)
+    for layer, attention in enumerate(mllm.attentions):
+        indexer = indexer_of(attention)
+        if indexer is not None and type(indexer).__name__ not in INDEXERS_BY_KEY:
+            raise UnsupportedError(
+                f"knockout: decoder layer {layer} chooses its keys in blocks or pools ({type(indexer).__name__}), of "
+                "which no single pair of query and key can be cut; use FixedExit or exit_sweep"
+            )
+        if mode != "cut" and (indexer is not None or borrows_keys(attention)):
+            raise UnsupportedError(
+                f"knockout: decoder layer {layer} {'borrows' if indexer is None else 'chooses'} its keys, so they "
+                f"cannot be replaced in some layers only; use mode 'cut', not {mode!r} (analysis.knockout: replace=[])"
+            )
 
 
 def _check(

@@ -15,6 +15,7 @@ from dyvte.instrument.causal.groups import Intervention
 from dyvte.instrument.hooks import LayerCall, Selection, output_states
 from dyvte.instrument.kept_keys import locate, take
 from dyvte.instrument.keys.places import counting_from
+from dyvte.instrument.keys.shared import BranchSharing
 from dyvte.instrument.sweep.frames import Frame, Keys, SharedPrefix, or_all, repeat_arguments
 from dyvte.instrument.sweep.without_attention import run_whole_rows
 from dyvte.layout import TokenLayout
@@ -28,8 +29,9 @@ NOTHING = -1
 KEY_COST = 8
 """Keys and values that a branch copies from the trunk weigh an eighth of a token that it runs."""
 
-KeysOf = dict[int, tuple[Tensor, Tensor]]
-"""Keys and values [b, heads, E, size] of earlier positions, as they are (`NOTHING`) and as interventions have them."""
+KeysOf = dict[int, tuple[Tensor, ...]]
+"""Keys and values [b, heads, E, size] of earlier positions, an indexer's keys where a layer has one: as they are
+(`NOTHING`) and as interventions have them."""
 
 
 class Tree:
@@ -89,6 +91,7 @@ class Segment:
         states: [b, M, d] of each node after the last layer that ran; None once every child has continued it.
         trunk: [b, M, d] what the layer before gave in the main pass; None while a layer runs.
         entering: [b, M, d] what enters this layer there; None between layers.
+        sharing: keys that nodes left for later layers, where some layers borrow them.
         free: places for states, all of one tensor: states that outlive a layer would otherwise lie scattered over
             memory in whose gaps the layers' own tensors do not fit.
     """
@@ -99,6 +102,7 @@ class Segment:
     states: list[Tensor | None] = field(default_factory=list)
     trunk: Tensor | None = None
     entering: Tensor | None = None
+    sharing: BranchSharing = field(default_factory=BranchSharing)
     free: list[Tensor] | None = None
 
     @classmethod
@@ -154,8 +158,9 @@ class Segment:
         self,
         call: LayerCall,
         entering: Tensor,
+        nodes: range,
         steps: Sequence[int],
-        earlier: tuple[Tensor, Tensor] | None,
+        earlier: tuple[Tensor, ...] | None,
         keep_keys: bool,
     ) -> tuple[Tensor, Keys]:
         """Run the layer on some nodes: their states [n, b, M, d], and their own keys and values, if these are kept.
@@ -163,8 +168,9 @@ class Segment:
         Args:
             call: of the layer.
             entering: [n * b, M, d].
+            nodes: their numbers.
             steps: what acts on each node.
-            earlier: keys and values of the earlier positions, [b or n * b, heads, E, size].
+            earlier: what stands in a cache of the earlier positions, [b or n * b, heads, E, size].
             keep_keys: whether its own keys and values are asked for.
         """
         times, packed = len(steps), call.packed(self.frame.own)
@@ -172,6 +178,7 @@ class Segment:
         arguments["attention_mask"] = self._masks(call, steps)
         keys = Keys(earlier, self.frame.rows.repeat(times), self.frame.key_positions.repeat(times, 1), keep_keys)
         arguments["past_key_values"] = keys
+        arguments |= self.sharing.on(call, self.frame.own, self.frame.key_positions, nodes)
         return output_states(call.run(entering, **arguments)).unflatten(0, (times, -1)), keys
 
     # -------------------------------------------------------------------------- masks
@@ -201,19 +208,19 @@ class Segment:
 
     # ----------------------------------------------------------------- keys and values
 
-    def earlier(self, keys: Tensor, values: Tensor, steps: set[int]) -> KeysOf:
-        """Earlier keys and values out of the trunk's [B, heads, N, size]; none where an intervention leaves them."""
+    def earlier(self, keys: Sequence[Tensor], steps: set[int]) -> KeysOf:
+        """The earlier ones of the trunk's keys and values [B, heads, N, size], also as interventions have them."""
         earlier = self.frame.earlier
         if earlier is None:
             return {}
-        found = {NOTHING: (take(keys[earlier.rows], earlier.index), take(values[earlier.rows], earlier.index))}
+        found: KeysOf = {NOTHING: tuple(take(each[earlier.rows], earlier.index) for each in keys)}
         for step in steps - {NOTHING}:
             action = self.actions[step]
             if action.mode != "cut":
                 chosen = (action.keys.gather(1, earlier.index) & or_all(earlier.valid, earlier.index))[:, None, :, None]
-                others = (self._replacement(each, action) for each in (keys, values))
-                key, value = (torch.where(chosen, new, old) for new, old in zip(others, found[NOTHING], strict=True))
-                found[step] = (key, value)
+                others = (self._replacement(each, action) for each in keys)
+                pairs = zip(others, found[NOTHING], strict=True)
+                found[step] = tuple(torch.where(chosen, new, old) for new, old in pairs)
         return found
 
     def _replacement(self, tensor: Tensor, action: Intervention) -> Tensor:
@@ -236,15 +243,14 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
-def earlier_of(earlier: KeysOf, steps: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+def earlier_of(earlier: KeysOf, steps: Sequence[int]) -> tuple[Tensor, ...] | None:
     """Earlier keys and values of nodes with these steps."""
     if not earlier:
         return None
     chosen = [earlier.get(step, earlier[NOTHING]) for step in steps]
     if all(each is earlier[NOTHING] for each in chosen):
         return earlier[NOTHING]  # the same for all, copied once
-    key, value = (torch.cat(list(each)) for each in zip(*chosen, strict=True))
-    return key, value
+    return tuple(joined(each) for each in zip(*chosen, strict=True))
 
 
 @dataclass
@@ -263,10 +269,9 @@ class SharedImage:
     changed: Tensor
     places: Tensor
 
-    def into(self, earlier: tuple[Tensor, Tensor], carried: Keys, times: int) -> tuple[Tensor, Tensor]:
+    def into(self, earlier: tuple[Tensor, ...], carried: Keys, times: int) -> tuple[Tensor, ...]:
         """Earlier keys and values [n * B, heads, E, size] with those that the nodes made of the image."""
-        key, value = (self._into(*each, times) for each in zip(earlier, carried.of_all(), strict=True))
-        return key, value
+        return tuple(self._into(*each, times) for each in zip(earlier, carried.of_all(), strict=True))
 
     def _into(self, earlier: Tensor, carried: Tensor, times: int) -> Tensor:
         of_rows = carried.unflatten(0, (times, -1))[:, self.group].flatten(0, 1)
@@ -362,12 +367,12 @@ class Strand:
         """What nodes carry, in the order in which it runs."""
         return [self.segment] if self.image is None else [self.image.segment, self.segment]
 
-    def earlier(self, call: LayerCall, keys: Tensor | None, values: Tensor | None) -> list[KeysOf]:
+    def earlier(self, call: LayerCall, keys: Sequence[Tensor]) -> list[KeysOf]:
         """For each segment, what its nodes take from the trunk's keys and values [B, heads, N, size] in this layer."""
         steps = set(self.tree.steps[call.index])
-        if keys is None or values is None or not steps:
+        if not keys or not steps:
             return [{} for _ in self.segments]
-        return [each.earlier(keys, values, steps) for each in self.segments]
+        return [each.earlier(keys, steps) for each in self.segments]
 
     def run(self, call: LayerCall, attention: nn.Module | None, known: Sequence[KeysOf]) -> None:
         """Run the layer on every node, with `earlier` keys and values.
@@ -377,12 +382,15 @@ class Strand:
         parents, steps = self.tree.parents[call.index], self.tree.steps[call.index]
         if not parents:
             return
+        for each in self.segments:
+            each.sharing.follow(parents)
         last = call.index == len(self.tree.parents) - 1
         at_once, places = self.at_once, self.tree.most_states(self.at_once)
         made: list[list[Tensor | None]] = [[] for _ in self.segments]
         waiting = Counter(parents)
         for first in range(0, len(parents), at_once):
             of, now = parents[first : first + at_once], steps[first : first + at_once]
+            nodes = range(first, first + len(of))
             entering = [each.continued(of) for each in self.segments]
             self._let_go(of, waiting)
             carried: Keys | None = None
@@ -397,7 +405,7 @@ class Strand:
                     states = run_whole_rows(call, segment.frame.own, of_nodes, self.tokens_at_once)
                 else:
                     with counting_from(attention, segment.frame.own.index, self.own.shape[1]):
-                        states, carried = segment.run(call, found, now, earlier, segment is not self.segment)
+                        states, carried = segment.run(call, found, nodes, now, earlier, segment is not self.segment)
                 if not last:
                     new.extend(segment.kept(states, places))
                 elif segment is self.segment:

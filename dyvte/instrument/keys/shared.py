@@ -7,7 +7,7 @@ must find there the keys of just these: the stores below stand in for the model'
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -108,13 +108,23 @@ class PrefillSharing:
 
 
 class BranchSharing:
-    """Shared keys of branches that go through layers in states of their own, beside the main pass (`exit_sweep`).
+    """Shared keys of branches that go through layers in states of their own, beside the main pass.
 
     A branch finds what it left itself where it had left the main pass already, and else what the main pass left.
     """
 
     def __init__(self) -> None:
         self._own: dict[tuple[Any, int], Pair] = {}  # by kind and branch: [b, heads, K, head size]
+
+    def follow(self, parents: Sequence[int]) -> None:
+        """From now on branch i is the one that goes on from branch `parents[i]`; a negative one, from the main pass."""
+        before, kinds = self._own, {kind for kind, _ in self._own}
+        self._own = {
+            (kind, branch): before[kind, parent]
+            for kind in kinds
+            for branch, parent in enumerate(parents)
+            if (kind, parent) in before
+        }
 
     def on(self, call: LayerCall, selection: Selection, positions: Tensor, branches: range) -> dict[str, Any]:
         """The layer's argument while it runs on some branches, one behind the other.
