@@ -93,6 +93,17 @@ def test_flops_are_the_published_ones(name: str) -> None:
     assert low <= models.prefill_tflops(mllm, known, mllm.num_layers) + vision <= high
 
 
+@pytest.mark.parametrize("name", ["gemma4_e4b", "lfm25_vl_1b6", "llava7b"])
+def test_flops_of_an_exit_are_those_counted_under_it(name: str) -> None:
+    """Layers that borrow keys, that carry a state, and plain ones."""
+    mllm, known = small(name)
+    known = dataclasses.replace(known, text_tokens=2 * architectures.WORDS)
+    counted = dyvte.exit_flops(mllm, architectures.prompt(mllm, known, known.visual_tokens))
+    for k, count in enumerate(counted):
+        expected = (count.decoder + 2 * mllm.lm_head.weight.numel()) / 1e12
+        assert models.prefill_tflops(mllm, known, k) == pytest.approx(expected, rel=1e-9)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_layers_and_visual_tokens(name: str) -> None:
     """Visual tokens come from the model's own code, on narrow layers and with the real geometry of images."""

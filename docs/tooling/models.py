@@ -7,6 +7,8 @@ which the instruments are compared with plain computations.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import yaml
 from omegaconf import DictConfig
@@ -28,9 +30,13 @@ from benchmarks.architectures import (
 from docs.tooling import zoo
 from docs.tooling.generated import fill, write_generated
 from dyvte.batch import Batch
-from dyvte.cost.flops import FlopCounter
+from dyvte.cost.flops import FlopCounter, decoder_inputs
+from dyvte.instrument.hooks import LayerCall, Selection, drive_layers, with_states
+from dyvte.instrument.keys.shared import PrefillSharing
+from dyvte.instrument.running_state import packed_arguments
 from dyvte.layout import INSTRUCTION, VISUAL
 from dyvte.mllm import MLLM
+from dyvte.model_parts import runs_together
 from dyvte.runs.config import command, config_folder
 
 # ------------------------------------------------------------------------- measuring
@@ -38,23 +44,21 @@ from dyvte.runs.config import command, config_folder
 
 @torch.no_grad()
 def prefill_tflops(mllm: MLLM, known: Architecture, exit_layer: int) -> float:
-    """TFLOPs of a prefill's decoder and last logits under an exit, from a model on the meta device."""
-    total = 0
-    for length, layers in (
-        (known.visual_tokens + known.text_tokens, mllm.layers[:exit_layer]),
-        (known.text_tokens, mllm.layers[exit_layer:]),
-    ):
-        kept, mllm.decoder.layers = mllm.decoder.layers, torch.nn.ModuleList(layers)
-        try:
-            inputs = {"inputs_embeds": torch.zeros(1, length, mllm.hidden_size, device="meta", dtype=mllm.dtype)}
-            if getattr(mllm.text_config, "hidden_size_per_layer_input", None):  # which are looked up by ids
-                inputs = {"input_ids": torch.zeros(1, length, device="meta", dtype=torch.long)}
-            with FlopCounter(mllm) as counter:
-                mllm.decoder(**inputs)  # with a cache: without one, packed sequences are looked for
-            total += counter.count.total
-        finally:
-            mllm.decoder.layers = kept
-    return (total + 2 * mllm.lm_head.weight.numel()) / 1e12
+    """TFLOPs of a prefill's decoder and last logits under an exit; the model may be on the meta device."""
+    text = torch.arange(known.text_tokens, device=mllm.device)
+    left = Selection(torch.zeros_like(text[:1]), text[None], None, everyone=True)  # which positions is the same
+
+    def run(call: LayerCall) -> Any:
+        if call.index < exit_layer:
+            return call.run()
+        together = runs_together(mllm.attentions[call.index])
+        packed = packed_arguments(call, left) if together else call.packed(left)
+        packed |= {"past_key_values": None, **PrefillSharing(call).on(left)}
+        return with_states(call.run(left.pack(call.hidden), **packed), call.hidden)
+
+    with drive_layers(mllm, run), FlopCounter(mllm) as counter:  # with a cache: else packed sequences are looked for
+        mllm.decoder(**decoder_inputs(mllm, known.visual_tokens + known.text_tokens), use_cache=True)
+    return (counter.count.total + 2 * mllm.lm_head.weight.numel()) / 1e12
 
 
 @torch.no_grad()
@@ -138,27 +142,19 @@ def render(chosen: list[str]) -> str:
         mllm = full_size(known)
         middle = mllm.num_layers // 2
         full = prefill_tflops(mllm, known, mllm.num_layers)
-        half = _half_tflops(mllm, known, middle)
+        half = prefill_tflops(mllm, known, middle)
         vision = None if way == "export" else vision_tflops(mllm, known)
         parameters = sum(each.numel() for each in mllm.model.parameters()) / 1e9
         found = compare(known)
         rows.append(
             f"| `{name}` | {way} | {known.config['model_type']} | {mllm.num_layers} | {known.visual_tokens} | "
-            f"{parameters:.1f} | {full:.2f} | {half} | {'-' if vision is None else f'{vision:.2f}'} |"
+            f"{parameters:.1f} | {full:.2f} | {half:.2f} | {'-' if vision is None else f'{vision:.2f}'} |"
         )
         checks.append(
             f"| `{name}` | {found['probe']:.0e} | {found['sweep']:.0e} | {found['exit_all']:.0e} | "
             f"{found['exit_none']:.0e} | {found['image_matters']:.1f} |"
         )
     return fill("models_page", {"models": "\n".join(rows), "checks": "\n".join(checks), **zoo.tables()})
-
-
-def _half_tflops(mllm: MLLM, known: Architecture, exit_layer: int) -> str:
-    """TFLOPs under an exit; "-" where the layers behind it do not run without those before them (Gemma 4 E)."""
-    try:
-        return f"{prefill_tflops(mllm, known, exit_layer):.2f}"
-    except RuntimeError:  # of shapes: the decoder takes the kinds of layers by their number
-        return "-"
 
 
 def _way_in(name: str) -> str:

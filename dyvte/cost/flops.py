@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -185,11 +186,20 @@ def _fit_layers(mllm: MLLM) -> list[tuple[float, float]]:
 @torch.no_grad()
 def _layer_flops(mllm: MLLM, length: int) -> list[int]:
     """Operations of each decoder layer for one sequence of so many positions."""
-    weight = next(mllm.decoder.parameters())
-    embeddings = torch.zeros(1, length, mllm.hidden_size, device=weight.device, dtype=weight.dtype)
     with FlopCounter(mllm) as counter, layer_tally(mllm, counter) as layers:
-        mllm.decoder(inputs_embeds=embeddings, use_cache=True)
+        mllm.decoder(**decoder_inputs(mllm, length), use_cache=True)
     return layers
+
+
+def decoder_inputs(mllm: MLLM, length: int) -> dict[str, Tensor]:
+    """What the decoder alone takes for one sequence of so many positions: embeddings, or ids where it looks these up.
+
+    Gemma 3n and Gemma 4 E embed ids anew for every layer.
+    """
+    weight = next(mllm.decoder.parameters())
+    if getattr(mllm.decoder.config, "hidden_size_per_layer_input", None):
+        return {"input_ids": torch.zeros(1, length, device=weight.device, dtype=torch.long)}
+    return {"inputs_embeds": torch.zeros(1, length, mllm.hidden_size, device=weight.device, dtype=weight.dtype)}
 
 
 @contextmanager
