@@ -111,9 +111,9 @@ def write_question_folder(folder: str | Path, dataset: Dataset) -> Path:
     (file.parent / "images").mkdir(parents=True, exist_ok=True)
     lines = []
     for sample in dataset:
-        name = f"{sample.image_id}.png" if sample.image is not None else None
-        if sample.image is not None and not (file.parent / "images" / str(name)).is_file():
-            write_atomic(file.parent / "images" / str(name), partial(sample.image.save, format="png"))
+        name = f"{sample.image_id}.png" if sample.picture is not None else None
+        if sample.picture is not None and not (file.parent / "images" / str(name)).is_file():
+            write_atomic(file.parent / "images" / str(name), partial(sample.picture.save, format="png"))
         record = {"question_id": sample.id, "image": name, "text": sample.question}
         lines.append(json.dumps({**record, "answer": sample.answer, "category": sample.kind}))
     write_atomic(file, lambda out: out.write("".join(f"{line}\n" for line in lines).encode()))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from dyvte.data.video import Video
 from dyvte.errors import DyvteWarning, UnsupportedError
 from dyvte.layout import PADDING, TokenLayout
 
@@ -18,6 +19,8 @@ IGNORE_INDEX = -100
 """Padding of answer ids and labels, as in `torch.nn.CrossEntropyLoss`."""
 
 Image = Any  # PIL.Image.Image; Pillow is only needed by whoever opens the images
+
+Media = Any  # Image, dyvte.data.video.Video, or several of them
 
 Rows = int | slice | Sequence[int] | Tensor
 
@@ -192,15 +195,17 @@ class Batch(dict[str, Any]):
         return Batch(rolled, TokenLayout(self.layout.roles.gather(1, columns)), self.images)
 
 
-def image_rows(images: Sequence[Image | Sequence[Image] | None] | None, questions: Sequence[str]) -> list[list[Image]]:
-    """The images of every question, as lists."""
+def image_rows(images: Sequence[Media | None] | None, questions: Sequence[str]) -> tuple[list[list[Image]], list[Any]]:
+    """The images of every question, and its videos, each a list of frames."""
     if isinstance(questions, str):
         raise TypeError("questions must be a list of strings, one a sample, not a single string")
     if images is None:
         images = [None] * len(questions)
     if len(images) != len(questions):
         raise ValueError(f"got {len(images)} entries of images for {len(questions)} questions; give one a question")
-    return [[] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in images]
+    rows = [[] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in images]
+    films = [[list(each.frames) for each in row if isinstance(each, Video)] for row in rows]
+    return [[each for each in row if not isinstance(each, Video)] for row in rows], films
 
 
 def warn_if_question_precedes_image(

@@ -79,8 +79,8 @@ def _what_to_ask(cfg: DictConfig) -> tuple[Image.Image, str]:
         for index in range(len(dataset)):
             sample = dataset[index]
             # of the built-in tasks not the questions that are answered without looking
-            if sample.image is not None and sample.metadata.get("hops", 1):
-                return sample.image, cfg.question or sample.question
+            if sample.picture is not None and sample.metadata.get("hops", 1):
+                return sample.picture, cfg.question or sample.question
         raise ConfigError(f"no question of data={cfg.data.name} needs an image; give image=FILE question=...")
     if not cfg.question:
         raise ConfigError('no question: give question="..." with the image')

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from dyvte.batch import IGNORE_INDEX, Batch, Image, image_rows, warn_if_question_precedes_image
-from dyvte.data.chat import MAX_FRAMES, Chat, split_chat
+from dyvte.batch import IGNORE_INDEX, Batch, Image, Media, image_rows, warn_if_question_precedes_image
+from dyvte.data.chat import Chat, split_chat
+from dyvte.data.video import MAX_FRAMES
 from dyvte.errors import DyvteWarning, ModelError, UnsupportedError
 from dyvte.layout import TokenLayout
 from dyvte.model_parts import (
@@ -197,7 +198,7 @@ class MLLM:
 
     def encode(
         self,
-        images: Sequence[Image | Sequence[Image] | None] | None,
+        images: Sequence[Media | None] | None,
         questions: Sequence[str],
         answers: Sequence[str | None] | None = None,
         padding_side: str = "left",
@@ -205,16 +206,18 @@ class MLLM:
         """Turn images and questions into a batch, through the processor's chat template.
 
         Args:
-            images: one entry a question: an image, a list of images, or None for a text-only prompt. None for all.
-            questions: one a sample. The images come before the text of the question.
+            images: one entry a question: an image, a `dyvte.data.video.Video`, a list of them, or None for a text-only
+                prompt. None for all.
+            questions: one a sample. Images, then videos, come before the text of the question.
             answers: teacher-forced after the prompt, each followed by the end token; their positions are `answer`.
                 None for samples without one.
             padding_side: "left" (what generation needs) or "right".
         """
         self._require_processor()
-        rows = image_rows(images, questions)
-        prompts = [self._prompt(question, len(row)) for question, row in zip(questions, rows, strict=True)]
-        batch = self._processed(prompts, rows, padding_side)
+        rows, films = image_rows(images, questions)
+        kinds = [["image"] * len(row) + ["video"] * len(film) for row, film in zip(rows, films, strict=True)]
+        prompts = [self._prompt(question, media) for question, media in zip(questions, kinds, strict=True)]
+        batch = self._processed(prompts, rows, padding_side, films)
         warn_if_question_precedes_image(getattr(self.processor, "image_token", None), prompts, questions, rows)
         return batch if answers is None else self.append_answers(batch, self.answer_ids(questions, answers))
 
@@ -242,11 +245,8 @@ class MLLM:
         if not getattr(processor, "chat_template", None):
             raise ModelError(f"{type(processor).__name__} has no chat template, which conversations need")
         found = [split_chat(chat, max_frames) for chat in chats]
-        videos = [each.videos for each in found]
-        if any(videos) and getattr(processor, "video_processor", None) is None:
-            raise ModelError(f"{type(processor).__name__} reads no videos: give some of their frames as images")
         prompts = [processor.apply_chat_template(each.messages, add_generation_prompt=True) for each in found]
-        return self._processed(prompts, [each.images for each in found], padding_side, videos)
+        return self._processed(prompts, [each.images for each in found], padding_side, [each.videos for each in found])
 
     def answer_ids(self, questions: Sequence[str], answers: Sequence[str | None]) -> Tensor:
         """Ids [B, A] of the answers as they follow the prompts, end token included, -100 at padding and for None."""
@@ -256,7 +256,7 @@ class MLLM:
             if answer is None:
                 rows.append([])
                 continue
-            prompt = self._prompt(question, 0)
+            prompt = self._prompt(question)
             before = self._tokenize(prompt)
             joint = self._tokenize(prompt + self._answer_separator(question, prompt) + answer)
             # A tokenizer may merge the end of the prompt with the answer; then the answer is tokenized on its own.
@@ -349,10 +349,12 @@ class MLLM:
         prompts: Sequence[str],
         rows: Sequence[Sequence[Image]],
         padding_side: str,
-        videos: Sequence[Sequence[Any]] = (),
+        videos: Sequence[Sequence[Any]],
     ) -> Batch:
         """Prompts with placeholders as a batch, each with its images and videos."""
         processor, bos = self.processor, self.tokenizer.bos_token
+        if any(videos) and getattr(processor, "video_processor", None) is None:
+            raise ModelError(f"{type(processor).__name__} reads no videos: give some of their frames as images")
         media = {"videos": [film for each in videos for film in each]} if any(videos) else {}
         inputs = processor(
             text=prompts,
@@ -364,10 +366,9 @@ class MLLM:
             **media,
         )
         batch = self.batch(**inputs)
-        films = videos or [[]] * len(rows)
         batch.images = None if media else tuple(len(row) for row in rows)
         expected = torch.tensor(
-            [bool(row or film) for row, film in zip(rows, films, strict=True)], device=batch.layout.roles.device
+            [bool(row or film) for row, film in zip(rows, videos, strict=True)], device=batch.layout.roles.device
         )
         if not torch.equal(batch.layout.has_image, expected):
             raise ModelError(
@@ -381,9 +382,9 @@ class MLLM:
             raise ModelError("this MLLM has no processor: use dyvte.wrap(model, processor), or batch() with token ids")
         return self.processor
 
-    def _prompt(self, question: str, num_images: int, answer: str | None = None) -> str:
+    def _prompt(self, question: str, media: Sequence[str] = (), answer: str | None = None) -> str:
         if getattr(self.processor, "chat_template", None):
-            content = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
+            content = [*({"type": kind} for kind in media), {"type": "text", "text": question}]
             messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
             if answer is not None:
                 messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
@@ -396,13 +397,13 @@ class MLLM:
         warnings.warn(
             "the processor has no chat template: asking in the format of LLaVA-1.5", DyvteWarning, stacklevel=2
         )
-        images = f"{self.processor.image_token}\n" * num_images
+        images = f"{self.processor.image_token}\n" * len(media)
         return f"USER: {images}{question} ASSISTANT:" + ("" if answer is None else f" {answer}")
 
     def _answer_separator(self, question: str, prompt: str) -> str:
         """What the prompt format puts between a prompt and its answer (a space in LLaVA-1.5's)."""
         marker = "\N{BULLET}answer\N{BULLET}"
-        rendered = self._prompt(question, 0, answer=marker)
+        rendered = self._prompt(question, answer=marker)
         if not rendered.startswith(prompt) or marker not in rendered:
             return ""
         return rendered[len(prompt) :].partition(marker)[0]

@@ -74,7 +74,7 @@ def test_the_folder_has_all_that_commands_need(case: str, tmp_path: Path) -> Non
     batch = mllm.encode([image, None], ["what color ?", "what ?"], answers=["red", "blue"])
     assert batch.layout.visual.sum(1).tolist() == [mllm.model.config.image_seq_length, 0]
     assert batch.layout.answer.sum(1).tolist() == [2, 2]
-    text = mllm._prompt("what color ?", 1)
+    text = mllm._prompt("what color ?", ["image"])
     assert text == f"<s>{VICUNA_SYSTEM} USER: <image>\nwhat color ? ASSISTANT:"
     # pad: the image becomes a square with the mean colour around it
     mean = torch.tensor(mllm.processor.image_processor.image_mean)

@@ -214,7 +214,7 @@ def test_llava_prompt_where_there_is_no_chat_template() -> None:
     batch = mllm.encode([RED], ["what color ?"])
     text = mllm.tokenizer.decode(batch["input_ids"][0][~batch.layout.visual[0]])
     assert text == "<s> USER : what color ? ASSISTANT :"
-    assert mllm._prompt("what color ?", 1) == "USER: <image>\nwhat color ? ASSISTANT:"
+    assert mllm._prompt("what color ?", ["image"]) == "USER: <image>\nwhat color ? ASSISTANT:"
 
 
 def test_encode_with_answers() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -13,13 +16,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import masked_forward
+from PIL import Image
 from torch import Tensor
 
 import dyvte
 from dyvte.batch import Batch
+from dyvte.data.base import image_numbers
 from dyvte.data.chat import split_chat
-from dyvte.data.video import read_video
-from dyvte.errors import BrokenSample, ConfigError
+from dyvte.data.huggingface import HuggingFaceDataset
+from dyvte.data.llava_json import LlavaJsonDataset
+from dyvte.data.video import Video, read_video
+from dyvte.errors import BrokenSample, ConfigError, ModelError
 from dyvte.layout import INSTRUCTION, TokenLayout
 from dyvte.mllm import MLLM
 
@@ -228,3 +235,123 @@ def test_files_are_read_through_transformers(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("transformers.video_utils.load_video", lambda *_, **__: 1 / 0)
     with pytest.raises(BrokenSample, match="unreadable"):
         read_video(film, 3)
+
+
+# ---------------------------------------------------------------------------- data
+
+
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (6, 4), (value, 0, 0)).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def reds(video: Any) -> list[int]:
+    """What tells frames apart."""
+    assert isinstance(video, Video)
+    return [frame.getpixel((0, 0))[0] for frame in video.frames]
+
+
+@pytest.fixture
+def frames(tmp_path: Path) -> list[str]:
+    names = [f"{number}.png" for number in range(7)]
+    for number, name in enumerate(names):
+        (tmp_path / name).write_bytes(png(number))
+    return names
+
+
+def test_a_record_names_a_video_or_its_frames(
+    tmp_path: Path, frames: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "film.mp4").write_bytes(b"a film")
+    films = [frames, "film.mp4", [frames[0], "no.png"], "no.mp4", 7, [], [3], frames]
+    lines = [{"question_id": str(row), "text": "<video>\nwhat ?", "video": film} for row, film in enumerate(films)]
+    lines[-1]["image"] = "0.png"
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(line) for line in [*lines, {**lines[0], "video": None}]))
+    data = LlavaJsonDataset(str(tmp_path / "a.jsonl"), str(tmp_path), max_frames=3)
+    assert reds(data[0].image) == [0, 3, 6]
+    assert (data[0].question, data[0].picture) == ("what ?", None)
+    assert image_numbers([data[0], data[0]]) == [0, 0]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"a\.jsonl line 2: video '.*film\.mp4' needs a package that decodes videos"):
+        data[1]
+    for row, why in {
+        2: "image 'no.png' not found",
+        3: "video 'no.mp4' not found",
+        4: "'video' must be a file name",
+        6: "a frame must be a file name",
+        7: "names an image and a video",
+        8: "no video is named",
+    }.items():
+        with pytest.raises(BrokenSample, match=f"line {row + 1}: .*{why}"):
+            data[row]
+
+
+def test_a_column_holds_videos(tmp_path: Path, frames: list[str]) -> None:
+    import datasets
+
+    rows = {"question": ["what ?"] * 2, "film": [frames, [frames[1]]]}
+    datasets.Dataset.from_dict(rows).to_json(tmp_path / "names.jsonl")
+    stored = [[{"bytes": png(int(name[0])), "path": None} for name in row] for row in rows["film"]]
+    feature = datasets.Features({"question": datasets.Value("string"), "film": datasets.List(datasets.Image())})
+    datasets.Dataset.from_dict({**rows, "film": stored}, features=feature).to_parquet(tmp_path / "stored.parquet")
+    for file in ("names.jsonl", "stored.parquet"):
+        columns = {"question": "question", "video": "film"}
+        data = HuggingFaceDataset(str(tmp_path / file), columns, image_folder=str(tmp_path), max_frames=2)
+        assert [reds(sample.image) for sample in data] == [[0, 6], [1]]
+        assert data[0].image_id != data[1].image_id
+
+
+class FilmProcessor:
+    """Turns frames into the inputs of a small random Qwen2.5-VL, as its own processor would."""
+
+    chat_template = "there is one"
+    video_processor = object()
+    image_token_id = families.IMAGE_TOKEN
+
+    def __init__(self) -> None:
+        self.tokenizer = SimpleNamespace(bos_token=None, eos_token_id=families.EOS, batch_decode=str)
+        self.seen: list[Any] = []
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        return "".join("V" if part["type"] == "video" else part["text"] for part in messages[0]["content"])
+
+    def __call__(self, text: list[str], videos: list[list[Image.Image]], **_: Any) -> dict[str, Tensor]:
+        self.seen = videos
+        grid = torch.tensor([[len(film), 4, 4] for film in videos])
+        lines = []
+        for prompt, film in zip(text, videos, strict=True):
+            film_ids = [families.VISION_START, *[families.VIDEO_TOKEN] * (len(film) * 16 // MERGED)]
+            lines.append(
+                [families.FIRST_TEXT, *film_ids, *[families.FIRST_TEXT + ord(each) % 9 for each in prompt[1:]]]
+            )
+        length = max(map(len, lines))
+        ids = torch.tensor([[families.PAD] * (length - len(line)) + line for line in lines])
+        shades = [(16 * len(film), float(sum(reds(Video(tuple(film)))))) for film in videos]
+        pixels = torch.cat([torch.full((count, 3 * families.PATCH_SIZE**2), shade) for count, shade in shades])
+        return {
+            "input_ids": ids,
+            "attention_mask": (ids != families.PAD).long(),
+            "pixel_values_videos": pixels,
+            "video_grid_thw": grid,
+            "mm_token_type_ids": 2 * (ids == families.VIDEO_TOKEN).int(),
+        }
+
+
+@torch.no_grad()
+def test_questions_about_videos_go_through_encode(tmp_path: Path, frames: list[str]) -> None:
+    """As questions about images do: so commands need to know nothing of videos."""
+    lines = [{"question_id": str(row), "text": "what ?" * (row + 1), "video": frames[row:]} for row in range(2)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    samples = list(LlavaJsonDataset(str(tmp_path / "a.jsonl"), str(tmp_path), max_frames=3))
+    mllm = families.FAMILIES["qwen2_5_vl"](num_layers=2)
+    blind = MLLM(mllm.model, SimpleNamespace(chat_template="", tokenizer=SimpleNamespace(bos_token=None)))
+    mllm = MLLM(mllm.model, FilmProcessor())
+    batch = mllm.encode([each.image for each in samples], [each.question for each in samples])
+    assert [reds(Video(tuple(film))) for film in mllm.processor.seen] == [[0, 3, 6], [1, 3, 6]]
+    assert dyvte.frame_numbers(mllm, batch).amax(1).tolist() == [2, 2]
+    sweep = dyvte.exit_sweep(mllm, batch)
+    for k in range(3):
+        close(sweep.logits[:, k], masked_forward(mllm, batch, k).logits[:, -1])
+    with pytest.raises(ModelError, match="reads no videos"):
+        blind._processed(["V"], [[]], "left", [[samples[0].image]])

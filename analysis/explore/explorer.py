@@ -52,11 +52,11 @@ def first_examples(dataset: Dataset, count: int) -> list[Example]:
     found: dict[str, Example] = {}
     for sample in dataset.readable():
         # of the built-in tasks not the questions that are answered without looking
-        if sample.image is None or sample.image_id in found or not sample.metadata.get("hops", 1):
+        if sample.picture is None or sample.image_id in found or not sample.metadata.get("hops", 1):
             continue
         if len(found) == count:
             break
-        found[sample.image_id] = Example(sample.image, sample.question)
+        found[sample.image_id] = Example(sample.picture, sample.question)
     if not found:
         raise ConfigError("the data show no image: give other data=..., which the explorer begins with")
     return list(found.values())

@@ -106,9 +106,9 @@ def first_exit_examples(samples: pd.DataFrame, dataset: Dataset, images: int, qu
     for sample in dataset.readable():
         if len(found) == images:
             break
-        if sample.image is not None and sample.image_id not in found:
+        if sample.picture is not None and sample.image_id not in found:
             rows = by_image.get_group(sample.image_id).head(questions).reset_index(drop=True)
-            found[sample.image_id] = ExitExample(np.asarray(sample.image), rows)
+            found[sample.image_id] = ExitExample(np.asarray(sample.picture), rows)
     return list(found.values())
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
+from dyvte.data.video import Video
 from dyvte.errors import BrokenSample, ConfigError
 from dyvte.runs.targets import build
 
@@ -25,7 +26,7 @@ class Sample:
 
     Attributes:
         id: Unique in its data set.
-        image: RGB image, or None for a question without one.
+        image: RGB image, or video, or None for a question without one.
         question: What the user says, without image placeholders and chat template.
         answer: The reference answer, or None where there is none.
         kind: What results are grouped by (question kind, benchmark category).
@@ -35,12 +36,17 @@ class Sample:
     """
 
     id: str
-    image: Image.Image | None
+    image: Image.Image | Video | None
     question: str
     answer: str | None
     kind: str
     image_id: str
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def picture(self) -> Image.Image | None:
+        """The image, for what shows it; None where the question is about a video or shows none."""
+        return None if isinstance(self.image, Video) else self.image
 
 
 class Dataset(ABC):

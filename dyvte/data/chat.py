@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dyvte.data.video import read_video
+from dyvte.data.video import MAX_FRAMES, read_video
 from dyvte.errors import ModelError
 
 Chat = Sequence[Mapping[str, Any]]
@@ -30,10 +30,6 @@ class SplitChat:
     messages: list[dict[str, Any]] = field(default_factory=list)
     images: list[Any] = field(default_factory=list)
     videos: list[Any] = field(default_factory=list)
-
-
-MAX_FRAMES = 8
-"""Frames that are read of the file of a video where nobody says how many."""
 
 
 def split_chat(chat: Chat, max_frames: int = MAX_FRAMES) -> SplitChat:

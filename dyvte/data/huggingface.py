@@ -14,9 +14,10 @@ from PIL import Image
 
 from dyvte.data.base import Dataset, Sample, check_limit, text_fingerprint, unique_ids
 from dyvte.data.reading import find_image, most_frequent, read_answers, read_image, read_question
+from dyvte.data.video import MAX_FRAMES, Video, video_of
 from dyvte.errors import BrokenSample, ConfigError, DataError
 
-ROLES = ("image", "question", "answer", "id", "kind", "image_id")
+ROLES = ("image", "video", "question", "answer", "id", "kind", "image_id")
 FILE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
 
 
@@ -26,16 +27,18 @@ class HuggingFaceDataset(Dataset):
     Args:
         path: Hub id, local file (Parquet, JSON, JSONL, CSV, Arrow), folder of such files, or a folder written by
             `datasets.Dataset.save_to_disk`.
-        columns: Column of each of `image`, `question`, `answer`, `id`, `kind`, `image_id`; None or left out where there
-            is none. Only `question` is required. Images may be encoded in the column, be file names, data URLs or
-            base64, alone or in a list of one; of several reference answers the most frequent is taken, all stay in the
-            metadata. Numbers of a `ClassLabel` are read as the names of the classes.
+        columns: Column of each of `image`, `video`, `question`, `answer`, `id`, `kind`, `image_id`; None or left out
+            where there is none. Only `question` is required. Images may be encoded in the column, be file names, data
+            URLs or base64, alone or in a list of one; videos are file names or lists of frames, which are images. Of
+            several reference answers the most frequent is taken, all stay in the metadata. Numbers of a `ClassLabel`
+            are read as the names of the classes.
         split: Split to read; None where there is only one.
         subset: Configuration of the data set on the Hub.
         revision: Branch, tag or commit on the Hub.
-        image_folder: Folder that image names in the image column are relative to.
+        image_folder: Folder that the names of images and videos are relative to.
         allow_outside: Whether those names may lead out of the folder and of the data's own.
         question_suffix: Text added to every question, for instance how short the answer should be.
+        max_frames: The most frames that are taken of a video, evenly spread.
         limit: The first so many rows; None for all.
 
     Raises:
@@ -52,6 +55,7 @@ class HuggingFaceDataset(Dataset):
         image_folder: str | None = None,
         allow_outside: bool = False,
         question_suffix: str = "",
+        max_frames: int = MAX_FRAMES,
         limit: int | None = None,
     ) -> None:
         check_limit(limit)
@@ -68,9 +72,9 @@ class HuggingFaceDataset(Dataset):
                 known = ", ".join(rows.column_names)
                 raise DataError(f"{path} has no column {column!r} (set data.columns.{role} to one of {known})")
         rows = rows.select_columns(list(dict.fromkeys(self.columns.values())))
-        image_column = self.columns.get("image")
-        if image_column:  # decoded here, sample by sample, so that one broken image does not end the run
-            rows = rows.cast_column(image_column, _undecoded(rows.features[image_column]))
+        for column in {self.columns[role] for role in ("image", "video") if role in self.columns}:
+            # decoded here, sample by sample, so that one broken image does not end the run
+            rows = rows.cast_column(column, _undecoded(rows.features[column]))
         self.rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
         self.name = f"{path} {split}" if split else path
         self.image_folder = Path(image_folder) if image_folder is not None else None
@@ -80,7 +84,7 @@ class HuggingFaceDataset(Dataset):
         if image_folder is None:  # then `datasets` itself names the images, by their full path
             self.own_folders = [own if own.is_dir() else own.parent] if own.exists() else list(map(Path, caches))
         self.class_names = {role: _class_names(rows.features[column]) for role, column in self.columns.items()}
-        self.question_suffix = question_suffix
+        self.question_suffix, self.max_frames = question_suffix, max_frames
         ids = self.rows[self.columns["id"]] if "id" in self.columns else range(len(self.rows))
         self.ids = unique_ids(str(each) for each in ids)
 
@@ -95,8 +99,11 @@ class HuggingFaceDataset(Dataset):
         where = self.where(index)
         row = self.rows[index]
         values = {role: row[column] for role, column in self.columns.items()}
-        question = read_question(values["question"], where) + self.question_suffix
-        image, image_id = self._image(values.get("image"), where)
+        film, media = values.get("video"), self._image(values.get("image"), where)
+        question = read_question(values["question"], where, bool(film)) + self.question_suffix
+        image, image_id = self._video(film, where) if film else media
+        if film and media[0] is not None:
+            raise BrokenSample(where, "has an image and a video; one of them a row is supported")
         answers, kind, given_id = (
             read_answers(values.get(role), where, self.class_names.get(role)) for role in ("answer", "kind", "image_id")
         )
@@ -109,6 +116,15 @@ class HuggingFaceDataset(Dataset):
             image_id=", ".join(given_id) or image_id or self.ids[index],
             metadata={"answers": answers},
         )
+
+    def _video(self, value: Any, where: str) -> tuple[Video, str]:
+        """The video of a row, and a name that equal videos share."""
+
+        def find(name: str) -> Path | bytes:
+            return find_image(name, self.image_folder, where, self.allow_outside, self.own_folders, "video")
+
+        found = video_of(value, where, find, lambda frame: self._image(frame, where)[0], self.max_frames)
+        return found, hashlib.sha256(found.tobytes()).hexdigest()[:16]
 
     def _image(self, value: Any, where: str) -> tuple[Image.Image | None, str | None]:
         """The image of a row, and a name that equal images share."""
@@ -192,9 +208,9 @@ def _one_split(loaded: datasets.Dataset | datasets.DatasetDict, split: str | Non
 
 
 def _undecoded(feature: Any) -> Any:
-    """A column's type with its images, in lists too, left as they are stored."""
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
+    """A column's type with its images or videos, in lists too, left as they are stored."""
+    if isinstance(feature, (datasets.Image, datasets.Video)):
+        return type(feature)(decode=False)
     if isinstance(feature, (datasets.List, datasets.LargeList)):
         return type(feature)(_undecoded(feature.feature))
     return feature

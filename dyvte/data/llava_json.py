@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from dyvte.data.base import Dataset, Sample, check_limit, text_fingerprint, unique_ids
 from dyvte.data.reading import find_image, most_frequent, read_answers, read_image, read_name, read_question
+from dyvte.data.video import MAX_FRAMES, Video, video_of
 from dyvte.errors import BrokenSample, ConfigError, DataError
 
 TURNS = ("first", "single", "all")
@@ -18,17 +22,19 @@ TURNS = ("first", "single", "all")
 class LlavaJsonDataset(Dataset):
     """Records of the form `{"id", "image", "conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}`
     (training) or `{"question_id", "image", "text"}` with optional `answer` or `label` and `category` (evaluation), as
-    one JSON list or one record a line. Images are decoded as LLaVA's own loader does: not turned by their EXIF
-    orientation, without their transparency (see `dyvte.data.reading.to_rgb`).
+    one JSON list or one record a line. In place of `image`, `video` names a file or a list of frames. Images are
+    decoded as LLaVA's own loader does: not turned by their EXIF orientation, without their transparency (see
+    `dyvte.data.reading.to_rgb`).
 
     Args:
         file: JSON or JSONL file.
-        image_folder: Folder that the image names in the file are relative to; None if they are relative to the
-            current folder.
+        image_folder: Folder that the names of images and videos in the file are relative to; None if they are relative
+            to the current folder.
         allow_outside: Whether those names may lead out of that folder.
         turns: `first` question of each conversation, conversations of a `single` question (what DyVTE trains on), or
             `all` questions, each on its own without the earlier ones.
-        require_image: Leave out records without an image.
+        require_image: Leave out records without an image or video.
+        max_frames: The most frames that are taken of a video, evenly spread.
         limit: The first so many samples; None for all.
 
     Raises:
@@ -42,6 +48,7 @@ class LlavaJsonDataset(Dataset):
         allow_outside: bool = False,
         turns: str = "first",
         require_image: bool = False,
+        max_frames: int = MAX_FRAMES,
         limit: int | None = None,
     ) -> None:
         check_limit(limit)
@@ -51,7 +58,7 @@ class LlavaJsonDataset(Dataset):
             raise ConfigError("no data to read: set data.file to a JSON or JSONL file")
         self.file = Path(file)
         self.image_folder = Path(image_folder) if image_folder is not None else None
-        self.allow_outside = allow_outside
+        self.allow_outside, self.max_frames = allow_outside, max_frames
         try:
             content = self.file.read_bytes()
         except OSError as error:
@@ -60,7 +67,7 @@ class LlavaJsonDataset(Dataset):
         for line, record in _records(content, self.file):
             where = f"{self.file} line {line}"
             for entry in _questions(record, turns, where):
-                if not (require_image and isinstance(entry, dict) and not entry["image"]):
+                if not (require_image and isinstance(entry, dict) and not (entry["image"] or entry["video"])):
                     self.entries.append(entry)
             if limit is not None and len(self.entries) >= limit:
                 break
@@ -82,12 +89,16 @@ class LlavaJsonDataset(Dataset):
         entry = self.entries[index]
         if isinstance(entry, BrokenSample):
             raise BrokenSample(entry.where, entry.why)
-        where, name = entry["where"], entry["image"]
-        question = read_question(entry["question"], where)
+        where, name, film = entry["where"], entry["image"], entry["video"]
+        question = read_question(entry["question"], where, bool(film))
         answers = read_answers(entry["answer"], where)
-        image = None
-        if name:
-            image = read_image(find_image(name, self.image_folder, where, self.allow_outside), name, where, "llava")
+        image: Image.Image | Video | None = None
+        if film:
+            find, frame = partial(self._find, where, what="video"), partial(self._image, where)
+            image = video_of(film, where, find, frame, self.max_frames)
+            name = film if isinstance(film, str) else " ".join(map(str, film))
+        elif name:
+            image = self._image(where, name)
         return Sample(
             id=self.ids[index],
             image=image,
@@ -97,6 +108,14 @@ class LlavaJsonDataset(Dataset):
             image_id=name or self.ids[index],
             metadata={"question_id": entry["question_id"]},
         )
+
+    def _image(self, where: str, name: Any) -> Image.Image:
+        if not isinstance(name, str):
+            raise BrokenSample(where, f"a frame must be a file name, not {type(name).__name__}")
+        return read_image(self._find(where, name), name, where, "llava")
+
+    def _find(self, where: str, name: str, what: str = "image") -> Path | bytes:
+        return find_image(name, self.image_folder, where, self.allow_outside, what=what)
 
     @property
     def fingerprint(self) -> str:
@@ -160,7 +179,7 @@ def _questions(record: Any, turns: str, where: str) -> Iterator[_Entry]:
         return
     try:
         pairs = _question_answer_pairs(record, where)
-        image = _image_name(record, where)
+        image, video = _media(record, where)
     except BrokenSample as broken:
         yield broken
         return
@@ -172,6 +191,7 @@ def _questions(record: Any, turns: str, where: str) -> Iterator[_Entry]:
             "id": str(question_id) if turn == 0 else f"{question_id}#{turn}",
             "question_id": question_id,
             "image": image,
+            "video": video,
             "question": question,
             "answer": answer,
             "kind": record.get("kind", record.get("category")),
@@ -199,14 +219,18 @@ def _question_answer_pairs(record: Any, where: str) -> list[tuple[Any, Any]]:
     return [(turns[i]["value"], turns[i + 1]["value"]) for i in range(0, len(turns), 2)]
 
 
-def _image_name(record: dict[str, Any], where: str) -> str | None:
-    if other := next((key for key in ("video", "videos", "audio", "audios") if record.get(key)), None):
-        raise BrokenSample(where, f"names {other}; images are supported, not video or sound")
-    image = record.get("image") or record.get("images")
+def _media(record: dict[str, Any], where: str) -> tuple[str | None, str | list[Any] | None]:
+    """The name of the record's image, and that of its video or its list of frames."""
+    if other := next((key for key in ("audio", "audios") if record.get(key)), None):
+        raise BrokenSample(where, f"names {other}; images and videos are supported, not sound")
+    image, video = record.get("image") or record.get("images"), record.get("video") or record.get("videos")
+    if image and video:
+        raise BrokenSample(where, "names an image and a video; one of them an entry is supported")
     if isinstance(image, list):
         if len(image) > 1:
             raise BrokenSample(where, f"has {len(image)} images; one an entry is supported")
         image = image[0] if image else None
-    if image is not None and not isinstance(image, str):
-        raise BrokenSample(where, f"'image' must be a file name, not {type(image).__name__}")
-    return image or None
+    for what, value, kinds in (("image", image, str), ("video", video, (str, list))):
+        if value is not None and not isinstance(value, kinds):
+            raise BrokenSample(where, f"{what!r} must be a file name, not {type(value).__name__}")
+    return image or None, video or None

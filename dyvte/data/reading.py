@@ -32,7 +32,10 @@ PLACEHOLDERS = (
 )
 """Where a data set says the image goes. Every model's own chat template puts it there instead."""
 
-OTHER_MEDIA = ("<video>", "<|video_pad|>", "<audio>", "<|audio_pad|>", "<speech>")
+VIDEO_PLACEHOLDERS = ("<video>", "<|video_pad|>")
+"""Where a data set says the video goes."""
+
+OTHER_MEDIA = ("<audio>", "<|audio_pad|>", "<speech>")
 
 _PLACEHOLDER = re.compile(
     "|".join([r"</?img>(?=<IMG_CONTEXT>)", r"(?<=<IMG_CONTEXT>)</img>", *map(re.escape, PLACEHOLDERS)])
@@ -71,11 +74,16 @@ def without_placeholders(text: str) -> str:
     return _PLACEHOLDER.sub("", text)
 
 
-def read_question(value: Any, where: str) -> str:
+def read_question(value: Any, where: str, about_video: bool = False) -> str:
     """The question without image placeholders (`PLACEHOLDERS`) and outer space.
 
+    Args:
+        value: what the record holds.
+        where: file and line, or data set and row.
+        about_video: whether the record has a video; then its placeholders leave the question, too.
+
     Raises:
-        BrokenSample: it is no text, empty, or asks about a video or sound.
+        BrokenSample: it is no text, empty, or asks about sound, or about a video that the record does not have.
 
     Example:
         >>> read_question("<image> What is it?", "questions.jsonl line 1")
@@ -83,7 +91,11 @@ def read_question(value: Any, where: str) -> str:
     """
     text = read_text(value, "question", where)
     if found := next((each for each in OTHER_MEDIA if each in text), None):
-        raise BrokenSample(where, f"the question is about {found}; images are supported, not video or sound")
+        raise BrokenSample(where, f"the question is about {found}; images and videos are supported, not sound")
+    if found := next((each for each in VIDEO_PLACEHOLDERS if each in text and not about_video), None):
+        raise BrokenSample(where, f"the question is about {found}, and no video is named (key or column 'video')")
+    for placeholder in VIDEO_PLACEHOLDERS:
+        text = text.replace(placeholder, "")
     text = without_placeholders(text).strip()
     if not text:
         raise BrokenSample(where, "the question is empty")
@@ -199,7 +211,12 @@ def short_name(name: str) -> str:
 
 
 def find_image(
-    name: str, folder: Path | None, where: str, allow_outside: bool = False, also: Iterable[Path] = ()
+    name: str,
+    folder: Path | None,
+    where: str,
+    allow_outside: bool = False,
+    also: Iterable[Path] = (),
+    what: str = "image",
 ) -> Path | bytes:
     """The file that a record names, or the content of a data URL or of base64.
 
@@ -209,6 +226,7 @@ def find_image(
         where: file and line of the sample.
         allow_outside: whether the name may lead out of the folder (`data.allow_outside`).
         also: other folders that it may lead to.
+        what: `image` or `video`: what an error calls it.
 
     Raises:
         BrokenSample: there is no such file, or it lies outside.
@@ -216,14 +234,14 @@ def find_image(
     if (content := _embedded(name)) is not None:
         return content
     if _ADDRESS.match(name):
-        raise BrokenSample(where, f"image {short_name(name)!r} is an address; download it and name the file")
+        raise BrokenSample(where, f"{what} {short_name(name)!r} is an address; download it and name the file")
     base = Path() if folder is None else folder
     path = base / name
     roots = map(_absolute, (base, *also))
     if not allow_outside and not any(_absolute(path).is_relative_to(root) for root in roots):
         raise BrokenSample(
             where,
-            f"image {short_name(name)!r} lies outside of {base}/ (set data.image_folder, or data.allow_outside=true)",
+            f"{what} {short_name(name)!r} lies outside of {base}/ (set data.image_folder, or data.allow_outside=true)",
         )
     try:
         there = path.is_file()
@@ -231,7 +249,7 @@ def find_image(
         there = False
     if not there:
         under = f" under {folder}/" if folder is not None else ""
-        raise BrokenSample(where, f"image {short_name(name)!r} not found{under} (set data.image_folder)")
+        raise BrokenSample(where, f"{what} {short_name(name)!r} not found{under} (set data.image_folder)")
     return path
 
 

@@ -1,19 +1,78 @@
-"""Frames of a video: of a file, through transformers' own readers, or of a list of frames."""
+"""Videos: frames of a file, read through transformers' own readers, or of a list of frames."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from dyvte.data.reading import short_name
 from dyvte.errors import BrokenSample, ConfigError
 
 READERS = {"torchcodec": "torchcodec", "av": "pyav"}
 """Packages that decode videos, the one that is asked first in front, and what transformers calls each."""
+
+
+MAX_FRAMES = 8
+"""Frames that are read of a video where nobody says how many."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """What a sample has in place of an image where its question is about a video; `MLLM.encode` takes it as one.
+
+    Attributes:
+        frames: RGB images, in the order of time.
+    """
+
+    frames: tuple[Image.Image, ...]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of a frame, as of an image."""
+        return self.frames[0].size
+
+    def tobytes(self) -> bytes:
+        """The pixels of all frames, as of an image: equal for equal videos."""
+        return b"".join(frame.tobytes() for frame in self.frames)
+
+
+def video_of(
+    value: Any,
+    where: str,
+    find: Callable[[str], Path | bytes],
+    frame: Callable[[Any], Image.Image | None],
+    most: int = MAX_FRAMES,
+) -> Video:
+    """The video that a record holds: the name of a file (or what `datasets` makes of it), or a list of frames.
+
+    Args:
+        value: what the record holds.
+        where: file and line, or data set and row.
+        find: from the name of a file to the file.
+        frame: from an entry of a list to its image.
+        most: the most frames to take, evenly spread.
+
+    Raises:
+        ConfigError: there is a file to read and no package to decode it.
+        BrokenSample: it is something else, has no frames, or cannot be read.
+    """
+    if isinstance(value, (list, tuple)):
+        frames = [frame(each) for each in read_video(value, most, where)]
+        found = tuple(each for each in frames if each is not None)
+        if len(found) < len(frames):
+            raise BrokenSample(where, "the video lacks a frame")
+        return Video(found)
+    name = value.get("path") if isinstance(value, Mapping) else value
+    file = find(name) if isinstance(name, str) and name else None
+    if not isinstance(file, Path):
+        raise BrokenSample(where, "the video is neither the name of a file nor a list of frames")
+    return Video(tuple(Image.fromarray(np.asarray(each)) for each in read_video(file, most, where)))
 
 
 def read_video(video: str | Path | Sequence[Any], most: int, where: str = "video") -> Any:
