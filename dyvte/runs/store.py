@@ -411,7 +411,7 @@ class RunFolder:
         folder = self.path / "figures"
         folder.mkdir(exist_ok=True)
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # the layout is found; each format would find it again
+        figure.set_layout_engine(None)  # the layout is found; with an engine, each format would draw twice
         for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
             buffer = io.BytesIO()
             figure.savefig(buffer, format=suffix, metadata=metadata)
