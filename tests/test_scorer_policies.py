@@ -83,6 +83,7 @@ MERGING: dict[str, Callable[[], Policy]] = {
     "prumerge_plus": lambda: PruMergePlus(keep=0.5),
     "prumerge_outliers": lambda: PruMerge(neighbours=2),
     "prumerge": lambda: PruMerge(keep=0.5, neighbours=2),
+    "prunevid": lambda: dyvte.PruneVid(layer=2),
 }
 """Methods that change the states of what stays."""
 

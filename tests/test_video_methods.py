@@ -17,10 +17,12 @@ from test_video import VIDEO_FAMILIES, steps_for, video_batch
 from torch import Tensor, tensor
 
 import dyvte
+from analysis.measuring.methods import policy_at
 from dyvte.batch import Batch
 from dyvte.errors import ConfigError, UnsupportedError
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy
+from dyvte.policies.method import Calibration
 from dyvte.policies.video.clips import clips
 from dyvte.policies.video.dycoke import repeats
 from dyvte.policies.video.prunevid import PruneVid, similarity_over_time, stretches
@@ -28,7 +30,6 @@ from dyvte.policies.video.prunevid import PruneVid, similarity_over_time, stretc
 LAYERS = 4
 METHODS: dict[str, Callable[[], Policy]] = {
     "dycoke": lambda: dyvte.DyCoke(layer=2, repeated=0.5, decoded=0.4),
-    "dycoke_all_keys": lambda: dyvte.DyCoke(layer=1, repeated=0.3, decoded=1.0),
     "prunevid": lambda: dyvte.PruneVid(layer=2, static=0.05, segments=0.7),
 }
 
@@ -293,7 +294,7 @@ def generate_eager(policy: Policy, batch: Any) -> Any:
 
 
 @pytest.mark.parametrize("family", VIDEO_FAMILIES)
-@pytest.mark.parametrize("name", ["dycoke", "prunevid"])
+@pytest.mark.parametrize("name", METHODS)
 @torch.no_grad()
 def test_videos_of_every_family(name: str, family: str) -> None:
     """Tokens leave, rows answer as they do alone, and nothing stays on the model."""
@@ -316,10 +317,9 @@ def test_videos_of_every_family(name: str, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "internvl", "qwen2_5_vl", "gemma3"])
-@pytest.mark.parametrize("name", ["dycoke", "prunevid"])
-def test_prompts_with_images_run_in_batches(name: str, family: str) -> None:
+def test_dycoke_compares_the_images_of_a_prompt(family: str) -> None:
     mllm = model(family)
-    with METHODS[name]()(mllm) as run:
+    with METHODS["dycoke"]()(mllm) as run:
         generate(mllm, batch_of(mllm, (2, 3, 0)), max_new_tokens=2)
     assert run.prefill is not None
     if family in ("llava", "internvl", "gemma3"):  # the others have images of several sizes
@@ -327,9 +327,9 @@ def test_prompts_with_images_run_in_batches(name: str, family: str) -> None:
         assert not run.prefill.kept[:2].equal(~run.prefill.layout.padding[:2])
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_rows_do_not_depend_on_their_batch_or_padding(name: str) -> None:
-    check_rows_do_not_depend_on_their_batch_or_padding(METHODS[name], model("llava"))
+def test_rows_do_not_depend_on_their_batch_or_padding() -> None:
+    """PruneVid is in the matrix of methods for images as well."""
+    check_rows_do_not_depend_on_their_batch_or_padding(METHODS["dycoke"], model("llava"))
 
 
 @torch.no_grad()
@@ -341,6 +341,14 @@ def test_keys_are_hidden_from_the_rows_of_their_prefill_only() -> None:
     step = {"input_ids": torch.full((2, 1), 5), "past_key_values": cache}
     with dyvte.PruneVid(layer=2)(mllm), pytest.raises(UnsupportedError, match="block of that prefill"):
         mllm.model(**step)
+
+
+def test_comparisons_take_them_as_published() -> None:
+    mllm = model("llava")
+    calibration = Calibration(mllm, [batch_of(mllm, (1,))])
+    for method in (dyvte.DyCoke, dyvte.PruneVid):
+        assert policy_at(method.name, None, calibration) == method()
+        assert policy_at(method.name, 0.5, calibration) is None
 
 
 def test_settings_out_of_range_are_refused() -> None:

@@ -30,7 +30,7 @@ from dyvte.layout import TokenLayout
 from dyvte.mllm import MLLM, as_mllm
 from dyvte.policies.attention_policy import watch_steps
 from dyvte.policies.base import Policy, PolicyRun, Prefill
-from dyvte.policies.method import Source
+from dyvte.policies.method import Calibration, Source
 from dyvte.policies.positions import check_positions, make_contiguous, shifted_decoding
 from dyvte.policies.scorer import top
 from dyvte.policies.token_scores import drop_lowest
@@ -79,6 +79,11 @@ class DyCoke(Policy):
         if not 1 <= self.layer < mllm.num_layers:
             raise ConfigError(f"DyCoke: layer must be 1..{mllm.num_layers - 1} for this model, got {self.layer}")
         check_positions("DyCoke", self.positions, mllm)
+
+    @classmethod
+    def published(cls, calibration: Calibration) -> DyCoke:
+        """Its defaults."""
+        return cls()
 
     @contextmanager
     def __call__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:

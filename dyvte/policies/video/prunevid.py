@@ -34,7 +34,7 @@ from dyvte.mllm import MLLM, as_mllm
 from dyvte.policies.base import Policy, PolicyRun, Prefill
 from dyvte.policies.decoder.stages import in_proportion, keep_projections, projected, projection_of
 from dyvte.policies.merging.density_peaks import cluster_means, density_peaks
-from dyvte.policies.method import Source
+from dyvte.policies.method import Calibration, Source
 from dyvte.policies.scorer import number_kept, top
 from dyvte.policies.token_scores import attention_rows
 from dyvte.policies.video.clips import clips
@@ -90,6 +90,11 @@ class PruneVid(Policy):
         if not 1 <= layer < mllm.num_layers:
             raise ConfigError(f"PruneVid: layer must be 1..{mllm.num_layers - 1} for this model, got {layer}")
         projection_of(mllm, layer - 1, "q_proj")
+
+    @classmethod
+    def published(cls, calibration: Calibration) -> PruneVid:
+        """Its defaults."""
+        return cls()
 
     @contextmanager
     def __call__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
