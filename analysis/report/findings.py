@@ -57,7 +57,8 @@ def _stages(run: FinishedRun) -> Iterator[RunFinding]:
         effects.append(effect(run, f"first layer of the {name} stage", "layer", place, limits, "95%, bootstrap"))
     yield RunFinding(
         run,
-        "Attention falls into three stages: early fusion, intra-modality modelling, multimodal reasoning",
+        "Attention, where the model looks, runs in three stages: early fusion, intra-modality modelling, multimodal "
+        "reasoning",
         "/stages/verdict",
         run.value("/stages/reasons") or (),
         effects,

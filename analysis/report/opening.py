@@ -9,6 +9,9 @@ from ..statistics.verdicts import image_use_in_words, stages_held_in_words, verd
 from .figures import PageFigure
 from .runs import FinishedRun
 
+LOOKING = "Attention says where the model looks, not what its answers use: python -m analysis.knockout asks that."
+"""Stands behind a verdict on attention where no stage table gives the other half."""
+
 
 @dataclass(frozen=True)
 class Opening:
@@ -30,4 +33,4 @@ def opening_sentences(runs: Sequence[FinishedRun]) -> list[str]:
     if "stage_table" in by_step and (rows := by_step["stage_table"].value("/rows")):
         return [*sentences, stages_held_in_words(rows)]
     stages = by_step["stages"].value("/stages") if "stages" in by_step else None
-    return [*sentences, verdict_in_words(stages)] if stages else sentences
+    return [*sentences, f"{verdict_in_words(stages)} {LOOKING}"] if stages else sentences

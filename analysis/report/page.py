@@ -22,7 +22,10 @@ from .samples import Samples, palette
 SETTINGS_ABOVE = ("model", "data", "policy", "experiment", "recipe")
 """Groups of settings that a table of settings lists first."""
 SECTIONS = {
-    "stages": ("Attention, layer by layer", "How image and text attend to each other."),
+    "stages": (
+        "Attention, layer by layer",
+        "Where image and text look. What the answers use of it is another question, for paths that are cut.",
+    ),
     "exits": ("The image leaves at exit layer k", "Every exit layer, for all questions at once."),
     "knockout": ("Paths that are cut", "What an answer loses when one group of tokens no longer looks at another."),
     "stage_table": (
