@@ -18,6 +18,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from analysis.measuring.attention import attention_map
+from analysis.measuring.lens import patch_words
 from analysis.plots.attention import relative_maps
 from analysis.report import build as report_module
 from analysis.report.build import write_report
@@ -247,6 +248,8 @@ RECORD = {
     "exit_answer": "blue",
     "gates": {"1": [0.125, 0.5], "4": [0.75, 0.5]},
     "answers": {"0": "green", "5": "blue"},
+    "words": ["red", HOSTILE],
+    "says": [[0] * 6] * LAYERS + [[0, 0, 0, 1, 0, 0]],
 }
 STAYS = RECORD | {"id": "test-2", "question": "how many ?", "exit_layer": LAYERS, "kind": "count", "answers": {}}
 
@@ -579,6 +582,7 @@ def test_samples_show_what_model_and_gates_do(looked_at):
         assert record["mass"] == pytest.approx(saved["mass"].tolist(), abs=1e-5)
         assert np.array(record["maps"]) == pytest.approx(relative_maps(saved["maps"]).reshape(12, -1), abs=0.006)
         assert record["answer"] == saved["answer"]
+        assert [[record["words"][said] for said in layer] for layer in record["says"]] == patch_words(mllm, sample)[0]
         batch = mllm.encode([sample.image], [sample.question])
         with DynamicExit("llava_shapes")(mllm) as run:
             assert mllm.generate(batch) == [record["exit_answer"]]
@@ -650,6 +654,13 @@ def test_the_page_works_in_a_browser(page: Path, chromium: browser.Browser):
     alpha = f"[...{pixels}].filter((_, index) => index % 4 === 3)"
     shades = chromium.run(alpha)
     assert shades.index(max(shades)) == 3  # the patch with most attention is the darkest
+    assert text("said").startswith("Point at a patch")
+    at_the_left_below = "{clientX: box.left + box.width / 6, clientY: box.top + 0.75 * box.height}"
+    chromium.run(
+        "(() => { const box = document.getElementById('photo').getBoundingClientRect(); "
+        f"document.getElementById('over').dispatchEvent(new PointerEvent('pointermove', {at_the_left_below})); }})()"
+    )
+    assert text("said") == f"Row 2, column 1 says “{HOSTILE}” after layer 5 (logit lens)."
     assert chromium.complaints == []
     assert [each for each in chromium.requests if not each.startswith(("file:", "data:", "about:"))] == []
 

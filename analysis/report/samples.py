@@ -21,12 +21,14 @@ from dyvte.errors import ConfigError, UnsupportedError
 from dyvte.gates.module import SHIPPED_GATES, load_gates
 from dyvte.instrument.sweep import exit_sweep, greedy_answer_ids
 from dyvte.instrument.sweep.criteria import exit_depth, paper_labels
+from dyvte.instrument.views import view
 from dyvte.mllm import MLLM
 from dyvte.policies.exits.dynamic_exit import DynamicExit, exit_probabilities
 from dyvte.runs.config import load_model
 from dyvte.runs.store import model_fingerprint
 
 from ..measuring.attention import QUERIES, attention_map, choose_samples
+from ..measuring.lens import patch_words
 from ..plots.attention import darkest, relative_maps
 from .figures import data_address
 from .runs import FinishedRun
@@ -125,6 +127,7 @@ def look_at(mllm: MLLM, sample: Sample, query: str, policy: DynamicExit | None) 
         "exit_answer": None,
         "gates": {},
         "answers": {},
+        **words_of(mllm, sample),
     }
     return content | ({} if policy is None else under_gates(mllm, sample, policy))
 
@@ -134,6 +137,23 @@ def png_of(image: npt.NDArray[Any]) -> str:
     buffer = io.BytesIO()
     Image.fromarray((255 * np.clip(image, 0, 1)).round().astype(np.uint8)).save(buffer, format="png", optimize=True)
     return data_address(buffer.getvalue())
+
+
+def words_of(mllm: MLLM, sample: Sample) -> dict[str, Any]:
+    """What each patch of the map says after each layer: `says [L + 1][rows * columns]` counts in the list `words`.
+
+    Both are empty where a lens cannot be applied.
+    """
+    place = view(mllm, mllm.encode([sample.image], [sample.question]))
+    assert place is not None  # `attention_map` has one
+    try:
+        said, _ = patch_words(mllm, sample)
+    except UnsupportedError:
+        return {"words": [], "says": []}
+    order = place.arrange(torch.arange(len(said[0]))).flatten().tolist()
+    number: dict[str, int] = {}
+    says = [[number.setdefault(layer[patch], len(number)) for patch in order] for layer in said]
+    return {"words": list(number), "says": says}
 
 
 def depth_of(mllm: MLLM, sample: Sample) -> int | None:

@@ -66,6 +66,20 @@ for (const table of document.querySelectorAll("table.sortable")) {
     canvas.setAttribute("aria-label", `Attention map of layer ${layer}: strongest at ${place}, ${record.maps[layer][peak]} times an even spread`);
   }
 
+  // what the patch under the pointer says: the final norm and the output embedding, applied to its state
+  function say(event) {
+    if (!record.says.length) { at("said").textContent = ""; return; }
+    const layer = Number(at("layer").value);
+    const box = at("photo").getBoundingClientRect();
+    const column = event ? Math.floor(((event.clientX - box.left) / box.width) * record.columns) : -1;
+    const row = event ? Math.floor(((event.clientY - box.top) / box.height) * record.rows) : -1;
+    const inside = row >= 0 && row < record.rows && column >= 0 && column < record.columns;
+    const word = inside ? record.words[record.says[layer + 1][row * record.columns + column]] : "";
+    at("said").textContent = inside
+      ? `Row ${row + 1}, column ${column + 1} says “${word}” after layer ${layer} (logit lens).`
+      : "Point at a patch to read what its state says after this layer (logit lens).";
+  }
+
   function drawBars(layer) {
     const [width, height, base] = [320, 96, 80];
     const most = Math.max(...record.mass, 1e-9);
@@ -99,6 +113,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     const layer = Number(at("layer").value);
     drawMap(layer);
     drawBars(layer);
+    say(null);
     at("layer-name").textContent = layer;
     at("layer-text").textContent = describe(layer);
     at("layer").setAttribute("aria-valuetext", `layer ${layer}, ${percent(record.mass[layer])} of the attention on the image${left(layer) ? ", after the exit" : ""}`);
@@ -144,6 +159,8 @@ for (const table of document.querySelectorAll("table.sortable")) {
   at("layer").addEventListener("change", remember);
   at("sample").addEventListener("change", () => { choose(Number(at("sample").value)); remember(); });
   at("shown").addEventListener("change", draw);
+  for (const moved of ["pointermove", "pointerdown"]) at("over").addEventListener(moved, say);
+  at("over").addEventListener("pointerleave", () => say(null));
   window.addEventListener("hashchange", fromAddress);
   at("viewer").hidden = false;
   if (!fromAddress()) choose(0);
