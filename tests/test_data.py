@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from PIL import Image
 
 from dyvte.data import BrokenSample, Dataset, build_dataset
@@ -312,6 +313,13 @@ def test_configurations_build_what_they_name(tmp_path: Path, images: Path):
     assert hf[0].question == "Is it red?"
 
 
+@pytest.mark.parametrize(("data", "key"), [("llava_json", "file"), ("hf", "path"), ("exported", "path")])
+def test_calibration_data_are_named_by_themselves(data: str, key: str):
+    """Not by the data that are asked, which may have no such setting."""
+    cfg = compose("evaluate", [f"data@calibration.data={data}", f"calibration.data.{key}=somewhere/else.json"])
+    assert OmegaConf.to_container(cfg.calibration.data, resolve=True)["name"] == "else.json"
+
+
 @settings(derandomize=True, deadline=None)
 @given(st.lists(st.sampled_from(["a", "b", "a~2"])))
 def test_ids_are_unique_and_the_first_of_each_is_kept(ids: list[str]):
@@ -394,6 +402,12 @@ def test_damaged_images_are_broken_samples(noise: bytes, at: int):
         message = f"file line 1: image 'x' is unreadable ({image.size})"
     assert message.startswith("file line 1: image 'x' is unreadable")
     assert "\n" not in message
+
+
+def test_an_image_too_large_to_unpack_is_a_broken_sample(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(BrokenSample, match=r"image 'x' is unreadable .*decompression bomb"):
+        read_image(png(), "x", "file line 1")
 
 
 # ---------------------------------------------------------------- names of images

@@ -140,6 +140,20 @@ def test_answers_and_costs_are_those_of_the_policy(
     assert not model.is_simple
 
 
+def test_beams_leave_with_their_question(plugin: Any, shapes: MLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "load", lambda *_, **__: shapes)
+    model = plugin.Dyvte(policy="fixed_exit", layer=4, batch_size=2, device="cpu")
+    model.task_dict = {"shapes": {"test": [0, 1]}}
+    asked = {"max_new_tokens": 2, "num_beams": 2, "until": None, "temperature": None, "top_p": None}
+    requests = [Instance((f"question {index}", CHATS.__getitem__, asked, index, "shapes", "test")) for index in (0, 1)]
+    with dyvte.FixedExit(4)(shapes):
+        ids = shapes.generate_ids(
+            shapes.encode_chats([read_chat(chat, "here", 4) for chat in CHATS[:2]]), max_new_tokens=2, num_beams=2
+        )
+    assert [each.text for each in model.generate_until(requests)] == shapes.decode(ids)
+    assert plugin.logged[0]["additional_metrics"]["mean_exit_layer"] == 4
+
+
 def test_media_of_a_conversation() -> None:
     frames = np.arange(10)[:, None, None, None] * np.ones((10, 2, 2, 3))
     video = {"role": "user", "content": [{"type": "video", "url": frames}]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -215,6 +216,12 @@ def test_llava_prompt_where_there_is_no_chat_template() -> None:
     text = mllm.tokenizer.decode(batch["input_ids"][0][~batch.layout.visual[0]])
     assert text == "<s> USER : what color ? ASSISTANT :"
     assert mllm._prompt("what color ?", ["image"]) == "USER: <image>\nwhat color ? ASSISTANT:"
+    other = with_processor("gemma3")
+    other.processor.chat_template = None
+    with pytest.raises(
+        dyvte.ModelError, match=r"no chat template, so how gemma3 is asked is unknown: put the chat_template"
+    ):
+        other.encode([RED], ["what color ?"])
 
 
 def test_encode_with_answers() -> None:
@@ -410,8 +417,12 @@ def test_shipped_model_that_is_not_there_says_so(monkeypatch: pytest.MonkeyPatch
 def test_importing_the_package_is_cheap_and_names_come_when_used() -> None:
     code = (
         "import sys, dyvte; assert 'torch' not in sys.modules and 'transformers' not in sys.modules; "
-        "assert 'FixedExit' in dir(dyvte)"
+        "assert 'FixedExit' in dir(dyvte); import os; assert os.environ['OMP_WAIT_POLICY'] == sys.argv[1]"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    # Waiting threads sleep unless the user says otherwise.
+    unset = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    for policy, given in (("PASSIVE", {}), ("ACTIVE", {"OMP_WAIT_POLICY": "ACTIVE"})):
+        command = [sys.executable, "-c", code, policy]
+        subprocess.run(command, check=True, cwd=Path(__file__).parents[1], env={**unset, **given})
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         dyvte.nonsense  # noqa: B018
