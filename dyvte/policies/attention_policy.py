@@ -175,8 +175,8 @@ def watch_steps(mllm: MLLM, layer: int, see: Callable[[Tensor], None]) -> Iterat
         nonlocal stored
         if module is not owner:  # of a deep copy
             return
-        cache, new = kwargs.get("past_key_values"), (kwargs["hidden_states"] if kwargs else args[0]).shape[1]
-        index = getattr(owner, "layer_idx", layer)
+        hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        cache, new, index = kwargs.get("past_key_values"), hidden.shape[1], getattr(owner, "layer_idx", layer)
         known = cache.layers[index] if cache is not None and index < len(cache.layers) else None
         stored = None
         if known is not None and known.get_seq_length():

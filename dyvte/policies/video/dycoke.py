@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dyvte.errors import ConfigError
+from dyvte.errors import ConfigError, UnsupportedError
 from dyvte.layout import TokenLayout
 from dyvte.mllm import MLLM, as_mllm
 from dyvte.policies.attention_policy import watch_steps
@@ -123,8 +123,15 @@ class DyCoke(Policy):
         prefill.state[id(self), "hidden"] = drop_lowest(row, visual, (visual.sum(1) * self.decoded).long())
 
     def hidden_keys(self, layer: int, prefill: Prefill) -> Tensor | None:
-        """Those that the last step left out."""
-        return prefill.state.get((id(self), "hidden")) if layer >= self.layer else None
+        """Those that the step's token attends to less in the layer before."""
+        if layer < self.layer:
+            return None
+        hidden: Tensor | None = prefill.state.get((id(self), "hidden"))
+        if hidden is None:
+            raise UnsupportedError(
+                f"DyCoke: decoder layer {self.layer - 1} does not show its attention while decoding, which chooses keys"
+            )
+        return hidden
 
 
 def repeats(frames: Tensor, stays: float) -> Tensor:
