@@ -101,6 +101,12 @@ def generate(mllm: MLLM, batch: Batch, **kwargs: Any) -> Any:
     return mllm.model.generate(**batch, **{**settings, **kwargs})
 
 
+@cache
+def generated_plainly(family: str) -> Any:
+    """What the model generates on `batch_of` without a policy."""
+    return generate(model(family), batch_of(model(family)))
+
+
 def pristine(mllm: MLLM) -> bool:
     """Whether nothing of a policy is on the model or in transformers."""
     modules = [
@@ -183,7 +189,7 @@ def test_generated_tokens_attend_to_what_stayed_and_the_cache_is_smaller(name: s
         pytest.skip("no square grid")
     mllm = model(family)
     batch = batch_of(mllm)
-    plain = generate(mllm, batch)
+    plain = generated_plainly(family)
     with POLICIES[name]()(mllm):
         cached = generate(mllm, batch)
     logits = torch.stack(cached.logits, dim=1)

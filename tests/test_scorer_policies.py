@@ -13,7 +13,17 @@ from policy_properties import (
     check_it_changes_prompts_with_an_image_only,
     check_rows_do_not_depend_on_their_batch_or_padding,
 )
-from test_policies import EXACT, LAYERS, batch_of, generate, kept_under, model, pristine, with_keys_hidden
+from test_policies import (
+    EXACT,
+    LAYERS,
+    batch_of,
+    generate,
+    generated_plainly,
+    kept_under,
+    model,
+    pristine,
+    with_keys_hidden,
+)
 from torch import Tensor, tensor
 
 import dyvte
@@ -121,7 +131,7 @@ def test_generated_tokens_attend_to_what_stayed_and_the_cache_is_smaller(name: s
     fits(name, family)
     mllm = model(family)
     batch = batch_of(mllm)
-    plain = generate(mllm, batch)
+    plain = generated_plainly(family)
     with METHODS[name]()(mllm):
         cached = generate(mllm, batch)
     logits, prompt = torch.stack(cached.logits, dim=1), batch["input_ids"].shape[1]
