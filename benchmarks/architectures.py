@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import yaml
-from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForImageTextToText
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import dyvte
 import dyvte.conversion.downsample  # makes a model known to transformers
@@ -68,7 +72,7 @@ def architecture(name: str) -> Architecture:
 def build_config(settings: dict[str, Any]) -> Any:
     """A transformers config from the fields of its `config.json`."""
     settings = copy.deepcopy(settings)
-    for key in ("text_config", "vision_config"):
+    for key in ("text_config", "vision_config", "audio_config"):
         if isinstance(settings.get(key), dict):
             part = settings[key]
             settings[key] = CONFIG_MAPPING[part["model_type"]](**_without(part, "model_type"))
@@ -82,9 +86,45 @@ def _without(settings: dict[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in names}
 
 
+TIMM_TOWERS = ("timm_wrapper", "gemma3n_vision")
+"""Model types of vision towers that the package timm provides."""
+
+
+class TimmStandIn(nn.Module):
+    """In place of a tower of timm, which needs not be installed: what it gives has the published shape.
+
+    Args:
+        config: of the tower.
+    """
+
+    SIDE = 16
+    """Of the square of features."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(3, config.hidden_size, 1)
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+        """Features [images, hidden size, 16, 16] of pixels [images, 3, height, width]."""
+        small = nn.functional.adaptive_avg_pool2d(pixel_values, self.SIDE)
+        return BaseModelOutputWithPooling(last_hidden_state=self.project(small))
+
+
+@contextmanager
+def without_timm() -> Iterator[None]:
+    """Within the block models whose vision tower is of timm are built with a stand-in for it."""
+    from_config = AutoModel.from_config
+
+    def build(config: Any, **settings: Any) -> nn.Module:
+        return TimmStandIn(config) if config.model_type in TIMM_TOWERS else from_config(config, **settings)
+
+    with mock.patch.object(AutoModel, "from_config", build):
+        yield
+
+
 def full_size(known: Architecture) -> MLLM:
     """The model in full size on the meta device: it has shapes and no weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), without_timm():
         return dyvte.wrap(AutoModelForImageTextToText.from_config(build_config(known.config), dtype=torch.bfloat16))
 
 
@@ -101,6 +141,12 @@ _SMALL_PARTS: dict[str, Any] = {
     "moe_intermediate_size": 32,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "laurel_rank": 8,
 }
 """Of a small copy's decoder, where it has them."""
 
@@ -148,6 +194,10 @@ def small_settings(known: Architecture) -> dict[str, Any]:
     }.items():
         if key in vision:
             vision[key] = value
+    if "audio_config" in settings:
+        settings["audio_config"] |= {"hidden_size": 32, "conf_num_hidden_layers": 1}
+    if "projection_hidden_size" in settings:
+        settings["projection_hidden_size"] = vision["hidden_size"]
     tokens = sorted((key for key in settings if key.endswith(("token_id", "token_index"))), key=settings.__getitem__)
     settings |= {key: SMALL_VOCABULARY - len(tokens) + number for number, key in enumerate(tokens)}
     return settings
@@ -155,7 +205,7 @@ def small_settings(known: Architecture) -> dict[str, Any]:
 
 def small_copy(known: Architecture, attn_implementation: str = "sdpa") -> MLLM:
     """A narrow and shallow random copy in float32 on the CPU, whose attention is far from uniform."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), without_timm():
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(
             build_config(small_settings(known)), dtype=torch.float32, attn_implementation=attn_implementation
@@ -203,6 +253,6 @@ def prompt(
     model_type = mllm.model.config.model_type
     if model_type == "gemma3":
         inputs["token_type_ids"] = types
-    if "image_grid_thw" in inputs:
+    if "mm_token_type_ids" in inspect.signature(mllm.model.forward).parameters and "image_grid_thw" in inputs:
         inputs["mm_token_type_ids"] = types.int()
     return mllm.batch(**inputs)

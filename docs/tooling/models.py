@@ -19,6 +19,7 @@ import dyvte
 import dyvte.conversion.downsample  # makes a model known to transformers
 from benchmarks.architectures import (
     Architecture,
+    TimmStandIn,
     architecture,
     count_visual_tokens,
     full_size,
@@ -63,7 +64,9 @@ def prefill_tflops(mllm: MLLM, known: Architecture, exit_layer: int) -> float:
 
 @torch.no_grad()
 def vision_tflops(mllm: MLLM, known: Architecture) -> float | None:
-    """TFLOPs of one image in tower and projector; None where that code needs values, which the meta device lacks."""
+    """TFLOPs of one image in tower and projector; None where that code needs values, or a tower that is not here."""
+    if any(isinstance(module, TimmStandIn) for module in mllm.model.modules()):
+        return None
     inputs = {
         name: value.to("meta" if name == "pixel_values" else "cpu") for name, value in image_inputs(known).items()
     }

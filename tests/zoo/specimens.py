@@ -7,19 +7,17 @@ tested with the real pixels of `families.py`. The few others get pixels.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from benchmarks.architectures import without_timm
 from dyvte.model_parts import VISUAL_MARKS, visual_token_ids_of
 
 from .configs import PAD, small_config
@@ -44,9 +42,6 @@ ROW_ENDS = ("hunyuan_vl",)
 
 VISION_START = 123
 """Stands before the image: some architectures look for it."""
-
-TIMM_TOWERS = ("timm_wrapper", "gemma3n_vision")
-"""Model types of vision towers that come from another package."""
 
 MERGE = 2
 """Patches a side that become one visual token, in all small configurations that merge patches."""
@@ -108,18 +103,6 @@ def build_model(name: str, attn_implementation: str | None = None, **changes: An
             if parameter.ndim >= 2:
                 nn.init.normal_(parameter, std=1.5 / parameter.shape[-1] ** 0.5)
     return model.eval()
-
-
-@contextmanager
-def without_timm() -> Iterator[None]:
-    """Within the block towers that another package provides are left out: the zoo gives what they would compute."""
-    from_config = AutoModel.from_config
-
-    def build(config: Any, **settings: Any) -> nn.Module:
-        return nn.Identity() if config.model_type in TIMM_TOWERS else from_config(config, **settings)
-
-    with mock.patch.object(AutoModel, "from_config", build):
-        yield
 
 
 WITHOUT_TOKEN = 100
