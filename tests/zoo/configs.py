@@ -364,7 +364,10 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def small_config(model_type: str, **changes: Any) -> Any:
-    """The small configuration of an architecture; `changes` are of its fields or, as a dictionary, of a part's."""
+    """The small configuration of an architecture; `changes` are of its fields or, as a dictionary, of a part's.
+
+    A part may also get another `model_type` than the default one.
+    """
     return _small(CONFIG_MAPPING[model_type], "model", changes)
 
 
@@ -381,5 +384,7 @@ def _small(cls: Any, role: str, changes: dict[str, Any] | None = None) -> Any:
             settings[name] = change
         elif part is not None:
             kind = "text" if name.startswith(("text", "decoder", "encoder")) else "vision"
-            settings[name] = _small(type(part), kind, change)
+            model_type = change.get("model_type")
+            own = {key: value for key, value in change.items() if key != "model_type"}
+            settings[name] = _small(CONFIG_MAPPING[model_type] if model_type else type(part), kind, own)
     return cls(**settings | peculiar | changes)

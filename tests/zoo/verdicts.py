@@ -133,8 +133,10 @@ VERDICTS: dict[str, Verdict] = {
 }
 
 
-def _variant(architecture: str, *, fails: dict[str, str] | None = None, **changes: Any) -> Verdict:
-    return Verdict(architecture=architecture, changes=changes, fails=fails or {})
+def _variant(architecture: str, *, refused: str = "", looked_at: str = "", **changes: Any) -> Verdict:
+    """A decoder that works, that `wrap` refuses, or that can only be looked at, with words of the reason."""
+    fails = dict.fromkeys(DRIVES, looked_at) if looked_at else {}
+    return Verdict(refused, fails, architecture, changes)
 
 
 VARIANTS: dict[str, Verdict] = {
@@ -142,6 +144,64 @@ VARIANTS: dict[str, Verdict] = {
     "gemma4, shared keys (E2B, E4B)": _variant(
         "gemma4",
         text_config={"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "gemma3n, keys of its own in every layer": _variant("gemma3n", text_config={"num_kv_shared_layers": 0}),
+    "gemma4, values are keys (31B)": _variant(
+        "gemma4", text_config={"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+    ),
+    "gemma4, mixture of experts (26B-A4B)": _variant("gemma4", text_config={"enable_moe_block": True}),
+    "glm46v, mixture of experts (GLM-4.6V)": _variant(
+        "glm46v",
+        text_config={
+            "model_type": "glm4v_moe_text",
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "mrope_section": [1, 1, 2],
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+    "internvl, mixture of experts (InternVL3.5-30B-A3B)": _variant("internvl", text_config={"model_type": "qwen3_moe"}),
+    "internvl, attention sinks (InternVL3.5-20B, GPT-OSS)": _variant(
+        "internvl", text_config={"model_type": "gpt_oss", "sliding_window": 12}
+    ),
+    "llava, sliding windows (Mistral)": _variant("llava", text_config={"model_type": "mistral", "sliding_window": 12}),
+    "llava, scaled rotary positions (YaRN)": _variant(
+        "llava",
+        text_config={
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10_000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 8,
+            }
+        },
+    ),
+    "paligemma, soft caps (PaliGemma 2, Gemma 2)": _variant(
+        "paligemma", text_config={"model_type": "gemma2", "sliding_window": 12, "query_pre_attn_scalar": 16}
+    ),
+    "granite4_vision, scaled residuals and logits": _variant(
+        "granite4_vision",
+        text_config={
+            "embedding_multiplier": 2.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.5,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "blip-2, encoder-decoder inside (FLAN-T5)": _variant(
+        "blip-2",
+        refused="encoder-decoder",
+        text_config={"model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4},
+    ),
+    "lfm2_vl, convolutions with a bias": _variant(
+        "lfm2_vl", looked_at="adds a bias at padding too", text_config={"conv_bias": True}
+    ),
+    "mistral_large4, keys that an earlier layer chose": _variant(
+        "mistral_large4",
+        looked_at="attends to keys that an earlier layer chose",
+        text_config={"index_skip_topk_offset": 1, "index_topk_freq": 2},
     ),
     "minimax_m3_vl, sparse": _variant(
         "minimax_m3_vl",
