@@ -57,7 +57,7 @@ types: $(STAMP) ## Check type hints
 
 # One thread a worker: the tests' models are too small for more.
 pytest: $(STAMP) ## Run the tests (WORKERS=2 processes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 zoo: $(STAMP) ## Every check on a small model of every architecture of transformers (CI runs the quick ones)
 	OMP_NUM_THREADS=1 DYVTE_ZOO=all $(BIN)/python -m pytest -q -n $(WORKERS) tests/zoo tests/test_models.py

@@ -15,10 +15,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from docs.tooling.generated import ROOT, write_generated
 from dyvte.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jupyter_client.manager import AsyncKernelManager
 
 FOLDER = ROOT / "notebooks"
 TIMEOUT = 600
@@ -28,13 +31,16 @@ PROGRESS = re.compile(r"^.*\d+%\|.*\|.*$|^.*\d+(it|sample|epoch)s? \[.*\]$|^.* o
 """A line of a progress bar, which is of no use to a reader."""
 
 
-def execute(file: Path, workdir: Path, instead: Mapping[str, str] | None = None) -> dict[str, Any]:
+def execute(
+    file: Path, workdir: Path, instead: Mapping[str, str] | None = None, kernel: AsyncKernelManager | None = None
+) -> dict[str, Any]:
     """Run a notebook in `workdir/notebooks`; its runs are kept under `workdir/outputs`.
 
     Args:
         file: the notebook.
         workdir: gets `notebooks/` and `outputs/`.
         instead: text -> what stands in its place, for a quick look at less data.
+        kernel: one to go on with, emptied of what earlier notebooks left; by default a fresh one.
 
     Returns:
         The notebook as JSON, with outputs, and without times and machine-dependent metadata.
@@ -42,24 +48,24 @@ def execute(file: Path, workdir: Path, instead: Mapping[str, str] | None = None)
     Raises:
         nbclient.exceptions.CellExecutionError: a cell raised.
     """
-    from nbconvert.exporters import NotebookExporter
-    from nbconvert.preprocessors import ExecutePreprocessor
+    import nbformat
+    from nbclient import NotebookClient
 
     folder = workdir / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)
-    source = folder / file.name
     given: dict[str, Any] = json.loads(file.read_text())
     for cell in given["cells"]:
         for old, new in (instead or {}).items():
             cell["source"] = "".join(cell["source"]).replace(old, new)
-    source.write_text(json.dumps(given))
-    exporter = NotebookExporter()
-    exporter.register_preprocessor(
-        ExecutePreprocessor(timeout=TIMEOUT, record_timing=False, kernel_name="python3"), enabled=True
-    )
+    source = nbformat.reads(json.dumps(given), as_version=nbformat.NO_CONVERT)
+    if kernel:
+        code = f"import os; os.chdir({str(folder)!r}); get_ipython().reset()"
+        source.cells.insert(0, nbformat.v4.new_code_cell(code))
+    options = {"timeout": TIMEOUT, "record_timing": False, "resources": {"metadata": {"path": str(folder)}}}
     with _quiet(workdir):
-        text, _ = exporter.from_filename(str(source), resources={"metadata": {"path": str(folder)}})
-    notebook: dict[str, Any] = json.loads(text)
+        NotebookClient(source, km=kernel, kernel_name="python3", **options).execute()
+    del source.cells[: bool(kernel)]
+    notebook: dict[str, Any] = json.loads(nbformat.writes(source))
     notebook["metadata"] = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
