@@ -40,7 +40,7 @@ from dyvte.runs.terminal import progress
 
 from .measuring.methods import ALL, describe, encoded, known_methods, load_calibration
 from .plots.style import figure_style
-from .statistics.bands import mean_band
+from .statistics.bands import cluster_bootstrap, cluster_mean, percentile_band
 
 
 @command("kept_positions")
@@ -206,7 +206,8 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, grid: View, num_quest
         rows = table[table["method"] == name]
         if rows.empty:
             continue
-        band = mean_band(rows["mean_place"], rows["image_id"].tolist(), n_boot=cfg.bootstrap, seed=cfg.seed)
+        draws = cluster_bootstrap(rows["mean_place"], rows["image_id"].tolist(), cfg.bootstrap, cfg.seed)
+        band = percentile_band(cluster_mean(rows["mean_place"]), draws)
         share = torch.tensor(maps[maps["method"] == name]["share"].to_numpy(copy=True))
         found.append(
             {

@@ -31,6 +31,7 @@ from dyvte.gates.metrics import (
     layer_report,
     mixture_cost,
     share_interval,
+    wilson_limits,
 )
 from dyvte.gates.module import load_gates
 from dyvte.gates.objectives import GateData, Recipe, exit_distribution, label_loss, stopping_loss
@@ -293,6 +294,23 @@ def test_a_difference_of_means_on_shared_images_is_paired() -> None:
     apart = difference_interval(values, second, ~second, np.arange(400))  # images of their own: as of two samples
     halves = [np.ptp(cluster_interval(values[each], np.arange(200))[1:]) / 2 for each in (second, ~second)]
     assert (apart[2] - apart[1]) / 2 == pytest.approx(np.hypot(*halves), rel=1e-2)
+
+
+@pytest.mark.parametrize("num_images", [1, 2, 40])
+def test_exit_depths_that_do_not_vary_have_an_interval(num_images: int) -> None:
+    """Every question at the same depth: as far as Wilson allows others to differ; none for one image."""
+    layers, per_image = 8, 3
+    depth, images = torch.full((num_images * per_image,), 5.0), np.repeat(np.arange(num_images), per_image)
+    reach = layers * wilson_limits(0.0, num_images)[1]
+    mean, low, high = cluster_interval(depth, images, span=layers)
+    first = np.arange(len(depth)) % per_image == 0
+    step = difference_interval(depth + torch.from_numpy(first), first, ~first, images, span=layers)
+    assert (mean, step[0]) == (5.0, 1.0)
+    if num_images == 1:
+        assert np.isnan([low, high, *step[1:]]).all()
+    else:
+        assert (low, high) == pytest.approx((5 - reach, 5 + reach))
+        assert step[1:] == pytest.approx((1 - 2 * reach, 1 + 2 * reach))
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.02, 0.5, 0.98, 1.0])

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from intervals import intervals_of_zero_width
 from scipy import stats
 from test_exits import random_model
 
@@ -103,6 +104,17 @@ def test_difference_limits_are_a_t_test_over_images(images: int, seed: int) -> N
     assert [float(each) for each in twice] == pytest.approx([float(mean), float(low), float(high)])
 
 
+@given(st.integers(2, 400), st.sampled_from([-100.0, 0.0, 37.5, 100.0]))
+def test_a_difference_that_all_images_share_still_has_limits(images: int, points: float) -> None:
+    """Those of a rate of 0: as many other images may have the least or the largest difference that there is."""
+    mean, low, high = (float(each) for each in difference_limits(np.full(images, points), range(images)))
+    reach = loss_limits(np.zeros(images), range(images))[2] / 100
+    assert mean == points
+    assert low == pytest.approx(points - reach * (100 + points))
+    assert high == pytest.approx(points + reach * (100 - points))
+    assert low < high
+
+
 def test_limits_of_a_loss_cover() -> None:
     rng = np.random.default_rng(0)
     inside = 0
@@ -167,8 +179,9 @@ def test_the_command_joins_two_runs(tmp_path: Path) -> None:
     assert len(both) > 0
     assert (both["agree_x"] == both["agree_y"]).all()
 
-    cross = np.repeat([1.0, 0.3, 0.8], [3, 2, 3]) * np.random.default_rng(0).lognormal(0, 0.05, (60, 8))
-    found = stage_verdict(cross, np.ones_like(cross), range(60), n_boot=50)
+    noise = np.random.default_rng(0).lognormal(0, 0.05, (2, 60, 8))
+    cross = np.repeat([1.0, 0.3, 0.8], [3, 2, 3]) * noise[0]
+    found = stage_verdict(cross, noise[1], range(60), n_boot=50)
     stages = write_stages_run(tmp_path / "stages", found, 8)
     made = [f"stages={stages}", f"knockout={tmp_path}/knockout", f"output_dir={tmp_path}/table"]
     summary = make_stage_table(compose("stage_table", [*made, f"seed_runs=[{stages},{stages},{stages}]"]))
@@ -182,6 +195,7 @@ def test_the_command_joins_two_runs(tmp_path: Path) -> None:
     assert "by cause" in (tmp_path / "table/table.md").read_text()
     numbers = pd.read_csv(tmp_path / "table/numbers.csv")
     assert (numbers["low"] <= numbers["estimate"]).all()
+    assert intervals_of_zero_width(tmp_path / "table") == []
 
     other = write_stages_run(tmp_path / "deeper", found, 9)
     with pytest.raises(ConfigError, match="num_layers is 9"):

@@ -119,7 +119,7 @@ def draw_kl(summary: Summary) -> Figure:
             if layer is not None and layer < num_exits - 1:
                 height = max(bands["kl"].mean[layer], KL_FLOOR)
                 axis.plot(layer, height, marker="o", markersize=9, fillstyle="none", color="black")
-        lowest = np.nanmin(np.maximum(bands["kl"].low[:-1], KL_FLOOR))
+        lowest = np.maximum(np.fmin(bands["kl"].low, bands["kl"].mean)[:-1], KL_FLOOR).min()
         axis.set_ylim(bottom=min([each["eta"] for each in thresholds if each["eta"] > 0] + [lowest]) / 2)
         axis.set_ylabel("KL divergence of the next token (nats)")
         axis.set_title(f"{title_of(summary)}\n(exit L, the full model, has divergence 0)")

@@ -18,6 +18,8 @@ Clusters = Sequence[Any] | npt.NDArray[Any]
 """The image of each sample, length n."""
 MIN_CLUSTERS = 10
 """Below this number of images a bootstrap over images means nothing."""
+ROUNDING = 1e-12
+"""Draws of one value repeated differ from each other by no more than this share of it."""
 WEIGHTS_AT_ONCE = 1 << 23
 """Bootstrap weights held in memory together (64 MB)."""
 
@@ -144,8 +146,19 @@ def mean_band(
     n_boot: int = 1000,
     seed: int = 0,
 ) -> Band:
-    """Mean over samples of `values [n, ...]` with a pointwise bootstrap band clustered by image."""
-    return percentile_band(cluster_mean(values), cluster_bootstrap(values, clusters, n_boot, seed), level)
+    """Mean over samples of `values [n, ...]` with a pointwise bootstrap band clustered by image.
+
+    No limits (NaN) where no draw of images differs from another: there is one image, or all have one value, which shows
+    nothing of how far others would be off.
+
+    Example:
+        >>> band = mean_band([2.0] * 3, range(3))
+        >>> float(band.mean), float(band.low)
+        (2.0, nan)
+    """
+    band = percentile_band(cluster_mean(values), cluster_bootstrap(values, clusters, n_boot, seed), level)
+    varies = band.high - band.low > ROUNDING * np.abs(band.mean)
+    return Band(band.mean, np.where(varies, band.low, np.nan), np.where(varies, band.high, np.nan))
 
 
 def rate_band(values: npt.ArrayLike, clusters: Clusters, level: float = 0.95) -> Band:

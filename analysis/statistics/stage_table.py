@@ -15,10 +15,10 @@ import pandas as pd
 from scipy.stats import t
 
 from dyvte.errors import DataError
-from dyvte.gates.metrics import share_interval
+from dyvte.gates.metrics import share_interval, wilson_limits
 from dyvte.instrument.causal import windows_of_width
 
-from .bands import Array, Clusters, cluster_mean
+from .bands import ROUNDING, Array, Clusters, cluster_mean
 from .stages import MIN_EFFECT, NOT_TESTED, UNDETERMINED
 
 CONFIRMED, REFUTED = "confirmed", "refuted"
@@ -96,7 +96,9 @@ def loss_limits(changed: Array, images: Clusters, level: float = LEVEL) -> Tripl
 def difference_limits(points: Array, images: Clusters, level: float = LEVEL) -> tuple[Array, Array, Array]:
     """Mean of paired differences `points [n, ...]` with one-sided limits: Student's t, images as clusters.
 
-    A question with NaN is left out where it is NaN. Limits are infinite for fewer than two images.
+    A question with NaN is left out where it is NaN. Limits are infinite for fewer than two images. Where all images
+    have one mean, they show nothing of how others vary: the limits then allow for as many with the least or largest
+    difference there is (-100 and 100 points) as Wilson's limit does from a rate of 0.
     """
     _, index = np.unique(np.asarray(images).astype(str), return_inverse=True)
     flat = points.reshape(len(points), -1)
@@ -109,8 +111,10 @@ def difference_limits(points: Array, images: Clusters, level: float = LEVEL) -> 
     with np.errstate(divide="ignore", invalid="ignore"):
         error = np.sqrt((sums**2).sum(0) * clusters / (clusters - 1)) / counts.sum(0)
         half = np.where(clusters > 1, t.ppf(level, np.maximum(clusters - 1, 1)) * error, np.inf)
+    unseen = np.where(half < 100 * ROUNDING, wilson_limits(0.0, clusters, 2 * level - 1)[1], 0.0)
+    low, high = mean - half - unseen * (100 + mean), mean + half + unseen * (100 - mean)
     shape = points.shape[1:]
-    return mean.reshape(shape), (mean - half).reshape(shape), (mean + half).reshape(shape)
+    return mean.reshape(shape), low.reshape(shape), high.reshape(shape)
 
 
 def causal_stages(losses: Losses, split: Sequence[int], images: Clusters) -> list[StageEvidence]:

@@ -83,7 +83,8 @@ def exits_by_hops(answers: pd.DataFrame, reference: LabelSet) -> pd.DataFrame | 
     works that way, the policy's own exits whether it follows. `step` is the difference to one hop fewer.
 
     Returns:
-        One row a number of hops and measure, with 95% intervals clustered by image; None where questions have no hops.
+        One row a number of hops and measure, with 95% intervals clustered by image (NaN for a single one); None where
+        questions have no hops.
     """
     hops = np.array([json.loads(text).get("hops", -1) for text in answers["metadata"]])
     if len(set(hops)) < 2 or (hops < 0).any():
@@ -95,17 +96,17 @@ def exits_by_hops(answers: pd.DataFrame, reference: LabelSet) -> pd.DataFrame | 
         "oracle, first exit from which on it is kept": exit_depth(agree),
         "policy": torch.tensor(answers["exit_layer"].to_numpy(copy=True)),
     }
-    images = answers["image_id"].to_numpy()
+    images, num_layers = answers["image_id"].to_numpy(), agree.shape[1] - 1
     rows = []
     for measure, depth in depths.items():
         before: npt.NDArray[np.bool_] | None = None
         for number in sorted(set(hops)):
             chosen = torch.from_numpy(hops == number)
-            mean, low, high = cluster_interval(depth[chosen], images[chosen.numpy()])
+            mean, low, high = cluster_interval(depth[chosen], images[chosen.numpy()], span=num_layers)
             row = {"measure": measure, "hops": int(number), "questions": int(chosen.sum())}
             row |= {"depth": mean, "low": low, "high": high}
             if before is not None:
-                step, step_low, step_high = difference_interval(depth, hops == number, before, images)
+                step, step_low, step_high = difference_interval(depth, hops == number, before, images, span=num_layers)
                 row |= {"step": step, "step_low": step_low, "step_high": step_high}
             rows.append(row)
             before = hops == number

@@ -263,13 +263,13 @@ def exit_by_kind(agree: Tensor, cost: Tensor, kinds: Sequence[str], wanted: floa
 
 
 def cluster_interval(
-    values: Tensor, clusters: Sequence[Any], level: float = 0.95, largest: float = 0.0
+    values: Tensor, clusters: Sequence[Any], level: float = 0.95, largest: float = 0.0, span: float = 0.0
 ) -> tuple[float, float, float]:
     """Mean of [n] values with a two-sided confidence interval, samples of one cluster (image) being dependent.
 
     The interval is normal, with the variance between cluster totals. Values that are all 0 show no variance: with
     `largest`, the largest absolute value that a sample could have had, the interval then reaches as far as Wilson's
-    does from a rate of 0.
+    does from a rate of 0. With `span`, the largest distance between two samples, so it does where all values are equal.
     """
     numbers = values.double().numpy()
     mean = float(numbers.mean())
@@ -277,7 +277,14 @@ def cluster_interval(
     if largest:  # one cluster says nothing about others
         least = largest * float(share_interval(np.zeros(len(numbers)), clusters, level)[2])
         half = largest if math.isnan(half) else max(half, least)
+    if half == 0:
+        half = span * _unseen(clusters, level)
     return mean, mean - half, mean + half
+
+
+def _unseen(clusters: Sequence[Any] | npt.NDArray[Any], level: float) -> float:
+    """The largest share of clusters that may differ where all of these agree: Wilson's limit from a rate of 0."""
+    return float(wilson_limits(0.0, len(np.unique(np.asarray(clusters).astype(str))), level)[1])
 
 
 def difference_interval(
@@ -286,6 +293,7 @@ def difference_interval(
     second: npt.ArrayLike,
     clusters: Sequence[Any] | npt.NDArray[Any],
     level: float = 0.95,
+    span: float = 0.0,
 ) -> tuple[float, float, float]:
     """Mean of [n] values over `first` less that over `second`, with a two-sided interval.
 
@@ -297,6 +305,7 @@ def difference_interval(
         first, second: [n] boolean, the samples of each group; no sample is in both.
         clusters: length n.
         level: confidence.
+        span: as for `cluster_interval`, where all values of either group are equal.
     """
     numbers, one, other = values.double().numpy(), np.asarray(first), np.asarray(second)
     means = numbers[one].mean(), numbers[other].mean()
@@ -305,6 +314,8 @@ def difference_interval(
     influence[other] = -(numbers[other] - means[1]) / other.sum()
     either = one | other
     half = half_width(influence[either], np.asarray(clusters)[either], level)
+    if half == 0:
+        half = span * sum(_unseen(np.asarray(clusters)[each], level) for each in (one, other))
     step = float(means[0] - means[1])
     return step, step - half, step + half
 
