@@ -73,7 +73,8 @@ def asked(explorer: Explorer, number: int) -> Reading:
 
 def test_without_gradio_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "analysis.explore.page", raising=False)
+    for name in ("page", "serving"):
+        monkeypatch.delitem(sys.modules, f"analysis.explore.{name}", raising=False)
     with pytest.raises(ConfigError, match=r"dyvte\[explore\]"):
         main(compose("explore"))
 

@@ -95,7 +95,7 @@ class Visit:
 def address(shapes: MLLM) -> Iterator[str]:
     require("gradio")
     from analysis.explore.explorer import Explorer
-    from analysis.explore.page import serve
+    from analysis.explore.serving import serve
 
     cfg = compose("explore", ["examples=3", "port=0", "upload.max_mib=0.5", "upload.max_pixels=250000"])
     blocks = serve(Explorer.of(shapes, build_dataset(cfg.data), cfg), cfg)
@@ -190,6 +190,64 @@ def test_the_whole_path(visit: Visit, address: str) -> None:
     assert visit.value("question") == saved["question"]
 
 
+def test_no_panel_outlives_what_it_is_of(chromium: Any, address: str) -> None:
+    """Each control that a shown panel depends on takes it off the page, or marks it, when it moves."""
+    visit = Visit(chromium.new_page(viewport={"width": 1280, "height": 900}))
+    page = visit.page
+
+    def empties(part: str) -> None:
+        page.wait_for_function("part => document.querySelector(`#${part}`).innerText.trim() === ''", arg=part)
+
+    def step(part: str) -> None:
+        slider = page.locator(f"#{part} input[type=range]")
+        slider.wait_for()
+        slider.press("ArrowRight" if slider.input_value() == slider.get_attribute("min") else "ArrowLeft")
+
+    visit.ask(address)
+    visit.tab("Methods")
+    page.click("#thin")
+    visit.wait("#thinned .result")
+    step("budget")
+    empties("thinned")
+    page.click("#thin")
+    visit.wait("#thinned .result")
+
+    visit.tab("Cut")
+    step("last")
+    page.click("#do-cut")
+    visit.wait("#was-cut .result")
+    step("first")
+    empties("was-cut")
+    visit.drag((1, 1), (1, 2))
+    page.wait_for_function("document.querySelectorAll('#view i.chosen').length === 2")
+    page.click("#do-cut")
+    page.get_by_text("2 patches cut in layers 1 to 10").wait_for()
+
+    visit.tab("Save")
+    page.click("#do-save")
+    visit.wait("#saved a.download")
+    assert json.loads(visit.value("json"))["budget"] == 0.45
+    page.click('#bars button[data-layer="3"]')
+    empties("saved")
+    assert visit.value("link") == visit.value("json") == ""
+
+    page.fill("#question textarea, #question input", "What else?")
+    page.get_by_text("Ask to see the new question").wait_for()
+    assert page.evaluate("Number(getComputedStyle(document.querySelector('#shown')).opacity)") < 1
+    page.click('#examples button[data-example="1"]')
+    page.wait_for_selector(".notice.stale", state="detached")
+    page.get_by_text("Ask first.").wait_for(state="attached")
+    for part, name in (("answer", ""), ("bars", ""), ("left", "Exits"), ("thinned", "Methods"), ("was-cut", "Cut")):
+        if name:
+            visit.tab(name)
+            page.locator(f"#{part}").wait_for(state="attached")
+        empties(part)
+    assert visit.value("region") == ""
+    assert page.locator("#view .cells i").count() == 0
+    assert visit.complaints == []
+    page.close()
+
+
 def test_an_answer_is_written_out_where_something_is_left_of_it(chromium: Any, address: str) -> None:
     visit = Visit(chromium.new_page())
     page, (example, exit_layer) = visit.page, UNFINISHED
@@ -265,7 +323,7 @@ def test_nothing_of_the_disk_is_served(address: str) -> None:
 def test_a_taken_port_is_told_of(shapes: MLLM, address: str) -> None:
     require("gradio")
     from analysis.explore.explorer import Explorer
-    from analysis.explore.page import serve
+    from analysis.explore.serving import serve
 
     cfg = compose("explore", ["examples=1", f"port={address.rstrip('/').rpartition(':')[2]}"])
     with pytest.raises(ConfigError, match="port="):

@@ -19,7 +19,7 @@ def main(cfg: DictConfig) -> None:
         ConfigError: Gradio is not installed, or the port is taken.
     """
     try:
-        from .page import serve
+        from .serving import serve
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise

@@ -32,7 +32,7 @@ from .markup import cut_panel, exit_panel, layers_text, method_panel
 from .picture import png_of_view
 from .reading import Reading, stream_answer, token_words
 from .reading import read_question as look
-from .state import LONGEST_QUESTION, ViewState
+from .state import ANY_LAYER, LONGEST_QUESTION, ViewState
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Explorer:
 
     def start(self) -> ViewState:
         """The view that the page opens with."""
-        return ViewState(model=self.name, example=0, question=self.examples[0].question)
+        return ViewState(model=self.name, example=0, question=self.examples[0].question, layer=ANY_LAYER)
 
     def check(self, state: ViewState) -> ViewState:
         """A view from outside, if it can be one of this model.
@@ -126,7 +126,7 @@ class Explorer:
         try:
             question = read_question(question[: LONGEST_QUESTION + 1], "question")
         except BrokenSample as error:
-            raise ConfigError(str(error)) from error
+            raise ConfigError(error.why) from error
         if len(question) > LONGEST_QUESTION:
             raise ConfigError(f"the question has more than {LONGEST_QUESTION} characters")
         with self._running:
@@ -142,8 +142,10 @@ class Explorer:
         return token_words(self.mllm, ids, end_ids)
 
     def fitted(self, reading: Reading, state: ViewState) -> ViewState:
-        """A view that fits an answer, with the last layer's window where it has none."""
+        """A view that fits an answer, of the layer that looks at the image most where none is chosen."""
         rows, columns = reading.grid.shape
+        if state.layer == ANY_LAYER:
+            state = replace(state, layer=reading.layer_that_looks(min(state.token, len(reading.words) - 1)))
         limits = {
             "num_layers": reading.num_layers,
             "num_heads": reading.num_heads,

@@ -74,7 +74,10 @@ def token_row(words: Sequence[str], chosen: int | None) -> str:
         f"{escape(word)}</button>"
         for place, word in enumerate(words)
     )
-    return f'<div class="answer" role="group" aria-label="Answer, token by token">{buttons}</div>'
+    return (
+        '<p class="note">The answer: choose a token to see where the model looks when it says it.</p>'
+        f'<div class="answer" role="group" aria-label="Answer, token by token">{buttons}</div>'
+    )
 
 
 def patch_view(reading: Reading, state: ViewState) -> str:
@@ -91,6 +94,8 @@ def patch_view(reading: Reading, state: ViewState) -> str:
         f"Layer {state.layer}, {whose}, for “{escape(word)}”: {share:.1%} of the attention is on the image, "
         f"{first:.1%} on the first token of the prompt (the usual sink). Darkest: {top:.2%} on one patch."
     )
+    if sinks.any():
+        note += " Blue frames: attention sinks, to which many times an even share goes."
     if not reading.grid.placed:
         note += " Where this model's patches lie in the image is not known: they are shown in their order."
     return _patches(reading.grid, heat(values, top), _cells(reading, state, values, sinks), note, "attention")
@@ -117,7 +122,7 @@ def _cells(reading: Reading, state: ViewState, values: npt.NDArray[Any], sinks: 
         for column in range(reading.grid.shape[1]):
             patch = int(reading.grid.numbers[row, column])
             says = ", ".join(
-                f"{word or 'space'} {share:.0%}"
+                f"“{word or ' '}” {share:.0%}"
                 for word, share in zip(words[patch], probability[patch].tolist(), strict=True)
             )
             sink = ", a sink" if sinks[row, column] else ""
@@ -147,9 +152,9 @@ def head_row(reading: Reading, state: ViewState) -> str:
         picture = data_address(heat(reading.grid.arrange(values), top))
         parts.append(
             f'<button type="button" data-head="{head}" aria-pressed="{str(pressed).lower()}">'
-            f'<img src="{picture}" alt=""><span>{name}</span><span>{values.sum():.0%} on image</span></button>'
+            f'<img src="{picture}" alt=""><span>{name}</span><span>{values.sum():.0%}</span></button>'
         )
-    return "".join([*parts, "</div>"])
+    return "".join([*parts, '</div><p class="note">Each head, on one scale; share of its attention on the image.</p>'])
 
 
 def layer_bars(reading: Reading, state: ViewState) -> str:
@@ -252,9 +257,9 @@ def signed(value: float, digits: int) -> str:
     return f"{rounded:+.{digits}f}" if rounded else f"{rounded:.{digits}f}"
 
 
-def notice(text: str) -> str:
-    """A sentence about what went wrong or is to be done."""
-    return f'<p class="notice" role="status">{escape(text)}</p>'
+def notice(text: str, stale: bool = False) -> str:
+    """A sentence about what went wrong or is to be done; `stale` where the panels are of something else."""
+    return f'<p class="notice{" stale" if stale else ""}" role="status">{escape(text)}</p>'
 
 
 def download(name: str, kind: str, content: bytes, label: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,18 +21,17 @@ from . import markup
 from .altered import KEY_GROUPS, QUERY_GROUPS
 from .explorer import Explorer
 from .reading import Reading
-from .state import QUERY_KEY, ViewState, read_view_file, view_file
+from .state import QUERY_KEY, ViewState, read_region, read_view_file, read_window, view_file
 from .uploads import read_upload
 
 ONE_AT_A_TIME = "model"
 """Name of the queue of everything that runs the model."""
 
-logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks itself whether it is up; Hydra shows INFO
-
-FONTS = ["system-ui", "sans-serif"]  # none that would have to be fetched
+ASK_FIRST = markup.notice("Ask first.")
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """The text of a file of `assets/`."""
     return (resources.files(__package__) / "assets" / name).read_text()
 
 
@@ -42,8 +40,8 @@ def _part(value: str = "", **settings: Any) -> gr.HTML:
     return gr.HTML(
         value,
         html_template="${value}",
-        css_template=_asset("parts.css"),
-        js_on_load=_asset("parts.js"),
+        css_template=asset("parts.css"),
+        js_on_load=asset("parts.js"),
         apply_default_css=False,
         **settings,
     )
@@ -93,16 +91,20 @@ class Page:
                     start.question, label="Question", lines=1, scale=4, min_width=200, elem_id="question"
                 )
                 self.ask = gr.Button("Ask", variant="primary", scale=1, min_width=60, elem_id="ask")
-        self.notice = gr.HTML("", visible=False, css_template=_asset("parts.css"), elem_id="notice")
+        self.notice = gr.HTML("", visible=False, css_template=asset("parts.css"), elem_id="notice")
+        with gr.Column(elem_id="shown"):
+            self._build_panels(start, images[0], layers)
+
+    def _build_panels(self, start: ViewState, image: Image.Image, layers: int) -> None:
         self.answer = _part(elem_id="answer")
         with gr.Row():
             with gr.Column(min_width=300):
-                self.view = _part(markup.plain_image(images[0]), elem_id="view")
+                self.view = _part(markup.plain_image(image), elem_id="view")
                 self.layer = gr.Slider(0, layers - 1, 0, step=1, label="Decoder layer", elem_id="layer")
                 self.bars = _part(elem_id="bars")
             with gr.Column(min_width=300), gr.Tabs():
                 with gr.Tab("Heads"):
-                    self.heads = _part(markup.notice("Ask first."), elem_id="heads")
+                    self.heads = _part(ASK_FIRST, elem_id="heads")
                 with gr.Tab("Exits"):
                     self._build_leave(layers)
                 with gr.Tab("Methods"):
@@ -115,7 +117,7 @@ class Page:
     def _build_leave(self, layers: int) -> None:
         gr.Markdown("All exits come from one pass over the answer: the slider runs no model.")
         self.exit_layer = gr.Slider(0, layers, layers, step=1, label="The image leaves at exit layer", elem_id="exit")
-        self.left = gr.HTML("", css_template=_asset("parts.css"), elem_id="left")
+        self.left = gr.HTML("", css_template=asset("parts.css"), elem_id="left")
         self.write_out = gr.Button("Write it out", size="sm", visible=False, elem_id="write-out")
 
     def _build_methods(self, start: ViewState) -> None:
@@ -124,7 +126,7 @@ class Page:
             self.method = gr.Dropdown(choices, value=start.method, label="Method", min_width=140, elem_id="method")
             self.budget = gr.Slider(0.05, 1.0, start.budget, step=0.05, label="Cost (full model = 1)", elem_id="budget")
         self.thin = gr.Button("Which patches stay?", elem_id="thin")
-        self.thinned = gr.HTML("", css_template=_asset("parts.css"), elem_id="thinned")
+        self.thinned = gr.HTML("", css_template=asset("parts.css"), elem_id="thinned")
 
     def _build_cut(self, start: ViewState, layers: int) -> None:
         with gr.Row():
@@ -139,11 +141,11 @@ class Page:
             "", label="Region: top, left, bottom, right (or drag over the image)", elem_id="region", max_lines=1
         )
         self.do_cut = gr.Button("Cut", elem_id="do-cut")
-        self.was_cut = gr.HTML("", css_template=_asset("parts.css"), elem_id="was-cut")
+        self.was_cut = gr.HTML("", css_template=asset("parts.css"), elem_id="was-cut")
 
     def _build_save(self) -> None:
         self.save = gr.Button("Make picture and link", elem_id="do-save")
-        self.saved = gr.HTML("", css_template=_asset("parts.css"), elem_id="saved")
+        self.saved = gr.HTML("", css_template=asset("parts.css"), elem_id="saved")
         self.link = gr.Textbox("", label="Link to this view", interactive=False, buttons=["copy"], elem_id="link")
         self.json = gr.Textbox("", label="View as JSON (paste one to go there)", lines=3, max_lines=8, elem_id="json")
         self.open = gr.Button("Go to this view", size="sm", elem_id="open")
@@ -154,37 +156,47 @@ class Page:
         model = {"concurrency_limit": 1, "concurrency_id": ONE_AT_A_TIME}
         light = {"show_progress": "hidden", "trigger_mode": "always_last"}
         self.shown = [self.state, self.view, self.answer, self.bars, self.heads, self.layer]
-        asked = [
+        self.asked = [
             self.reading,
             *(self.notice, self.examples, self.image, self.question),
-            *(self.exit_layer, self.left, self.write_out, self.thinned, self.was_cut, self.saved),
+            *(self.exit_layer, self.left, self.write_out, self.thinned, self.was_cut),
+            *(self.saved, self.link, self.json),
             *(self.method, self.budget, self.queries, self.keys, self.first, self.last, self.region),
             *self.shown,
         ]
-        self.asked = asked
+        asked, both = self.asked, [self.reading, self.state]
         ask = {"inputs": [self.image, self.question, self.state], "outputs": asked, "show_progress": "minimal", **model}
         for event in (self.ask.click, self.question.submit):
             self._on(event, self._ask, **ask)
         self._on(self.blocks.load, self._from_link, [], asked, show_progress="hidden", **model)
         self._on(self.open.click, self._from_json, [self.json], asked, show_progress="minimal", **model)
+        self._on(self.examples.pick_example, self._choose, [self.state], asked, **light)
+        self._on(self.examples.own_image, self._upload, [self.state, self.question], asked, **light)
+        self._on(self.question.change, self._type_question, [self.question, self.reading], [self.notice], **light)
 
-        chosen = [self.image, self.question, self.examples, self.view, self.answer, self.reading, self.state]
-        self._on(self.examples.pick_example, self._choose, [self.state], [*chosen, self.notice], **light)
-        self._on(self.examples.own_image, self._upload, [self.state, self.question], [*chosen, self.notice], **light)
-
-        both, left = [self.reading, self.state], [self.left, self.write_out]
+        moved = [self.region, self.keys, self.was_cut, *self.shown]
         self._on(self.answer.pick_token, self._pick_token, both, self.shown, **light)
         self._on(self.heads.pick_head, self._pick_head, both, self.shown, **light)
         self._on(self.bars.pick_layer, self._pick_layer, both, self.shown, **light)
-        self._on(self.view.pick_region, self._pick_region, both, [self.region, self.keys, *self.shown], **light)
+        self._on(self.view.pick_region, self._pick_region, both, moved, **light)
         self._on(self.region.submit, self._type_region, [self.region, *both], [self.notice, *self.shown], **light)
         self._on(self.layer.input, self._move_layer, [self.layer, *both], self.shown, **light)
+
+        left = [self.left, self.write_out]
         self._on(self.exit_layer.input, self._leave, [self.exit_layer, *both], [self.state, *left], **light)
         self._on(self.write_out.click, self._write_out, both, left, **model)
-        self._on(self.thin.click, self._thin, [self.method, self.budget, *both], [self.state, self.thinned], **model)
-        path = [self.queries, self.keys, self.first, self.last, self.region]
-        self._on(self.do_cut.click, self._cut, [*path, *both], [self.state, self.was_cut], **model)
+        method, path = [self.method, self.budget], [self.queries, self.keys, self.first, self.last]
+        self._on(self.thin.click, self._thin, [*method, *both], [self.state, self.thinned], **model)
+        self._on(self.do_cut.click, self._cut, [*path, self.region, *both], [self.was_cut, *self.shown], **model)
         self._on(self.save.click, self._save, [*both, self.image], [self.saved, self.link, self.json], **model)
+
+        # what was made with other settings leaves the page when a setting moves
+        for each in method:
+            self._on(each.input, self._set_method, [*method, self.state], [self.state, self.thinned], **light)
+        for each in path:
+            self._on(each.input, self._set_path, [*path, self.state], [self.state, self.was_cut], **light)
+        self._on(self.region.change, lambda: "", [], [self.was_cut], **light)
+        self._on(self.state.change, lambda: ["", "", ""], [], [self.saved, self.link, self.json], **light)
 
     @staticmethod
     def _on(event: Callable[..., Any], function: Callable[..., Any], inputs: Any, outputs: Any, **how: Any) -> None:
@@ -196,7 +208,7 @@ class Page:
     def _show(self, reading: Reading | None, state: ViewState) -> list[Any]:
         """What `self.shown` holds for a view."""
         if reading is None:
-            return [state, *[gr.skip()] * 4, state.layer]
+            return [state, *[gr.skip()] * 4, max(state.layer, 0)]
         return [
             state,
             markup.patch_view(reading, state),
@@ -214,7 +226,8 @@ class Page:
         return [
             reading,
             *(_told(""), self._examples(state), image, state.question),
-            *(exit_layer, *self._exit(reading, exit_layer), "", "", ""),
+            *(exit_layer, *self._exit(reading, exit_layer), "", ""),
+            *("", "", ""),
             *(state.method, state.budget, state.queries, state.keys),
             *(min(start, last), max(stop - 1, 0), _region_text(state)),
             *self._show(reading, state),
@@ -223,9 +236,24 @@ class Page:
     def _examples(self, state: ViewState) -> str:
         return markup.example_row([each.image for each in self.explorer.examples], state.example)
 
-    def _waiting(self, **values: Any) -> dict[Any, Any]:
-        """Some of the outputs, the others as they are."""
-        return {getattr(self, name): value for name, value in values.items()}
+    def _emptied(self, image: Image.Image, notice: str = "") -> dict[Any, Any]:
+        """Every panel without an answer: what an earlier one left must not stand beside another question or image."""
+        return {
+            self.reading: None,
+            self.notice: _told(notice),
+            self.view: markup.plain_image(image),
+            self.answer: "",
+            self.bars: "",
+            self.heads: ASK_FIRST,
+            self.exit_layer: self.explorer.mllm.num_layers,
+            self.left: "",
+            self.write_out: gr.update(visible=False),
+            self.thinned: "",
+            self.was_cut: "",
+            self.saved: "",
+            self.link: "",
+            self.json: "",
+        }
 
     # ----------------------------------------------------------------------- a question
 
@@ -235,23 +263,28 @@ class Page:
         yield from self._answered(image, question, state)
 
     def _answered(self, image: Image.Image | None, question: str, state: ViewState) -> Iterator[dict[Any, Any]]:
+        begun = False
         try:
             for words, reading in self.explorer.ask(image, question):
+                assert image is not None
                 if reading is None:
-                    yield self._waiting(answer=markup.token_row(words, None), notice=_told(""))
+                    yield ({} if begun else self._emptied(image)) | {self.answer: markup.token_row(words, None)}
+                    begun = True
                 else:
-                    assert image is not None
                     state = self.explorer.fitted(reading, replace(state, question=reading.question))
                     yield dict(zip(self.asked, self._fill(reading, state, image), strict=True))
         except DyvteError as error:
-            yield self._waiting(notice=_told(str(error)))
+            if begun and image is not None:
+                yield self._emptied(image, str(error))
+            else:
+                yield {self.notice: _told(str(error))}
 
     def _from_link(self, request: gr.Request) -> Iterator[dict[Any, Any]]:
         link = request.query_params.get(QUERY_KEY)
         if link:
             yield from self._go(lambda: (ViewState.from_link(link), None))
         else:
-            yield self._waiting(notice=_told(""))
+            yield {self.notice: _told("")}
 
     def _from_json(self, text: str) -> Iterator[dict[Any, Any]]:
         yield from self._go(lambda: read_view_file(text, **self.upload_limits))
@@ -265,26 +298,31 @@ class Page:
             if image is None:
                 raise ConfigError("this view is of an uploaded image, which a link does not carry: use its JSON")
         except DyvteError as error:
-            yield self._waiting(notice=_told(str(error)))
+            yield {self.notice: _told(str(error))}
             return
         yield from self._answered(image, state.question, state)
 
-    def _choose(self, state: ViewState, event: gr.EventData) -> list[Any]:
+    def _choose(self, state: ViewState, event: gr.EventData) -> dict[Any, Any]:
         number = int(event.value)
         example = self.explorer.examples[number]
-        state = replace(self.explorer.start(), example=number, question=example.question, layer=state.layer)
-        return self._chosen(example.image, state)
+        return self._chosen(example.image, replace(state, example=number, question=example.question))
 
-    def _upload(self, state: ViewState, question: str, event: gr.EventData) -> list[Any]:
+    def _upload(self, state: ViewState, question: str, event: gr.EventData) -> dict[Any, Any]:
         try:
             image = read_upload(str(event.value), **self.upload_limits)
         except DyvteError as error:
-            return [*[gr.skip()] * 7, _told(str(error))]
-        state = replace(self.explorer.start(), example=None, question=question, layer=state.layer)
-        return self._chosen(image, state)
+            return {self.notice: _told(str(error))}
+        return self._chosen(image, replace(state, example=None, question=question))
 
-    def _chosen(self, image: Image.Image, state: ViewState) -> list[Any]:
-        return [image, state.question, self._examples(state), markup.plain_image(image), "", None, state, _told("")]
+    def _chosen(self, image: Image.Image, state: ViewState) -> dict[Any, Any]:
+        state = replace(state, token=0, head=None, exit_layer=None, region=None)
+        shown = {self.state: state, self.image: image, self.question: state.question, self.region: ""}
+        return self._emptied(image) | shown | {self.examples: self._examples(state)}
+
+    def _type_question(self, question: str, reading: Reading | None) -> Any:
+        if reading is None or question.strip() == reading.question:
+            return _told("")
+        return _told(f"What is shown answers “{reading.question}”. Ask to see the new question.", stale=True)
 
     # --------------------------------------------------------------------------- a view
 
@@ -307,7 +345,7 @@ class Page:
     def _pick_region(self, reading: Reading | None, state: ViewState, event: gr.EventData) -> list[Any]:
         top, left, bottom, right = (int(each) for each in event.value)
         state = replace(state, region=(top, left, bottom, right), keys="region")
-        return [_region_text(state), state.keys, *self._show(reading, state)]
+        return [_region_text(state), state.keys, "", *self._show(reading, state)]
 
     def _type_region(self, text: str, reading: Reading | None, state: ViewState) -> list[Any]:
         try:
@@ -341,15 +379,22 @@ class Page:
 
     def _cut(
         self, queries: str, keys: str, first: int, last: int, region: str, reading: Reading | None, state: ViewState
-    ) -> tuple[ViewState, str]:
+    ) -> list[Any]:
         try:
-            if last < first:
-                raise ConfigError(f"from layer {first} to layer {last} is no window: give the first layer first")
-            window = (first, last + 1)
+            window = read_window(first, last)
             state = replace(state, queries=queries, keys=keys, window=window, region=read_region(region))
         except ConfigError as error:
-            return state, markup.notice(str(error))
-        return state, _or_notice(lambda: self.explorer.cut(_asked(reading), state))
+            return [markup.notice(str(error)), *[gr.skip()] * len(self.shown)]
+        return [_or_notice(lambda: self.explorer.cut(_asked(reading), state)), *self._show(reading, state)]
+
+    def _set_method(self, method: str, budget: float, state: ViewState) -> list[Any]:
+        return [replace(state, method=method, budget=budget), ""]
+
+    def _set_path(self, queries: str, keys: str, first: int, last: int, state: ViewState) -> list[Any]:
+        try:
+            return [replace(state, queries=queries, keys=keys, window=read_window(first, last)), ""]
+        except ConfigError as error:
+            return [gr.skip(), markup.notice(str(error))]
 
     def _save(
         self, reading: Reading | None, state: ViewState, image: Image.Image, request: gr.Request
@@ -370,9 +415,9 @@ def _asked(reading: Reading | None) -> Reading:
     return reading
 
 
-def _told(text: str) -> Any:
-    """The line above the answer: a sentence, or no line at all."""
-    return gr.update(value=markup.notice(text) if text else "", visible=bool(text))
+def _told(text: str, stale: bool = False) -> Any:
+    """The line above the answer: a sentence, or no line at all. The panels under a stale one are dimmed."""
+    return gr.update(value=markup.notice(text, stale) if text else "", visible=bool(text))
 
 
 def _or_notice(show: Callable[[], str]) -> str:
@@ -384,51 +429,3 @@ def _or_notice(show: Callable[[], str]) -> str:
 
 def _region_text(state: ViewState) -> str:
     return "" if state.region is None else ", ".join(map(str, state.region))
-
-
-def read_region(text: str) -> tuple[int, int, int, int] | None:
-    """A region as it is typed; None where nothing is.
-
-    Raises:
-        ConfigError: it is not four whole numbers.
-
-    Example:
-        >>> read_region("0, 1, 2, 3")
-        (0, 1, 2, 3)
-    """
-    if not text.strip():
-        return None
-    parts = [each.strip() for each in text.split(",")]
-    if len(parts) != 4 or not all(each.isascii() and each.isdigit() for each in parts):
-        raise ConfigError(f"the region is {text[:40]!r}; give top, left, bottom, right as in 0, 0, 3, 3")
-    top, left, bottom, right = map(int, parts)
-    return top, left, bottom, right
-
-
-def serve(explorer: Explorer, cfg: DictConfig) -> gr.Blocks:
-    """Start the server; it runs until `close()`.
-
-    Raises:
-        ConfigError: the port is taken.
-    """
-    blocks = Page(explorer, cfg).blocks
-    blocks.queue(max_size=cfg.queue, api_open=False)
-    try:
-        blocks.launch(
-            server_name=cfg.host,
-            server_port=cfg.port or None,
-            inbrowser=cfg.open_browser,
-            prevent_thread_lock=True,
-            quiet=True,
-            share=False,
-            ssr_mode=False,
-            allowed_paths=[],
-            max_file_size=1,  # images come with their events: the road for files stays closed
-            footer_links=[],
-            theme=gr.themes.Base(font=FONTS, font_mono=["monospace"]),
-            css=_asset("explore.css"),
-        )
-    except OSError as error:
-        raise ConfigError(f"port={cfg.port} on {cfg.host} cannot be used ({error}); give another one") from error
-    print(f"explorer: {blocks.local_url} (Ctrl-C ends it)", flush=True)
-    return blocks

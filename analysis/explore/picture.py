@@ -52,9 +52,11 @@ def draw_view(reading: Reading, state: ViewState) -> Figure:
         right.set_ylabel("share of the attention on the image")
         panels = below.subplots(lines, min(HEADS_A_ROW, reading.num_heads), squeeze=False)
         scale = largest(on_image[state.layer])
-        for axis in panels.flat:
+        for axis in panels.flat[reading.num_heads :]:
             axis.set_axis_off()
         for head, axis in enumerate(panels.flat[: reading.num_heads]):
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set(visible=True, color="#bbbbbb")
             axis.imshow(heat(reading.grid.arrange(on_image[state.layer, head]), scale), interpolation="nearest")
             axis.set_title(f"head {head}: {share[state.layer, head]:.0%}", fontsize=8)
         answer = " ".join(word.strip() for word in reading.words)

@@ -133,6 +133,10 @@ class Reading:
         visual = self.batch.layout.visual[0].nonzero()[:, 0].cpu()
         return self.attention.rows[:, :, token, visual].numpy()
 
+    def layer_that_looks(self, token: int) -> int:
+        """The layer in which an answer token has most of its attention, mean over heads, on the image."""
+        return int(np.nan_to_num(self.on_image(token).sum(-1).mean(1)).argmax())
+
     def attention_map(self, token: int, layer: int, head: int | None) -> npt.NDArray[np.float32]:
         """[rows, columns] attention of an answer token on the image in a layer, of one head or mean over heads."""
         found = self.on_image(token)[layer]

@@ -21,6 +21,9 @@ LONGEST_QUESTION = 1000
 LONGEST_LINK = 4096
 """Characters of a state in a link."""
 
+ANY_LAYER = -1
+"""Layer of a view for which none is chosen: with an answer it becomes the one that looks at the image most."""
+
 QUERY_KEY = "view"
 """Name of the state in a link's query."""
 
@@ -142,6 +145,36 @@ def read_view_file(text: str, max_bytes: int, max_pixels: int) -> tuple[ViewStat
         raise ConfigError(f"the view's {IMAGE_KEY!r} is no data: address")
     image = None if address is None else read_upload(address, max_bytes, max_pixels)
     return ViewState.of(content), image
+
+
+def read_region(text: str) -> tuple[int, int, int, int] | None:
+    """A region as it is typed; None where nothing is.
+
+    Raises:
+        ConfigError: it is not four whole numbers.
+
+    Example:
+        >>> read_region("0, 1, 2, 3")
+        (0, 1, 2, 3)
+    """
+    if not text.strip():
+        return None
+    parts = [each.strip() for each in text.split(",")]
+    if len(parts) != 4 or not all(each.isascii() and each.isdigit() for each in parts):
+        raise ConfigError(f"the region is {text[:40]!r}; give top, left, bottom, right as in 0, 0, 3, 3")
+    top, left, bottom, right = map(int, parts)
+    return top, left, bottom, right
+
+
+def read_window(first: int, last: int) -> tuple[int, int]:
+    """The window [s, e) of two layers, both of which belong to it.
+
+    Raises:
+        ConfigError: the last lies before the first.
+    """
+    if last < first:
+        raise ConfigError(f"from layer {first} to layer {last} is no window: give the first layer first")
+    return first, last + 1
 
 
 def _json_object(text: str) -> dict[str, Any]:
