@@ -28,10 +28,12 @@ stages: $(STAMP) ## Layer-by-layer attention of the shipped model: tables and fi
 
 # Apart from .venv: gradio wants an older pillow than constraints.txt.
 EXPLORE := .venv-explore
-explore: ## The explorer: a page in the browser on which one asks the shipped model and looks inside
+explore: $(EXPLORE)/.installed ## The explorer: a page in the browser on which one asks the shipped model and looks inside
+	$(EXPLORE)/bin/python -m analysis.explore $(ARGS)
+$(EXPLORE)/.installed: pyproject.toml
 	test -x $(EXPLORE)/bin/python || $(PYTHON) -m venv $(EXPLORE)
 	$(EXPLORE)/bin/python -m pip install --no-compile --quiet --disable-pip-version-check -e '.[explore]'
-	$(EXPLORE)/bin/python -m analysis.explore $(ARGS)
+	touch $@
 
 smol: $(STAMP) ## Fetch the language model of llava_smol and put the model together (98 MB; once)
 	$(BIN)/python -m dyvte.testbed.smol.assemble
