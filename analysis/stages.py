@@ -23,21 +23,25 @@ from dyvte.mllm import MLLM
 from dyvte.runs import store
 from dyvte.runs.config import command, load_model
 
-from .measuring.answer_maps import answer_maps
 from .measuring.attention import (
     CONTRIBUTIONS,
+    FRAMES_TABLE,
     HEAD_MEASURES,
     HEADS_TABLE,
     LAYERS_TABLE,
-    attention_map,
+    Map,
+    attention_maps,
     choose_samples,
-    file_name,
+    map_name,
     measure_attention,
 )
+from .measuring.part_maps import answer_maps
 from .measuring.runs import closing_line, measure_dataset
 from .plots.attention import draw_attention_map, draw_measures, draw_stages_by_kind, draw_three_stages
+from .plots.frames import draw_frames
 from .plots.heads import draw_contributions, draw_heads
 from .statistics.attention.contributions import compare_looking_and_writing, looking_and_writing_in_words
+from .statistics.attention.frames import summarise_frames
 from .statistics.attention.heads import heads_in_words, summarise_heads
 from .statistics.bands import Array, Band, keyed_array, mean_band
 from .statistics.segments import registered_split, stage_splits
@@ -67,7 +71,7 @@ def main(cfg: DictConfig) -> str | None:
     for claim, found in summary["stages"]["claims"].items():
         print(f"{claim.replace('_', ' ')}: {verdict_word(found)}")
     print(f"of the raw attention mass: {verdict_word(summary['stages_by_mass']['verdict'])}")
-    for part in ("contributions", "heads"):
+    for part in ("contributions", "heads", "frames"):
         if summary[part]:
             print(f"{part}: {summary[part]['in_words']}")
     if summary["stages"]["boundaries"]:
@@ -163,6 +167,7 @@ def summarize_stages(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM, datas
             "maps": [record for record, _ in maps.values()],
             "contributions": contributions_of(layers, cfg) if cfg.contributions else None,
             "heads": heads_of(layers, folder.read_table(HEADS_TABLE), cfg) if cfg.heads else None,
+            "frames": frames_of(folder, cfg),
         }
     )
     shown = {**content, **layers.counts()}
@@ -171,6 +176,8 @@ def summarize_stages(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM, datas
         figures["contributions"] = draw_contributions(shown)
     if cfg.heads:
         figures["heads"] = draw_heads(shown)
+    if content["frames"]:
+        figures["frames"] = draw_frames(shown)
     if len(kinds) > 1:
         figures["kinds"] = draw_stages_by_kind(shown)
     figures |= {name: draw_attention_map(record, image) for name, (record, image) in maps.items()}
@@ -179,18 +186,23 @@ def summarize_stages(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM, datas
     return folder.write_summary(**content, figures=sorted(figures))
 
 
-def maps_of(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, tuple[dict[str, Any], npt.NDArray[Any]]]:
-    """The maps that are drawn, by figure: what `attention_map` or `answer_maps` says, and the image."""
-    maps: dict[str, tuple[dict[str, Any], npt.NDArray[Any]]] = {}
+def maps_of(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Map]:
+    """The maps that are drawn, by figure: what `attention_maps` or `answer_maps` says, and the image."""
+    maps: list[Map] = []
     for sample in choose_samples(dataset, cfg.maps.count, cfg.maps.ids):
-        name = f"map_{file_name(sample.id)}"
         if cfg.maps.query != "answer":
-            if (found := attention_map(mllm, sample, cfg.maps.query)) is not None:
-                maps[name] = found
+            maps += attention_maps(mllm, sample, cfg.maps.query)
         elif (of_answer := answer_maps(mllm, sample, cfg.maps.max_new_tokens, cfg.maps.sinks)) is not None:
             records, image = of_answer
-            maps |= {f"{name}_token_{record['number']}": (record, image) for record in records}
-    return maps
+            maps += [(record, image) for record in records]
+    return {map_name(record): (record, image) for record, image in maps}
+
+
+def frames_of(folder: store.RunFolder, cfg: DictConfig) -> dict[str, Any] | None:
+    """Which frame of the videos is looked at; None where no sample showed one."""
+    if not (folder.path / f"{FRAMES_TABLE}.parquet").is_file():
+        return None
+    return summarise_frames(folder.read_table(FRAMES_TABLE), LEVEL, cfg.bootstrap, cfg.seed)
 
 
 def contributions_of(layers: LayerTable, cfg: DictConfig) -> dict[str, Any]:

@@ -237,6 +237,7 @@ RECORD = {
     "reference": "red",
     "answer": "blue",
     "query": "last",
+    "part": "",
     "image": "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw==",
     "rows": 2,
     "columns": 3,

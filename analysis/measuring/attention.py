@@ -3,43 +3,43 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
+from torch import Tensor
 
 from dyvte.batch import Batch
 from dyvte.data import Dataset, Sample
+from dyvte.data.video import Video
 from dyvte.errors import ConfigError, ModelError
 from dyvte.instrument.attention import CURVES, MEASURES, AttentionProbe
 from dyvte.instrument.role_attention import ENTROPIES
+from dyvte.instrument.video_frames import frame_numbers, frame_shares
 from dyvte.instrument.views import view
 from dyvte.layout import ANSWER, INSTRUCTION, VISUAL
 from dyvte.mllm import MLLM
 
-LAYERS_TABLE, HEADS_TABLE = "layers", "heads"
+from .part_maps import frame_maps
+from .token_attention import run_for_attention
+
+LAYERS_TABLE, HEADS_TABLE, FRAMES_TABLE = "layers", "heads", "frames"
 QUERIES = ("last", "instruction")
 CONTRIBUTIONS = ("contribution_norm", "contribution_share")
+MAP_PARTS = {"number": "token", "frame": "frame"}
+"""What tells several maps of one sample apart: key of the record, and what the figure's name says."""
 HEAD_MEASURES = ("mass", "enrichment_no_sink")
 """What is kept of every head: how much of its attention is on the image, and what the verdict looks at."""
-
-
-def run_for_attention(mllm: MLLM, batch: Batch) -> None:
-    """Run the model for the sake of its attention: no cache, and logits of no more than the last position."""
-    options: dict[str, Any] = {"use_cache": False}
-    if "logits_to_keep" in inspect.signature(type(mllm.model).forward).parameters:
-        options["logits_to_keep"] = 1
-    mllm.model(**batch, **options)
 
 
 @torch.no_grad()
 def measure_attention(
     mllm: MLLM, samples: list[Sample], contributions: bool = False, heads: bool = False
 ) -> dict[str, pd.DataFrame]:
-    """The table of one batch: a row per sample and layer, statistics averaged over heads.
+    """The tables of one batch: a row per sample and layer, statistics averaged over heads; of videos, also `frames`.
 
     Reference answers, where there are some, are teacher-forced behind the prompts; with causal attention this leaves
     the prompt's statistics as they are and adds the attention of the answer on the image.
@@ -91,15 +91,44 @@ def measure_attention(
     # A layer whose mask shows the question no visual token has no enrichment; that its attention is 0 is known.
     for name in ("cross_enrichment", "cross_enrichment_no_sink"):
         table.loc[table["cross_mass"] == 0, name] = 0.0
+    tables = {LAYERS_TABLE: table}
+    if (of_frames := frames_table(mllm, batch, samples, stats.received_last)) is not None:
+        tables[FRAMES_TABLE] = of_frames
     if not heads:
-        return {LAYERS_TABLE: table}
+        return tables
     of_heads = {name: stats.curve("cross", name) for name in HEAD_MEASURES}
     of_heads["enrichment_no_sink"] = of_heads["enrichment_no_sink"].masked_fill(of_heads["mass"] == 0, 0.0)
     number = np.indices(of_heads["mass"].shape).reshape(3, -1)
     by_head = pd.DataFrame({"id": np.array([sample.id for sample in samples])[number[0]]})
     by_head = by_head.assign(layer=number[1], head=number[2])
     by_head = by_head.assign(**{name: value.flatten().numpy() for name, value in of_heads.items()})
-    return {LAYERS_TABLE: table, HEADS_TABLE: by_head}
+    return tables | {HEADS_TABLE: by_head}
+
+
+def frames_table(mllm: MLLM, batch: Batch, samples: Sequence[Sample], received: Tensor) -> pd.DataFrame | None:
+    """A row per sample with a video, layer and frame: the frame's share of the attention that goes to the video.
+
+    Args:
+        mllm: the model.
+        batch: the samples.
+        samples: B of them.
+        received: [B, L, H, N] attention that every position receives from the prompt's last token.
+
+    Returns:
+        None where no sample shows a video.
+    """
+    rows = [row for row, sample in enumerate(samples) if isinstance(sample.image, Video)]
+    if not rows:
+        return None
+    shares = frame_shares(received, frame_numbers(mllm, batch)).double().cpu().numpy()
+    tables = []
+    for row in rows:
+        found = shares[row][:, np.isfinite(shares[row]).any(0)]  # [L, F] of as many frames as this video has
+        layer, frame = np.indices(found.shape).reshape(2, -1)
+        sample = samples[row]
+        table = pd.DataFrame({"layer": layer, "frame": frame, "frames": found.shape[1], "share": found.flatten()})
+        tables.append(table.assign(id=sample.id, image_id=sample.image_id, kind=sample.kind))
+    return pd.concat(tables, ignore_index=True)
 
 
 def choose_samples(dataset: Dataset, count: int, ids: list[str] | None, setting: str = "maps.ids") -> list[Sample]:
@@ -126,8 +155,11 @@ def choose_samples(dataset: Dataset, count: int, ids: list[str] | None, setting:
     return chosen if ids is not None else [*chosen, *again][:count]
 
 
-@torch.no_grad()
-def attention_map(mllm: MLLM, sample: Sample, query: str) -> tuple[dict[str, Any], npt.NDArray[Any]] | None:
+Map = tuple[dict[str, Any], npt.NDArray[Any]]
+"""What a map says, and the picture that it lies over [height, width, 3] from 0 to 1."""
+
+
+def attention_map(mllm: MLLM, sample: Sample, query: str) -> Map | None:
     """Attention on the image in every layer, and the image as the model saw it; None where tokens have no place in it.
 
     Args:
@@ -135,17 +167,26 @@ def attention_map(mllm: MLLM, sample: Sample, query: str) -> tuple[dict[str, Any
         sample: with an image.
         query: `last` prompt token, or mean over the `instruction`.
     """
+    return next(iter(attention_maps(mllm, sample, query)), None)
+
+
+@torch.no_grad()
+def attention_maps(mllm: MLLM, sample: Sample, query: str) -> list[Map]:
+    """`attention_map` of an image, or one of each frame of a video (`frame_maps`); none where tokens have no place.
+
+    Raises:
+        ConfigError: `query` is neither `last` nor `instruction`.
+    """
     if query not in QUERIES:
         raise ConfigError(f"whose attention: {query!r}; choose last or instruction")
     batch = mllm.encode([sample.image], [sample.question])
-    place = view(mllm, batch)
-    if place is None:
-        return None
+    is_video = isinstance(sample.image, Video)
+    place = None if is_video else view(mllm, batch)
+    if place is None and not is_video:
+        return []
     with AttentionProbe(mllm, layout=batch.layout) as probe:
         run_for_attention(mllm, batch)
     received = getattr(probe.stats, f"received_{query}")[0].mean(1)  # [L, N]
-    visual = received[:, batch.layout.visual[0].cpu()]
-    image = np.asarray(sample.image, dtype=np.float32) / 255 if place.image is None else place.image
     record = {
         "id": sample.id,
         "kind": sample.kind,
@@ -153,10 +194,24 @@ def attention_map(mllm: MLLM, sample: Sample, query: str) -> tuple[dict[str, Any
         "reference": sample.answer,
         "answer": mllm.generate(batch)[0],
         "query": query,
-        "mass": visual.sum(1).numpy(),
-        "maps": np.round(place.arrange(visual).double().numpy(), 6),
     }
-    return record, image
+    if place is None:
+        return frame_maps(mllm, sample, batch, received, record)
+    visual = received[:, batch.layout.visual[0].cpu()]
+    image = np.asarray(sample.image, dtype=np.float32) / 255 if place.image is None else place.image
+    maps = np.round(place.arrange(visual).double().numpy(), 6)
+    return [(record | {"mass": visual.sum(1).numpy(), "maps": maps}, image)]
+
+
+def map_name(record: Mapping[str, Any]) -> str:
+    """Name of the figure of a map.
+
+    Example:
+        >>> map_name({"id": "test-7"}), map_name({"id": "test-7", "frame": 2})
+        ('map_test-7', 'map_test-7_frame_2')
+    """
+    part = next((f"_{word}_{record[key]}" for key, word in MAP_PARTS.items() if key in record), "")
+    return f"map_{file_name(record['id'])}{part}"
 
 
 def file_name(sample_id: str) -> str:

@@ -23,8 +23,8 @@ from dyvte.mllm import MLLM
 
 from ..statistics.exit_summary import CAPTIONS, QUESTIONS, after_exit
 from ..statistics.needs_image import known_hops
-from .attention import run_for_attention
 from .exit_data import OtherImages, part_of
+from .token_attention import run_for_attention
 
 
 @dataclass

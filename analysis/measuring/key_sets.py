@@ -22,7 +22,7 @@ from dyvte.instrument.views import view
 from dyvte.mllm import MLLM
 from dyvte.testbed.world import GRID
 
-from .attention import run_for_attention
+from .token_attention import run_for_attention
 
 TARGET = "target"
 """Entry of a sample's metadata: cells (row, column) of the drawn scene's grid, those of the objects on the way."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +17,20 @@ from dyvte.instrument.role_attention import Block, Geometry, Groups, allowed_pai
 from dyvte.instrument.sweep.answers import teacher_forced
 from dyvte.mllm import MLLM
 
-from .attention import run_for_attention
-
 SINK_RATIO = 10.0
 """A position that receives so many times what uniform attention would give it is a sink.
 
 The first position is one in any case (attention sinks: Xiao et al. 2024, arXiv 2309.17453; visual ones: Kang et al.
 2025, arXiv 2503.03321, who tell them by their hidden states).
 """
+
+
+def run_for_attention(mllm: MLLM, batch: Batch) -> None:
+    """Run the model for the sake of its attention: no cache, and logits of no more than the last position."""
+    options: dict[str, Any] = {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(type(mllm.model).forward).parameters:
+        options["logits_to_keep"] = 1
+    mllm.model(**batch, **options)
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,8 @@ def draw_attention_map(record: Mapping[str, Any], image: npt.NDArray[Any]) -> Fi
 
     Args:
         record: an entry of `maps` of the summary: `maps` [L, rows, columns], `mass` [L], `question`, `answer`,
-            `reference`, `query`; of an answer's token also `token`, `number` and `sinks` [L, rows, columns].
+            `reference`, `query`; of an answer's token also `token`, `number` and `sinks` [L, rows, columns]; of a
+            video's frame also `frame`, counted from 0, and `frames`.
         image: `[height, width, 3]`, 0 to 255 or 0 to 1, as the model saw it.
     """
     relative = relative_maps(record["maps"])
@@ -204,7 +205,8 @@ def draw_attention_map(record: Mapping[str, Any], image: npt.NDArray[Any]) -> Fi
         for axis in axes.flat:
             axis.set_axis_off()
         axes.flat[0].imshow(image)
-        axes.flat[0].set_title("image", fontsize=8.5)
+        of_frame = f"frame {record['frame'] + 1} of {record['frames']}" if "frame" in record else ""
+        axes.flat[0].set_title(of_frame or "image", fontsize=8.5)
         for layer in range(num_layers):
             axis = axes.flat[layer + 1]
             axis.imshow(pale, extent=(0, width, height, 0), vmin=0, vmax=1)
@@ -232,7 +234,8 @@ def draw_attention_map(record: Mapping[str, Any], image: npt.NDArray[Any]) -> Fi
         whose = {"last": "the prompt's last token", "instruction": "the question (mean over its tokens)"}
         if record["query"] == "answer":
             whose["answer"] = f"the query that predicts the answer's token {record['number'] + 1}, {record['token']!r}"
-        note = f"attention of {whose[record['query']]}, mean over heads; percentages: share of it on the image"
+        note = f"attention of {whose[record['query']]}, mean over heads; percentages: share of it on "
+        note += of_frame or "the image"
         if "sinks" in record:
             note += f"; x: attention sink{', left out' if record['sinks_are'] == 'leave_out' else ''}"
         figure.supxlabel(wrapped(note, int(14 * figure.get_figwidth())), fontsize=8)

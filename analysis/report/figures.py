@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..measuring.attention import file_name
+from ..measuring.attention import map_name
 from ..plots.style import Summary
 from ..statistics.verdicts import verdict_in_words, verdict_word
 from .cells import policy_label, written
@@ -87,7 +87,7 @@ def figures_of(run: FinishedRun, leave_out: Sequence[str] = ()) -> list[PageFigu
 def describe_figure(run: FinishedRun, name: str) -> tuple[str, str]:
     """Alternative text and caption of a figure."""
     if name.startswith("map_"):
-        record = next((each for each in run.value("/maps") or [] if name == f"map_{file_name(each['id'])}"), None)
+        record = next((each for each in run.value("/maps") or [] if name == map_name(each)), None)
         return _map(record), "The same as a still picture, every layer at once."
     if name.startswith("grid_"):
         return _unknown(run.summary), "The word that each patch says after some layers."
@@ -227,10 +227,17 @@ def _cost(summary: Summary) -> str:
 def _map(record: Summary | None) -> str:
     if record is None:
         return "Attention maps over an image, one a layer."
+    shown = f"frame {record['frame'] + 1} of {record['frames']}" if "frame" in record else "an image"
+    token = f", for its token “{record['token']}”" if "token" in record else ""
     return (
-        f"Attention maps over an image, one a layer, for the question “{record['question']}”, answered "
-        f"“{record['answer']}”. {course('Share of attention on the image', record['mass'], 'share')}."
+        f"Attention maps over {shown}, one a layer, for the question “{record['question']}”, answered "
+        f"“{record['answer']}”{token}. {course('Share of attention on it', record['mass'], 'share')}."
     )
+
+
+def _frames(summary: Summary) -> str:
+    words = summary["frames"]["in_words"]
+    return f"Map of frames over layers, each frame's share of the attention on the video: {words}."
 
 
 def _cuts(summary: Summary) -> str:
@@ -271,6 +278,10 @@ DESCRIPTIONS: dict[tuple[str, str], tuple[Callable[[Summary], str], str]] = {
         "goes for no reason of content.",
     ),
     ("stages", "kinds"): (_kinds_of_stages, BY_KIND),
+    ("stages", "frames"): (
+        _frames,
+        "How the attention of the prompt's last token on the video is shared out among its frames, layer by layer.",
+    ),
     ("exits", "exits"): (
         _exits,
         "What becomes of the answers if the image leaves before layer k, and what the prefill then costs.",

@@ -225,7 +225,7 @@ def sample_table(samples: Samples) -> PageTable:
         most = max(range(len(record["mass"])), key=record["mass"].__getitem__)
         rows.append(
             [
-                words_cell(record["question"]),
+                words_cell(f"{record['question']} ({record['part']})" if record["part"] else record["question"]),
                 words_cell(spaced(record["kind"])),
                 words_cell(record["answer"]),
                 words_cell(record["reference"]),

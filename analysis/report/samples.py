@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +17,19 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from dyvte.data import Sample, build_dataset
+from dyvte.data.video import Video
 from dyvte.errors import ConfigError, UnsupportedError
 from dyvte.gates.module import SHIPPED_GATES, load_gates
 from dyvte.instrument.sweep import exit_sweep, greedy_answer_ids
 from dyvte.instrument.sweep.criteria import exit_depth, paper_labels
+from dyvte.instrument.video_frames import frame_numbers
 from dyvte.instrument.views import view
 from dyvte.mllm import MLLM
 from dyvte.policies.exits.dynamic_exit import DynamicExit, exit_probabilities
 from dyvte.runs.config import load_model
 from dyvte.runs.store import model_fingerprint
 
-from ..measuring.attention import QUERIES, attention_map, choose_samples
+from ..measuring.attention import QUERIES, attention_maps, choose_samples
 from ..measuring.lens import patch_words
 from ..plots.attention import darkest, relative_maps
 from .figures import data_address
@@ -85,9 +87,7 @@ def look_at_samples(cfg: DictConfig, runs: Sequence[FinishedRun]) -> Samples:
         policy.check(mllm)
     records = []
     for sample in choose_samples(dataset, cfg.samples.count, cfg.samples.ids, "samples.ids"):
-        record = look_at(mllm, sample, cfg.samples.query, policy)
-        if record is not None:
-            records.append(record)
+        records += look_at(mllm, sample, cfg.samples.query, policy)
     records.sort(key=lambda record: -(record["exit_depth"] or 0))  # what needs the image longest comes first
     if "exits" in by_step and not others:
         add_answers(records, by_step["exits"])
@@ -107,29 +107,36 @@ def gates_for(cfg: DictConfig, train: FinishedRun | None) -> str | None:
 
 
 @torch.no_grad()
-def look_at(mllm: MLLM, sample: Sample, query: str, policy: DynamicExit | None) -> dict[str, Any] | None:
-    """One sample as plain data; None where visual tokens have no place in the image."""
-    found = attention_map(mllm, sample, query)
-    if found is None:
-        return None
-    record, image = found
+def look_at(mllm: MLLM, sample: Sample, query: str, policy: DynamicExit | None) -> list[dict[str, Any]]:
+    """One sample as plain data, of a video each frame; none where visual tokens have no place in the image."""
+    found = attention_maps(mllm, sample, query)
+    if not found:
+        return []
+    of_sample: dict[str, Any] = {
+        "exit_depth": depth_of(mllm, sample),
+        "exit_layer": None,
+        "exit_answer": None,
+        "gates": {},
+        "answers": {},
+    }
+    of_sample |= {} if policy is None else under_gates(mllm, sample, policy)
+    words = words_of(mllm, sample)
+    return [content_of(*each) | said | of_sample for each, said in zip(found, words, strict=True)]
+
+
+def content_of(record: Mapping[str, Any], image: npt.NDArray[Any]) -> dict[str, Any]:
+    """What the slider shows of a map."""
     relative = relative_maps(record["maps"])
     content = {key: record[key] for key in ("id", "kind", "question", "reference", "answer", "query")}
-    content |= {
+    return content | {
+        "part": f"frame {record['frame'] + 1} of {record['frames']}" if "frame" in record else "",
         "image": png_of(image),
         "rows": relative.shape[1],
         "columns": relative.shape[2],
         "mass": [round(float(each), 5) for each in record["mass"]],
         "maps": [[round(float(each), 2) for each in layer.flat] for layer in relative],
         "top": darkest(relative),
-        "exit_depth": depth_of(mllm, sample),
-        "exit_layer": None,
-        "exit_answer": None,
-        "gates": {},
-        "answers": {},
-        **words_of(mllm, sample),
     }
-    return content | ({} if policy is None else under_gates(mllm, sample, policy))
 
 
 def png_of(image: npt.NDArray[Any]) -> str:
@@ -139,21 +146,28 @@ def png_of(image: npt.NDArray[Any]) -> str:
     return data_address(buffer.getvalue())
 
 
-def words_of(mllm: MLLM, sample: Sample) -> dict[str, Any]:
-    """What each patch of the map says after each layer: `says [L + 1][rows * columns]` counts in the list `words`.
+def words_of(mllm: MLLM, sample: Sample) -> list[dict[str, Any]]:
+    """What each patch of each map says after each layer: `says [L + 1][rows * columns]` counts in the list `words`.
 
     Both are empty where a lens cannot be applied.
     """
-    place = view(mllm, mllm.encode([sample.image], [sample.question]))
-    assert place is not None  # `attention_map` has one
+    batch = mllm.encode([sample.image], [sample.question])
+    place = None if isinstance(sample.image, Video) else view(mllm, batch)
+    if place is None:
+        frames = frame_numbers(mllm, batch)[0, batch.layout.visual[0]]
+        orders = [(frames == frame).nonzero().flatten().tolist() for frame in range(int(frames.amax()) + 1)]
+    else:
+        orders = [place.arrange(torch.arange(int(batch.layout.visual.sum()))).flatten().tolist()]
     try:
         said, _ = patch_words(mllm, sample)
     except UnsupportedError:
-        return {"words": [], "says": []}
-    order = place.arrange(torch.arange(len(said[0]))).flatten().tolist()
-    number: dict[str, int] = {}
-    says = [[number.setdefault(layer[patch], len(number)) for patch in order] for layer in said]
-    return {"words": list(number), "says": says}
+        return [{"words": [], "says": []} for _ in orders]
+    found = []
+    for order in orders:
+        number: dict[str, int] = {}
+        says = [[number.setdefault(layer[patch], len(number)) for patch in order] for layer in said]
+        found.append({"words": list(number), "says": says})
+    return found
 
 
 def depth_of(mllm: MLLM, sample: Sample) -> int | None:

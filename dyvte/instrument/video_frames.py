@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -79,6 +81,33 @@ def _steps(batch: Batch, tokens: int) -> list[int]:
     if len(found) != tokens:
         raise UnsupportedError(f"the videos have {tokens} tokens, but their sizes speak of {len(found)}")
     return found
+
+
+def frame_grid(batch: Batch, frames: Tensor) -> tuple[int, int] | None:
+    """Rows and columns of the visual tokens of a frame, for maps drawn over it.
+
+    Args:
+        batch: of one sample, whose video's sizes come with the inputs (`video_grid_thw`) or whose frames are square.
+        frames: [N] numbers of its positions, from `frame_numbers`.
+
+    Returns:
+        None where the tokens of its frames form no such grid.
+
+    Example:
+        >>> from dyvte.layout import TokenLayout
+        >>> ids = torch.tensor([[5, 7, 7, 7, 7, 7, 7, 7, 7]])
+        >>> batch = Batch({"input_ids": ids}, TokenLayout.from_input_ids(ids, None, [7]))
+        >>> frame_grid(batch, torch.tensor([-1, 0, 0, 0, 0, 1, 1, 1, 1]))
+        (2, 2)
+    """
+    sizes = frames[frames != NO_FRAME].bincount()
+    if not len(sizes) or not torch.equal(sizes, sizes[:1].expand(len(sizes))):
+        return None
+    tokens, grid = int(sizes[0]), batch.get("video_grid_thw")
+    height, width = (math.isqrt(tokens),) * 2 if grid is None else (int(each) for each in grid[0, 1:])
+    merged = math.isqrt(height * width // tokens)  # patches to a side that become one token
+    rows, columns = height // max(merged, 1), width // max(merged, 1)
+    return (rows, columns) if rows * columns == tokens else None
 
 
 def frame_shares(received: Tensor, frames: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
 
   function describe(layer) {
     const last = record.mass.length;
-    const sentences = [`Layer ${layer} of 0 to ${last - 1}: ${percent(record.mass[layer])} of the attention is on the image.`];
+    const sentences = [`Layer ${layer} of 0 to ${last - 1}: ${percent(record.mass[layer])} of the attention is on ${record.part || "the image"}.`];
     if (left(layer)) sentences.push(`The gates took the image out after ${record.exit_layer} ${record.exit_layer === 1 ? "layer" : "layers"}, so this layer would not see it; the map shows the full model.`);
     const gate = record.gates[String(layer + 1)];
     if (gate && !left(layer)) sentences.push(`The gate after this layer says exit with probability ${gate[0].toFixed(2)} (threshold ${gate[1].toFixed(2)}).`);
@@ -134,7 +134,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     at("layer").max = last - 1;
     at("layer").value = layer ?? record.mass.indexOf(Math.max(...record.mass));
     at("photo").src = record.image;
-    at("photo").alt = `Image of sample ${record.id}, about which is asked: ${record.question}`;
+    at("photo").alt = `${record.part || "Image"} of sample ${record.id}, about which is asked: ${record.question}`;
     at("top").textContent = `${record.top.toFixed(1)} or more`;
     at("question").textContent = record.question;
     at("answer").textContent = record.answer;

@@ -1,4 +1,4 @@
-"""Where a model looks while it writes each token of its answer."""
+"""Maps of parts: where a model looks while it writes each token of its answer, and in each frame of a video."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
+from dyvte.batch import Batch
 from dyvte.data import Sample
+from dyvte.data.video import Video
 from dyvte.errors import ConfigError
 from dyvte.instrument.sweep import greedy_answer_ids
+from dyvte.instrument.video_frames import NO_FRAME, frame_grid, frame_numbers
 from dyvte.instrument.views import view
 from dyvte.mllm import MLLM
 
@@ -75,3 +79,38 @@ def answer_maps(
     ]
     image = np.asarray(sample.image, dtype=np.float32) / 255 if place.image is None else place.image
     return records, image
+
+
+def frame_maps(
+    mllm: MLLM, sample: Sample, batch: Batch, received: Tensor, record: dict[str, Any]
+) -> list[tuple[dict[str, Any], npt.NDArray[Any]]]:
+    """A map for each frame of a sample's video; none where the tokens of its frames form no grid.
+
+    Args:
+        mllm: the model.
+        sample: with a video.
+        batch: the sample.
+        received: [L, N] attention on every position.
+        record: what the maps have in common.
+
+    Returns:
+        For each frame `record` with `maps` [L, rows, columns], `mass` [L] on the frame, `frame` counted from 0 and
+        `frames`, how many there are; and the frame as a picture. Where a family merges frames in time, the first of
+        those that were merged is shown.
+    """
+    assert isinstance(sample.image, Video)
+    numbers = frame_numbers(mllm, batch)[0]
+    grid = frame_grid(batch, numbers)
+    if grid is None:
+        return []
+    there = (numbers != NO_FRAME).cpu()
+    maps = received[:, there].unflatten(1, (-1, *grid)).double().numpy()  # [L, F, rows, columns]
+    pictures = [np.asarray(each.convert("RGB"), dtype=np.float32) / 255 for each in sample.image.frames]
+    count = maps.shape[1]
+    return [
+        (
+            record | {"frame": frame, "frames": count, "mass": of_frame.sum((1, 2)), "maps": np.round(of_frame, 6)},
+            pictures[frame * len(pictures) // count],
+        )
+        for frame, of_frame in enumerate(maps.swapaxes(0, 1))
+    ]
