@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 import dyvte
 from dyvte.errors import DyvteError
-from tests.zoo.checks import CHECKS, TOLERANCE, Subject, outcome
+from tests.zoo.checks import CAUSES, CHECKS, TOLERANCE, Subject, outcome
 from tests.zoo.specimens import build_model
 from tests.zoo.verdicts import VARIANTS, VERDICTS, Verdict
 
@@ -20,11 +20,13 @@ class Finding:
     Attributes:
         verdict: "works", "in part" or "refused".
         largest: difference over the checks that ran to their end; None without one.
+        knockout: difference of the knock-out; None where it is refused.
         reason: of what is refused or does not agree.
     """
 
     verdict: str
     largest: float | None
+    knockout: float | None
     reason: str
 
 
@@ -34,9 +36,10 @@ def examine(name: str, expected: Verdict) -> Finding:
     try:
         mllm = dyvte.wrap(model)
     except DyvteError as refusal:
-        return Finding("refused", None, str(refusal))
+        return Finding("refused", None, None, str(refusal))
     subject = Subject(mllm)
     found = {check: outcome(run, subject) for check, run in CHECKS.items()}
+    knockout = {check: outcome(run, subject) for check, run in CAUSES.items()}["knock-out"]
     numbers = {check: each for check, each in found.items() if isinstance(each, float)}
     good = {check: each for check, each in numbers.items() if each < TOLERANCE}
     wrong = {check: f"differs by {each:.0e}" for check, each in numbers.items() if check not in good}
@@ -46,7 +49,10 @@ def examine(name: str, expected: Verdict) -> Finding:
         by_reason.setdefault(reason.partition(": ")[2] or reason, []).append(check)
     reasons = "; ".join(f"{', '.join(checks)}: {reason}" for reason, checks in by_reason.items())
     verdict = "refused" if not good else "in part" if wrong else "works"
-    return Finding(verdict, max(good.values(), default=None), reasons)
+    cut = knockout if isinstance(knockout, float) else None
+    if verdict == "works" and isinstance(knockout, str):
+        reasons = knockout.partition(": ")[2]
+    return Finding(verdict, max(good.values(), default=None), cut, reasons)
 
 
 def tables() -> dict[str, str]:
@@ -64,6 +70,6 @@ def tables() -> dict[str, str]:
 
 
 def _row(name: str, finding: Finding) -> str:
-    largest = "-" if finding.largest is None else f"{finding.largest:.0e}"
+    largest, cut = ("-" if each is None else f"{each:.0e}" for each in (finding.largest, finding.knockout))
     reason = finding.reason.replace("|", "\\|").replace("\n", " ")
-    return f"| {name} | {finding.verdict} | {largest} | {reason} |"
+    return f"| {name} | {finding.verdict} | {largest} | {cut} | {reason} |"

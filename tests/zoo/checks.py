@@ -18,7 +18,7 @@ from dyvte.batch import Batch
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy, Prefill
 
-from .reference import logits_alone
+from .reference import logits_alone, logits_cut
 from .specimens import Row, make_inputs, rows_for
 
 NEW_TOKENS = 3
@@ -200,6 +200,22 @@ def lens(subject: Subject) -> float:
     return _largest(found.probabilities[:, -1, 0, 0] - expected)
 
 
+@torch.no_grad()
+def knock_out(subject: Subject) -> float:
+    """No instruction token sees the image from layer 1 on."""
+    mllm = subject.mllm
+    layers = range(1, mllm.num_layers)
+    window = (layers.start, layers.stop)
+    found = dyvte.knockout(mllm, subject.batch(), paths=[("instruction", "visual")], windows=[window]).logits
+    assert found is not None
+    expected = []
+    for row in subject.rows:
+        batch = subject.batch_of([row])
+        layout = batch.layout
+        expected.append(logits_cut(mllm, batch, layout.instruction[0], layout.visual[0], layers)[-1])
+    return _largest(found[:, 0, 0] - torch.stack(expected))
+
+
 CHECKS: dict[str, Callable[[Subject], float]] = {
     "probe": probe,
     "exits": exits,
@@ -211,8 +227,11 @@ CHECKS: dict[str, Callable[[Subject], float]] = {
 }
 """By name; what they return must be below `TOLERANCE`."""
 
+CAUSES: dict[str, Callable[[Subject], float]] = {"knock-out": knock_out}
+"""Likewise; an architecture works without them."""
+
 QUICK = ("probe", "sweep", "kept tokens", "generation")
-"""Those of CI; `make zoo` runs all."""
+"""Those of CI, with `CAUSES`; `make zoo` runs all."""
 
 TOLERANCE = 1e-4
 """Largest difference that counts as equal, of logits in float32 with random weights."""

@@ -38,7 +38,7 @@ def logits_alone(mllm: MLLM, batch: Batch, leaves: Sequence[int]) -> Tensor:
     assert batch.layout.roles.shape[0] == 1
     assert not batch.layout.padding.any()
     length = batch.layout.roles.shape[1]
-    handles = []
+    handles: list[Any] = []
     for index, layer in enumerate(mllm.layers):
         left = torch.zeros(length, dtype=torch.bool)
         left[batch.layout.visual[0]] = torch.tensor(leaves) <= index
@@ -49,9 +49,24 @@ def logits_alone(mllm: MLLM, batch: Batch, leaves: Sequence[int]) -> Tensor:
             handles.append(layer.register_forward_pre_hook(partial(_shorten, kept, outer), with_kwargs=True))
             handles.append(layer.register_forward_hook(partial(_lengthen, kept, outer)))
         else:
-            handles.append(layer.register_forward_pre_hook(partial(_hide, left), with_kwargs=True))
+            handles.append(layer.register_forward_pre_hook(partial(_hide, left.expand(length, -1)), with_kwargs=True))
+    return _run(mllm, batch, handles)
+
+
+@torch.no_grad()
+def logits_cut(mllm: MLLM, batch: Batch, queries: Tensor, keys: Tensor, layers: Sequence[int]) -> Tensor:
+    """Logits [N, vocabulary] of a batch of one row where in some layers no query [N] sees any of the keys [N].
+
+    A layer that carries a running state has no scores to cut.
+    """
+    hide = partial(_hide, queries[:, None] & keys)
+    attending = [mllm.layers[index] for index in layers if self_attention_of(mllm.layers[index]) is not None]
+    return _run(mllm, batch, [layer.register_forward_pre_hook(hide, with_kwargs=True) for layer in attending])
+
+
+def _run(mllm: MLLM, batch: Batch, handles: Sequence[Any]) -> Tensor:
     try:
-        return mllm.model(**batch, use_cache=False).logits[0, -length:]
+        return mllm.model(**batch, use_cache=False).logits[0, -batch.layout.roles.shape[1] :]
     finally:
         for handle in handles:
             handle.remove()
@@ -64,17 +79,18 @@ def _has_running_state(mllm: MLLM, index: int) -> bool:
     return named or attention is None or type(getattr(attention, "indexer", None)).__name__ in POOLS
 
 
-def _hide(left: Tensor, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _hide(hidden: Tensor, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Keys are hidden from queries [N, N], but a query sees itself."""
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     kwargs = dict(zip(names, args, strict=False)) | kwargs  # some decoders give the mask by its place
     mask = kwargs.get("attention_mask")
-    length = len(left)
+    length = len(hidden)
     if mask is None:
         mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
     if mask.dtype == torch.bool:
-        mask = (mask & ~left) | torch.eye(length, dtype=torch.bool)
+        mask = (mask & ~hidden) | torch.eye(length, dtype=torch.bool)
     else:
-        mask = mask.masked_fill(left, torch.finfo(mask.dtype).min)
+        mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
     return (), {**kwargs, "attention_mask": mask}
 
 

@@ -27,10 +27,12 @@ WORKS = Verdict()
 ENCODER_DECODER = Verdict(refused="encoder-decoder")
 NO_IMAGE_TOKEN = Verdict(refused="input_ids have no position for them")
 CROSS_ATTENTION = Verdict(refused="reads its encoder through cross-attention")
-DRIVES = ("exits", "sweep", "mixed exits", "kept tokens", "generation", "lens")
+DRIVES = ("exits", "sweep", "mixed exits", "kept tokens", "generation", "lens", "knock-out")
 """Checks of what drives decoder layers."""
 CONVOLVED_KEYS = Verdict(fails=dict.fromkeys(DRIVES, "it convolves the keys that it attends to"))
 """Only the probe works."""
+CHOSEN_BLOCKS = Verdict(fails={"knock-out": "chooses its keys in blocks or pools"})
+"""Works; but no single score can be cut."""
 
 VERDICTS: dict[str, Verdict] = {
     "aria": WORKS,
@@ -62,7 +64,7 @@ VERDICTS: dict[str, Verdict] = {
     "glm46v": WORKS,
     "glm4v": WORKS,
     "glm4v_moe": WORKS,
-    "glm5_next": WORKS,
+    "glm5_next": CHOSEN_BLOCKS,
     "glm_ocr": WORKS,
     "glmga": WORKS,
     "got_ocr2": WORKS,
@@ -119,7 +121,7 @@ VERDICTS: dict[str, Verdict] = {
     "qwen3_omni_moe_thinker": WORKS,
     "qwen3_vl": WORKS,
     "qwen3_vl_moe": WORKS,
-    "qwen4_exp": WORKS,
+    "qwen4_exp": CHOSEN_BLOCKS,
     "shieldgemma2": WORKS,
     "smolvlm": WORKS,
     "step3p7": WORKS,
@@ -133,9 +135,11 @@ VERDICTS: dict[str, Verdict] = {
 }
 
 
-def _variant(architecture: str, *, refused: str = "", looked_at: str = "", **changes: Any) -> Verdict:
-    """A decoder that works, that `wrap` refuses, or that can only be looked at, with words of the reason."""
-    fails = dict.fromkeys(DRIVES, looked_at) if looked_at else {}
+def _variant(
+    architecture: str, *, refused: str = "", looked_at: str = "", like: Verdict = WORKS, **changes: Any
+) -> Verdict:
+    """A decoder like another one, or that `wrap` refuses, or that can only be looked at, with the reason's words."""
+    fails = dict.fromkeys(DRIVES, looked_at) if looked_at else like.fails
     return Verdict(refused, fails, architecture, changes)
 
 
@@ -205,6 +209,7 @@ VARIANTS: dict[str, Verdict] = {
     ),
     "minimax_m3_vl, sparse": _variant(
         "minimax_m3_vl",
+        like=CHOSEN_BLOCKS,
         text_config={
             "layer_types": ["minimax_m3_sparse", "full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
             "index_n_heads": 2,
@@ -213,10 +218,12 @@ VARIANTS: dict[str, Verdict] = {
         },
     ),
     "qwen4_exp, several indexed layers": _variant(
-        "qwen4_exp", text_config={"layer_types": [*["indexed_attention"] * 2, "linear_attention", "indexed_attention"]}
+        "qwen4_exp",
+        like=CHOSEN_BLOCKS,
+        text_config={"layer_types": [*["indexed_attention"] * 2, "linear_attention", "indexed_attention"]},
     ),
     "glm5_next, several indexed layers": _variant(
-        "glm5_next", text_config={"layer_types": ["indexed_attention", "linear_attention"] * 2}
+        "glm5_next", like=CHOSEN_BLOCKS, text_config={"layer_types": ["indexed_attention", "linear_attention"] * 2}
     ),
     "llama4, scaled queries": _variant(
         "llama4", text_config={"no_rope_layers": [1, 0, 1, 0], "floor_scale": 64, "attn_scale": 0.7}
