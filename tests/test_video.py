@@ -15,10 +15,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib import pyplot as plt
 from naive import masked_forward
 from PIL import Image
 from torch import Tensor
 
+import analysis.exits
 import dyvte
 from dyvte.batch import Batch
 from dyvte.data.base import image_numbers
@@ -29,6 +31,7 @@ from dyvte.data.video import Video, read_video
 from dyvte.errors import BrokenSample, ConfigError, ModelError
 from dyvte.layout import INSTRUCTION, TokenLayout
 from dyvte.mllm import MLLM
+from dyvte.runs.config import compose
 
 LAYERS = 4
 EXACT = 1e-4
@@ -310,11 +313,12 @@ class FilmProcessor:
     image_token_id = families.IMAGE_TOKEN
 
     def __init__(self) -> None:
-        self.tokenizer = SimpleNamespace(bos_token=None, eos_token_id=families.EOS, batch_decode=str)
+        self.tokenizer = families._tokenizer({"V": families.VIDEO_TOKEN})
         self.seen: list[Any] = []
 
     def apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        return "".join("V" if part["type"] == "video" else part["text"] for part in messages[0]["content"])
+        asked = "".join("V" if part["type"] == "video" else part["text"] for part in messages[0]["content"])
+        return asked if len(messages) == 1 else f"{asked} {messages[1]['content'][0]['text']}"
 
     def __call__(self, text: list[str], videos: list[list[Image.Image]], **_: Any) -> dict[str, Tensor]:
         self.seen = videos
@@ -355,3 +359,25 @@ def test_questions_about_videos_go_through_encode(tmp_path: Path, frames: list[s
         close(sweep.logits[:, k], masked_forward(mllm, batch, k).logits[:, -1])
     with pytest.raises(ModelError, match="reads no videos"):
         blind._processed(["V"], [[]], "left", [[samples[0].image]])
+
+
+def test_a_command_is_about_videos(tmp_path: Path, frames: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is missing costs its row; the others are measured, row by row as images are."""
+    films = [frames[row:] for row in (0, 0, 2, 3)]
+    lines = [{"question_id": str(row), "text": "what ?", "video": film} for row, film in enumerate([*films, "no.mp4"])]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    mllm = MLLM(families.FAMILIES["qwen2_5_vl"](num_layers=2).model, FilmProcessor())
+    monkeypatch.setattr("dyvte.loading.load", lambda *_, **__: mllm)
+    monkeypatch.setattr("dyvte.runs.store.RunFolder.save_figure", lambda self, name, figure: plt.close(figure))
+    monkeypatch.chdir(tmp_path)
+    chosen = ["model=hf", "model.path=somewhere", "device=cpu", "batch_size=2", "output_dir=exits"]
+    data = ["data=llava_json", "data.file=a.jsonl", "data.max_frames=3"]
+    quick = ["bootstrap=20", "permutations=19", "captions=0", "max_new_tokens=2", "accuracy=false"]
+    analysis.exits.main(compose("exits", [*chosen, *data, *quick]))
+    summary = json.loads(Path("exits/summary.json").read_text())
+    assert (summary["num_samples"], summary["num_failed"]) == (4, 1)
+    samples = list(LlavaJsonDataset("a.jsonl", max_frames=3, limit=4))
+    batch = mllm.encode([each.image for each in samples], [each.question for each in samples])
+    expected = dyvte.exit_sweep(mllm, batch).logits.log_softmax(-1)
+    kl = (expected.exp() * (expected - expected[:, -1:])).sum(-1).mean(0)
+    torch.testing.assert_close(torch.tensor(summary["kl"]), kl, atol=EXACT, rtol=0)

@@ -28,6 +28,10 @@ class Video:
 
     Attributes:
         frames: RGB images, in the order of time.
+
+    Example:
+        >>> Video((Image.new("RGB", (6, 4)), Image.new("RGB", (6, 4)))).size
+        (6, 4)
     """
 
     frames: tuple[Image.Image, ...]
