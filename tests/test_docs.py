@@ -343,6 +343,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path):
     assert done.returncode == 0, done.stderr + done.stdout
     page = {file.parent.relative_to(tmp_path / "site").as_posix(): file.read_text()
             for file in (tmp_path / "site").rglob("index.html")}  # fmt: skip
+    assert "testbed_smol/hero.png" in page["."]  # the README, and the pages by their titles
+    assert "how_to_own_data.md" not in text_of(page["."])
     assert "dyvte.policies.exits.fixed_exit.FixedExit" in page["reference"]
     sources = json.loads((ROOT / "docs/images/sources.json").read_text())
     mapped = sources["kept_positions.png"]["numbers"]["methods.*.method"]
