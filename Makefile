@@ -26,13 +26,14 @@ $(STAMP): pyproject.toml constraints.txt
 stages: $(STAMP) ## Layer-by-layer attention of the shipped model: tables and figures in outputs/stages/
 	$(BIN)/python -m analysis.stages
 
-# Apart from .venv: gradio wants an older pillow than constraints.txt.
+# Apart from .venv: gradio wants an older pillow and tomlkit than constraints.txt.
 EXPLORE := .venv-explore
 explore: $(EXPLORE)/.installed ## The explorer: a page in the browser on which one asks the shipped model and looks inside
 	$(EXPLORE)/bin/python -m analysis.explore $(ARGS)
-$(EXPLORE)/.installed: pyproject.toml
+$(EXPLORE)/.installed: pyproject.toml constraints.txt
 	test -x $(EXPLORE)/bin/python || $(PYTHON) -m venv $(EXPLORE)
-	$(EXPLORE)/bin/python -m pip install --no-compile --quiet --disable-pip-version-check -e '.[explore]'
+	grep -v -E '^(pillow|tomlkit)==' constraints.txt > $(EXPLORE)/constraints.txt
+	$(EXPLORE)/bin/python -m pip install --no-compile --quiet --disable-pip-version-check -c $(EXPLORE)/constraints.txt -e '.[explore]'
 	touch $@
 
 smol: $(STAMP) ## Fetch the language model of llava_smol and put the model together (98 MB; once)
@@ -82,7 +83,7 @@ figures: $(STAMP) ## Draw every picture of README.md and docs/ again
 	$(BIN)/python -m docs.tooling.gallery
 
 site: $(STAMP) ## The documentation as a web site, in site/ (a broken link or directive is an error)
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # One thread a process: the testbed is too small for more.
 comparison: $(STAMP) ## All methods at the same FLOPs, and tokens, on the shipped model, into docs/comparison.md (WORKERS=2 processes)
