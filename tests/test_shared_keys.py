@@ -260,7 +260,7 @@ def test_a_cache_that_knows_no_config_serves_as_well(layers: tuple[int, ...]) ->
     seed=st.integers(0, 99),
     side=st.sampled_from(["left", "right"]),
     path=st.sampled_from([("instruction", "visual"), ("visual", "visual"), ("last", "question"), ("system", "system")]),
-    windows=st.lists(st.sampled_from([(0, 2), (1, 4), (3, 6), (4, 6), (0, 6), (2, 3)]), min_size=2, max_size=2),
+    window=st.sampled_from([(1, 4), (3, 6), (4, 6), (2, 3)]),
     invert=st.booleans(),
     at_once=st.sampled_from([None, 1]),
 )
@@ -271,12 +271,15 @@ def test_a_cut_equals_a_forward_with_edited_masks(
     seed: int,
     side: str,
     path: tuple[str, str],
-    windows: list[tuple[int, int]],
+    window: tuple[int, int],
     invert: bool,
     at_once: int | None,
 ) -> None:
-    """A layer that borrows keys is cut in its own window, and takes keys as they are in its own branch."""
-    mllm = model(family, borrowing)
+    """A layer that borrows keys is cut in its own window, and takes keys as they are in its own branch.
+
+    Two windows part behind a layer that lends: both branches go on with its keys.
+    """
+    mllm, windows = model(family, borrowing), [(0, 2), (0, 6), window]
     batch = batch_of(mllm, (4, 2, 0), seed)
     batch = batch.right_padded() if side == "right" else batch
     cut = knockout(mllm, batch, paths=[path], windows=windows, invert=invert, branch_tokens=at_once)
