@@ -105,7 +105,8 @@ class Branches:
         while self.strands:
             strand = self.strands.pop()
             leaves = zip(strand.branches, strand.tree.leaves, strict=True)
-            self.found |= {branch: strand.final[leaf] for branch, leaf in leaves if leaf != TRUNK}
+            if strand.final is not None:
+                self.found |= {branch: strand.final[leaf] for branch, leaf in leaves if leaf != TRUNK}
 
     def states(self) -> Tensor:
         """Final states [branches + 1, B, n, d] at the wanted positions; the last entry is the main pass."""

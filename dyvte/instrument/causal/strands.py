@@ -309,7 +309,7 @@ class Strand:
     Attributes:
         branches: the first of those given, as many as there is room for; possibly none.
         held: tokens whose states are held at most.
-        final: [B, n, d] of every node of the last layer.
+        final: [nodes, B, n, d] of the last layer; one tensor, for the reason of `Segment.free`.
     """
 
     def __init__(
@@ -337,7 +337,7 @@ class Strand:
             self.image = self._shared(of_image, shared, actions, layout)
         mine = self.segment.frame.own
         self.wanted = locate(mine.index, or_all(mine.valid, mine.index), wanted, own.shape[1])
-        self.final: list[Tensor] = []
+        self.final: Tensor | None = None
         self.tokens_at_once = budget.at_once
         self.at_once = max(1, budget.at_once // sum(each.cost for each in self.segments))
         of_node = sum(each.frame.own.index.numel() for each in self.segments)
@@ -387,6 +387,8 @@ class Strand:
         last = call.index == len(self.tree.parents) - 1
         at_once, places = self.at_once, self.tree.most_states(self.at_once)
         made: list[list[Tensor | None]] = [[] for _ in self.segments]
+        if last and (states := self.segment.entering) is not None:
+            self.final = states.new_empty(len(parents), *self.wanted.shape, states.shape[-1])
         waiting = Counter(parents)
         for first in range(0, len(parents), at_once):
             of, now = parents[first : first + at_once], steps[first : first + at_once]
@@ -410,7 +412,8 @@ class Strand:
                     new.extend(segment.kept(states, places))
                 elif segment is self.segment:
                     where = self.wanted[None, :, :, None].expand(len(now), -1, -1, states.shape[-1])
-                    self.final.extend(states.gather(2, where).unbind(0))
+                    assert self.final is not None
+                    self.final[first : first + len(now)] = states.gather(2, where)
             del entering, found, states  # before the next nodes run
         for segment, new in zip(self.segments, made, strict=True):
             segment.states = new
