@@ -205,7 +205,7 @@ def test_the_sweep_equals_masked_recomputation(
         close(sweep.token_nll[:, k][valid], nll[valid])
     close(sweep.text_status, plain_status(mllm, batch))
     gaps = (sweep.logits[:2, 1:] - sweep.logits[:2, :-1]).abs().amax(-1)
-    assert gaps.min() > 100 * EXACT  # every layer, borrowing ones too, sees the image
+    assert gaps.min() > 10 * EXACT  # every layer, borrowing ones too, sees the image
 
 
 @pytest.mark.parametrize("family", FAMILIES)

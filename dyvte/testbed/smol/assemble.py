@@ -101,8 +101,8 @@ def assemble(parts: Path = PARTS, target: Path | None = None, downloads: Path | 
     """
     target = target or assembled_folder()
     language, tokenizer, source = fetch_language_model(downloads or cache_folder() / "downloads")
-    trained = json.loads((parts / "training.json").read_text())["settings"]
-    if trained["random_decoder"]:
+    trained = json.loads((parts / "training.json").read_text()).get("settings", {})
+    if trained.get("random_decoder"):
         language = base.without_pretraining(language, trained["seed"])
     text = HELD_OUT_TEXT.read_text()
     before = base.perplexity(language, tokenizer, text)

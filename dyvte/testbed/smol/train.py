@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dyvte.errors import ConfigError
 from dyvte.runs.config import command
@@ -44,6 +43,7 @@ from dyvte.testbed.smol.questions import IMAGE_KINDS
 from dyvte.testbed.smol.rehearsal import Rehearsed, Teacher, ask_teacher, teacher_divergence, write_texts
 from dyvte.testbed.training.forward import (
     choose_precision,
+    cpu_attention,
     hidden_states,
     initialise_projector,
     packed_accuracy,
@@ -217,9 +217,6 @@ def train(cfg: DictConfig, folder: Path) -> None:
     model = model.to(device)
     if precision == "bf16":
         train_in_bfloat16(model, cfg.compile)
-    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    if device.type == "cpu":
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = grouped_matmul_attention
 
     def loss(packed: tuple[PackedBatch, Tensor | None, Teacher | None]) -> Tensor:
         batch, images, teacher = packed[0].to(device), *packed[1:]
@@ -244,7 +241,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
             found = packed_accuracy(model, batch.to(device), None if images is None else images.to(device), chunk=8)
         return {"accuracy": float(np.mean([v for k, v in found.items() if k in IMAGE_KINDS]))} | found
 
-    try:
+    with cpu_attention(grouped_matmul_attention, device):
         for name in cfg.order:
             phase = phase_settings(cfg, name)
             batches = EnglishBatches(phase, tokenizer, tokens, cfg.seed, rehearsed, blind=cfg.blind)
@@ -259,8 +256,6 @@ def train(cfg: DictConfig, folder: Path) -> None:
                 seed_everything=cfg.seed,
                 workers=cfg.workers,
             )
-    finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = original
     logs = [json.loads(line) for name in cfg.order for line in (folder / f"{name}.jsonl").read_text().splitlines()]
     record = {"settings": OmegaConf.to_container(cfg, resolve=True), "log": logs}
     trained = modules.get("adapter")

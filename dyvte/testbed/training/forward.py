@@ -32,16 +32,24 @@ def _matmul_attention(  # type: ignore[no-untyped-def]
 
 
 @contextmanager
+def cpu_attention(function: Callable[..., tuple[Tensor, None]], device: torch.device) -> Iterator[None]:
+    """On a CPU, `function` in place of transformers' fused attention; nothing of it is left afterwards."""
+    if device.type != "cpu":
+        yield
+        return
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = function
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]  # what was laid over the library's own
+
+
+@contextmanager
 def fast_training(device: torch.device, precision: str) -> Iterator[None]:
     """Autocast to ``precision`` and, on a CPU, attention by matrix products."""
-    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    if device.type == "cpu":
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = _matmul_attention
-    try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            yield
-    finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = original
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    with cpu_attention(_matmul_attention, device), autocast:
+        yield
 
 
 def choose_precision(requested: str, device: torch.device) -> str:
