@@ -117,7 +117,9 @@ def pristine(mllm: MLLM) -> bool:
     ]
     overrides = any(name in module.__dict__ for module in modules for name in ("forward", "generate"))
     hooks = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-    return not overrides and not hooks and not ALL_ATTENTION_FUNCTIONS._local_mapping
+    known = ALL_ATTENTION_FUNCTIONS._global_mapping
+    ours = any(known.get(name) is not each for name, each in ALL_ATTENTION_FUNCTIONS._local_mapping.items())
+    return not overrides and not hooks and not ours
 
 
 @dataclass
