@@ -127,7 +127,7 @@ def hidden_from_generated(
 @torch.no_grad()
 def test_dycoke_decodes_on_the_keys_that_the_layer_before_attends_to(family: str, similar: float) -> None:
     """Keys are chosen anew when the row of attention has changed: never, sometimes, always."""
-    mllm = model(family, "eager")
+    mllm = model.__wrapped__(family, "eager")  # fresh: what is left on it is left by this test
     batch = video_batch(mllm, (3, 2))[0] if family == "qwen2_5_vl" else batch_of(mllm, (2, 3, 0))
     policy = dyvte.DyCoke(layer=2, repeated=0.4, decoded=0.3, similar=similar)
     with policy(mllm):
@@ -298,7 +298,7 @@ def generate_eager(policy: Policy, batch: Any) -> Any:
 @torch.no_grad()
 def test_videos_of_every_family(name: str, family: str) -> None:
     """Tokens leave, rows answer as they do alone, and nothing stays on the model."""
-    mllm = model(family)
+    mllm = model.__wrapped__(family)
     batch, _ = video_batch(mllm, steps_for(family))
     plain = generate(mllm, batch, max_new_tokens=3)
     with METHODS[name]()(mllm) as run:
