@@ -13,11 +13,11 @@ import torch
 from families import EOS, FAMILIES, IMAGE_TOKEN, PAD, VIDEO_TOKEN, VISION_END, VISION_START, random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from leftovers import pristine
 from naive import masked_forward, with_generated
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dyvte import FixedExit
 from dyvte.batch import Batch
@@ -45,16 +45,6 @@ def batch_of(
 def generate(mllm: MLLM, batch: Batch, **kwargs: Any) -> Any:
     settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": [EOS + 1000], **NO_IMAGE_TOKENS}
     return mllm.model.generate(**batch, **{**settings, **kwargs})
-
-
-def pristine(mllm: MLLM) -> bool:
-    """Whether nothing of the engine is on the model or in transformers."""
-    modules = [mllm.model, *mllm.layers]
-    overrides = any(name in module.__dict__ for module in modules for name in ("forward", "generate"))
-    hooks = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-    known = ALL_ATTENTION_FUNCTIONS._global_mapping
-    ours = any(known.get(name) is not each for name, each in ALL_ATTENTION_FUNCTIONS._local_mapping.items())
-    return not overrides and not hooks and not ours
 
 
 # --------------------------------------------------------------------------- forward

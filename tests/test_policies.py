@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from families import EOS, FAMILIES, IMAGE_TOKEN, PAD, VIDEO_TOKEN, VISION_END, VISION_START, random_batch
+from leftovers import pristine
 from naive import with_generated
 from policy_properties import (
     check_it_changes_prompts_with_an_image_only,
     check_rows_do_not_depend_on_their_batch_or_padding,
 )
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import dyvte
 from dyvte.batch import Batch
@@ -105,21 +105,6 @@ def generate(mllm: MLLM, batch: Batch, **kwargs: Any) -> Any:
 def generated_plainly(family: str) -> Any:
     """What the model generates on `batch_of` without a policy."""
     return generate(model(family), batch_of(model(family)))
-
-
-def pristine(mllm: MLLM) -> bool:
-    """Whether nothing of a policy is on the model or in transformers."""
-    modules = [
-        mllm.model,
-        *mllm.layers,
-        *mllm.attentions,
-        *(child for each in mllm.attentions for child in each.children()),
-    ]
-    overrides = any(name in module.__dict__ for module in modules for name in ("forward", "generate"))
-    hooks = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-    known = ALL_ATTENTION_FUNCTIONS._global_mapping
-    ours = any(known.get(name) is not each for name, each in ALL_ATTENTION_FUNCTIONS._local_mapping.items())
-    return not overrides and not hooks and not ours
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from leftovers import pristine
 from naive import with_generated
 from policy_properties import (
     check_it_changes_prompts_with_an_image_only,
@@ -21,7 +22,6 @@ from test_policies import (
     generated_plainly,
     kept_under,
     model,
-    pristine,
     with_keys_hidden,
 )
 from torch import Tensor, tensor

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from leftovers import pristine
 from naive import with_generated
 from policy_properties import EXACT, check_rows_do_not_depend_on_their_batch_or_padding
-from test_policies import batch_of, generate, kept_under, model, pristine, with_keys_hidden
+from test_policies import batch_of, generate, kept_under, model, with_keys_hidden
 from test_video import VIDEO_FAMILIES, steps_for, video_batch
 from torch import Tensor, tensor
 
@@ -127,7 +128,7 @@ def hidden_from_generated(
 @torch.no_grad()
 def test_dycoke_decodes_on_the_keys_that_the_layer_before_attends_to(family: str, similar: float) -> None:
     """Keys are chosen anew when the row of attention has changed: never, sometimes, always."""
-    mllm = model.__wrapped__(family, "eager")  # fresh: what is left on it is left by this test
+    mllm = model(family, "eager")
     batch = video_batch(mllm, (3, 2))[0] if family == "qwen2_5_vl" else batch_of(mllm, (2, 3, 0))
     policy = dyvte.DyCoke(layer=2, repeated=0.4, decoded=0.3, similar=similar)
     with policy(mllm):
@@ -298,7 +299,7 @@ def generate_eager(policy: Policy, batch: Any) -> Any:
 @torch.no_grad()
 def test_videos_of_every_family(name: str, family: str) -> None:
     """Tokens leave, rows answer as they do alone, and nothing stays on the model."""
-    mllm = model.__wrapped__(family)
+    mllm = model(family)
     batch, _ = video_batch(mllm, steps_for(family))
     plain = generate(mllm, batch, max_new_tokens=3)
     with METHODS[name]()(mllm) as run:
