@@ -230,7 +230,10 @@ def _media(record: dict[str, Any], where: str) -> tuple[str | None, str | list[A
         if len(image) > 1:
             raise BrokenSample(where, f"has {len(image)} images; one an entry is supported")
         image = image[0] if image else None
-    for what, value, kinds in (("image", image, str), ("video", video, (str, list))):
+    for what, value, kinds, wanted in (
+        ("image", image, str, "a file name"),
+        ("video", video, (str, list), "a file name or a list of frames"),
+    ):
         if value is not None and not isinstance(value, kinds):
-            raise BrokenSample(where, f"{what!r} must be a file name, not {type(value).__name__}")
+            raise BrokenSample(where, f"{what!r} must be {wanted}, not {type(value).__name__}")
     return image or None, video or None
