@@ -20,7 +20,6 @@ from dyvte.evaluate import policy_digest, reference_labels
 from dyvte.gates.labels import LabelSet
 from dyvte.mllm import MLLM
 from dyvte.policies.exits.dynamic_exit import DynamicExit
-from dyvte.policies.method import Calibration
 from dyvte.policies.registry import labels
 from dyvte.runs import distributed
 from dyvte.runs.config import command, load_model
@@ -87,7 +86,6 @@ def tables(cfg: DictConfig) -> dict[str, Any] | None:
     if todo:
         batches = list(encoded(mllm, dataset, cfg.batch_size))
         calibration = load_calibration(mllm, cfg, gates, experiment.counted)
-        calibration.asked = Calibration(mllm, [batch for _, batch in batches], counted=experiment.counted)
         settings_of_bar = {"initial": len(mine) - len(todo), "disable": not distributed.is_main()}
         with progress(experiment.name, "settings of methods", len(mine), **settings_of_bar) as bar:
             for index in todo:

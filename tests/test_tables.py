@@ -115,16 +115,6 @@ def test_every_method_meets_the_budget_as_counted_while_it_runs(name: str) -> No
         assert budget - tolerance <= counted <= budget + above
 
 
-def test_the_threshold_of_gates_meets_the_budget_on_the_questions_that_are_asked() -> None:
-    mllm, gate = model(), gates()
-    others, asked = (Calibration(mllm, [each], gate) for each in (prompts(rows=2), prompts(seed=2, rows=12)))
-    thresholds = [
-        dyvte.DynamicExit.at_cost(each, 0.7).threshold
-        for each in (others, asked, Calibration(mllm, others.batches, gate, asked=asked))
-    ]
-    assert thresholds[0] != thresholds[1] == thresholds[2]
-
-
 @pytest.mark.parametrize("name", MATCHED)
 @torch.no_grad()
 def test_every_method_meets_a_share_of_tokens(name: str) -> None:

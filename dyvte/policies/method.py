@@ -70,15 +70,12 @@ class Calibration:
         mllm: the model.
         batches: prompts; those without an image cost the same under every setting.
         gates: for methods that need some.
-        asked: the prompts that will be asked, where they are known. Gates treat every prompt differently, so their
-            threshold is chosen for the mean cost over these (answers play no part in it).
         counted: what a cost is a share of.
     """
 
     mllm: MLLM
     batches: Sequence[Batch]
     gates: Gates | None = None
-    asked: Calibration | None = None
     counted: Counted = "flops"
 
     @cached_property

@@ -88,7 +88,7 @@ class DynamicExit(Policy):
 
     @classmethod
     def at_cost(cls, calibration: Calibration, budget: float) -> Policy | None:
-        """One threshold for all gates, chosen for the mean cost over the prompts that are asked."""
+        """One threshold for all gates, chosen for the mean cost over the prompts."""
         threshold = threshold_at_cost(calibration, budget)
         return None if threshold is None else cls(_gates_of(calibration), threshold)
 
@@ -180,20 +180,19 @@ def threshold_at_cost(calibration: Calibration, budget: float, before: Policy | 
     """The largest threshold within the budget: what gates say does not depend on it, so one pass is enough.
 
     Args:
-        calibration: its `asked` prompts where there are some.
+        calibration: the prompts, and the gates.
         budget: see `Calibration.counted`.
         before: a policy that thins first; the gates decide from the layer after its own on.
 
     Returns:
         None where no threshold is within the budget.
     """
-    gates, asked = _gates_of(calibration), calibration.asked or calibration
-    mllm = asked.mllm
+    gates, mllm = _gates_of(calibration), calibration.mllm
     shares = [1.0] * mllm.num_layers if before is None else before.shares(mllm)
     first = 1 if before is None else int(before.layer) + 1  # type: ignore[attr-defined]
     never = DynamicExit(gates, threshold=2.0, min_layer=first)
     said = []
-    for batch in asked.batches:
+    for batch in calibration.batches:
         with ExitStack() as stack, torch.no_grad():
             for each in ([] if before is None else [before]) + [never]:
                 run = stack.enter_context(each(mllm))
@@ -201,7 +200,7 @@ def threshold_at_cost(calibration: Calibration, budget: float, before: Policy | 
             found = exit_probabilities(run)
         nothing = torch.zeros(len(batch["input_ids"]))
         said.append(torch.stack([found.get(k, nothing).cpu() for k in range(1, mllm.num_layers)], dim=1))
-    probability, costs = torch.cat(said), asked.exit_costs(shares)
+    probability, costs = torch.cat(said), calibration.exit_costs(shares)
 
     def cost(threshold: float) -> float:
         exits = first_exit(probability, [threshold] * len(gates), first)

@@ -71,10 +71,9 @@ class ScoredExit(Policy):
 
     @classmethod
     def at_cost(cls, calibration: Calibration, budget: float) -> Policy | None:
-        """The threshold whose mean cost over the prompts that are asked is the budget, asked before every layer."""
-        asked = calibration.asked or calibration
+        """The threshold whose mean cost over the prompts is the budget, asked before every layer."""
         policy = cls().asking_everywhere()  # type: ignore[call-arg]
-        scores, costs = policy.scores(asked), asked.exit_costs([1.0] * asked.mllm.num_layers)
+        scores, costs = policy.scores(calibration), calibration.exit_costs([1.0] * calibration.mllm.num_layers)
 
         def cost(threshold: float) -> float:
             return float(at_exit(costs, first_exit(scores, [threshold] * scores.shape[1])).mean())

@@ -66,9 +66,8 @@ class VisiPruner(AttentionPolicy):
 
     @classmethod
     def at_cost(cls, calibration: Calibration, budget: float) -> Policy | None:
-        """The smallest `loud`, for the latest filter, whose mean cost over the prompts asked is within the budget."""
-        asked = calibration.asked or calibration
-        largest = largest_within(lambda late: measured_cost(asked, cls(loud=_loud(late))), budget, steps=STEPS)
+        """The smallest `loud`, for the latest filter, whose mean cost over the prompts is within the budget."""
+        largest = largest_within(lambda late: measured_cost(calibration, cls(loud=_loud(late))), budget, steps=STEPS)
         return None if largest is None else cls(loud=_loud(largest))
 
     @classmethod
