@@ -12,6 +12,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,44 @@ def random_llava(
     return wrap(model.to(device))
 
 
+def model_parser(
+    description: str | None, page: str, *, layers: int, head_size: int = 64, vocabulary: int = 512
+) -> argparse.ArgumentParser:
+    """`page_parser` with the sizes of a model, which `model_of` makes, and the device that it is measured on."""
+    parser = page_parser(description, page)
+    parser.add_argument("--layers", type=int, default=layers)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--head-size", type=int, default=head_size)
+    parser.add_argument("--vocabulary", type=int, default=vocabulary)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", help="default: float32 on a CPU, float16 on a GPU")
+    return parser
+
+
+def model_of(options: argparse.Namespace) -> MLLM:
+    """The random model that options of `model_parser` describe."""
+    return random_llava(
+        options.layers,
+        options.hidden,
+        options.head_size,
+        vocabulary=options.vocabulary,
+        device=options.device,
+        dtype=getattr(torch, _dtype(options)),
+    )
+
+
+def model_note(options: argparse.Namespace) -> str:
+    """What was measured on what, for the page."""
+    return (
+        f"{machine(options.device)}, {_dtype(options)}, random weights: {options.layers} layers, hidden "
+        f"{options.hidden}, heads of {options.head_size}"
+    )
+
+
+def _dtype(options: argparse.Namespace) -> str:
+    return options.dtype or ("float32" if options.device == "cpu" else "float16")
+
+
 def random_prompts(
     mllm: MLLM,
     rows: int,
@@ -109,7 +148,21 @@ def random_prompts(
     return mllm.batch(**inputs)
 
 
-# ----------------------------------------------------------------------------- memory
+# -------------------------------------------------------------------- time and memory
+
+
+def now(device: torch.device) -> float:
+    """Seconds of the performance counter, when the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds that `run()` takes, the device's work included."""
+    start = now(device)
+    run()
+    return now(device) - start
 
 
 def extra_mib(run: Callable[[], object], device: str = "cpu") -> float:
@@ -180,10 +233,12 @@ def _processor() -> str:
     return named[1] if named else platform.processor() or platform.machine()
 
 
-def add_output(parser: argparse.ArgumentParser, name: str) -> None:
-    """The option that says where the page goes."""
-    page = Path("docs/benchmarks") / f"{name}.md"
-    parser.add_argument("--output", type=Path, default=page, help="page to write (default: %(default)s)")
+def page_parser(description: str | None, page: str) -> argparse.ArgumentParser:
+    """The options of a benchmark that writes `docs/benchmarks/<page>.md`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    file = Path("docs/benchmarks") / f"{page}.md"
+    parser.add_argument("--output", type=Path, default=file, help="page to write (default: %(default)s)")
+    return parser
 
 
 def write_page(path: Path, lines: Sequence[str]) -> None:

@@ -9,10 +9,10 @@ synchronisations, and calls of dyvte's Python functions.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 import dyvte
-from analysis.statistics.markdown import markdown_table
-from benchmarks.common import VISUAL_TOKENS, add_output, random_llava, random_prompts, write_page
+from analysis.statistics.markdown import markdown_table, records_table
+from benchmarks.common import VISUAL_TOKENS, page_parser, random_llava, random_prompts, write_page
 from benchmarks.dynamic_exit import NEARLY_NEVER, QUESTION_TOKENS, ROWS, SYSTEM_TOKENS, UNCHANGED, mixed_exits
 from dyvte.batch import Batch
 from dyvte.cost.operators import LayerWork, OperatorCounter, Work, count_layers
@@ -47,7 +47,8 @@ from dyvte.policies.skip_attention import SkipAttention
 BATCH_SIZES = (1, ROWS)
 LAYERS, HIDDEN, HEAD_SIZE = 16, 64, 32
 VISION_LAYERS = 2  # methods look at the last but one
-EXITS = ("fixed exit", "dynamic exit, all rows at once", "dynamic exit, mixed")
+MIXED = "dynamic exit, mixed"
+EXITS = ("fixed exit", "dynamic exit, all rows at once", MIXED)
 """Policies that are counted on prompts of different lengths as well."""
 STEPS = 4
 """Decoding steps: the first, which prepares the others, and three that are as all later ones."""
@@ -133,6 +134,7 @@ class Count:
         leaving: the layers before which tokens left: their number of stored positions is not that of the one before.
         after: the layers that run without some positions, as the layer before did.
         steps: decoding, step by step.
+        by_name: operators of the last step.
         prefill_calls, step_calls: calls of dyvte's Python functions in the prefill and in the last step.
     """
 
@@ -140,6 +142,7 @@ class Count:
     leaving: list[int]
     after: list[int]
     steps: list[Work]
+    by_name: Counter[str]
     prefill_calls: int
     step_calls: int
 
@@ -160,7 +163,7 @@ def count_generation(mllm: MLLM, batch: Batch, policy: Policy = UNCHANGED) -> Co
         step = next(decoding_steps(mllm, batch, cache, done=len(steps)))
         step_calls = python_calls(step)
         prefill_calls = python_calls(lambda: mllm.model(**batch, use_cache=True, logits_to_keep=1))
-    return Count(prefill, leaving, after, steps, prefill_calls, step_calls)
+    return Count(prefill, leaving, after, steps, counter.by_name, prefill_calls, step_calls)
 
 
 def decoding_steps(mllm: MLLM, batch: Batch, cache: Any, done: int = 0) -> Iterator[Callable[[], object]]:
@@ -198,19 +201,6 @@ def _counting_calls() -> Iterator[list[int]]:
             gc.enable()
 
 
-@torch.no_grad()
-def count_steps(mllm: MLLM, batch: Batch, policy: Policy = UNCHANGED) -> list[OperatorCounter]:
-    """Count the first decoding steps after a prefill that is not counted."""
-    with policy(mllm):
-        cache = mllm.model(**batch, use_cache=True, logits_to_keep=1).past_key_values
-        counters = []
-        for step in decoding_steps(mllm, batch, cache):
-            with OperatorCounter() as counter:
-                step()
-            counters.append(counter)
-    return counters
-
-
 def python_calls(run: Callable[[], object]) -> int:
     """Calls of dyvte's Python functions in `run()`."""
     with _counting_calls() as calls:
@@ -230,77 +220,49 @@ def count_instrument(mllm: MLLM, batch: Batch, run: Callable[[Batch], object]) -
 # ------------------------------------------------------------------------------- page
 
 
-def policy_row(name: str, batch_size: int, plain: Count, count: Count) -> list[str]:
-    """One row of the table of policies: over the unchanged model, by kind of layer and by step."""
+def policy_columns(plain: Count, count: Count) -> dict[str, str]:
+    """What the tables of policies show: over the unchanged model, by kind of layer and by step."""
     extra = [one - other for one, other in zip(count.prefill.layers, plain.prefill.layers, strict=True)]
     first = min([*count.leaving, *count.after], default=len(extra))
     total, full = count.prefill.total, plain.prefill.total
     step, own = count.steps[-1], plain.steps[-1]
-    return [
-        name,
-        str(batch_size),
-        _most(extra[:first]),
-        _most([extra[layer] for layer in count.leaving]),
-        _most([extra[layer] for layer in count.after]),
-        f"{total.operators / full.operators:.2f}",
-        f"{(total - full).synchronisations:+d}",
-        f"{total.output_bytes / full.output_bytes:.2f}",
-        f"{count.prefill_calls:,}",
-        f"{(count.steps[0] - own).operators:+d}",
-        f"{step.operators / own.operators:.3f}",
-        f"{step.kernels / own.kernels:.3f}",
-        f"{step.output_bytes / own.output_bytes:.2f}",
-        f"{(step - own).synchronisations:+d}",
-        str(count.step_calls),
-    ]
+    return {
+        "layers before": _most(extra[:first]),
+        "layers where tokens leave": _most([extra[layer] for layer in count.leaving]),
+        "layers after": _most([extra[layer] for layer in count.after]),
+        "prefill": f"{total.operators / full.operators:.2f}",
+        "syncs": f"{(total - full).synchronisations:+d}",
+        "bytes": f"{total.output_bytes / full.output_bytes:.2f}",
+        "calls": f"{count.prefill_calls:,}",
+        "first step": f"{(count.steps[0] - own).operators:+d}",
+        "later steps": f"{step.operators / own.operators:.3f}",
+        "kernels": f"{step.kernels / own.kernels:.3f}",
+        "bytes, step": f"{step.output_bytes / own.output_bytes:.2f}",
+        "syncs, step": f"{(step - own).synchronisations:+d}",
+        "calls, step": str(count.step_calls),
+    }
 
 
 def _most(extra: list[Work]) -> str:
     return f"{max(each.operators for each in extra):+d}" if extra else ""
 
 
-POLICY_COLUMNS = [
-    "policy",
-    "batch",
-    "layers before",
-    "layers where tokens leave",
-    "layers after",
-    "prefill",
-    "syncs",
-    "bytes",
-    "calls",
-    "first step",
-    "later steps",
-    "kernels",
-    "bytes, step",
-    "syncs, step",
-    "calls, step",
-]
-
-
-def instrument_row(name: str, batch_size: int, plain: LayerWork, work: LayerWork, calls: int) -> list[str]:
-    """One row of the table of instruments: over one prefill of the unchanged model."""
+def instrument_columns(plain: LayerWork, work: LayerWork, calls: int) -> dict[str, str]:
+    """What the table of instruments shows: over one prefill of the unchanged model."""
     extra = [(one - other).operators for one, other in zip(work.layers, plain.layers, strict=True)]
     total, full = work.total, plain.total
-    return [
-        name,
-        str(batch_size),
-        f"{median(extra):+.0f}",
-        f"{total.operators / full.operators:.2f}",
-        f"{total.output_bytes / full.output_bytes:.2f}",
-        f"{(total - full).synchronisations:+d}",
-        f"{calls:,}",
-    ]
-
-
-INSTRUMENT_COLUMNS = ["instrument", "batch", "a layer", "operators", "bytes", "syncs", "calls"]
+    return {
+        "a layer": f"{median(extra):+.0f}",
+        "operators": f"{total.operators / full.operators:.2f}",
+        "bytes": f"{total.output_bytes / full.output_bytes:.2f}",
+        "syncs": f"{(total - full).synchronisations:+d}",
+        "calls": f"{calls:,}",
+    }
 
 
 def page(mllm: MLLM, batch_sizes: Sequence[int] = BATCH_SIZES) -> list[str]:
     """Count everything and write it down."""
-    of_policies: list[list[str]] = []
-    of_instruments: list[list[str]] = []
-    plain_layers, names = [], list(policies(mllm))
+    of_policies, of_instruments, plain_layers, names = [], [], [], list(policies(mllm))
     for batch_size in batch_sizes:
         batch = prompts(mllm, batch_size)
         plain = count_generation(mllm, batch)
@@ -308,11 +270,14 @@ def page(mllm: MLLM, batch_sizes: Sequence[int] = BATCH_SIZES) -> list[str]:
             f"at batch {batch_size} {plain.prefill.layers[1].operators} operators a layer of the prefill and "
             f"{plain.steps[-1].operators} a decoding step"
         )
-        for name, make in policies(mllm).items():
-            count = count_generation(mllm, batch, make(batch))
-            of_policies.append(policy_row(name, batch_size, plain, count))
+        found = {name: count_generation(mllm, batch, make(batch)) for name, make in policies(mllm).items()}
+        for name, count in found.items():
+            of_policies.append({"policy": name, "batch": batch_size, **policy_columns(plain, count)})
         for name, run in instruments(mllm).items():
-            of_instruments.append(instrument_row(name, batch_size, plain.prefill, *count_instrument(mllm, batch, run)))
+            columns = instrument_columns(plain.prefill, *count_instrument(mllm, batch, run))
+            of_instruments.append({"instrument": name, "batch": batch_size, **columns})
+    full, mixed = plain.by_name, found[MIXED].by_name
+    differing = [[f"`{name}`", full[name], mixed[name]] for name in sorted(mixed | full) if mixed[name] != full[name]]
     return [
         "# What policies and instruments dispatch",
         "",
@@ -329,7 +294,7 @@ def page(mllm: MLLM, batch_sizes: Sequence[int] = BATCH_SIZES) -> list[str]:
         "dyvte's Python functions. *First step*: operators more in the first decoding step, which prepares the "
         "later ones; then operators, kernels and bytes of a later one, as ratios.",
         "",
-        *markdown_table(POLICY_COLUMNS, sorted(of_policies, key=lambda row: names.index(row[0]))),
+        *records_table(sorted(of_policies, key=lambda row: names.index(row["policy"]))),
         "",
         "## What a step with mixed exits dispatches more",
         "",
@@ -337,7 +302,7 @@ def page(mllm: MLLM, batch_sizes: Sequence[int] = BATCH_SIZES) -> list[str]:
         "layer that some rows have left: queries are put in the groups' order, keys are written into one store, read "
         "from it by group, and outputs are put back in order.",
         "",
-        *markdown_table(["operator", "full model", "mixed exits"], _difference(mllm, prompts(mllm, batch_sizes[-1]))),
+        *markdown_table(["operator", "full model", "mixed exits"], differing),
         "",
         "## Bounds",
         "",
@@ -355,52 +320,31 @@ def page(mllm: MLLM, batch_sizes: Sequence[int] = BATCH_SIZES) -> list[str]:
         "apart they are what is added to the scores, which `scaled_dot_product_attention` would make of a boolean mask "
         "in every layer.",
         "",
-        *markdown_table(
-            ["policy", "prefill", "syncs", "first step", "later steps", "kernels"], _padded(mllm, batch_sizes[-1])
-        ),
+        *records_table(_padded(mllm, batch_sizes[-1])),
         "",
         "## Instruments",
         "",
         "Over one prefill of the unchanged model: operators more in the median layer, then operators and bytes as "
         "ratios, and host synchronisations more.",
         "",
-        *markdown_table(INSTRUMENT_COLUMNS, of_instruments),
+        *records_table(of_instruments),
     ]
 
 
-def _padded(mllm: MLLM, batch_size: int) -> list[list[str]]:
+def _padded(mllm: MLLM, batch_size: int) -> list[dict[str, str]]:
     """Rows of the table of prompts that differ in length."""
     batch = prompts(mllm, batch_size, padded=True)
     plain, rows = count_generation(mllm, batch), []
     for name in EXITS:
-        count = count_generation(mllm, batch, policies(mllm)[name](batch))
-        prefill, step, own = count.prefill.total, count.steps[-1], plain.steps[-1]
-        rows.append(
-            [
-                name,
-                f"{prefill.operators / plain.prefill.total.operators:.2f}",
-                f"{(prefill - plain.prefill.total).synchronisations:+d}",
-                f"{(count.steps[0] - own).operators:+d}",
-                f"{step.operators / own.operators:.3f}",
-                f"{step.kernels / own.kernels:.3f}",
-            ]
-        )
+        columns = policy_columns(plain, count_generation(mllm, batch, policies(mllm)[name](batch)))
+        shown = ("prefill", "syncs", "first step", "later steps", "kernels")
+        rows.append({"policy": name, **{column: columns[column] for column in shown}})
     return rows
-
-
-def _difference(mllm: MLLM, batch: Batch) -> list[list[str]]:
-    ways = UNCHANGED, mixed_exits(mllm, batch)
-    full, mixed = (count_steps(mllm, batch, each)[-1].by_name for each in ways)
-    names = [name for name in sorted(mixed | full) if mixed[name] != full[name]]
-    return [[f"`{name}`", str(full[name]), str(mixed[name])] for name in names]
 
 
 def main() -> None:
     """Count, print and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_output(parser, "counts")
-    options = parser.parse_args()
-    write_page(options.output, page(counted_model()))
+    write_page(page_parser(__doc__, "counts").parse_args().output, page(counted_model()))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,7 @@ the meta device, and timed at a width at which matrix products fill the processo
 
 from __future__ import annotations
 
-import argparse
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from unittest import mock
 
@@ -23,10 +20,14 @@ import torch
 from analysis.statistics.markdown import markdown_table
 from benchmarks.common import (
     VISUAL_TOKENS,
-    add_output,
     machine,
+    model_note,
+    model_of,
+    model_parser,
+    now,
     random_llava,
     random_prompts,
+    seconds_of,
     spread,
     write_page,
 )
@@ -57,19 +58,6 @@ class Bench:
 
     mllm: MLLM
 
-    def synchronize(self) -> None:
-        """Wait until the device has done what was asked of it."""
-        if self.mllm.device.type == "cuda":
-            torch.cuda.synchronize(self.mllm.device)
-
-    def seconds(self, run: Callable[[], object]) -> float:
-        """Of one run."""
-        self.synchronize()
-        start = time.perf_counter()
-        run()
-        self.synchronize()
-        return time.perf_counter() - start
-
     @torch.no_grad()
     def prefill(self, batch: Batch, policy: Policy = UNCHANGED) -> None:
         """Prefill as `generate` does it."""
@@ -78,7 +66,7 @@ class Bench:
 
     def prefill_seconds(self, batch: Batch, policy: Policy = UNCHANGED) -> float:
         """Of one prefill."""
-        return self.seconds(lambda: self.prefill(batch, policy))
+        return seconds_of(lambda: self.prefill(batch, policy), self.mllm.device)
 
     @torch.no_grad()
     def decode_seconds(self, batch: Batch, policy: Policy = UNCHANGED) -> float:
@@ -93,34 +81,21 @@ class Bench:
                     mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
                     self.mllm.model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)
 
-            return self.seconds(decode) / STEPS
+            return seconds_of(decode, self.mllm.device) / STEPS
 
     def layer_seconds(self, batch: Batch) -> float:
         """That all decoder layers together take in a plain prefill."""
-        with self._timed_layers() as total:
-            self.prefill(batch)
-        return total[0]
+        marks: list[float] = []
 
-    @contextmanager
-    def _timed_layers(self) -> Iterator[list[float]]:
-        total, started = [0.0], 0.0
+        def mark(*_: object) -> None:
+            marks.append(now(self.mllm.device))
 
-        def start(*_: object) -> None:
-            nonlocal started
-            self.synchronize()
-            started = time.perf_counter()
-
-        def stop(*_: object) -> None:
-            self.synchronize()
-            total[0] += time.perf_counter() - started
-
-        handles = [layer.register_forward_pre_hook(start) for layer in self.mllm.layers]
-        handles += [layer.register_forward_hook(stop) for layer in self.mllm.layers]
-        try:
-            yield total
-        finally:
-            for handle in handles:
-                handle.remove()
+        handles = [layer.register_forward_pre_hook(mark) for layer in self.mllm.layers]
+        handles += [layer.register_forward_hook(mark) for layer in self.mllm.layers]
+        self.prefill(batch)
+        for handle in handles:
+            handle.remove()
+        return sum(marks[1::2]) - sum(marks[::2])
 
     def gate_seconds(self, batch: Batch, policy: DynamicExit) -> float:
         """That the gates of one prefill take."""
@@ -129,7 +104,7 @@ class Bench:
 
         def timed(*arguments: object) -> None:
             nonlocal spent
-            spent += self.seconds(lambda: decide(*arguments))  # type: ignore[arg-type]
+            spent += seconds_of(lambda: decide(*arguments), self.mllm.device)  # type: ignore[arg-type]
 
         with mock.patch.object(DynamicExit, "before_layer", timed):
             self.prefill(batch, policy)
@@ -149,25 +124,20 @@ def mixed_exits(mllm: MLLM, batch: Batch) -> DynamicExit:
     return DynamicExit(gates, threshold=torch.where(fires, (top[:, 0] + top[:, 1]) / 2, 2.0).tolist())
 
 
-def rows_alone(batch: Batch, mllm: MLLM) -> list[Batch]:
-    """The rows of a batch without padding, one batch each."""
-    return [mllm.batch(**{name: value[row : row + 1] for name, value in batch.items()}) for row in range(ROWS)]
-
-
 def batch_of_rows(mllm: MLLM) -> Batch:
     """The batch whose rows leave at different layers."""
     return random_prompts(mllm, ROWS, SYSTEM_TOKENS, QUESTION_TOKENS)
 
 
 def measure(mllm: MLLM, mixed: DynamicExit, repeats: int) -> list[dict[str, float]]:
-    """Seconds of everything that is timed, round by round; one more round before them warms up."""
+    """Seconds of everything that is timed, round by round."""
     bench, layers = Bench(mllm), mllm.num_layers
     one = random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
     text = random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS, images=0)
     eight = batch_of_rows(mllm)
     half = FixedExit(layers // 2)
-    alone = rows_alone(eight, mllm)
-    timed: dict[str, Callable[[], float]] = {
+    alone = [eight[row : row + 1] for row in range(ROWS)]
+    timed = {
         "full": lambda: bench.prefill_seconds(one),
         "half": lambda: bench.prefill_seconds(one, half),
         "layers": lambda: bench.layer_seconds(one),
@@ -177,14 +147,19 @@ def measure(mllm: MLLM, mixed: DynamicExit, repeats: int) -> list[dict[str, floa
         "decoding": lambda: bench.decode_seconds(eight),
         "decoding mixed": lambda: bench.decode_seconds(eight, mixed),
     }
+    return in_turns(timed, repeats)
+
+
+def in_turns(timed: Mapping[str, Callable[[], float]], repeats: int) -> list[dict[str, float]]:
+    """The seconds of each run in every round; one more round before them warms up."""
     return [{name: run() for name, run in timed.items()} for _ in range(repeats + 1)][1:]
 
 
 @torch.no_grad()
-def exits_of_batch(mllm: MLLM, mixed: DynamicExit) -> list[int]:
+def exits_of(mllm: MLLM, batch: Batch, policy: DynamicExit) -> list[int]:
     """Exit layers of the rows, in order."""
-    with mixed(mllm) as run:
-        mllm.model(**batch_of_rows(mllm), logits_to_keep=1)
+    with policy(mllm) as run:
+        mllm.model(**batch, logits_to_keep=1)
     return sorted(run.exit_layers.tolist())
 
 
@@ -199,16 +174,21 @@ def flops_saved(mllm: MLLM) -> float:
 # ------------------------------------------------------------------------- deciding
 
 
+def never_firing(mllm: MLLM) -> DynamicExit:
+    """Gates that are all asked and let no row go."""
+    return DynamicExit(Gates(mllm.num_layers, mllm.hidden_size, bias=True), threshold=NEARLY_NEVER)
+
+
 def measure_gates(mllm: MLLM, repeats: int) -> list[dict[str, float]]:
     """Seconds of a plain prefill, of one under gates that are all asked and never fire, and of the gates in one."""
     bench, one = Bench(mllm), random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
-    asked = DynamicExit(Gates(mllm.num_layers, mllm.hidden_size, bias=True), threshold=NEARLY_NEVER)
-    timed: dict[str, Callable[[], float]] = {
+    asked = never_firing(mllm)
+    timed = {
         "full": lambda: bench.prefill_seconds(one),
         "asked": lambda: bench.prefill_seconds(one, asked),
         "gates": lambda: bench.gate_seconds(one, asked),
     }
-    return [{name: run() for name, run in timed.items()} for _ in range(repeats + 1)][1:]
+    return in_turns(timed, repeats)
 
 
 @torch.no_grad()
@@ -228,9 +208,8 @@ def deciding_flops(layers: int, hidden: int, head_size: int) -> tuple[int, int]:
 def deciding_work(mllm: MLLM) -> tuple[Work, Work]:
     """What every gate but the first dispatches, and what a decoder layer does."""
     one = random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
-    asked = DynamicExit(Gates(mllm.num_layers, mllm.hidden_size, bias=True), threshold=NEARLY_NEVER)
     found = []
-    for policy in (UNCHANGED, asked):
+    for policy in (UNCHANGED, never_firing(mllm)):
         with policy(mllm), count_layers(mllm) as work:
             mllm.model(**one, use_cache=True, logits_to_keep=1)
         found.append(work.layers[-1])
@@ -239,6 +218,10 @@ def deciding_work(mllm: MLLM) -> tuple[Work, Work]:
 
 def deciding_page(mllm: MLLM, rounds: list[dict[str, float]]) -> list[str]:
     """Lines of the page."""
+
+    def ratio(name: str, digits: int) -> str:
+        return spread((each[name] / each["full"] for each in rounds), digits)
+
     rows = []
     for name, sizes in LLAVA.items():
         gates, decoder = deciding_flops(*sizes)
@@ -248,16 +231,8 @@ def deciding_page(mllm: MLLM, rounds: list[dict[str, float]]) -> list[str]:
         ("operators of a gate over those of a layer", f"{gate.operators} / {layer.operators}", "counted"),
         ("bytes that they write", f"{gate.output_bytes / layer.output_bytes:.5f}", "counted"),
         ("waits of the host, a gate that may let a row go", str(gate.synchronisations), "counted"),
-        (
-            "time of the gates, of the prefill",
-            spread((each["gates"] / each["full"] for each in rounds), 4),
-            "below 0.01",
-        ),
-        (
-            "prefill under them, of the plain one",
-            spread((each["asked"] / each["full"] for each in rounds), 3),
-            "reported",
-        ),
+        ("time of the gates, of the prefill", ratio("gates", 4), "below 0.01"),
+        ("prefill under them, of the plain one", ratio("asked", 3), "reported"),
     ]
     return [
         "# What the gates' deciding costs",
@@ -313,34 +288,28 @@ def table(layers: int, rounds: list[dict[str, float]], flops: float, exits: list
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = model_parser(__doc__, "dynamic_exit", layers=16)
     parser.add_argument("--deciding", action="store_true", help="what deciding costs, to docs/benchmarks/deciding.md")
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--head-size", type=int, default=64)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=9, help="rounds")
-    add_output(parser, "dynamic_exit")
     options = parser.parse_args(arguments)
-    dtype = torch.float32 if options.device == "cpu" else torch.float16
-    mllm = random_llava(options.layers, options.hidden, options.head_size, device=options.device, dtype=dtype)
+    mllm = model_of(options)
     if options.deciding:
         if options.output == parser.get_default("output"):
             options.output = options.output.with_name("deciding.md")
         write_page(options.output, deciding_page(mllm, measure_gates(mllm, options.repeats)))
         return
-    mixed = mixed_exits(mllm, batch_of_rows(mllm))
+    batch = batch_of_rows(mllm)
+    mixed = mixed_exits(mllm, batch)
     rounds = measure(mllm, mixed, options.repeats)
-    rows = table(options.layers, rounds, flops_saved(mllm), exits_of_batch(mllm, mixed))
+    rows = table(options.layers, rounds, flops_saved(mllm), exits_of(mllm, batch, mixed))
     lines = [
         "# What a visual-token exit saves in time",
         "",
         "Written by `python -m benchmarks.dynamic_exit`. What the gates' deciding costs: [deciding](deciding.md).",
         "",
-        f"{machine(options.device)}, {str(dtype).removeprefix('torch.')}, random weights: {options.layers} layers, "
-        f"hidden {options.hidden}, heads of {options.head_size}; {SYSTEM_TOKENS} system + {VISUAL_TOKENS} visual + "
-        f"{QUESTION_TOKENS} question tokens. Median of {options.repeats} rounds [quartiles]; everything is timed in "
-        "every round, and ratios are taken within a round.",
+        f"{model_note(options)}; {SYSTEM_TOKENS} system + {VISUAL_TOKENS} visual + {QUESTION_TOKENS} question tokens. "
+        f"Median of {options.repeats} rounds [quartiles]; everything is timed in every round, and ratios are taken "
+        "within a round.",
         "",
         *markdown_table(["", "measured", "required"], rows),
     ]

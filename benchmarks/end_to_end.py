@@ -9,14 +9,12 @@ before the decoder, in its prefill and in decoding, says what an exit can save a
 
 from __future__ import annotations
 
-import argparse
-
 import pandas as pd
 import torch
 
 from analysis.cost import time_generation
 from analysis.statistics.markdown import markdown_table
-from benchmarks.common import VISUAL_TOKENS, add_output, machine, random_llava, random_prompts, write_page
+from benchmarks.common import VISUAL_TOKENS, model_note, model_of, model_parser, random_prompts, write_page
 from benchmarks.dynamic_exit import QUESTION_TOKENS, ROWS, SYSTEM_TOKENS, UNCHANGED, mixed_exits
 from dyvte.batch import Batch
 from dyvte.cost.flops import prefill_flops
@@ -107,17 +105,11 @@ def table(measured: pd.DataFrame) -> list[list[str]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--head-size", type=int, default=64)
+    parser = model_parser(__doc__, "end_to_end", layers=16)
     parser.add_argument("--questions", type=int, default=64)
     parser.add_argument("--answer-tokens", type=int, nargs="+", default=list(ANSWER_TOKENS))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add_output(parser, "end_to_end")
     options = parser.parse_args(arguments)
-    dtype = torch.float32 if options.device == "cpu" else torch.float16
-    mllm = random_llava(options.layers, options.hidden, options.head_size, device=options.device, dtype=dtype)
+    mllm = model_of(options)
     measured = measure(mllm, batches(mllm, options.questions), tuple(options.answer_tokens))
     columns = ["answer, tokens", "", "questions/s", "of full", "saved, of predicted", "vision / prefill / decoding, %"]
     lines = [
@@ -125,11 +117,10 @@ def main(arguments: list[str] | None = None) -> None:
         "",
         "Written by `python -m benchmarks.end_to_end`.",
         "",
-        f"{machine(options.device)}, {str(dtype).removeprefix('torch.')}, random weights: {options.layers} layers, "
-        f"hidden {options.hidden}, heads of {options.head_size}; {options.questions} questions of {SYSTEM_TOKENS} "
-        f"system, {VISUAL_TOKENS} visual and {QUESTION_TOKENS} question tokens in batches of {ROWS}. *Saved, of "
-        "predicted*: time saved over the share of the prefill's FLOPs saved times the full model's prefill; what "
-        "decoding saves comes on top. Vision is the tower (of one layer here), the projector and the embedding.",
+        f"{model_note(options)}; {options.questions} questions of {SYSTEM_TOKENS} system, {VISUAL_TOKENS} visual and "
+        f"{QUESTION_TOKENS} question tokens in batches of {ROWS}. *Saved, of predicted*: time saved over the share of "
+        "the prefill's FLOPs saved times the full model's prefill; what decoding saves comes on top. Vision is the "
+        "tower (of one layer here), the projector and the embedding.",
         "",
         *markdown_table(columns, table(measured)),
     ]

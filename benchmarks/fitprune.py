@@ -13,13 +13,22 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from analysis.statistics.markdown import markdown_table
-from benchmarks.common import VISUAL_TOKENS, add_output, machine, random_prompts, write_page
-from benchmarks.sweep import INSTRUCTION_TOKENS, SYSTEM_TOKENS, build
+from benchmarks.common import (
+    VISUAL_TOKENS,
+    model_note,
+    model_of,
+    model_parser,
+    random_prompts,
+    seconds_of,
+    write_page,
+)
+from benchmarks.sweep import INSTRUCTION_TOKENS, SYSTEM_TOKENS
 from dyvte.batch import Batch
 from dyvte.policies.pruning.fitprune import Recipe, Statistics, fit_recipe
 
@@ -29,15 +38,12 @@ LIMIT_SECONDS = 300
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a plain forward, of the statistics by batch, and of fitting every budget; the recipes."""
-    mllm = build(options)
+    mllm = model_of(options)
     generator = torch.Generator().manual_seed(1)
     warm_up = random_prompts(mllm, 1, SYSTEM_TOKENS, INSTRUCTION_TOKENS, generator=generator)
-    plain = []
+    run = partial(mllm.model, **warm_up, use_cache=False, logits_to_keep=1)
     with torch.no_grad():
-        for _ in range(3):
-            started = time.perf_counter()
-            mllm.model(**warm_up, use_cache=False, logits_to_keep=1)
-            plain.append(time.perf_counter() - started)
+        plain = [seconds_of(run, mllm.device) for _ in range(3)]
     seconds: list[float] = []
 
     def batches() -> Iterator[Batch]:
@@ -71,23 +77,16 @@ def report(options: argparse.Namespace, found: dict[str, Any]) -> list[str]:
     ]
     columns = ["budget (decoder FLOPs)", "fitting, s", "alpha", "cost of the recipe"]
     recipes = [
-        [
-            f"{budget:g}",
-            f"{seconds:.2f}",
-            f"{recipe.alpha:.3f}",
-            f"{recipe.cost:.3f}",
-            f"{100 * recipe.keep[-1]:.0f}%",
-        ]
-        for budget, (seconds, recipe) in fits.items()
+        [f"{budget:g}", f"{seconds:.2f}", f"{each.alpha:.3f}", f"{each.cost:.3f}", f"{100 * each.keep[-1]:.0f}%"]
+        for budget, (seconds, each) in fits.items()
     ]
     return [
         "# Cost of fitting a FitPrune recipe",
         "",
         "Written by `python -m benchmarks.fitprune`.",
         "",
-        f"{machine(options.device)}, {options.dtype}, random weights: {options.layers} layers, hidden "
-        f"{options.hidden}, heads of {options.head_size}; {SYSTEM_TOKENS} system + {VISUAL_TOKENS} visual + "
-        f"{INSTRUCTION_TOKENS} instruction tokens; {options.samples} samples in batches of {options.batch_size}.",
+        f"{model_note(options)}; {SYSTEM_TOKENS} system + {VISUAL_TOKENS} visual + {INSTRUCTION_TOKENS} instruction "
+        f"tokens; {options.samples} samples in batches of {options.batch_size}.",
         "",
         f"Statistics and one recipe take {total:.0f} s, {verdict} the {LIMIT_SECONDS / 60:.0f} minutes that FitPrune's "
         "authors give for their search.",
@@ -102,17 +101,10 @@ def report(options: argparse.Namespace, found: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Measure, print and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = model_parser(__doc__, "fitprune", layers=32, head_size=128, vocabulary=32064)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.6, 0.5])
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--head-size", type=int, default=128)
-    parser.add_argument("--vocabulary", type=int, default=32064)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    add_output(parser, "fitprune")
     options = parser.parse_args()
     write_page(options.output, report(options, measure(options)))
 

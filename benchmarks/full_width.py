@@ -9,8 +9,6 @@ takes a model of this width, and at what cost. Each command runs in a process of
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import subprocess
 import sys
@@ -23,9 +21,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil
 
+from analysis.measuring.runs import read_summary
 from analysis.statistics.markdown import markdown_table
 from benchmarks import architectures
-from benchmarks.common import add_output, machine, write_page
+from benchmarks.common import machine, page_parser, write_page
 from dyvte.testbed.tokenizer import build_processor
 
 SEED = 0
@@ -83,40 +82,18 @@ def commands(model: Path, folder: Path, samples: int, train_samples: int) -> lis
     few = [f"data.limit={samples}", "bootstrap=100"]
     short = "max_new_tokens=4"
     reference = [f"comparison_dir={folder}/compare", f"reference_dir={folder}/reference"]
+    training = [f"data.limit={train_samples}", "data.per_scene=1", f"labels.{short}", f"labels.dir={folder}/labels"]
+    training += ["validation_share=0.5", "recipe.training.members=1"]
+    gates = ["policy=dynamic_exit", f"policy.gates={folder}/train/gates"]
+    found = [
+        ("analysis.stages", samples, few),
+        ("analysis.exits", samples, [*few, "permutations=99", "captions=0", short]),
+        ("dyvte.train", train_samples, training),
+        ("dyvte.evaluate", samples, [f"data.limit={samples}", short, *reference, *gates]),
+    ]
     return [
-        ("analysis.stages", samples, [*common, *few, f"output_dir={folder}/stages"]),
-        (
-            "analysis.exits",
-            samples,
-            [*common, *few, "permutations=99", "captions=0", short, f"output_dir={folder}/exits"],
-        ),
-        (
-            "dyvte.train",
-            train_samples,
-            [
-                *common,
-                f"data.limit={train_samples}",
-                "data.per_scene=1",
-                f"labels.{short}",
-                f"labels.dir={folder}/labels",
-                "validation_share=0.5",
-                "recipe.training.members=1",
-                f"output_dir={folder}/train",
-            ],
-        ),
-        (
-            "dyvte.evaluate",
-            samples,
-            [
-                *common,
-                f"data.limit={samples}",
-                short,
-                *reference,
-                "policy=dynamic_exit",
-                f"policy.gates={folder}/train/gates",
-                f"output_dir={folder}/evaluate",
-            ],
-        ),
+        (name, number, [*common, *words, f"output_dir={folder}/{name.partition('.')[2]}"])
+        for name, number, words in found
     ]
 
 
@@ -134,8 +111,7 @@ def run_command(module: str, samples: int, words: list[str], folder: Path) -> Ru
     seconds = time.perf_counter() - started
     if status:
         raise RuntimeError(f"{module} failed: ...{log.read_text()[-2000:]}")
-    (output,) = [word.removeprefix("output_dir=") for word in words if word.startswith("output_dir=")]
-    work = json.loads((Path(output) / "summary.json").read_text())["seconds"]
+    work = read_summary(words[-1].removeprefix("output_dir="))["seconds"]
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(f"{module}: {seconds:.0f} s, {peak / 2**30:.1f} GiB", file=sys.stderr, flush=True)
     return Run(module, samples, seconds, work, peak)
@@ -147,12 +123,8 @@ def report(name: str, layers: int, facts: dict[str, Any], runs: list[Run]) -> li
     columns = ["command", "questions", "whole process, s", "work on the questions, s", "peak resident memory, GiB"]
     rows = [
         [
-            f"`{run.command}`",
-            run.samples,
-            f"{run.seconds:.0f}",
-            f"{run.work_seconds:.0f}",
-            f"{run.peak_bytes / 2**30:.1f}",
-            f"{(run.peak_bytes - weights) / 2**30:.1f}",
+            *(f"`{run.command}`", run.samples, f"{run.seconds:.0f}", f"{run.work_seconds:.0f}"),
+            *(f"{each / 2**30:.1f}" for each in (run.peak_bytes, run.peak_bytes - weights)),
         ]
         for run in runs
     ]
@@ -175,14 +147,13 @@ def report(name: str, layers: int, facts: dict[str, Any], runs: list[Run]) -> li
 
 def main() -> None:
     """Build, run, print and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = page_parser(__doc__, "full_width")
     parser.add_argument("--model", default="llava7b", choices=["llava7b", "llava13b"])
     parser.add_argument("--layers", type=int, default=2, help="decoder layers")
     parser.add_argument("--samples", type=int, default=4, help="questions of stages, exits and evaluate")
     parser.add_argument("--train-samples", type=int, default=8)
     parser.add_argument("--folder", type=Path, help="for the model and the runs; by default one that is deleted")
     parser.add_argument("--small", action="store_true", help="a narrow model, to try this program")
-    add_output(parser, "full_width")
     options = parser.parse_args()
     known = architectures.architecture(options.model)
     settings = architectures.small_settings(known) if options.small else known.config

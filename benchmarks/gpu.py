@@ -29,8 +29,8 @@ import dyvte
 from analysis.cost import measure
 from analysis.statistics.markdown import markdown_table
 from benchmarks import architectures
-from benchmarks.common import add_output, machine, quartiles, spread, write_page
-from benchmarks.dynamic_exit import QUESTION_TOKENS, SYSTEM_TOKENS
+from benchmarks.common import machine, page_parser, quartiles, seconds_of, spread, write_page
+from benchmarks.dynamic_exit import NEARLY_NEVER, QUESTION_TOKENS, SYSTEM_TOKENS
 from dyvte.batch import Batch
 from dyvte.cost.measure import PeakMemory
 from dyvte.gates import Gates
@@ -48,7 +48,6 @@ HALF = 0.5
 """Depth of the fixed exit; and where the gates let go, as our source of the paper does not print its mean exit."""
 INSTRUMENT_WINDOWS = 4
 """Windows of the knock-out, which share the depth."""
-NEARLY_NEVER = 1 - 1e-6
 
 
 @dataclass
@@ -189,9 +188,7 @@ def measure_instruments(mllm: MLLM, batch: Batch, repeats: int) -> list[dict[str
             continue
         try:
             with PeakMemory(mllm.device) as memory:
-                started = _now(mllm.device)
-                run()
-                seconds = _now(mllm.device) - started
+                seconds = seconds_of(run, mllm.device)
         except torch.OutOfMemoryError:
             row["failed"] = "out of memory"
             _free(mllm.device)
@@ -200,12 +197,6 @@ def measure_instruments(mllm: MLLM, batch: Batch, repeats: int) -> list[dict[str
             row["ms"].append(1e3 * seconds)
         row["peak_bytes"] = memory.bytes
     return list(rows.values())
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _free(device: torch.device) -> None:
@@ -236,20 +227,19 @@ def run_parts(options: argparse.Namespace, device: torch.device) -> dict[str, An
                 results["left_out"].append(part.name)
                 continue
             mllm = load(model, attention, device, options.dry_run) if mllm is None else mllm
-            results["parts"][part.name] = {**vars(part), "rows": _measure(part, mllm, options)}
+            batch = prompts(mllm, model, part.batch_size)
+            rows = (
+                measure_instruments(mllm, batch, options.repeats)
+                if part.kind == "instruments"
+                else measure_policies(mllm, batch, options.repeats, options.new_tokens)
+            )
+            results["parts"][part.name] = {**vars(part), "rows": rows}
             slowest = max(slowest, time.monotonic() - part_started)
             _save(results, options)
         del mllm
         _free(device)
     _save(results, options)
     return results
-
-
-def _measure(part: Part, mllm: MLLM, options: argparse.Namespace) -> list[dict[str, Any]]:
-    batch = prompts(mllm, part.model, part.batch_size)
-    if part.kind == "instruments":
-        return measure_instruments(mllm, batch, options.repeats)
-    return measure_policies(mllm, batch, options.repeats, options.new_tokens)
 
 
 # ------------------------------------------------------------------------------- page
@@ -303,13 +293,8 @@ def _instrument_rows(part: dict[str, Any]) -> Iterator[list[str]]:
         if "failed" in row:
             yield [part["model"], row["method"], row["failed"], "", ""]
             continue
-        yield [
-            part["model"],
-            row["method"],
-            spread(row["ms"], 1),
-            _ratio(row["ms"], plain["ms"]),
-            f"{row['peak_bytes'] / 1e9:.2f}",
-        ]
+        cells = [part["model"], row["method"], spread(row["ms"], 1), _ratio(row["ms"], plain["ms"])]
+        yield [*cells, f"{row['peak_bytes'] / 1e9:.2f}"]
 
 
 def _ratio(own: list[float], other: list[float]) -> str:
@@ -329,14 +314,13 @@ def _published() -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = page_parser(__doc__, "gpu")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=architectures.names())
     parser.add_argument("--minutes", type=float, default=MINUTES, help="no part is begun that would end later")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
     parser.add_argument("--results", type=Path, default=Path("outputs/benchmarks/gpu.json"), help="what goes on")
     parser.add_argument("--dry-run", action="store_true", help="tiny models on a CPU")
-    add_output(parser, "gpu")
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():
         parser.error("needs a GPU; --dry-run tries the program without one")

@@ -117,12 +117,11 @@ def report(options: argparse.Namespace, times: dict[str, dict[str, float]], memo
     """The lines of the section."""
     rows = [
         [
-            name,
-            f"{each['number']:.0f}",
-            f"{each['call']:.1f} s",
-            f"{each['forwards']:.1f} s",
-            f"{each['forwards'] / each['call']:.1f}",
-            f"{memory[name]:.0f} MiB, {memory[name] / memory[SWEEP]:.2f} x",
+            *(name, f"{each['number']:.0f}", f"{each['call']:.1f} s", f"{each['forwards']:.1f} s"),
+            *(
+                f"{each['forwards'] / each['call']:.1f}",
+                f"{memory[name]:.0f} MiB, {memory[name] / memory[SWEEP]:.2f} x",
+            ),
         ]
         for name, each in times.items()
     ]

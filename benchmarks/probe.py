@@ -22,10 +22,10 @@ import torch
 from analysis.statistics.markdown import markdown_table
 from benchmarks.common import (
     VISUAL_TOKENS,
-    add_output,
     extra_mib,
     machine,
     measured_apart,
+    page_parser,
     quartiles,
     random_llava,
     random_prompts,
@@ -144,9 +144,8 @@ def report(times: list[dict[str, Any]], memory: dict[str, dict[str, Any]]) -> li
 
 def main() -> None:
     """Measure, print and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = page_parser(__doc__, "probe")
     parser.add_argument("--repeats", type=int, default=9, help="pairs of forwards for each width")
-    add_output(parser, "probe")
     parser.add_argument("--memory-of", choices=MEMORY_MODES, help=argparse.SUPPRESS)  # what a child process measures
     options = parser.parse_args()
     if options.memory_of:

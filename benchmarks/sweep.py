@@ -18,8 +18,8 @@ import argparse
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,12 +27,13 @@ import torch
 from analysis.statistics.markdown import markdown_table
 from benchmarks.common import (
     VISUAL_TOKENS,
-    add_output,
     extra_mib,
-    machine,
     measured_apart,
-    random_llava,
+    model_note,
+    model_of,
+    model_parser,
     random_prompts,
+    seconds_of,
     write_page,
 )
 from dyvte import FixedExit, exit_sweep
@@ -42,18 +43,6 @@ from dyvte.mllm import MLLM
 SYSTEM_TOKENS, INSTRUCTION_TOKENS = 32, 32
 QUESTIONS = 8
 MEMORY_MODES = ("plain", "sweep", "sweep_shared")
-
-
-def build(options: argparse.Namespace) -> MLLM:
-    """The model that the options describe."""
-    return random_llava(
-        options.layers,
-        options.hidden,
-        options.head_size,
-        vocabulary=options.vocabulary,
-        device=options.device,
-        dtype=getattr(torch, options.dtype),
-    )
 
 
 def questions_about_one_image(mllm: MLLM, questions: int) -> Batch:
@@ -73,7 +62,7 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
 
     Within a round the runs of (a) are spread between those of the others, so that all of them meet the same machine.
     """
-    mllm = build(options)
+    mllm = model_of(options)
     one, many = (questions_about_one_image(mllm, number) for number in (1, QUESTIONS))
     exits = range(mllm.num_layers + 1)
 
@@ -88,13 +77,6 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
         "c": lambda: exit_sweep(mllm, many, shared_image=[0] * QUESTIONS),
     }
 
-    def seconds_of(function: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        function()
-        if options.device != "cpu":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
     naive = torch.stack([one_exit(mllm, one, layer) for layer in exits], dim=1)
     difference = (naive - others["b"]().logits).abs().max().item()
     others["c"]()
@@ -103,21 +85,20 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
         seconds: dict[str, Any] = {"a": [0.0] * len(exits), **{name: [] for name in others}}
         order = list(others)
         for step, layer in enumerate(exits):
-            seconds["a"][layer] = seconds_of(lambda layer=layer: one_exit(mllm, one, layer))  # type: ignore[misc]
+            seconds["a"][layer] = seconds_of(partial(one_exit, mllm, one, layer), mllm.device)
             if step % (len(exits) // len(others)) == 0 and order:
                 name = order.pop(index % len(order))
-                seconds[name].append(seconds_of(others[name]))
-                if name != "c":
-                    seconds[name].append(seconds_of(others[name]))
+                times = 1 if name == "c" else 2
+                seconds[name] += [seconds_of(others[name], mllm.device) for _ in range(times)]
         rounds.append(seconds)
-        print({name: round(value, 3) for name, value in best_times(rounds).items()}, file=sys.stderr, flush=True)
+        print({name: round(value, 3) for name, value in times_over(rounds, min).items()}, file=sys.stderr, flush=True)
     return {"rounds": rounds, "difference": difference}
 
 
 @torch.no_grad()
 def measure_memory(options: argparse.Namespace, mode: str) -> float:
     """MiB that the process needs at most during one call, above what it held before."""
-    mllm = build(options)
+    mllm = model_of(options)
     batch = questions_about_one_image(mllm, QUESTIONS if mode == "sweep_shared" else 1)
     mllm.model(**random_prompts(mllm, 1, SYSTEM_TOKENS, INSTRUCTION_TOKENS, images=0))  # warm up
     if mode == "plain":
@@ -137,23 +118,15 @@ def unique_layer_work(layers: int) -> tuple[float, float]:
     return naive / (prefix + own + branches), naive / (prefix / QUESTIONS + own + branches)
 
 
-def best_times(rounds: list[dict[str, Any]]) -> dict[str, float]:
-    """Shortest time of every run over all rounds; (a) is the sum over its runs."""
-    best = {name: min(min(each[name]) for each in rounds) for name in rounds[0] if name != "a"}
-    return {"a": sum(map(min, zip(*(each["a"] for each in rounds), strict=True))), **best}
-
-
-def median_times(rounds: list[dict[str, Any]]) -> dict[str, float]:
-    """Median time of every run over all rounds; (a) is the sum over its runs."""
-    middle = {
-        name: statistics.median(value for each in rounds for value in each[name]) for name in rounds[0] if name != "a"
-    }
-    return {"a": sum(map(statistics.median, zip(*(each["a"] for each in rounds), strict=True))), **middle}
+def times_over(rounds: list[dict[str, Any]], of: Callable[[Iterable[float]], float]) -> dict[str, float]:
+    """The shortest (`min`) or median time of every run over all rounds; (a) is the sum over its runs."""
+    others = {name: of(value for each in rounds for value in each[name]) for name in rounds[0] if name != "a"}
+    return {"a": sum(map(of, zip(*(each["a"] for each in rounds), strict=True))), **others}
 
 
 def report(options: argparse.Namespace, times: dict[str, Any], memory: dict[str, float]) -> list[str]:
     """The lines of the page."""
-    best, middle = best_times(times["rounds"]), median_times(times["rounds"])
+    best, middle = (times_over(times["rounds"], of) for of in (min, statistics.median))
 
     def row(label: str, name: str, questions: int, bound: float | None) -> list[str]:
         ratios = [each["a"] * questions / each[name] for each in (best, middle)]
@@ -183,9 +156,8 @@ def report(options: argparse.Namespace, times: dict[str, Any], memory: dict[str,
         "",
         "Written by `python -m benchmarks.sweep`.",
         "",
-        f"{machine(options.device)}, {options.dtype}, random weights: {options.layers} layers, hidden "
-        f"{options.hidden}, heads of {options.head_size}, vocabulary {options.vocabulary:,}; {SYSTEM_TOKENS} system + "
-        f"{VISUAL_TOKENS} visual + {INSTRUCTION_TOKENS} instruction tokens.",
+        f"{model_note(options)}, vocabulary {options.vocabulary:,}; {SYSTEM_TOKENS} system + {VISUAL_TOKENS} visual + "
+        f"{INSTRUCTION_TOKENS} instruction tokens.",
         "",
         f"{len(times['rounds'])} rounds in one process; every round runs each way, with the {options.layers + 1} runs "
         "of (a) spread between the others. Best and median are taken run by run over the rounds; (a) is the sum of its "
@@ -204,15 +176,8 @@ def report(options: argparse.Namespace, times: dict[str, Any], memory: dict[str,
 
 def main() -> None:
     """Measure, print and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--head-size", type=int, default=128)
-    parser.add_argument("--vocabulary", type=int, default=32064)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; on a GPU take --dtype bfloat16 and real widths")
-    parser.add_argument("--dtype", default="float32")
+    parser = model_parser(__doc__, "sweep", layers=24, head_size=128, vocabulary=32064)
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
-    add_output(parser, "sweep")
     parser.add_argument("--memory-of", choices=MEMORY_MODES, help=argparse.SUPPRESS)  # what a child process measures
     options = parser.parse_args()
     if options.memory_of:

@@ -132,7 +132,7 @@ def test_an_exit_in_time() -> None:
     rounds = bench_dynamic_exit.measure(mllm, mixed, repeats=2)
     assert len(rounds) == 2
     assert all(seconds > 0 for each in rounds for seconds in each.values())
-    exits = bench_dynamic_exit.exits_of_batch(mllm, mixed)
+    exits = bench_dynamic_exit.exits_of(mllm, bench_dynamic_exit.batch_of_rows(mllm), mixed)
     assert len(exits) == bench_dynamic_exit.ROWS
     assert len(set(exits)) > 2
     known = {"full": 2.0, "half": 1.5, "layers": 1.4, "text layers": 0.4, "batch": 8.0}

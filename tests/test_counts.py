@@ -139,7 +139,7 @@ def test_decoding_of_rows_that_left_at_different_layers(padded: bool) -> None:
     mllm = counts.counted_model(counts.LAYERS)
     batch = counts.prompts(mllm, counts.ROWS, padded)
     policy = counts.policies(mllm)["dynamic exit, mixed"](batch)
-    plain, mixed = ([each.work for each in counts.count_steps(mllm, batch, way)] for way in (Unchanged(), policy))
+    plain, mixed = (counts.count_generation(mllm, batch, way).steps for way in (Unchanged(), policy))
     for own, step in zip(plain[1:], mixed[1:], strict=True):
         assert step.operators <= 1.14 * own.operators
         assert step.output_bytes < own.output_bytes

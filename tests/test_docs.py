@@ -172,7 +172,8 @@ def check_command(line: str, configs: Path) -> None:
     name = configuration_of(module)
     if name is None:
         for option in [word.partition("=")[0] for word in words if word.startswith("--")]:
-            assert f'"{option}"' in source_of(module), f"{module} has no option {option}"
+            sources = source_of(module) + source_of("benchmarks.common")
+            assert f'"{option}"' in sources, f"{module} has no option {option}"
         return
     searchpath = []
     if "--config-dir" in words:

@@ -17,6 +17,16 @@ def markdown_table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> list[s
     return [body[0], "|" + "---|" * len(head), *body[1:]]
 
 
+def records_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The lines of a table whose rows are dictionaries of the same keys, which head its columns.
+
+    Example:
+        >>> records_table([{"method": "FastV", "cost": 0.5}])
+        ['| method | cost |', '|---|---|', '| FastV | 0.5 |']
+    """
+    return markdown_table(list(rows[0]), [list(row.values()) for row in rows])
+
+
 def heading(cfg: DictConfig, note: str) -> list[str]:
     """Title of an experiment, and what its numbers are of."""
     return [f"### {cfg.experiment.title}", "", f"{cfg.model.name} on {cfg.data.name}: {note}.", ""]
