@@ -12,7 +12,7 @@ export PYTHONDONTWRITEBYTECODE :=
 export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/pycache
 
 .DEFAULT_GOAL := help
-.PHONY: help install stages explore smol smol-eval smol-stages test lint format types pytest zoo notebooks figures comparison testbed-eval site test-lmms-eval clean
+.PHONY: help install stages explore smol smol-eval smol-stages smol-report test lint format types pytest zoo notebooks figures comparison testbed-eval site test-lmms-eval clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ smol-eval: smol ## Accuracy and controls of llava_smol, and its page
 
 smol-stages: smol ## Layer-by-layer attention of llava_smol
 	$(BIN)/python -m analysis.stages model=llava_smol data=english
+
+smol-report: smol-stages stages ## What llava_smol shows, and the small model beside it, on one page
+	$(BIN)/python -m analysis.report 'compare=[llava_smol@english,llava_shapes]'
 
 test: stages lint types pytest ## The main job, then every check; what CI runs
 

@@ -549,10 +549,18 @@ def test_several_models_stand_side_by_side(tmp_path: Path, monkeypatch):
     assert verdicts.text.count("not found") == 2 * len(models)  # that one, and the stages
 
 
-def test_what_another_model_lacks_is_named(tmp_path: Path):
+def test_what_another_model_lacks_is_named_with_its_data(tmp_path: Path):
     write_runs(tmp_path)
-    path = write_report(settings(tmp_path, "compare=[llava_shapes,llava7b]"))
-    assert "<code>python -m analysis.stages model=llava7b</code>" in path.read_text()
+    path = write_report(settings(tmp_path, "compare=[other_b@english,llava_shapes,llava7b]"))
+    text = path.read_text()
+    assert "<h1>other_b on english and llava_shapes and llava7b</h1>" in text
+    assert "<code>python -m analysis.stages model=llava7b</code>" in text
+    assert "<code>python -m analysis.stages model=other_b data=english</code>" in text
+
+
+def test_a_model_with_data_of_its_own_is_read_from_their_folder(tmp_path: Path):
+    patterns = report_module._patterns(settings(tmp_path, "compare=[a@english,b]"), "a@english", ["stages"])
+    assert patterns == {"stages": f"{tmp_path}/stages/a/english"}
 
 
 def test_one_model_is_not_compared(root: Path):

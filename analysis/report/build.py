@@ -33,6 +33,8 @@ from .samples import look_at_samples
 from .tables import policies_table, tables_of
 
 REPORT_PAGE = "report.html"
+ON = "@"
+"""Between a model and its data, where those of an entry of `compare` are others than `data`."""
 STILLS = ("map_", "grid_")
 """Beginnings of the names of figures of single samples, which are folded away."""
 Found = tuple[list[FinishedRun], dict[str, list[Path]]]
@@ -93,8 +95,9 @@ def write_report(cfg: DictConfig) -> Path:
 
 
 def _patterns(cfg: DictConfig, model: str, steps: Sequence[str]) -> dict[str, str]:
-    """Folders of the runs of a model."""
-    named: Any = OmegaConf.merge(cfg, {"model": {"name": model}})
+    """Folders of the runs of a model, or of MODEL@DATA."""
+    name, _, data = model.partition(ON)
+    named: Any = OmegaConf.merge(cfg, {"model": {"name": name}, "data": {"name": data or cfg.data.name}})
     return {step: str(named.runs[step]) for step in steps}
 
 
@@ -106,9 +109,11 @@ def _missing(
     unfinished: Mapping[str, Sequence[Path]],
 ) -> Iterator[MissingRun]:
     alone = len(cfg.compare) == 1
-    given = [shlex.quote(each) for each in _given() if re.match(r"(model|data)[.=]" if alone else r"data[.=]", each)]
+    name, _, data = model.partition(ON)
+    settings = r"(model|data)[.=]" if alone else r"data[.=]"
+    given = [shlex.quote(each) for each in _given() if not data and re.match(settings, each)]
     if not alone:
-        given.insert(0, shlex.quote(f"model={model}"))
+        given = [shlex.quote(f"{key}={value}") for key, value in (("model", name), ("data", data)) if value] + given
     done = {run.step for run in runs}
     for step in REPORT_STEPS:
         stopped = [str(path) for path in unfinished.get(step.name, ())]
@@ -132,7 +137,7 @@ def page_lead(models: Sequence[str]) -> str:
         "Where in the decoder the image matters to the answers: how attention runs between image and text, what "
         "happens when the visual tokens leave at exit layer k, and what policies that take them out cost and save."
     )
-    if shipped := [model for model in models if model in SHIPPED_MODELS]:
+    if shipped := [name for name in (model.partition(ON)[0] for model in models) if name in SHIPPED_MODELS]:
         text += (
             f" {', '.join(shipped)} is the small model that ships with the toolkit, made to check it on: it is no "
             "evidence about larger models."
@@ -206,7 +211,9 @@ def page_of_several_models(
     figure, sections = take_first_figure(sections_of_models(named, folder))
     sentences = [f"{model}: {each}" for model, own in named.items() for each in opening_sentences(own)]
     return Page(
-        title=f"{len(named)} models on {cfg.data.name}",
+        title=" and ".join(model.replace(ON, " on ") for model in named)
+        if any(ON in model for model in named)
+        else f"{len(named)} models on {cfg.data.name}",
         lead=f"{', '.join(named)}. {page_lead(list(named))}",
         opening=Opening(sentences, figure),
         warnings=warnings,

@@ -250,7 +250,7 @@ def contribution_stops(
     estimates: dict[str, Any] = {"answers_settle": [answers.estimate, *answers.interval]}
     usable = np.isfinite(correct).all(1)
     if not usable.any():
-        why = "the data hold no reference answers, and agreement alone rises towards the last layer for any model"
+        why = "no answer is known to be right (accuracy=false or no references), and agreement rises for any model"
         return ExitFinding(STOPS, "undetermined", [why], None, estimates, details)
     images = np.asarray(clusters)[usable]
     return _stops_by_accuracy(correct[usable], images, max_loss, min_gain, level, n_boot, seed, estimates, details)
