@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,10 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
+from analysis.lens import outline
 from analysis.plots import style as plots
 from analysis.statistics.bands import Band, cluster_bootstrap
+from docs.tooling.comparison import comparison_section, record
 from docs.tooling.generated import write_generated
 from docs.tooling.hero import draw_hero
 from dyvte.gates.metrics import share_interval
@@ -38,8 +41,12 @@ LATE = Path("outputs/knockout/llava_smol/late")
 RECALL_CUTS = Path("outputs/knockout/llava_smol/recall")
 GATES = Path("outputs/gate_claims/llava_smol/english")
 GATED = Path("outputs/evaluate/llava_smol/english/dynamic_exit")
+LENS = Path("outputs/lens/llava_smol/english")
+METHODS = Path("outputs/tables/all_methods/llava_smol/english")
 CONTROLS = FIGURES / "controls.json"
 """Accuracy of the trainings beside the main one, by `docs.tooling.smol_controls`."""
+TRAIL = FIGURES / "trail.json"
+"""The valley after each phase of the main training, by `docs.tooling.smol_trail`."""
 SEEDS, UNTRAINED, PROJECTOR = ("seed1", "seed2"), "random", "projector"
 
 
@@ -67,6 +74,12 @@ COMMANDS = {
     GATED: (
         "python -m dyvte.evaluate model=llava_smol model.dtype=bfloat16 data=english data.limit={n} "
         "policy=dynamic_exit policy.gates=llava_smol"
+    ),
+    LENS: "python -m analysis.lens model=llava_smol model.dtype=bfloat16 data=english data.limit={n} batch_size=8",
+    METHODS: (
+        "python -m analysis.tables experiment=all_methods model=llava_smol model.dtype=bfloat16 data=english "
+        "data.limit={n} data@calibration.data=english_validation calibration.data.limit=128 gates=llava_smol "
+        "batch_size=16 max_new_tokens=16 experiment.random_seeds=1"
     ),
 }
 CONTROL_COMMANDS = {
@@ -115,8 +128,15 @@ def limits(values: np.ndarray, images: np.ndarray, level: float, statistic: Call
     return float(low), float(high)
 
 
-def valley(layers: pd.DataFrame) -> Outcome:
-    """H1: both sides of the middle lie above it, in log ratios of the image's enrichment without the sink."""
+def sides_of_valley(layers: pd.DataFrame) -> dict[str, tuple[float, float, float]]:
+    """Log ratio of the image's enrichment without the sink, first and last layers over the middle, and its limits.
+
+    Args:
+        layers: the table of `analysis.stages`, a row a question and layer.
+
+    Returns:
+        `first` and `last`: estimate and one-sided 95% limits, images resampled.
+    """
     wide = layers.pivot(index="id", columns="layer", values="cross_enrichment_no_sink").dropna()
     images = layers.drop_duplicates("id").set_index("id").loc[wide.index, "image_id"].to_numpy()
     first, last = SPLIT
@@ -124,12 +144,17 @@ def valley(layers: pd.DataFrame) -> Outcome:
     def rise(side: slice) -> Callable[[np.ndarray], float]:
         return lambda curve: float(np.log(curve[side].mean() / curve[first:last].mean()))
 
+    rises = {"first": rise(slice(0, first)), "last": rise(slice(last, None))}
+    values = wide.to_numpy()
+    return {name: (each(values.mean(0)), *limits(values, images, 0.95, each)) for name, each in rises.items()}
+
+
+def valley(layers: pd.DataFrame) -> Outcome:
+    """H1: both sides of the middle lie above it, in log ratios of the image's enrichment without the sink."""
     numbers, verdicts = [], []
-    for name, side in (("first", slice(0, first)), ("last", slice(last, None))):
-        estimate = rise(side)(wide.to_numpy().mean(0))
-        low, high = limits(wide.to_numpy(), images, 0.95, rise(side))
-        numbers.append(f"{name} / middle {np.exp(estimate):.2f} [{np.exp(low):.2f}, {np.exp(high):.2f}]")
-        verdicts.append(CONFIRMED if low > VALLEY else REFUTED if high < VALLEY else UNDETERMINED)
+    for name, rise in sides_of_valley(layers).items():
+        numbers.append("{} / middle {:.2f} [{:.2f}, {:.2f}]".format(name, *np.exp(rise)))
+        verdicts.append(CONFIRMED if rise[1] > VALLEY else REFUTED if rise[2] < VALLEY else UNDETERMINED)
     verdict = REFUTED if REFUTED in verdicts else CONFIRMED if set(verdicts) == {CONFIRMED} else UNDETERMINED
     return Outcome(verdict, "enrichment, " + "; ".join(numbers) + " (one-sided 95% limits)")
 
@@ -242,6 +267,12 @@ def status_withheld(summary: Mapping[str, Any]) -> Outcome:
     return Outcome(verdict, numbers)
 
 
+def valleys_beside() -> dict[str, Outcome]:
+    """H1's rule, applied to every training beside the main one whose attention was run."""
+    layers = {name: stages_of(name) / "layers.parquet" for name in (*SEEDS, UNTRAINED, PROJECTOR)}
+    return {name: valley(pd.read_parquet(file)) for name, file in layers.items() if file.is_file()}
+
+
 def decide() -> dict[str, Outcome]:
     """Every hypothesis with what can be said of it today."""
     missing = Outcome(OPEN, "its runs are missing")
@@ -255,14 +286,9 @@ def decide() -> dict[str, Outcome]:
         return dict.fromkeys(found, weak)
     if (STAGES / "layers.parquet").is_file():
         found["H1"] = valley(pd.read_parquet(STAGES / "layers.parquet"))
-        controls = json.loads(CONTROLS.read_text()) if CONTROLS.is_file() else {}
-        valleys = {
-            name: valley(pd.read_parquet(stages_of(name) / "layers.parquet"))
-            for name in controls
-            if (stages_of(name) / "layers.parquet").is_file()
-        }
+        controls, valleys = json.loads(CONTROLS.read_text()) if CONTROLS.is_file() else {}, valleys_beside()
         for name, control in (("H4", UNTRAINED), ("H6", PROJECTOR)):
-            if control in valleys:
+            if control in valleys and control in controls:
                 right = controls[control]["accuracy"]["bar"]["accuracy"]
                 found[name] = valley_is_absent(found["H1"], valleys[control], right)
         found["H1"] = valley_in_all(found["H1"], {name: valleys[name] for name in SEEDS if name in valleys})
@@ -353,6 +379,8 @@ def main() -> None:
     gated = runs.get(GATED)
     if gated is not None:
         gated = {**gated, "exits": exits_by_need(pd.read_parquet(GATED / "answers.parquet"))}
+    if LENS in runs:
+        shutil.copyfile(LENS / "figures/patches.png", FIGURES / "patches.png")
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(TEMPLATE.read_text())
     page = template.render(
         found=found,
@@ -363,6 +391,10 @@ def main() -> None:
         stages=runs.get(STAGES),
         exits=runs.get(EXITS),
         gated=gated,
+        seeds={name: each.verdict for name, each in valleys_beside().items() if name in SEEDS},
+        trail=json.loads(TRAIL.read_text()) if TRAIL.is_file() else [],
+        lens=outline(runs[LENS]) if LENS in runs else [],
+        methods=comparison_section(record(runs[METHODS])) if METHODS in runs else None,
     )
     write_atomic(PAGE, lambda out: out.write(page.encode()))
     for name, outcome in found.items():

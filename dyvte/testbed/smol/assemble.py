@@ -11,12 +11,13 @@ import argparse
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 from dyvte.errors import ModelError
@@ -132,24 +133,27 @@ def assemble(parts: Path = PARTS, target: Path | None = None, downloads: Path | 
 
 
 def export_parts(
-    projector: nn.Module, adapter: nn.ModuleDict | None, rank: int, folder: Path, record: dict[str, Any]
+    projector: Mapping[str, Tensor], adapter: Mapping[str, Tensor] | None, folder: Path, record: dict[str, Any]
 ) -> None:
     """Write what was trained, in bfloat16: the adapter in the format of peft, the projector, and the run's record.
 
     Args:
-        adapter: As `dyvte.testbed.smol.train.add_adapter` returns it; None where the projector alone was trained.
+        projector: its state, as a checkpoint of the trainer holds it too.
+        adapter: the state of what `dyvte.testbed.smol.train.add_adapter` returns; None where the projector alone was
+            trained.
+        folder: made if need be.
+        record: what `training.json` is to hold.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().to(torch.float32).contiguous() for k, v in projector.state_dict().items()}
+    state = {k: v.detach().to(torch.float32).contiguous() for k, v in projector.items()}
     save_file(state, folder / "projector.safetensors")
     if adapter is not None:
         tensors = {}
-        for name, pair in adapter.items():
-            assert isinstance(pair, nn.ModuleDict)
-            for side in ("A", "B"):
-                (matrix,) = pair[side].parameters()
-                key = f"base_model.model.model.{name.replace('/', '.')}.lora_{side}.weight"
-                tensors[key] = matrix.detach().to(torch.bfloat16).contiguous()
+        for key, matrix in adapter.items():
+            name, side, *_ = key.split(".")
+            place = f"base_model.model.model.{name.replace('/', '.')}.lora_{side}.weight"
+            tensors[place] = matrix.detach().to(torch.bfloat16).contiguous()
+        rank = min(tensors[place].shape)
         (folder / "adapter").mkdir(exist_ok=True)
         save_file(tensors, folder / "adapter" / "adapter_model.safetensors")
         config = {

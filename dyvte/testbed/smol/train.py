@@ -258,9 +258,8 @@ def train(cfg: DictConfig, folder: Path) -> None:
             )
     logs = [json.loads(line) for name in cfg.order for line in (folder / f"{name}.jsonl").read_text().splitlines()]
     record = {"settings": OmegaConf.to_container(cfg, resolve=True), "log": logs}
-    trained = modules.get("adapter")
-    assert trained is None or isinstance(trained, nn.ModuleDict)
-    export_parts(projector, trained, cfg.rank, folder / "parts", record)
+    trained = modules["adapter"].state_dict() if "adapter" in modules else None
+    export_parts(projector.state_dict(), trained, folder / "parts", record)
 
 
 @command("smol")
