@@ -2,11 +2,12 @@
 
 Every configuration in `conf/model/` has its published hyper-parameters in `conf/model/_architecture/`. Each is built
 in full size on the meta device (layers, visual tokens, FLOPs), and as a narrow and shallow random copy on the CPU, on
-which the instruments are compared with plain computations.
+which the instruments are compared with plain computations; so is every image-text-to-text architecture of transformers.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,10 +29,10 @@ from benchmarks.architectures import (
     prompt,
     small_copy,
 )
-from docs.tooling import zoo
 from docs.tooling.generated import fill, write_generated
 from dyvte.batch import Batch
 from dyvte.cost.flops import FlopCounter, decoder_inputs
+from dyvte.errors import DyvteError
 from dyvte.instrument.hooks import LayerCall, Selection, drive_layers, with_states
 from dyvte.instrument.keys.shared import PrefillSharing
 from dyvte.instrument.running_state import packed_arguments
@@ -39,6 +40,9 @@ from dyvte.layout import INSTRUCTION, VISUAL
 from dyvte.mllm import MLLM
 from dyvte.model_parts import runs_together
 from dyvte.runs.config import command, config_folder
+from tests.zoo.checks import CAUSES, CHECKS, TOLERANCE, Subject, outcome
+from tests.zoo.specimens import build_model
+from tests.zoo.verdicts import VARIANTS, VERDICTS, Verdict
 
 # ------------------------------------------------------------------------- measuring
 
@@ -126,6 +130,71 @@ def _eager_cross_mass(mllm: MLLM, batch: Batch) -> Tensor:
     return torch.stack([each[:, layout.instruction[0]][:, :, layout.visual[0]].sum(-1).mean(-1) for each in maps])
 
 
+# ---------------------------------------------------------- every architecture of transformers
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came out for one architecture of transformers: what dyvte does with a small random model of it.
+
+    Attributes:
+        verdict: "works", "in part" or "refused".
+        largest: difference over the checks that ran to their end; None without one.
+        knockout: difference of the knock-out; None where it is refused.
+        reason: of what is refused or does not agree.
+    """
+
+    verdict: str
+    largest: float | None
+    knockout: float | None
+    reason: str
+
+
+def examine(name: str, expected: Verdict) -> Finding:
+    """Build an architecture in small and run every check on it."""
+    model = build_model(expected.architecture or name, **expected.changes)
+    try:
+        mllm = dyvte.wrap(model)
+    except DyvteError as refusal:
+        return Finding("refused", None, None, str(refusal))
+    subject = Subject(mllm)
+    found = {check: outcome(run, subject) for check, run in CHECKS.items()}
+    knockout = {check: outcome(run, subject) for check, run in CAUSES.items()}["knock-out"]
+    numbers = {check: each for check, each in found.items() if isinstance(each, float)}
+    good = {check: each for check, each in numbers.items() if each < TOLERANCE}
+    wrong = {check: f"differs by {each:.0e}" for check, each in numbers.items() if check not in good}
+    wrong |= {check: each for check, each in found.items() if isinstance(each, str)}
+    by_reason: dict[str, list[str]] = {}
+    for check, reason in wrong.items():
+        by_reason.setdefault(reason.partition(": ")[2] or reason, []).append(check)
+    reasons = "; ".join(f"{', '.join(checks)}: {reason}" for reason, checks in by_reason.items())
+    verdict = "refused" if not good else "in part" if wrong else "works"
+    cut = knockout if isinstance(knockout, float) else None
+    if verdict == "works" and isinstance(knockout, str):
+        reasons = knockout.partition(": ")[2]
+    return Finding(verdict, max(good.values(), default=None), cut, reasons)
+
+
+def architecture_tables() -> dict[str, str]:
+    """Rows of the page's tables of architectures and of variants, and how many architectures work."""
+    found = {
+        name: examine(name, verdict)
+        for name, verdict in tqdm((VERDICTS | VARIANTS).items(), desc="architectures", dynamic_ncols=True)
+    }
+    works = sum(found[name].verdict == "works" for name in VERDICTS)
+    return {
+        "architectures": "\n".join(_row(name, found[name]) for name in VERDICTS),
+        "variants": "\n".join(_row(name, found[name]) for name in VARIANTS),
+        "count": f"{works} of {len(VERDICTS)}",
+    }
+
+
+def _row(name: str, finding: Finding) -> str:
+    largest, cut = ("-" if each is None else f"{each:.0e}" for each in (finding.largest, finding.knockout))
+    reason = finding.reason.replace("|", "\\|").replace("\n", " ")
+    return f"| {name} | {finding.verdict} | {largest} | {cut} | {reason} |"
+
+
 # ----------------------------------------------------------------------------- page
 
 
@@ -157,7 +226,7 @@ def render(chosen: list[str]) -> str:
             f"| `{name}` | {found['probe']:.0e} | {found['sweep']:.0e} | {found['exit_all']:.0e} | "
             f"{found['exit_none']:.0e} | {found['image_matters']:.1f} |"
         )
-    return fill("models_page", {"models": "\n".join(rows), "checks": "\n".join(checks), **zoo.tables()})
+    return fill("models_page", {"models": "\n".join(rows), "checks": "\n".join(checks), **architecture_tables()})
 
 
 def _way_in(name: str) -> str:
