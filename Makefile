@@ -71,7 +71,7 @@ zoo: $(STAMP) ## Every check on a small model of every architecture of transform
 # In an environment of its own: lmms-eval brings many packages along, among them a wandb that wants an older protobuf.
 # torchvision's wheel needs the CUDA build of torch, and lmms-eval starts without it.
 LMMS    := .venv-lmms-eval
-test-lmms-eval: ## Run lmms-eval itself on the shipped model under a policy
+test-lmms-eval: ## Run lmms-eval itself on the shipped model under every policy
 	test -x $(LMMS)/bin/python || $(PYTHON) -m venv $(LMMS)
 	grep -v '^protobuf==' constraints.txt > $(LMMS)/constraints.txt
 	$(LMMS)/bin/python -m pip install --no-compile --quiet --disable-pip-version-check -c $(LMMS)/constraints.txt -e '.[lmms-eval]'

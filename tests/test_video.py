@@ -223,7 +223,7 @@ def test_files_are_read_through_transformers(tmp_path: Path, monkeypatch: pytest
     asked: dict[str, Any] = {}
 
     class Metadata:
-        total_num_frames = 9
+        total_num_frames, fps = 9, 2.0
 
     def load(video: str, backend: str, sample_indices_fn: Any) -> tuple[np.ndarray, None]:
         asked.update(video=video, backend=backend)
@@ -235,6 +235,13 @@ def test_files_are_read_through_transformers(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("transformers.video_utils.load_video", load)
     assert read_video(film, 3).tolist() == [0, 4, 8]
     assert asked == {"video": str(film), "backend": "pyav"}
+    assert read_video(film, 3, between=(0.6, 3.4)).tolist() == [2, 4, 6]
+    assert read_video(film, 9, between=(3.0, None)).tolist() == [6, 7, 8]
+    assert read_video(film, 2, between=(None, 9.0)).tolist() == [0, 8]
+    with pytest.raises(BrokenSample, match=r"here: .*no frame between 2\.1 and 2\.2 seconds"):
+        read_video(film, 3, "here", (2.1, 2.2))
+    with pytest.raises(BrokenSample, match="by time"):
+        read_video([1, 2, 3], 3, between=(1.0, None))
     monkeypatch.setattr("transformers.video_utils.load_video", lambda *_, **__: 1 / 0)
     with pytest.raises(BrokenSample, match="unreadable"):
         read_video(film, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,20 +80,26 @@ def video_of(
     return Video(tuple(Image.fromarray(np.asarray(each)) for each in read_video(file, most, where)))
 
 
-def read_video(video: str | Path | Sequence[Any], most: int, where: str = "video") -> Any:
+def read_video(
+    video: str | Path | Sequence[Any],
+    most: int,
+    where: str = "video",
+    between: tuple[float | None, float | None] = (None, None),
+) -> Any:
     """Frames of a video, at most `most` of them, evenly spread from the first to the last.
 
     Args:
         video: a file, or its frames: pictures, or an array [frames, height, width, 3].
         most: the most frames to take.
         where: what the video belongs to, for errors.
+        between: the part of a file to take, its start and end in seconds; None is the video's own.
 
     Returns:
         Of a file an array [frames, height, width, 3], of frames a list of them.
 
     Raises:
         ConfigError: `most` is below 1, or there is a file to read and no package to decode it.
-        BrokenSample: there is no such file, it has no frames, or they cannot be read.
+        BrokenSample: there is no such file, it has no frames there, or they cannot be read.
 
     Example:
         >>> read_video(list("abcdefg"), 3)
@@ -103,6 +110,8 @@ def read_video(video: str | Path | Sequence[Any], most: int, where: str = "video
     if not isinstance(video, (str, Path)):
         if not len(video):
             raise BrokenSample(where, "the video has no frames")
+        if between != (None, None):
+            raise BrokenSample(where, "a part of a video is asked for by time, which frames alone do not tell")
         return [video[index] for index in _spread(len(video), most)]
     name = short_name(str(video))
     if not Path(video).is_file():
@@ -117,7 +126,12 @@ def read_video(video: str | Path | Sequence[Any], most: int, where: str = "video
     from transformers.video_utils import load_video  # only for files: it looks for every decoder there is
 
     def indices(metadata: Any, **_: Any) -> list[int]:
-        return _spread(metadata.total_num_frames, most)
+        start, end = (None if each is None else each * metadata.fps for each in between)
+        first = 0 if start is None else math.ceil(start)
+        last = metadata.total_num_frames - 1 if end is None else min(math.floor(end), metadata.total_num_frames - 1)
+        if first > last:
+            raise ValueError(f"no frame between {between[0]} and {between[1]} seconds")
+        return [first + index for index in _spread(last - first + 1, most)]
 
     try:
         return load_video(str(video), backend=reader, sample_indices_fn=indices)[0]

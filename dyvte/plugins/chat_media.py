@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -15,8 +15,14 @@ from dyvte.errors import ConfigError
 def read_chat(messages: Sequence[Any], where: str, max_num_frames: int) -> list[dict[str, Any]]:
     """Messages of a task in the form of `dyvte.data.chat.Chat`, their pictures and videos read.
 
+    Args:
+        messages: in lmms-eval's protocol, whose media are named `url`; a video may have a start and an end in seconds.
+        where: what they belong to, for errors.
+        max_num_frames: the most frames that are taken of a video, evenly spread.
+
     Raises:
         ConfigError: sound, or a picture of a kind that nobody knows.
+        BrokenSample: a picture or a video that cannot be read.
     """
     chat = []
     for message in messages:
@@ -27,7 +33,7 @@ def read_chat(messages: Sequence[Any], where: str, max_num_frames: int) -> list[
             elif part["type"] == "image":
                 content.append({"type": "image", "image": _image(part["url"], where)})
             elif part["type"] == "video":
-                content.append({"type": "video", "video": read_video(part["url"], max_num_frames, where)})
+                content.append({"type": "video", "video": _video(part, where, max_num_frames)})
             else:
                 raise ConfigError(f"{where}: holds {part['type']}; dyvte answers about text, images and videos")
         chat.append({"role": message["role"], "content": content})
@@ -41,3 +47,14 @@ def _image(visual: Any, where: str) -> Image.Image:
     if not isinstance(visual, str):
         raise ConfigError(f"{where}: shows {type(visual).__name__}; dyvte reads pictures, their files and data URLs")
     return read_image(find_image(visual, None, where, allow_outside=True), visual, where)
+
+
+def _video(part: Mapping[str, Any], where: str, max_num_frames: int) -> Any:
+    """Frames of a video of a task; its start and end stand beside its address, or with it in a record of their own."""
+    film, between = part["url"], (part.get("start_time"), part.get("end_time"))
+    if isinstance(film, Mapping):
+        between = (film.get("video_start"), film.get("video_end"))
+        film = film.get("url") or film.get("path")
+    if not isinstance(film, (str, Sequence)) and not hasattr(film, "__array__"):
+        raise ConfigError(f"{where}: shows {type(film).__name__}; dyvte reads files of videos, and their frames")
+    return read_video(film, max_num_frames, where, between)

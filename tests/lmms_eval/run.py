@@ -1,7 +1,9 @@
-"""`make test-lmms-eval`: lmms-eval itself runs the shipped model under three policies over a few questions.
+"""`make test-lmms-eval`: lmms-eval itself runs the shipped model, and its answers are compared with dyvte's own.
 
-One task shows an image, the other two of them in several turns. Not collected by pytest: lmms-eval brings packages
-along that nothing else here needs; `tests/test_lmms_eval.py` tests the plug-in without it.
+Three methods answer four tasks in batches: an image, several turns, two images with text between, a broken image. Every
+other method of `conf/policy/` answers two questions about two images, and two processes share a run from the command
+line. dyvte's own answers are those to one question at a time. Not collected by pytest: lmms-eval brings packages along
+that nothing else here needs; `tests/test_lmms_eval.py` tests the plug-in without it.
 """
 
 from __future__ import annotations
@@ -12,15 +14,18 @@ import json
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.tasks import TaskManager
 
 sys.path.insert(0, str(Path(__file__).parent))
-from shapes_task import doc_to_messages
+import conversations
 
-from dyvte.calibrate import build_policy
+from dyvte.calibrate import calibrated_policy
 from dyvte.data.metrics import exact_match
 from dyvte.data.shapes import ShapesDataset
 from dyvte.loading import load
@@ -29,86 +34,134 @@ from dyvte.plugins.chat_media import read_chat
 from dyvte.runs.config import compose
 
 HERE = Path(__file__).parent
-QUESTIONS, NEW_TOKENS = 24, 16
-POLICIES = ("fixed_exit,layer=6", "fastv,keep=0.5", "fastervlm,keep=0.5")
-TASKS = ("shapes_small", "shapes_pairs")
+QUESTIONS, FEW, BATCH, NEW_TOKENS = 8, 2, 4, 16
+TASKS = ("one_image", "two_turns", "two_images", "one_broken")
+THREE = {"fixed_exit": ("layer=6",), "fastv": ("keep=0.5",), "fastervlm": ("keep=0.5",)}
+NEEDED = {
+    **THREE,
+    "skip_attention": ("layers=[4,5]",),
+    "vtw": ("calibration.data.limit=4",),
+    "fitprune": ("calibration.data.limit=4",),
+}
+"""Settings that a method does not have by default, or not quickly."""
 
 
 def write_tasks(folder: Path) -> list[dict[str, Any]]:
     """The tasks' files, with questions of the built-in data, which are returned."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for sample in ShapesDataset(limit=QUESTIONS):
         picture = io.BytesIO()
         sample.image.save(picture, "PNG")
-        rows.append({"question": sample.question, "answer": sample.answer, "image": picture.getvalue()})
+        row = {"number": len(rows), "question": sample.question, "answer": sample.answer}
+        rows.append({**row, "image": picture.getvalue()})
     for row, other in zip(rows, reversed(rows), strict=True):
         row["other"] = other["image"]
     pd.DataFrame(rows).to_parquet(folder / "questions.parquet")
     for name in TASKS:
-        task = (HERE / f"{name}.yaml").read_text().replace("DATA", str(folder / "questions.parquet"))
+        task = (HERE / "task.yaml").read_text().replace("NAME", name).replace("DATA", str(folder / "questions.parquet"))
         (folder / f"{name}.yaml").write_text(task)
-    (folder / "shapes_task.py").write_text((HERE / "shapes_task.py").read_text())
+    (folder / "conversations.py").write_text((HERE / "conversations.py").read_text())
     return rows
 
 
-def own_scores(mllm: MLLM, policy: str, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """What the tasks' metric makes of dyvte's own answers."""
-    name, setting = policy.split(",")
-    running = build_policy(compose("evaluate", [f"policy={name}", f"policy.{setting}"]).policy)
-    found = {}
-    for task in TASKS:
-        turns = [doc_to_messages(row)[-1:] if task == "shapes_small" else doc_to_messages(row) for row in rows]
+def own_answers(mllm: MLLM, policy: str, task: str, rows: list[dict[str, Any]], folder: Path) -> list[str]:
+    """dyvte's answers to a task's questions, one at a time; an empty one to what cannot be read."""
+    settings = [each if "." in each.partition("=")[0] else f"policy.{each}" for each in NEEDED.get(policy, ())]
+    running = calibrated_policy(mllm, compose("evaluate", [f"policy={policy}", *settings]), folder)
+    found = []
+    for row in rows:
+        if task == "one_broken" and row["number"] == 0:
+            found.append("")
+            continue
+        batch = mllm.encode_chats([read_chat(getattr(conversations, task)(row), task, 1)])
         with running(mllm):
-            batch = mllm.encode_chats([read_chat(each, task, 1) for each in turns])
-            answers = mllm.decode(mllm.generate_ids(batch, max_new_tokens=NEW_TOKENS))
-        right = [exact_match(text, row["answer"]) for text, row in zip(answers, rows, strict=True)]
-        found[task] = sum(right) / len(rows)
+            found.append(str(mllm.generate(batch, max_new_tokens=NEW_TOKENS)[0]).strip())
     return found
 
 
-def run_lmms_eval(
-    folder: Path, pretrained: str, policy: str, processes: int
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Scores by task and log of lmms-eval, in one or several processes of its own."""
-    name = f"{policy.partition(',')[0]}{processes}"
-    out, log = folder / f"out-{name}", folder / f"log-{name}.jsonl"
-    model_args = f"pretrained={pretrained},policy={policy},log_file={log}"
-    start = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
-    command = [sys.executable, *start, "-m", "lmms_eval", "--model", "dyvte", "--model_args", model_args]
-    command += ["--tasks", ",".join(TASKS), "--include_path", str(folder), "--batch_size", "8", "--device", "cpu"]
-    subprocess.run([*command, "--output_path", str(out)], check=True)
-    (file,) = out.rglob("*results.json")
-    results = json.loads(file.read_text())["results"]
-    scores = {
-        task: next(value for key, value in results[task].items() if key.startswith("exact_match,")) for task in TASKS
-    }
-    logs = [log] if processes == 1 else [log.with_suffix(f".{rank}.jsonl") for rank in range(processes)]
-    return scores, [json.loads(line) for each in logs for line in each.read_text().splitlines()]
+def model_args(pretrained: str, policy: str, log: Path) -> str:
+    """What stands behind `--model_args`."""
+    return ",".join([f"pretrained={pretrained}", f"policy={policy}", *NEEDED.get(policy, ()), f"log_file={log}"])
+
+
+def read_logs(*logs: Path) -> list[dict[str, Any]]:
+    """What the plug-in wrote of every request."""
+    return [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+
+
+def compare(mllm: MLLM, folder: Path, rows: list[dict[str, Any]], pretrained: str, policy: str) -> None:
+    """Let lmms-eval run a method and compare every answer with our own.
+
+    Raises:
+        AssertionError: an answer is another, or a request is missing in the log.
+    """
+    tasks, limit = (TASKS, QUESTIONS) if policy in THREE else (("two_images",), FEW)
+    own_folder, log = folder / policy, folder / policy / "lmms_eval" / "log.jsonl"
+    log.parent.mkdir(parents=True)
+    results = simple_evaluate(
+        model="dyvte",
+        model_args=model_args(pretrained, policy, log),
+        tasks=list(tasks),
+        batch_size=BATCH,
+        device="cpu",
+        limit=limit,
+        task_manager=TaskManager(include_path=str(folder), model_name="dyvte"),
+    )
+    notes = read_logs(log)
+    for task in tasks:
+        samples = sorted(results["samples"][task], key=lambda each: each["doc_id"])
+        found = [each["filtered_resps"][0] for each in samples]
+        own = own_answers(mllm, policy, task, rows[:limit], own_folder)
+        assert found == own, f"{policy}, {task}: lmms-eval has {found}, dyvte {own}"
+        of_task = [note for note in notes if note["task"] == task]
+        assert sorted(note["doc_id"] for note in of_task) == list(range(limit))
+        broken = [note["doc_id"] for note in of_task if "error" in note]
+        assert broken == [0] * (task == "one_broken"), f"{policy}, {task}: could not answer {broken}"
+    answered = [note for note in notes if "error" not in note]
+    assert all(note["prefill_flops"] > 0 and note["seconds"] > 0 for note in answered)
+    if policy == "fixed_exit":
+        assert {note["exit_layer"] for note in answered} <= {0, 6}
+    print(f"lmms-eval, {policy}: {len(notes)} requests of {', '.join(tasks)}, answered as by dyvte itself", flush=True)
+
+
+def compare_processes(mllm: MLLM, folder: Path, rows: list[dict[str, Any]], pretrained: str, processes: int) -> None:
+    """The command line in several processes: they share the questions, and the score is that of our own answers.
+
+    Raises:
+        AssertionError: it is another.
+    """
+    policy, task, log = "fixed_exit", "two_turns", folder / "shared.jsonl"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "-m", "lmms_eval"]
+    command += ["--model", "dyvte", "--model_args", model_args(pretrained, policy, log)]
+    command += ["--tasks", task, "--include_path", str(folder), "--batch_size", str(BATCH), "--device", "cpu"]
+    subprocess.run([*command, "--output_path", str(folder / "shared")], check=True)
+    (file,) = (folder / "shared").rglob("*results.json")
+    scores = json.loads(file.read_text())["results"][task]
+    (score,) = (value for key, value in scores.items() if key.startswith("exact_match,"))
+    own = own_answers(mllm, policy, task, rows, folder)
+    right = [exact_match(text, row["answer"]) for text, row in zip(own, rows, strict=True)]
+    assert abs(score - sum(right) / len(rows)) < 1e-6, f"{score}, dyvte {sum(right) / len(rows)}"
+    notes = read_logs(*(log.with_suffix(f".{rank}.jsonl") for rank in range(processes)))
+    assert sorted(note["doc_id"] for note in notes) == list(range(QUESTIONS))
+    print(f"lmms-eval, {policy}, {processes} processes: score {score:.3f}, as of dyvte's own answers", flush=True)
 
 
 def main() -> None:
-    """Run lmms-eval under every policy, the first one in several processes too, and compare its scores with ours."""
+    """Compare what was asked for, by default everything."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pretrained", default="llava_shapes")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    every = sorted(file.stem for file in (HERE.parents[1] / "conf" / "policy").glob("*.yaml"))
+    parser.add_argument("--policies", nargs="*", default=[*THREE, *(name for name in every if name not in THREE)])
+    parser.add_argument("--processes", type=int, default=2, help="1: leave this part out")
     given = parser.parse_args()
     mllm = load(given.pretrained, device="cpu")
     with tempfile.TemporaryDirectory() as name:
         rows = write_tasks(Path(name))
-        runs = [(policy, 1) for policy in POLICIES] + [
-            (POLICIES[0], number) for number in given.processes if number > 1
-        ]
-        for policy, processes in runs:
-            own = own_scores(mllm, policy, rows)
-            scores, notes = run_lmms_eval(Path(name), given.pretrained, policy, processes)
-            for task in TASKS:
-                assert abs(scores[task] - own[task]) < 1e-6, f"{policy}, {task}: {scores[task]}, dyvte {own[task]}"
-                of_task = [note["doc_id"] for note in notes if note["task"] == task]
-                assert sorted(of_task) == list(range(QUESTIONS))
-            assert all(note["prefill_flops"] > 0 and note["seconds"] > 0 for note in notes)
-            if policy.startswith("fixed_exit"):
-                assert {note["exit_layer"] for note in notes} <= {0, 6}
-            print(f"lmms-eval, {policy}, {processes} processes: {scores}, as dyvte's own; {len(notes)} logged")
+        for policy in given.policies:
+            compare(mllm, Path(name), rows, given.pretrained, policy)
+        if given.processes > 1:
+            compare_processes(mllm, Path(name), rows, given.pretrained, given.processes)
+    print(f"passed with lmms-eval {version('lmms-eval')}, {len(given.policies)} methods")
 
 
 if __name__ == "__main__":
