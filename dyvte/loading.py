@@ -136,9 +136,6 @@ def load(
     return mllm
 
 
-# ---------------------------------------------------------------------- loading
-
-
 class _OneLineErrors:
     """Turn what transformers raises while it loads NAME into a `ModelError` of one line."""
 
@@ -248,12 +245,7 @@ def _cached_commit(name: str, revision: str | None) -> str | None:
 def _hub_answers(name: str, kwargs: dict[str, Any]) -> bool:
     """Whether the Hub has NAME; False when it cannot be reached. One request, no retries."""
     import huggingface_hub
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     if huggingface_hub.constants.is_offline_mode():
         return False

@@ -421,9 +421,6 @@ class MLLM:
         return Batch(inputs, layout, batch.images)
 
 
-# -------------------------------------------------------------- inputs and outputs
-
-
 def _as_ids(end: Any) -> list[int]:
     """Ids of end tokens, given as None, a number, a list or a tensor."""
     return [] if end is None else [int(each) for each in torch.as_tensor(end).flatten()]

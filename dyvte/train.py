@@ -25,14 +25,7 @@ from dyvte.gates.controls import QUESTION_GATES
 from dyvte.gates.counterfactual import exits_for, other_runs
 from dyvte.gates.features import QUESTION
 from dyvte.gates.labels import LabelSet, LabelSettings, collect_labels
-from dyvte.gates.metrics import (
-    at_exit,
-    exit_by_kind,
-    first_exit,
-    layer_report,
-    mixture_cost,
-    thresholds_by_depth,
-)
+from dyvte.gates.metrics import at_exit, exit_by_kind, first_exit, layer_report, mixture_cost, thresholds_by_depth
 from dyvte.gates.module import Gates
 from dyvte.gates.objectives import GateData, Recipe
 from dyvte.gates.risk import choose_threshold, too_few_images, upper_limit

@@ -125,9 +125,6 @@ def _check_target(folder: Path, overwrite: bool) -> None:
         raise ConfigError(f"{folder} is not the folder of a model and is not replaced: give another target")
 
 
-# ------------------------------------------------------------------------- processor
-
-
 def _template(path: str | None, source: Source) -> str:
     if path is not None:
         try:
@@ -203,7 +200,5 @@ def _generation_config(tokenizer: Any) -> Any:
     from transformers import GenerationConfig
 
     return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )

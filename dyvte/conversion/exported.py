@@ -299,8 +299,6 @@ def _adds_bos(tokenizer: Any, prompt: str) -> bool:
     return not (tokenizer.bos_token and prompt.startswith(tokenizer.bos_token))
 
 
-# ------------------------------------------------------------------------- the model
-
 _LANGUAGE_MODEL = {r"^model\.(embed_tokens|layers|norm)\.": r"model.language_model.\1."}
 _STAND_INS = ("model.vision_tower.", "model.multi_modal_projector.")
 

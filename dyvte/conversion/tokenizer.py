@@ -11,8 +11,6 @@ from dyvte.errors import ModelError
 
 IMAGE_TOKEN = "<image>"
 
-# ------------------------------------------------------------------------- tokenizer
-
 
 def read_tokenizer(folder: Path) -> Any:
     """The tokenizer of a checkpoint: `tokenizer.json`, else the SentencePiece model of Llama.

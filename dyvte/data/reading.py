@@ -47,9 +47,6 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _LONGEST_NAME = 80
 
 
-# ------------------------------------------------------------------------------ text
-
-
 def read_text(value: Any, what: str, where: str) -> str:
     """A text that tokenizers and tables can hold, as it is.
 
@@ -143,9 +140,6 @@ def read_name(value: Any, where: str, names: Sequence[str] | None = None) -> str
 def most_frequent(answers: Sequence[str]) -> str | None:
     """The answer that most annotators gave, the first of several; None where there is none."""
     return Counter(answers).most_common(1)[0][0] if answers else None
-
-
-# ---------------------------------------------------------------------------- images
 
 
 def read_image(source: Path | bytes, name: str, where: str, like: str = "datasets") -> Image.Image:

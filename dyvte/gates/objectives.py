@@ -119,11 +119,7 @@ class GateData:
 
 
 def label_loss(
-    logits: Tensor,
-    labels: Tensor,
-    exit_weight: float = 1.0,
-    mask: Tensor | None = None,
-    target: Tensor | None = None,
+    logits: Tensor, labels: Tensor, exit_weight: float = 1.0, mask: Tensor | None = None, target: Tensor | None = None
 ) -> Tensor:
     """Cross-entropy of every gate on its label, mean over samples and gates (DyVTE, arXiv 2411.19628).
 

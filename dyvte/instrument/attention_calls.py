@@ -12,17 +12,10 @@ from torch import Tensor, nn
 
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.hooks import every_position
-from dyvte.instrument.role_attention import (
-    Block,
-    Geometry,
-    score_rows,
-)
+from dyvte.instrument.role_attention import Block, Geometry, score_rows
 
 if TYPE_CHECKING:
     from dyvte.mllm import MLLM
-
-
-# ---------------------------------------------------------------- the attention functions
 
 
 @contextmanager

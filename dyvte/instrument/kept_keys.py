@@ -172,9 +172,6 @@ class Group:
         return self.keys, self.values
 
 
-# ------------------------------------------------------------------- rows that attend apart
-
-
 @dataclass
 class Places:
     """Where the keys of groups of rows stand in one store, one group behind the other, each with room for new tokens.

@@ -94,9 +94,6 @@ def _nothing(module: Any) -> Any:
     return forward
 
 
-# --------------------------------------------------------------------------- redundancy
-
-
 @torch.no_grad()
 def attention_redundancy(mllm: MLLM, batches: Iterable[Batch], skipped: Sequence[int] = ()) -> pd.DataFrame:
     """What leaving out each layer's attention does to the next token at the end of the prompt, one pass a batch.

@@ -16,12 +16,7 @@ MAP_ENTRIES = 2**24
 
 
 def attention_rows(
-    query: Tensor,
-    key: Tensor,
-    allowed: Tensor,
-    scale: float,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
+    query: Tensor, key: Tensor, allowed: Tensor, scale: float, bias: Tensor | None = None, softcap: float | None = None
 ) -> Tensor:
     """Attention of some queries in float32.
 

@@ -35,11 +35,7 @@ def model_fingerprint(mllm: MLLM) -> dict[str, str]:
     config = mllm.model.config.to_dict()
     for key in ("_name_or_path", "transformers_version"):
         config.pop(key, None)
-    return {
-        "class": type(mllm.model).__name__,
-        "config": _digest(config),
-        "weights": digest.hexdigest()[:16],
-    }
+    return {"class": type(mllm.model).__name__, "config": _digest(config), "weights": digest.hexdigest()[:16]}
 
 
 def fingerprint(mllm: MLLM, dataset: Dataset, cfg: DictConfig, **settings: Any) -> dict[str, Any]:

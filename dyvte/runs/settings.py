@@ -62,12 +62,7 @@ class Rule:
     def __str__(self) -> str:
         names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
         said = names[self.kind] if self.kind is not str or not self.words else ""
-        limits = [
-            (self.low, "of at least"),
-            (self.high, "of at most"),
-            (self.above, "above"),
-            (self.below, "below"),
-        ]
+        limits = [(self.low, "of at least"), (self.high, "of at most"), (self.above, "above"), (self.below, "below")]
         bounds = " and ".join(f"{word} {limit:g}" for limit, word in limits if math.isfinite(limit))
         options = [" ".join(part for part in (said, bounds) if part), *self.words, *["null"] * self.null]
         options = [each for each in options if each]

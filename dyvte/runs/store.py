@@ -62,9 +62,6 @@ _INNERMOST_LIST = re.compile(r"\[\n\s*([^\[\]{}]*?)\n\s*\]")
 ROWS_PER_GROUP = 1 << 17
 
 
-# -------------------------------------------------------------------------- JSON
-
-
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as strict JSON (NaN and infinities become null), atomically."""
     text = json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -84,9 +81,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-# ------------------------------------------------------------------ fingerprints
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -138,9 +132,6 @@ def _read_record(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise RunFolderError(f"{file} is damaged: start again with overwrite=true") from error
     return content
-
-
-# -------------------------------------------------------------------- run folder
 
 
 class RunFolder:

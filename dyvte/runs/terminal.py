@@ -41,7 +41,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """The words after `dyvte`: where each command is, and what it gives."""
 
-# --------------------------------------------------------------------------- help
 
 HELP_LINES, HELP_COLUMNS = 24, 80
 """A terminal as it opens."""
@@ -144,8 +143,6 @@ def _filled(words: list[str], most: int) -> list[str]:
     )
 
 
-# ----------------------------------------------------------------------- progress
-
 BAR = "{desc}: {n_fmt} of {total_fmt} {unit} |{bar:20}| {elapsed} gone, {remaining} left{postfix}"
 
 
@@ -160,9 +157,6 @@ def progress(what: str, counted: str, over: Sequence[Any] | int, **settings: Any
     """
     items: dict[str, Any] = {"total": over} if isinstance(over, int) else {"iterable": over}
     return tqdm(**items, desc=what, unit=counted, bar_format=BAR, dynamic_ncols=True, **settings)
-
-
-# ----------------------------------------------------------------------- warnings
 
 
 _formatwarning = warnings.formatwarning

@@ -23,14 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from dyvte.testbed.facts import (
-    draw_attribute,
-    draw_comparison,
-    draw_count,
-    draw_existence,
-    draw_relation,
-    pick,
-)
+from dyvte.testbed.facts import draw_attribute, draw_comparison, draw_count, draw_existence, draw_relation, pick
 from dyvte.testbed.world import (
     ATTRIBUTES,
     COLUMNS,
@@ -81,7 +74,6 @@ class Question:
         return KINDS[self.kind]
 
 
-# ---------------------------------------------------------------- descriptions
 def describe(item: Object, mentioned: Sequence[str]) -> str:
     """Name an object by one or two of its attributes, in two words: "red circle", "small red", "red shape"."""
     words = [item[a] for a in ("size", "color", "shape") if a in mentioned]
@@ -114,7 +106,6 @@ def follow(scene: Scene, start: Object, step: str) -> Object | None:
     return others[0] if len(others) == 1 else None
 
 
-# ---------------------------------------------------------------- one function a kind
 def _arithmetic(rng: np.random.Generator) -> Question:
     result, plus = int(rng.integers(MAX_NUMBER + 1)), bool(rng.integers(2))
     if plus:
@@ -216,7 +207,6 @@ def ask_matched(scene: Scene, rng: np.random.Generator, tries: int = 24) -> dict
     return None
 
 
-# ---------------------------------------------------------------- captions and text-only scenes
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """A caption that names every object with its place, in random order."""
     order = rng.permutation(len(scene.objects))
@@ -230,7 +220,6 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 CAPTION_PROMPT = "describe the image ."
 
 
-# ---------------------------------------------------------------- data sets
 @dataclass(frozen=True)
 class ShapesRecord:
     """One question about one scene. ``group`` is shared by questions matched in all but their hops, else empty."""

@@ -54,11 +54,7 @@ class Intervention:
 
 
 def interventions(
-    layout: TokenLayout,
-    paths: list[tuple[str, str]],
-    key_sets: Mapping[str, Tensor],
-    mode: Mode,
-    donors: Tensor | None,
+    layout: TokenLayout, paths: list[tuple[str, str]], key_sets: Mapping[str, Tensor], mode: Mode, donors: Tensor | None
 ) -> list[Intervention]:
     """One intervention a path.
 

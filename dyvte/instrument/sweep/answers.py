@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from dyvte.batch import IGNORE_INDEX, Batch
-from dyvte.instrument.hooks import (
-    Selection,
-)
+from dyvte.instrument.hooks import Selection
 from dyvte.mllm import MLLM
 
 

@@ -19,9 +19,6 @@ KL_START = 5
 """First exit layer that VTW's search considers."""
 
 
-# -------------------------------------------------------------------- KL criterion
-
-
 def kl_to_full(logits: Tensor, direction: Literal["exit_to_full", "full_to_exit"] = "exit_to_full") -> Tensor:
     """Divergence of every exit's next-token distribution from the full model's, in nats.
 
@@ -59,9 +56,6 @@ def kl_stays_below(divergence: Tensor, eta: float, start: int = KL_START) -> int
     """First k >= start from which D[j] <= eta for all j >= k, None if there is none."""
     stays = _holds_from_here_on(divergence[start:] <= eta).nonzero().flatten()
     return start + int(stays[0]) if len(stays) else None
-
-
-# --------------------------------------------------------------------- exit labels
 
 
 def sequence_nll(token_nll: Tensor, valid: Tensor) -> Tensor:

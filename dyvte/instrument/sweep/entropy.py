@@ -7,20 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dyvte.instrument.hooks import (
-    LayerCall,
-    Selection,
-)
+from dyvte.instrument.hooks import LayerCall, Selection
 from dyvte.instrument.role_attention import allowed_by
 from dyvte.instrument.sweep.frames import Frame
 from dyvte.layout import TokenLayout
 
-ENTROPIES = (
-    "text_entropy",
-    "text_entropy_normalised",
-    "text_entropy_no_sink",
-    "text_entropy_normalised_no_sink",
-)
+ENTROPIES = ("text_entropy", "text_entropy_normalised", "text_entropy_no_sink", "text_entropy_normalised_no_sink")
 
 _NEVER = -1e30
 """Score of a pair that the mask forbids: its weight is 0, and weight times score still is."""

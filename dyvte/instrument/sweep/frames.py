@@ -12,16 +12,10 @@ from torch import Tensor
 
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.cache import UnknownOfCacheError
-from dyvte.instrument.hooks import (
-    LayerCall,
-    Selection,
-    pack_mask,
-)
+from dyvte.instrument.hooks import LayerCall, Selection, pack_mask
 from dyvte.instrument.kept_keys import take
 from dyvte.instrument.role_attention import allowed_by
 from dyvte.layout import TokenLayout
-
-# ---------------------------------------------------------------------- pieces of a layer
 
 
 @dataclass
@@ -181,9 +175,6 @@ def repeat_arguments(call: LayerCall, packed: dict[str, Any], times: int) -> dic
     }
 
 
-# ---------------------------------------------------------------------------- the sweep
-
-
 class SharedPrefix:
     """Everything up to the last visual token, run once for all rows that show the same image.
 
@@ -218,10 +209,7 @@ class SharedPrefix:
         self.group = torch.tensor(self.groups, device=device)
         of_group = prefix[chosen][self.group] & (length > 0)[:, None]
         rest = ~layout.padding & ~prefix
-        self.suffix = Frame(
-            Selection.of(rest, rows, rest.sum(1).tolist()),
-            Selection.of(of_group, rows, self.lengths),
-        )
+        self.suffix = Frame(Selection.of(rest, rows, rest.sum(1).tolist()), Selection.of(of_group, rows, self.lengths))
         self.mask = prefix
 
     def is_possible(self, call: LayerCall, layout: TokenLayout) -> bool:

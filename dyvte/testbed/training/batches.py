@@ -43,7 +43,6 @@ def phases(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
     return found
 
 
-# ---------------------------------------------------------------- batches
 class Batches:
     """The training batches of every stage, each a pure function of (seed, stage, step)."""
 

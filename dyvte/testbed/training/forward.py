@@ -19,7 +19,6 @@ from dyvte.testbed.training.batches import pixels
 from dyvte.testbed.world import COLUMNS, GRID, IMAGE_SIZE, ROWS, VALUES, Scene, patch_labels
 
 
-# ---------------------------------------------------------------- speed
 def _matmul_attention(  # type: ignore[no-untyped-def]
     module, query, key, value, attention_mask, scaling=None, **_
 ) -> tuple[Tensor, None]:
@@ -62,7 +61,6 @@ def choose_precision(requested: str, device: torch.device) -> str:
     return "bf16" if native else "fp32"
 
 
-# ---------------------------------------------------------------- forward passes
 def visual_features(model: LlavaForConditionalGeneration, images: Tensor) -> Tensor:
     """Patch features [B, V, vision width] of the tower, as LLaVA takes them (class token dropped)."""
     return model.model.vision_tower(images).last_hidden_state[:, 1:]

@@ -21,7 +21,6 @@ from dyvte.runs.store import write_atomic
 from dyvte.runs.terminal import progress
 
 
-# ---------------------------------------------------------------- the loop
 def learning_rate(step: int, steps: int, peak: float, warmup: float, decay: float) -> float:
     """Linear warm-up, a constant stretch, then a cosine to zero over the last ``decay`` share of the steps."""
     if step < warmup * steps:
