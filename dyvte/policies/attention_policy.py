@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,8 +16,7 @@ from dyvte.instrument.attention_calls import AttentionCall, watch_attention
 from dyvte.instrument.cache import KeptLayer
 from dyvte.instrument.hooks import Selection
 from dyvte.instrument.role_attention import allowed_pairs
-from dyvte.layout import TokenLayout
-from dyvte.mllm import MLLM, as_mllm
+from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy, PolicyRun, Prefill
 from dyvte.policies.token_scores import MAP_ENTRIES, attention_rows
 
@@ -138,24 +137,31 @@ class AttentionPolicy(Policy):
         """
         raise NotImplementedError
 
-    @contextmanager
-    def __call__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
-        """As `Policy.__call__`; also refuses models whose attention cannot be watched."""
-        mllm = as_mllm(model)
-        with super().__call__(mllm, layout) as run:
-            watched = frozenset(self.watched_layers(mllm))
-            for each in watched:
-                mllm.attention_of(each)  # refuses a layer that does not attend
+    def hooks(self, mllm: MLLM, run: PolicyRun) -> AbstractContextManager[None]:
+        """As `Policy.hooks`; also refuses models whose attention cannot be watched."""
+        return watch_prefill(mllm, run, self.watched_layers(mllm), self.see)
 
-            @torch.no_grad()
-            def see(layer: int, call: AttentionCall) -> None:
-                prefill = run.prefill
-                if layer in watched and prefill is not None and prefill.running is not None:
-                    with overhead():
-                        self.see(layer, prefill, LayerAttention(call, prefill.running))
 
-            with watch_attention(mllm, see):
-                yield run
+def watch_prefill(
+    mllm: MLLM, run: PolicyRun, layers: Collection[int], see: Callable[[int, Prefill, LayerAttention], None]
+) -> AbstractContextManager[None]:
+    """Within the block, `see` is told of the attention of some layers during prefill (see `AttentionPolicy.see`).
+
+    Raises:
+        UnsupportedError: a layer does not attend, or cannot be watched.
+    """
+    watched = frozenset(layers)
+    for each in watched:
+        mllm.attention_of(each)
+
+    @torch.no_grad()
+    def tell(layer: int, call: AttentionCall) -> None:
+        prefill = run.prefill
+        if layer in watched and prefill is not None and prefill.running is not None:
+            with overhead():
+                see(layer, prefill, LayerAttention(call, prefill.running))
+
+    return watch_attention(mllm, tell)
 
 
 @contextmanager
@@ -199,7 +205,5 @@ def watch_steps(mllm: MLLM, layer: int, see: Callable[[Tensor], None]) -> Iterat
             row = attention.rows(slice(-1, None)).mean(1)[:, 0]
             see(attention.unpacked(row, row.new_empty(rows, length)))
 
-    with ExitStack() as stack:
-        stack.callback(owner.register_forward_pre_hook(begin, with_kwargs=True).remove)
-        stack.enter_context(watch_attention(mllm, seen))
+    with owner.register_forward_pre_hook(begin, with_kwargs=True), watch_attention(mllm, seen):
         yield

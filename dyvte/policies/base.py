@@ -132,6 +132,10 @@ class Policy:
         """
         return None
 
+    def hooks(self, mllm: MLLM, run: PolicyRun) -> AbstractContextManager[None]:
+        """What the policy has in place on the model within its block, beside the engine's own; nothing by default."""
+        return nullcontext()
+
     @contextmanager
     def __call__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
         """Run the model under this policy within the block.
@@ -149,7 +153,7 @@ class Policy:
         """
         mllm = as_mllm(model)
         self.check(mllm)
-        with _Engine.of(mllm).running(self, layout) as run:
+        with _Engine.of(mllm).running(self, layout) as run, self.hooks(mllm, run):
             yield run
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,7 +75,8 @@ def shifted_decoding(mllm: MLLM, run: PolicyRun) -> Iterator[None]:
             return args, {**kwargs, "position_ids": kwargs["position_ids"] - left[:, None]}
         return (args[0], args[1] - left[:, None], *args[2:]), kwargs
 
-    with ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
-        stack.callback(rotary.register_forward_pre_hook(shift, with_kwargs=True).remove)
+    with (
+        model.register_forward_pre_hook(begin, with_kwargs=True),
+        rotary.register_forward_pre_hook(shift, with_kwargs=True),
+    ):
         yield

@@ -17,15 +17,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dyvte.cost.flops import overhead
 from dyvte.errors import ConfigError, UnsupportedError
-from dyvte.instrument.attention_calls import AttentionCall, watch_attention
 from dyvte.instrument.vision_tower import TowerNeeds, TowerTokens, TowerWatch, VisionTower
-from dyvte.layout import TokenLayout
-from dyvte.mllm import MLLM, as_mllm
-from dyvte.policies.attention_policy import LayerAttention
+from dyvte.mllm import MLLM
+from dyvte.policies.attention_policy import LayerAttention, watch_prefill
 from dyvte.policies.base import Policy, PolicyRun, Prefill
 from dyvte.policies.positions import check_positions, make_contiguous, shifted_decoding
 from dyvte.policies.token_scores import grid_sides, images
@@ -216,36 +213,23 @@ class ScorerPolicy(Policy):
             raise ConfigError(f"{type(self).__name__}: positions='contiguous' is for what leaves before layer 0")
 
     @contextmanager
-    def __call__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
-        """As `Policy.__call__`; also refuses vision towers that are not mapped exactly, where one is needed."""
-        mllm = as_mllm(model)
-        with super().__call__(mllm, layout) as run, ExitStack() as stack:
-            needs = self.tower_needs(mllm)
-            if needs:
+    def hooks(self, mllm: MLLM, run: PolicyRun) -> Iterator[None]:
+        """As `Policy.hooks`; also refuses vision towers that are not mapped exactly, where one is needed."""
+        with ExitStack() as stack:
+            if needs := self.tower_needs(mllm):
                 watch = stack.enter_context(VisionTower(mllm).watch(needs))
                 stack.enter_context(_handing_over(self, mllm, run, watch))
-            watched = frozenset(self.watched_layers(mllm))
-            for each in watched:
-                mllm.attention_of(each)  # refuses a layer that does not attend
-            if watched:
-                stack.enter_context(watch_attention(mllm, self._seeing(watched, run)))
+            if watched := self.watched_layers(mllm):
+                stack.enter_context(watch_prefill(mllm, run, watched, self._see))
             if self.positions == "contiguous":
                 stack.enter_context(shifted_decoding(mllm, run))
-            yield run
+            yield
 
-    def _seeing(self, watched: frozenset[int], run: PolicyRun) -> Any:
-        @torch.no_grad()
-        def see(layer: int, call: AttentionCall) -> None:
-            prefill = run.prefill
-            if layer in watched and prefill is not None and prefill.running is not None:
-                attention = LayerAttention(call, prefill.running)
-                with overhead():
-                    values = attention.unpacked(self.look(layer, prefill, attention), prefill.kept)
-                key = (id(self), "seen")
-                before = prefill.state.get(key, (layer, 0.0))
-                prefill.state[key] = (layer, values + before[1] if before[0] == layer else values)
-
-        return see
+    def _see(self, layer: int, prefill: Prefill, attention: LayerAttention) -> None:
+        values = attention.unpacked(self.look(layer, prefill, attention), prefill.kept)
+        key = (id(self), "seen")
+        before = prefill.state.get(key, (layer, 0.0))
+        prefill.state[key] = (layer, values + before[1] if before[0] == layer else values)
 
     @torch.no_grad()
     def before_layer(self, layer: int, prefill: Prefill) -> None:
@@ -334,7 +318,8 @@ def _handing_over(policy: Policy, mllm: MLLM, run: PolicyRun, watch: TowerWatch)
         if module is decoder and run.prefill is not None:
             run.prefill.state[id(policy), "tower"] = watch.tokens
 
-    with ExitStack() as stack:
-        stack.callback(mllm.model.register_forward_pre_hook(begin, with_kwargs=True).remove)
-        stack.callback(decoder.register_forward_pre_hook(hand_over, with_kwargs=True).remove)
+    with (
+        mllm.model.register_forward_pre_hook(begin, with_kwargs=True),
+        decoder.register_forward_pre_hook(hand_over, with_kwargs=True),
+    ):
         yield

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dyvte.batch import Batch
 from dyvte.errors import ConfigError, DataError, UnsupportedError
 from dyvte.instrument.hooks import LayerCall, drive_layers, is_driven, output_states, override_method, with_states
 from dyvte.instrument.sweep.criteria import kl_to_full
-from dyvte.layout import TokenLayout
-from dyvte.mllm import MLLM, as_mllm
+from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy, PolicyRun, Prefill
 from dyvte.policies.method import Source
 
@@ -58,12 +57,9 @@ class SkipAttention(Policy):
                 f"SkipAttention: layers must be in 0..{mllm.num_layers - 1} for this model, got {wrong[0]}"
             )
 
-    @contextmanager
-    def __call__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
-        """As `Policy.__call__`."""
-        mllm = as_mllm(model)
-        with super().__call__(mllm, layout) as run, skipped_attention(mllm, self.layers):
-            yield run
+    def hooks(self, mllm: MLLM, run: PolicyRun) -> AbstractContextManager[None]:
+        """Skip the attention."""
+        return skipped_attention(mllm, self.layers)
 
     def before_layer(self, layer: int, prefill: Prefill) -> None:
         """No token leaves."""

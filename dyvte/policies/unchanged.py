@@ -36,11 +36,8 @@ class Unchanged(Policy):
         """As `Policy.__call__`; the run has exit layers and no prefill."""
         mllm = as_mllm(model)
         run = _Watched(mllm)
-        handle = mllm.model.register_forward_pre_hook(run.note, with_kwargs=True)
-        try:
+        with mllm.model.register_forward_pre_hook(run.note, with_kwargs=True):
             yield run
-        finally:
-            handle.remove()
 
     def before_layer(self, layer: int, prefill: Prefill) -> None:
         """No token leaves."""

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dyvte.errors import ConfigError, UnsupportedError
-from dyvte.layout import TokenLayout
-from dyvte.mllm import MLLM, as_mllm
+from dyvte.mllm import MLLM
 from dyvte.policies.base import PolicyRun, Prefill
 from dyvte.policies.decoder.stages import keep_projections, projected
 from dyvte.policies.method import Source
@@ -63,11 +62,10 @@ class DART(ScorerPolicy):
             raise UnsupportedError(f"DART needs the decoder's final norm, which {type(mllm.decoder).__name__} has not")
 
     @contextmanager
-    def __call__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
-        """As `Policy.__call__`."""
-        mllm = as_mllm(model)
-        with super().__call__(mllm, layout) as run, keep_projections(self, mllm, run, [self.layer - 1], "k_proj"):
-            yield run
+    def hooks(self, mllm: MLLM, run: PolicyRun) -> Iterator[None]:
+        """Keep the keys of the layer before."""
+        with super().hooks(mllm, run), keep_projections(self, mllm, run, [self.layer - 1], "k_proj"):
+            yield
 
     @torch.no_grad()
     def before_layer(self, layer: int, prefill: Prefill) -> None:

@@ -16,10 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dyvte.layout import TokenLayout
-from dyvte.mllm import MLLM, as_mllm
+from dyvte.mllm import MLLM
 from dyvte.policies.base import PolicyRun, Prefill
 from dyvte.policies.decoder.stages import StagedScorer, keep_projections, projected
 from dyvte.policies.method import Source
@@ -59,14 +58,11 @@ class FEATHER(StagedScorer):
         return ()
 
     @contextmanager
-    def __call__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
-        """As `Policy.__call__`."""
-        mllm = as_mllm(model)
-
-        with super().__call__(mllm, layout) as run:
-            before = [layer - 1 for layer in self.layers_of(mllm)]
-            with keep_projections(self, mllm, run, before, "q_proj", "k_proj"):
-                yield run
+    def hooks(self, mllm: MLLM, run: PolicyRun) -> Iterator[None]:
+        """Keep queries and keys of the layer before each stage."""
+        before = [layer - 1 for layer in self.layers_of(mllm)]
+        with super().hooks(mllm, run), keep_projections(self, mllm, run, before, "q_proj", "k_proj"):
+            yield
 
     @torch.no_grad()
     def before_layer(self, layer: int, prefill: Prefill) -> None:

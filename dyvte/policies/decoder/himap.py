@@ -19,7 +19,6 @@ from dyvte.policies.attention_policy import LayerAttention
 from dyvte.policies.base import Prefill
 from dyvte.policies.decoder.stages import StagedScorer
 from dyvte.policies.method import Source
-from dyvte.policies.scorer import VisualTokens
 
 
 @dataclass
@@ -49,7 +48,3 @@ class HiMAP(StagedScorer):
         first = layer == self.layers_of(prefill.mllm)[0] - 1
         rows = prefill.layout.text_status_positions if first else prefill.kept & prefill.layout.visual
         return attention.received(rows)
-
-    def score(self, tokens: VisualTokens) -> Tensor:
-        """What was received."""
-        return tokens.received

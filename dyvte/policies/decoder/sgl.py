@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -28,14 +28,12 @@ from dyvte.batch import IGNORE_INDEX
 from dyvte.cost.flops import overhead
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.hooks import override_method
-from dyvte.layout import TokenLayout
 from dyvte.loading import load
-from dyvte.mllm import MLLM, as_mllm
+from dyvte.mllm import MLLM
 from dyvte.policies.attention_policy import AttentionPolicy, LayerAttention
 from dyvte.policies.base import PolicyRun, Prefill
 from dyvte.policies.decoder.stages import StagedScorer
 from dyvte.policies.method import Source
-from dyvte.policies.scorer import VisualTokens
 
 
 @dataclass
@@ -75,19 +73,12 @@ class SGL(StagedScorer):
         received = attention.received(prefill.layout.text_status_positions)
         return received + attention.selection.pack(prefill.state[before]) if before in prefill.state else received
 
-    def score(self, tokens: VisualTokens) -> Tensor:
-        """What was received."""
-        return tokens.received
-
     @contextmanager
-    def __call__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
-        """As `ScorerPolicy.__call__`; with a guide, every prefill is answered by it first."""
-        mllm = as_mllm(model)
-        with super().__call__(mllm, layout) as run, ExitStack() as stack:
-            if self.guide is not None:
-                guide = _loaded(self.guide) if isinstance(self.guide, str) else self.guide
-                stack.enter_context(self._guided(mllm, guide, run))
-            yield run
+    def hooks(self, mllm: MLLM, run: PolicyRun) -> Iterator[None]:
+        """As `ScorerPolicy.hooks`; with a guide, every prefill is answered by it first."""
+        guide = _loaded(self.guide) if isinstance(self.guide, str) else self.guide
+        with super().hooks(mllm, run), nullcontext() if guide is None else self._guided(mllm, guide, run):
+            yield
 
     @contextmanager
     def _guided(self, mllm: MLLM, guide: MLLM, run: PolicyRun) -> Iterator[None]:
@@ -106,9 +97,8 @@ class SGL(StagedScorer):
         def keep_types(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             if module is mllm.model:
                 types.clear()
-                types.update(
-                    {name: value for name, value in kwargs.items() if name == "token_type_ids"}
-                )  # Gemma 3 asks
+                if "token_type_ids" in kwargs:  # Gemma 3 asks
+                    types["token_type_ids"] = kwargs["token_type_ids"]
 
         def answer(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             if module is mllm.decoder and run.prefill is not None and run.prefill.layout.visual.any():
@@ -116,9 +106,11 @@ class SGL(StagedScorer):
                     received = self._guidance(guide, run.prefill, pictures, types)
                 run.prefill.state[id(self), "seen"] = (0, received)
 
-        with override_method(encoder, "get_image_features", keep_pictures), ExitStack() as stack:
-            for watched, hook in ((mllm.model, keep_types), (mllm.decoder, answer)):
-                stack.callback(watched.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        with (
+            override_method(encoder, "get_image_features", keep_pictures),
+            mllm.model.register_forward_pre_hook(keep_types, with_kwargs=True),
+            mllm.decoder.register_forward_pre_hook(answer, with_kwargs=True),
+        ):
             yield
 
     def _guidance(self, guide: MLLM, prefill: Prefill, pictures: dict[str, Tensor], types: dict[str, Tensor]) -> Tensor:

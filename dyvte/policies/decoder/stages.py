@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dyvte.errors import ConfigError, UnsupportedError
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy, PolicyRun, Prefill
-from dyvte.policies.scorer import ScorerPolicy
+from dyvte.policies.scorer import ScorerPolicy, VisualTokens
 
 
 def in_proportion(layers: Sequence[int], depth: int, num_layers: int) -> list[int]:
@@ -64,6 +64,10 @@ class StagedScorer(ScorerPolicy):
     def watched_layers(self, mllm: MLLM) -> Collection[int]:
         """Each layer before a stage."""
         return [layer - 1 for layer in self.layers_of(mllm)]
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        """[n] what `look` gave."""
+        return tokens.received
 
     def check(self, mllm: MLLM) -> None:
         """Refuse layers that have none before them, or are not as many as the method has stages."""

@@ -17,7 +17,6 @@ from dyvte.policies.attention_policy import LayerAttention
 from dyvte.policies.base import Prefill
 from dyvte.policies.decoder.stages import StagedScorer
 from dyvte.policies.method import Source
-from dyvte.policies.scorer import VisualTokens
 
 
 @dataclass
@@ -43,7 +42,3 @@ class VScanDecoder(StagedScorer):
     def look(self, layer: int, prefill: Prefill, attention: LayerAttention) -> Tensor:
         """The last prompt token's attention."""
         return attention.row(prefill.layout.last_prompt).mean(1)
-
-    def score(self, tokens: VisualTokens) -> Tensor:
-        """What was received."""
-        return tokens.received

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from dyvte.errors import ConfigError, UnsupportedError
 from dyvte.instrument.hooks import Selection
 from dyvte.instrument.role_attention import allowed_pairs
-from dyvte.layout import TokenLayout
-from dyvte.mllm import MLLM, as_mllm
+from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy, PolicyRun, Prefill
 from dyvte.policies.method import Source
 from dyvte.policies.token_scores import grid_sides, images, place_in_image
@@ -74,15 +73,14 @@ class YOPO(Policy):
             prefill.drop(prefill.layout.visual)
 
     @contextmanager
-    def __call__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
-        """As `Policy.__call__`."""
-        mllm = as_mllm(model)
-        with super().__call__(mllm, layout) as run, ExitStack() as stack:
+    def hooks(self, mllm: MLLM, run: PolicyRun) -> Iterator[None]:
+        """Give the layers before the exit a mask with the window."""
+        with ExitStack() as stack:
             for attention in mllm.attentions[: self.exit_layer(mllm)]:
-                if attention is None:
-                    continue
-                stack.callback(attention.register_forward_pre_hook(self._hide(attention, run), with_kwargs=True).remove)
-            yield run
+                if attention is not None:
+                    hide = self._hide(attention, run)
+                    stack.enter_context(attention.register_forward_pre_hook(hide, with_kwargs=True))
+            yield
 
     def _hide(self, owner: nn.Module, run: PolicyRun) -> Any:
         def hide(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

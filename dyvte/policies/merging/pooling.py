@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dyvte.errors import UnsupportedError
-from dyvte.layout import TokenLayout
-from dyvte.mllm import MLLM, as_mllm
+from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy, PolicyRun, Prefill
 from dyvte.policies.method import Source
 from dyvte.policies.token_scores import images, place_in_image
@@ -112,10 +110,8 @@ class DownsampleImage(AveragePool):
     label = "coarser image"
     source = Source()
 
-    @contextmanager
-    def __call__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
-        """As `Policy.__call__`."""
-        mllm = as_mllm(model)
+    def hooks(self, mllm: MLLM, run: PolicyRun) -> AbstractContextManager[None]:
+        """Coarsen the pixels of every call."""
         owner = mllm.model
         names = list(inspect.signature(owner.forward).parameters)
 
@@ -128,12 +124,7 @@ class DownsampleImage(AveragePool):
                 return None
             return (), {**inputs, "pixel_values": self._coarser(pixels)}
 
-        with super().__call__(mllm, layout) as run:
-            handle = owner.register_forward_pre_hook(coarsen, with_kwargs=True)
-            try:
-                yield run
-            finally:
-                handle.remove()
+        return owner.register_forward_pre_hook(coarsen, with_kwargs=True)
 
     def _coarser(self, pixels: Tensor) -> Tensor:
         if pixels.ndim < 4:

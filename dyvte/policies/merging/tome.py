@@ -9,15 +9,14 @@ of its key in all later layers, for generated tokens too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from dyvte.layout import TokenLayout
-from dyvte.mllm import MLLM, as_mllm
+from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy, PolicyRun, Prefill
 from dyvte.policies.decoder.stages import keep_projections, projected, projection_of
 from dyvte.policies.method import Calibration, Source
@@ -143,12 +142,9 @@ class ToMe(Policy):
         """The layers whose keys are needed."""
         return [layer - 1 for layer, number in enumerate(self.schedule(mllm.num_layers)) if number and layer]
 
-    @contextmanager
-    def __call__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
-        """As `Policy.__call__`."""
-        mllm = as_mllm(model)
-        with super().__call__(mllm, layout) as run, keep_projections(self, mllm, run, self._keys_of(mllm), "k_proj"):
-            yield run
+    def hooks(self, mllm: MLLM, run: PolicyRun) -> AbstractContextManager[None]:
+        """Keep the keys that `merges` goes by."""
+        return keep_projections(self, mllm, run, self._keys_of(mllm), "k_proj")
 
     @torch.no_grad()
     def before_layer(self, layer: int, prefill: Prefill) -> None:

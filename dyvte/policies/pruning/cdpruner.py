@@ -44,7 +44,6 @@ class CDPruner(PerTile):
     name = "cdpruner"
     label = "CDPruner"
     source = Source("2506.10967", "Theia-4869/CDPruner", "vision towers that are not CLIP's")
-    needs = ("vision tower",)
 
     text_tower: str | None = None
 

@@ -18,7 +18,43 @@ from dyvte.policies.token_scores import drop_lowest, keep_count
 
 
 @dataclass
-class FastV(AttentionPolicy):
+class LastTokenPruning(AttentionPolicy):
+    """A policy that drops, before some layers, what the last prompt token attends to least in the layer before each."""
+
+    acts = "thins"
+
+    def left_before(self, num_layers: int) -> dict[int, float]:
+        """The layers before which tokens leave, with the share of the visual tokens that is left."""
+        raise NotImplementedError
+
+    def shares(self, mllm: MLLM) -> list[float]:
+        """What the last of these layers left."""
+        left, share, found = self.left_before(mllm.num_layers), 1.0, list[float]()
+        for layer in range(mllm.num_layers):
+            share = left.get(layer, share)
+            found.append(share)
+        return found
+
+    def watched_layers(self, mllm: MLLM) -> Collection[int]:
+        """Each layer before one of these."""
+        return [layer - 1 for layer in self.left_before(mllm.num_layers)]
+
+    def see(self, layer: int, prefill: Prefill, attention: LayerAttention) -> None:
+        """Rank by the last prompt token's row, mean over heads."""
+        scores = attention.unpacked(attention.row(prefill.layout.last_prompt).mean(1), prefill.kept)
+        prefill.state[id(self)] = scores + prefill.state.get(id(self), 0.0)
+
+    def before_layer(self, layer: int, prefill: Prefill) -> None:
+        """Drop the lowest."""
+        left = self.left_before(prefill.mllm.num_layers)
+        if layer in left:
+            visual = prefill.layout.visual
+            keep = keep_count(left[layer], visual)
+            prefill.drop(drop_lowest(prefill.state.pop(id(self)), prefill.kept & visual, keep))
+
+
+@dataclass
+class FastV(LastTokenPruning):
     """Keep a share of the visual tokens from decoder layer `layer` on.
 
     Tokens are ranked once, at prefill, by the attention (mean over heads) that the last prompt token pays them in layer
@@ -38,7 +74,6 @@ class FastV(AttentionPolicy):
     name = "fastv"
     label = "FastV"
     source = Source("2403.06764", "pkunlp-icler/FastV")
-    acts = "thins"
 
     layer: int = 2
     keep: float = 0.5
@@ -54,29 +89,14 @@ class FastV(AttentionPolicy):
                 f"got {self.layer}"
             )
 
-    def shares(self, mllm: MLLM) -> list[float]:
-        """All up to `layer`, then `keep`."""
-        return [1.0] * self.layer + [self.keep] * (mllm.num_layers - self.layer)
+    def left_before(self, num_layers: int) -> dict[int, float]:
+        """`keep` before `layer`."""
+        return {self.layer: self.keep}
 
     @classmethod
     def published(cls, calibration: Calibration) -> Policy | None:
         """K = 2, R = 50%."""
         return cls()
-
-    def watched_layers(self, mllm: MLLM) -> Collection[int]:
-        """The layer that ranks."""
-        return (self.layer - 1,)
-
-    def see(self, layer: int, prefill: Prefill, attention: LayerAttention) -> None:
-        """Rank by the last prompt token's row."""
-        remember_last_row(self, prefill, attention)
-
-    def before_layer(self, layer: int, prefill: Prefill) -> None:
-        """Drop the lowest."""
-        if layer == self.layer:
-            candidates = prefill.kept & prefill.layout.visual
-            keep = keep_count(self.keep, prefill.layout.visual)
-            prefill.drop(drop_lowest(prefill.state.pop(id(self)), candidates, keep))
 
 
 def check_share(name: str, share: float) -> None:
@@ -87,10 +107,3 @@ def check_share(name: str, share: float) -> None:
     """
     if not isinstance(share, (int, float)) or not 0 <= share <= 1:
         raise ConfigError(f"{name} is a share of the visual tokens, 0..1, got {share}")
-
-
-def remember_last_row(policy: AttentionPolicy, prefill: Prefill, attention: LayerAttention) -> None:
-    """Put the last prompt token's attention, mean over heads, into `prefill.state[id(policy)]` as [B, N]."""
-    scores = attention.row(prefill.layout.last_prompt).mean(1)
-    found = attention.unpacked(scores, prefill.kept)
-    prefill.state[id(policy)] = found + prefill.state.get(id(policy), 0.0)

@@ -42,7 +42,6 @@ class GPrune(PerTile):
     name = "gprune"
     label = "G-Prune"
     source = Source("2501.02268", "jytmelon/G-Prune")
-    needs = ("vision tower",)
 
     keeps_separators: ClassVar[bool] = True
 

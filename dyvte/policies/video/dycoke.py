@@ -19,15 +19,14 @@ search a choice belongs to a place in the beam.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dyvte.errors import ConfigError, UnsupportedError
-from dyvte.layout import TokenLayout
-from dyvte.mllm import MLLM, as_mllm
+from dyvte.mllm import MLLM
 from dyvte.policies.attention_policy import watch_steps
 from dyvte.policies.base import Policy, PolicyRun, Prefill
 from dyvte.policies.method import Calibration, Source
@@ -86,19 +85,16 @@ class DyCoke(Policy):
         return cls()
 
     @contextmanager
-    def __call__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
-        """As `Policy.__call__`; also refuses models whose attention cannot be watched."""
-        mllm = as_mllm(model)
-        with super().__call__(mllm, layout) as run, ExitStack() as stack:
+    def hooks(self, mllm: MLLM, run: PolicyRun) -> Iterator[None]:
+        """As `Policy.hooks`; also refuses models whose attention cannot be watched."""
 
-            def see(row: Tensor) -> None:
-                if run.prefill is not None:
-                    self._choose_keys(run.prefill, row)
+        def see(row: Tensor) -> None:
+            if run.prefill is not None:
+                self._choose_keys(run.prefill, row)
 
-            stack.enter_context(watch_steps(mllm, self.layer - 1, see))
-            if self.positions == "contiguous":
-                stack.enter_context(shifted_decoding(mllm, run))
-            yield run
+        shifted = shifted_decoding(mllm, run) if self.positions == "contiguous" else nullcontext()
+        with watch_steps(mllm, self.layer - 1, see), shifted:
+            yield
 
     @torch.no_grad()
     def before_layer(self, layer: int, prefill: Prefill) -> None:

@@ -20,8 +20,8 @@ out. Position ids are the original ones, where the code counts anew before the d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -29,8 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from dyvte.errors import ConfigError
-from dyvte.layout import TokenLayout
-from dyvte.mllm import MLLM, as_mllm
+from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy, PolicyRun, Prefill
 from dyvte.policies.decoder.stages import in_proportion, keep_projections, projected, projection_of
 from dyvte.policies.merging.density_peaks import cluster_means, density_peaks
@@ -96,13 +95,9 @@ class PruneVid(Policy):
         """Its defaults."""
         return cls()
 
-    @contextmanager
-    def __call__(self, model: MLLM | nn.Module, layout: TokenLayout | None = None) -> Iterator[PolicyRun]:
-        """As `Policy.__call__`."""
-        mllm = as_mllm(model)
-        before = [self.layer_of(mllm) - 1]
-        with super().__call__(mllm, layout) as run, keep_projections(self, mllm, run, before, "q_proj", "k_proj"):
-            yield run
+    def hooks(self, mllm: MLLM, run: PolicyRun) -> AbstractContextManager[None]:
+        """Keep queries and keys of the layer before the selection."""
+        return keep_projections(self, mllm, run, [self.layer_of(mllm) - 1], "q_proj", "k_proj")
 
     @torch.no_grad()
     def before_layer(self, layer: int, prefill: Prefill) -> None:

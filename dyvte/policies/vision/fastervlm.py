@@ -29,6 +29,5 @@ class FasterVLM(ByClassAttention):
     name = "fastervlm"
     label = "FasterVLM"
     source = Source("2412.01818", "Theia-4869/FasterVLM")
-    needs = ("vision tower",)
 
     keeps_separators: ClassVar[bool] = True

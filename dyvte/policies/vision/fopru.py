@@ -38,7 +38,6 @@ class FoPru(ByClassAttention):
     name = "fopru"
     label = "FoPru"
     source = Source("2411.14164", unverified="encoder layer, row score and rounding: read in the abstract only")
-    needs = ("vision tower",)
 
     by: str = "rank"
 

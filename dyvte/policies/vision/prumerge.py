@@ -53,7 +53,6 @@ class PruMerge(PerTile):
     name = "prumerge"
     label = "PruMerge"
     source = Source("2403.15388", "42Shawn/LLaVA-PruMerge")
-    needs = ("vision tower",)
 
     keep: float | None = None  # type: ignore[assignment]
     neighbours: int = 32
@@ -123,7 +122,6 @@ class PruMergePlus(PruMerge):
     name = "prumerge_plus"
     label = "PruMerge+"
     source = Source("2403.15388", "42Shawn/LLaVA-PruMerge")
-    needs = ("vision tower",)
 
     _evenly_spaced: ClassVar[bool] = True
 

@@ -83,6 +83,7 @@ class PerTile(ScorerPolicy):
     number of patches.
     """
 
+    needs = ("vision tower",)
     keeps_separators: ClassVar[bool] = False
     """Whether separators stay in any case; then the budget's share counts the patches."""
 

@@ -36,7 +36,6 @@ class ToDRE(ByClassAttention):
     name = "todre"
     label = "ToDRE, first stage"
     source = Source("2505.18757", unverified="read without its code: pivot and order of the choice")
-    needs = ("vision tower",)
 
     keep: float = 0.25
     encoder_layer: int = -1

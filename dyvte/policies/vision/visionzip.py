@@ -42,7 +42,6 @@ class VisionZip(ByClassAttention):
     name = "visionzip"
     label = "VisionZip"
     source = Source("2412.04467", "dvlab-research/VisionZip")
-    needs = ("vision tower",)
 
     contextual: float = 10 / 64
 

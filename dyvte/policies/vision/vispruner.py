@@ -44,7 +44,6 @@ class VisPruner(ByClassAttention):
     name = "vispruner"
     label = "VisPruner"
     source = Source("2412.01818", "Theia-4869/VisPruner")
-    needs = ("vision tower",)
 
     important: float = 0.5
 

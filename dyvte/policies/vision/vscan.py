@@ -49,7 +49,6 @@ class VScan(ByClassAttention):
     name = "vscan"
     label = "VScan, first stage"
     source = Source("2505.22654", "Tencent/SelfEvolvingAgent")
-    needs = ("vision tower",)
 
     local: float = 0.5
     local_layer: int | None = None

@@ -45,7 +45,6 @@ class VTCCLS(PerTile):
     name = "vtc_cls"
     label = "VTC-CLS"
     source = Source("2412.05819", "THU-MIG/VTC-CLS", unverified="first encoder layer of the tables")
-    needs = ("vision tower",)
 
     first: int | None = None
 
