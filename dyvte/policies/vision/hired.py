@@ -22,18 +22,17 @@ from torch import Tensor
 from dyvte.instrument.vision_tower import TowerNeeds
 from dyvte.mllm import MLLM
 from dyvte.policies.method import Source
-from dyvte.policies.scorer import ScorerPolicy, VisualTokens, top
-from dyvte.policies.vision.tiles import full_view, shared_out, with_spare_separators
+from dyvte.policies.scorer import VisualTokens, top
+from dyvte.policies.vision.tiles import ClassAttention, full_view, shared_out, with_spare_separators
 
 
 @dataclass
-class HiRED(ScorerPolicy):
+class HiRED(ClassAttention):
     """Budgets of tiles by attention in the full view.
 
     Attributes:
         full_share: share of the budget that goes to the full view (the paper's alpha).
         count_layer: encoder layer whose attention in the full view tells the tiles' budgets.
-        encoder_layer: encoder layer that ranks within a view.
 
     Example:
         >>> with dyvte.HiRED(keep=0.2)(mllm):
@@ -43,19 +42,13 @@ class HiRED(ScorerPolicy):
     name = "hired"
     label = "HiRED"
     source = Source("2408.10945", "hasanar1f/HiRED")
-    needs = ("vision tower",)
 
     full_share: float = 0.5
     count_layer: int = 0
-    encoder_layer: int = -2
 
     def tower_needs(self, mllm: MLLM) -> TowerNeeds:
         """Attention of two layers."""
         return TowerNeeds(attention=(self.count_layer, self.encoder_layer))
-
-    def score(self, tokens: VisualTokens) -> Tensor:
-        """[n] attention of the class token in the upper layer."""
-        return tokens.of_tower().attention(self.encoder_layer)
 
     def choose(self, tokens: VisualTokens, number: int) -> Tensor:
         """[n] the most attended of every view, by the views' budgets; separators stay if nothing else can."""

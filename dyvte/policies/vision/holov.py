@@ -20,22 +20,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dyvte.instrument.vision_tower import TowerNeeds
-from dyvte.mllm import MLLM
 from dyvte.policies.merging.nearest import unit
 from dyvte.policies.method import Source
-from dyvte.policies.scorer import ScorerPolicy, VisualTokens, top
-from dyvte.policies.vision.tiles import shared_out, with_spare_separators
+from dyvte.policies.scorer import VisualTokens, top
+from dyvte.policies.vision.tiles import ClassAttention, shared_out, with_spare_separators
 
 
 @dataclass
-class HoloV(ScorerPolicy):
+class HoloV(ClassAttention):
     """Budgets of strips by attention and variety.
 
     Attributes:
         strips: number of strips of an image.
         variety: weight of the variance beside attention.
-        encoder_layer: encoder layer that ranks.
 
     Example:
         >>> with dyvte.HoloV(keep=64)(mllm):
@@ -45,19 +42,9 @@ class HoloV(ScorerPolicy):
     name = "holov"
     label = "HoloV"
     source = Source("2510.02912", "obananas/HoloV")
-    needs = ("vision tower",)
 
     strips: int = 16
     variety: float = 0.09
-    encoder_layer: int = -2
-
-    def tower_needs(self, mllm: MLLM) -> TowerNeeds:
-        """Attention of one layer."""
-        return TowerNeeds(attention=(self.encoder_layer,))
-
-    def score(self, tokens: VisualTokens) -> Tensor:
-        """[n] attention of the class token."""
-        return tokens.of_tower().attention(self.encoder_layer)
 
     def choose(self, tokens: VisualTokens, number: int) -> Tensor:
         """[n] the most attended of every strip, by the strips' budgets; separators stay if nothing else can."""

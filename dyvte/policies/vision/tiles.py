@@ -111,7 +111,7 @@ class PerTile(ScorerPolicy):
 
 
 @dataclass
-class ByClassAttention(PerTile):
+class ClassAttention(ScorerPolicy):
     """Keep the tokens with most attention of the class token in one encoder layer.
 
     Where the tower has no class token, with most attention received from the mean query.
@@ -119,6 +119,8 @@ class ByClassAttention(PerTile):
     Attributes:
         encoder_layer: layer of the vision tower that ranks; negative counts from the last, -1.
     """
+
+    needs = ("vision tower",)
 
     encoder_layer: int = -2
 
@@ -129,6 +131,11 @@ class ByClassAttention(PerTile):
     def score(self, tokens: VisualTokens) -> Tensor:
         """[n] attention in the layer."""
         return tokens.of_tower().attention(self.encoder_layer)
+
+
+@dataclass
+class ByClassAttention(ClassAttention, PerTile):
+    """`ClassAttention` tile by tile."""
 
 
 def shown_layer(mllm: MLLM) -> int:
