@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import warnings
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import ModelOutput
 
 from dyvte.data.video import Video
@@ -169,6 +171,13 @@ class Batch(dict[str, Any]):
                 inputs[name] = torch.cat([value, tail], dim=1)
         return inputs
 
+    def without_cache(self, model: Any) -> dict[str, Any]:
+        """Inputs of one pass of a model whose states, not logits, are looked at: as few logits as it can make."""
+        inputs = {name: value for name, value in self.items() if name not in ("labels", "past_key_values")}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            inputs["logits_to_keep"] = 1
+        return {**inputs, "use_cache": False}
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.items()}
@@ -193,6 +202,12 @@ class Batch(dict[str, Any]):
             if isinstance(value, Tensor) and value.shape == self["input_ids"].shape:
                 rolled[name] = value.gather(1, columns.to(value.device))
         return Batch(rolled, TokenLayout(self.layout.roles.gather(1, columns)), self.images)
+
+
+def padded_answers(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Answer ids [B, A] from those of each row, -100 at padding."""
+    answers = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(answers, batch_first=True, padding_value=IGNORE_INDEX)
 
 
 def image_rows(images: Sequence[Media | None] | None, questions: Sequence[str]) -> tuple[list[list[Image]], list[Any]]:

@@ -14,15 +14,14 @@ the same.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, is_dataclass
+from collections.abc import Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from dyvte.batch import Batch
 from dyvte.data.base import Dataset, Sample, build_dataset
 from dyvte.errors import ConfigError, DataError, RunFolderError
 from dyvte.mllm import MLLM
@@ -72,8 +71,7 @@ def calibration_of(mllm: MLLM, cfg: DictConfig) -> dict[str, Any]:
         "policy": OmegaConf.to_container(cfg.policy, resolve=True),
         "batch_size": cfg.batch_size,
     }
-    as_stored: dict[str, Any] = json.loads(json.dumps(plain(made_of), default=str))
-    return as_stored
+    return json.loads(json.dumps(plain(made_of), default=str))
 
 
 def calibrated_policy(mllm: MLLM, cfg: DictConfig, folder: Path) -> Policy:
@@ -100,11 +98,13 @@ def _calibrate_or_read(mllm: MLLM, cfg: DictConfig, settings: list[str], file: P
     found: dict[str, Any] = kept.get("found", {})
     if kept.get("made_of") != made_of:
         samples = with_image(build_dataset(cfg.calibration.data))
-        batches = list(_batches(mllm, samples, cfg.batch_size))
+        parts = (samples[start : start + cfg.batch_size] for start in range(0, len(samples), cfg.batch_size))
+        batches = [mllm.encode([each.image for each in part], [each.question for each in part]) for part in parts]
         calibrate: Any = OmegaConf.to_container(cfg.policy.calibrate, resolve=True)
         with torch.no_grad():
             policy = build(calibrate, Policy, mllm, batches)
-        found = plain({name: _plain_setting(getattr(policy, name)) for name in settings})
+        values = {name: getattr(policy, name) for name in settings}
+        found = plain({name: vars(each) if is_dataclass(each) else each for name, each in values.items()})
         write_json(file, {"num_samples": len(samples), "found": found, "made_of": made_of})
         how = f"calibrated on {len(samples)} prompts of {cfg.calibration.data.name}"
     else:
@@ -128,8 +128,7 @@ def _build(cfg: DictConfig, found: Mapping[str, Any] | None = None) -> Policy:
     settings.update(found or {})
     for not_of_the_policy in ("name", "calibrate"):
         settings.pop(not_of_the_policy, None)
-    policy: Policy = build(settings, Policy)
-    return policy
+    return build(settings, Policy)
 
 
 def with_image(dataset: Dataset) -> list[Sample]:
@@ -145,16 +144,6 @@ def with_image(dataset: Dataset) -> list[Sample]:
             "data@calibration.data=llava_json calibration.data.file=FILE"
         )
     return samples
-
-
-def _batches(mllm: MLLM, samples: list[Sample], batch_size: int) -> Iterator[Batch]:
-    for start in range(0, len(samples), batch_size):
-        part = samples[start : start + batch_size]
-        yield mllm.encode([each.image for each in part], [each.question for each in part])
-
-
-def _plain_setting(value: Any) -> Any:
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _short(value: Any) -> str:

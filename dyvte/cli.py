@@ -16,16 +16,9 @@ from dyvte.runs.terminal import COMMANDS
 
 def usage() -> str:
     """Every command with what it does."""
-    lines = [f"  {name:16}{what}" for name, (_, what) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: dyvte COMMAND [key=value ...]",
-            "",
-            *lines,
-            "",
-            "dyvte COMMAND --help shows examples and the settings of a command.",
-        ]
-    )
+    lines = "\n".join(f"  {name:16}{what}" for name, (_, what) in COMMANDS.items())
+    more = "dyvte COMMAND --help shows examples and the settings of a command."
+    return f"usage: dyvte COMMAND [key=value ...]\n\n{lines}\n\n{more}"
 
 
 def make_experiments_importable() -> None:

@@ -19,16 +19,8 @@ from dyvte.runs.config import command
 @command("convert")
 def main(cfg: DictConfig) -> None:
     """Convert as `conf/convert.yaml` says."""
-    convert(
-        cfg.source,
-        cfg.target,
-        revision=cfg.revision,
-        vision_tower=cfg.vision_tower,
-        chat_template=cfg.chat_template,
-        dtype=cfg.dtype,
-        shard_gigabytes=cfg.shard_gigabytes,
-        overwrite=cfg.overwrite,
-    )
+    names = ("revision", "vision_tower", "chat_template", "dtype", "shard_gigabytes", "overwrite")
+    convert(cfg.source, cfg.target, **{name: cfg[name] for name in names})
 
 
 def name_positional(words: list[str]) -> list[str]:

@@ -21,7 +21,7 @@ from dyvte.calibrate import build_policy, calibrated_policy, calibration_of, ope
 from dyvte.cost.flops import FlopCount, prefill_flops
 from dyvte.cost.measure import measure_generation, peak_memory_bytes
 from dyvte.data.base import Dataset, Sample, build_dataset
-from dyvte.data.metrics import exact_match
+from dyvte.data.metrics import correctness
 from dyvte.gates.controls import control_exits, exits_by_hops
 from dyvte.gates.features import QUESTION
 from dyvte.gates.labels import LabelSet, LabelSettings, collect_labels, label_fingerprint
@@ -68,7 +68,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any] | None:
     run(folder, dataset, consecutive_batches(len(dataset), cfg.batch_size), compute, cfg.policy.name)
     if not distributed.is_main():
         return None
-    answers = folder.read_table("answers").merge(_full_model(reference), on="id", validate="one_to_one")
+    columns = {"answer": "full_answer", "correct": "full_correct"}
+    full_model = reference.samples[["id", *columns]].rename(columns=columns)
+    answers = folder.read_table("answers").merge(full_model, on="id", validate="one_to_one")
     answers["agree"] = answers["answer"] == answers["full_answer"]
     folder.write_table("samples", answers)
     write_answer_file(folder.path / "answers.jsonl", answers, cfg.model.name)
@@ -132,11 +134,6 @@ def policy_digest(policy: Policy) -> str:
     return digest.hexdigest()[:16]
 
 
-def _full_model(reference: LabelSet) -> pd.DataFrame:
-    columns = {"answer": "full_answer", "correct": "full_correct"}
-    return reference.samples[["id", *columns]].rename(columns=columns)
-
-
 def fixed_exit_table(reference: LabelSet) -> pd.DataFrame:
     """One row a fixed exit: decoder FLOPs, accuracy and agreement."""
     flops = reference.flops.double().mean(0)
@@ -179,8 +176,8 @@ def expected_figures(share: Tensor, answers: pd.DataFrame, reference: LabelSet) 
         "flops_decoder": float(expected(reference.flops).mean()),
         "cost": float(expected(reference.flops).mean() / reference.flops[rows, -1].double().mean()),
     }
-    correctness = _correctness(expected(reference.correct), reference.correct[rows, -1].double(), images)
-    row |= _flat_intervals(correctness | _with_interval("agreement", expected(reference.agree), images))
+    correct = _correctness(expected(reference.correct), reference.correct[rows, -1].double(), images)
+    row |= _flat_intervals(correct | _with_interval("agreement", expected(reference.agree), images))
     flops, agree = reference.flops[rows].double().mean(0), reference.agree[rows].double().mean(0)
     row["cost_of_fixed_exits"] = mixture_cost(flops / flops[-1], agree, row["agreement"])
     row["cost_ratio"] = row["cost"] / row["cost_of_fixed_exits"]
@@ -214,7 +211,7 @@ def evaluate_batch(
             "question": sample.question,
             "reference": sample.answer,
             "answer": answer,
-            "correct": float("nan") if sample.answer is None else float(exact_match(answer, sample.answer)),
+            "correct": correctness(answer, sample.answer),
             "exit_layer": exit_layer,
             "new_tokens": len(tokens),
             "flops_total": count.total,
@@ -308,7 +305,7 @@ def figures(answers: pd.DataFrame, reference: LabelSet) -> dict[str, Any]:
     agree, full_flops = reference.agree[rows], float(reference.flops[rows, -1].double().mean())
     cost = reference.flops[rows].double() / full_flops
     agreement = _with_interval("agreement", _tensor(answers["agree"]), images)
-    correctness = _correctness(_tensor(answers["correct"]), _tensor(answers["full_correct"]), images)
+    correct = _correctness(_tensor(answers["correct"]), _tensor(answers["full_correct"]), images)
     exits = answers["exit_layer"].to_numpy()
     flops = float(answers["flops_decoder"].mean())
     own_cost = flops / full_flops
@@ -316,7 +313,7 @@ def figures(answers: pd.DataFrame, reference: LabelSet) -> dict[str, Any]:
     lucky = agree.int().argmax(1)
     return {
         "num_questions": len(answers),
-        **correctness,
+        **correct,
         **agreement,
         "mean_exit_layer": float(exits.mean()),
         "exit_layers": np.bincount(exits, minlength=reference.num_layers + 1).tolist(),
@@ -329,7 +326,7 @@ def figures(answers: pd.DataFrame, reference: LabelSet) -> dict[str, Any]:
             "flops_decoder": float(at_exit(reference.flops[rows], lucky).double().mean()),
             "cost": float(at_exit(cost, lucky).mean()),
             "mean_exit_layer": float(lucky.double().mean()),
-            "accuracy": correctness["full_accuracy"],
+            "accuracy": correct["full_accuracy"],
             "agreement": 1.0,
         },
         "new_tokens": float(answers["new_tokens"].mean()),
@@ -377,8 +374,7 @@ def write_answer_file(path: Path, answers: pd.DataFrame, model: str) -> None:
         )
         for row in answers.to_dict("records")
     ]
-    content = "".join(f"{line}\n" for line in lines)
-    write_atomic(path, lambda out: out.write(content.encode()))
+    write_atomic(path, lambda out: out.writelines(f"{line}\n".encode() for line in lines))
 
 
 def _print(summary: dict[str, Any]) -> None:

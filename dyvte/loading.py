@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError
 from torch import nn
 
@@ -92,74 +102,69 @@ def load(
 
     import dyvte.conversion.downsample  # noqa: F401  (makes a model known to transformers)
 
-    for name, value in (
-        ("device_map", device_map),
-        ("attn_implementation", attn_implementation),
-        ("quantization_config", quantization_config),
-    ):
-        if value is not None:
-            model_kwargs[name] = value
+    given = {
+        "device_map": device_map,
+        "attn_implementation": attn_implementation,
+        "quantization_config": quantization_config,
+    }
+    model_kwargs |= {key: value for key, value in given.items() if value is not None}
+    name = str(name_or_path)
     place = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if quantization_config is not None:  # quantized weights are not moved afterwards
         model_kwargs.setdefault("device_map", {"": place})
     if exported is not None:
         from dyvte.conversion.exported import load_language_model
 
-        with _OneLineErrors(str(name_or_path)):
+        with _one_line_errors(name):
             model, processor = load_language_model(
-                str(name_or_path), exported, revision=revision, token=token, dtype=dtype, **model_kwargs
+                name, exported, revision=revision, token=token, dtype=dtype, **model_kwargs
             )
     else:
-        source, hub_kwargs = _resolve_source(str(name_or_path), revision, token)
+        source, hub_kwargs = _resolve_source(name, revision, token)
         hub_kwargs["trust_remote_code"] = trust_remote_code
         if Path(source).is_dir():
             check_model_folder(Path(source))
-        with _OneLineErrors(str(name_or_path)):
-            _refuse_forks(str(name_or_path), source, hub_kwargs)
+        with _one_line_errors(name):
+            _refuse_forks(name, source, hub_kwargs)
             config = AutoConfig.from_pretrained(source, **hub_kwargs)
-        _check_config(str(name_or_path), config)
+        _check_config(name, config)
         if attn_implementation is None:
-            _refuse_kernels(str(name_or_path), config)
+            _refuse_kernels(name, config)
         if getattr(config, "quantization_config", None) is not None:  # stored that way
             model_kwargs.setdefault("device_map", {"": place})
         model_kwargs.setdefault("use_safetensors", True)
-        with _OneLineErrors(str(name_or_path)):
+        with _one_line_errors(name):
             model, report = AutoModelForImageTextToText.from_pretrained(
                 source, config=config, dtype=dtype, output_loading_info=True, **hub_kwargs, **model_kwargs
             )
-            _check_weights(str(name_or_path), report)
+            _check_weights(name, report)
             processor = _load_processor(source, hub_kwargs)
     if "device_map" not in model_kwargs:
         model = model.to(place)
     mllm = wrap(model, processor)
-    mllm.commit = _cached_commit(str(name_or_path), revision)
+    mllm.commit = _cached_commit(name, revision)
     return mllm
 
 
-class _OneLineErrors:
+LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
+
+
+@contextmanager
+def _one_line_errors(name: str) -> Iterator[None]:
     """Turn what transformers raises while it loads NAME into a `ModelError` of one line."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        from huggingface_hub.errors import StrictDataclassError
-
-        expected = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
-        if isinstance(error, ModelError) or not isinstance(error, expected):
-            return
-        raise ModelError(f"cannot load {self.name!r}: {_explain(error)}") from None
+    try:
+        yield
+    except ModelError:
+        raise
+    except LOADING_ERRORS as error:
+        raise ModelError(f"cannot load {name!r}: {_explain(error)}") from None
 
 
+LONGEST_SENTENCE = 300
 GATED_HINT = "it is gated; accept its terms on its Hub page, then run `hf auth login`"
 
 
 def _explain(error: BaseException) -> str:
-    from huggingface_hub.errors import GatedRepoError, HFValidationError
-
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in chain:
@@ -184,27 +189,22 @@ def _explain(error: BaseException) -> str:
     return _first_sentence(text)
 
 
-def _first_sentence(text: str, limit: int = 300) -> str:
+def _first_sentence(text: str) -> str:
     sentence = text.split(". ")[0]
-    return sentence if len(sentence) <= limit else sentence[:limit] + "..."
-
-
-def _assembled_model() -> Path:
-    """The folder of `llava_smol`, whose language model is fetched once and not shipped."""
-    from dyvte.testbed.smol.assemble import assembled_folder, is_assembled
-
-    if not is_assembled():
-        raise ModelError(
-            "cannot load 'llava_smol': it is not put together yet (its language model is fetched once, 98 MB); run "
-            "`make smol`, or `dyvte smol` in an installed package"
-        )
-    return assembled_folder()
+    return sentence if len(sentence) <= LONGEST_SENTENCE else sentence[:LONGEST_SENTENCE] + "..."
 
 
 def _resolve_source(name: str, revision: str | None, token: str | bool | None) -> tuple[str, dict[str, Any]]:
     """The folder or Hub id to load NAME from, with keyword arguments for `from_pretrained`."""
     if name == "llava_smol" and not Path(name).is_dir():
-        return str(_assembled_model()), {"local_files_only": True}
+        from dyvte.testbed.smol.assemble import assembled_folder, is_assembled
+
+        if not is_assembled():
+            raise ModelError(
+                "cannot load 'llava_smol': it is not put together yet (its language model is fetched once, 98 MB); run "
+                "`make smol`, or `dyvte smol` in an installed package"
+            )
+        return str(assembled_folder()), {"local_files_only": True}
     folder = SHIPPED_MODELS.get(name) or Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -217,12 +217,9 @@ def _resolve_source(name: str, revision: str | None, token: str | bool | None) -
         )
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
         raise ModelError(f"cannot load {name!r}: there is no such folder; give a folder in Hub layout or a Hub id")
-    kwargs = {"revision": revision, "token": token}
-    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    kwargs = {key: value for key, value in (("revision", revision), ("token", token)) if value is not None}
     if not _hub_answers(name, kwargs):
-        from huggingface_hub import try_to_load_from_cache
-
-        if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+        if not isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision), str):
             pinned = "" if revision is None else f" --revision {revision}"
             raise ModelError(
                 f"cannot load {name!r}: the Hugging Face Hub cannot be reached and nothing is cached here; run "
@@ -234,19 +231,14 @@ def _resolve_source(name: str, revision: str | None, token: str | bool | None) -
 
 def _cached_commit(name: str, revision: str | None) -> str | None:
     """The commit of a Hub id's files in the cache, by which the cache names its folder; None for other models."""
-    from huggingface_hub import try_to_load_from_cache
-
     if name in SHIPPED_MODELS or Path(name).expanduser().is_dir():
         return None
-    file = try_to_load_from_cache(name, "config.json", revision=revision)
+    file = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(file).parent.name if isinstance(file, str) else None
 
 
 def _hub_answers(name: str, kwargs: dict[str, Any]) -> bool:
     """Whether the Hub has NAME; False when it cannot be reached. One request, no retries."""
-    import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
     if huggingface_hub.constants.is_offline_mode():
         return False
     try:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from dyvte.batch import IGNORE_INDEX, Batch, Image, Media, image_rows, warn_if_question_precedes_image
+from dyvte.batch import Batch, Image, Media, image_rows, padded_answers, warn_if_question_precedes_image
 from dyvte.data.chat import Chat, split_chat
 from dyvte.data.video import MAX_FRAMES
 from dyvte.errors import DyvteWarning, ModelError, UnsupportedError
@@ -75,9 +75,8 @@ class MLLM:
         self.decoder, self.layers = find_decoder(model, self.text_config)
         self.lm_head: Any = output_embeddings_of(model)
         if self.lm_head is None:
-            raise ModelError(
-                f"{type(model).__name__} has no output embeddings: load the ...ForConditionalGeneration class"
-            )
+            name = type(model).__name__
+            raise ModelError(f"{name} has no output embeddings: load the ...ForConditionalGeneration class")
 
     def __repr__(self) -> str:
         name = type(self.model).__name__
@@ -262,10 +261,7 @@ class MLLM:
             # A tokenizer may merge the end of the prompt with the answer; then the answer is tokenized on its own.
             ids = joint[len(before) :] if joint[: len(before)] == before else self._tokenize(answer)
             rows.append([*ids, self.tokenizer.eos_token_id])
-        padded = torch.full((len(rows), max(map(len, rows))), IGNORE_INDEX, dtype=torch.long)
-        for index, ids in enumerate(rows):
-            padded[index, : len(ids)] = torch.tensor(ids)
-        return padded.to(self.device)
+        return padded_answers(rows).to(self.device)
 
     # -------------------------------------------------------------- generation
 
@@ -336,8 +332,6 @@ class MLLM:
         """Generated ids as text, without special tokens."""
         self._require_processor()
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
-    # ----------------------------------------------------------------- private
 
     def _place(self, value: Any) -> Any:
         if not isinstance(value, Tensor):

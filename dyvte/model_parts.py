@@ -104,7 +104,8 @@ def find_decoder(model: nn.Module, text_config: Any) -> tuple[nn.Module, nn.Modu
         (module, child)
         for module in root.modules()
         for child in module.children()
-        if isinstance(child, nn.ModuleList) and len(child) == text_config.num_hidden_layers and _is_decoder(child)
+        if isinstance(child, nn.ModuleList) and len(child) == text_config.num_hidden_layers
+        if any(self_attention_of(layer) is not None for layer in child)
     ]
     if not candidates:
         raise ModelError(
@@ -123,10 +124,6 @@ def output_embeddings_of(model: Any) -> nn.Module | None:
         each.get_output_embeddings() for each in (model, *model.children()) if hasattr(each, "get_output_embeddings")
     )
     return next((head for head in heads if head is not None), None)
-
-
-def _is_decoder(layers: nn.ModuleList) -> bool:
-    return any(self_attention_of(layer) is not None for layer in layers)
 
 
 def self_attention_of(layer: nn.Module) -> nn.Module | None:

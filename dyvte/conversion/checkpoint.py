@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig, LlavaImageProcessorPil, LlavaProcessor, image_utils
 
 from dyvte.conversion.source import Source, checkpoint_folder, read_source
 from dyvte.conversion.target import plan, target_config
@@ -100,7 +101,8 @@ def convert(
             for done in write_shards(unfinished, entries, int(shard_gigabytes * 2**30)):
                 bar.update(done)
         config.save_pretrained(unfinished)
-        _generation_config(tokenizer).save_pretrained(unfinished)
+        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        GenerationConfig(**special).save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
         replace_folder(unfinished, folder, overwrite)
     except FileExistsError as error:
@@ -143,8 +145,6 @@ def _template(path: str | None, source: Source) -> str:
 
 def build_processor(source: Source, config: Any, tokenizer: Any, chat_template: str) -> Any:
     """A `LlavaProcessor` that prepares images and prompts as the code base does."""
-    from transformers import LlavaImageProcessorPil, LlavaProcessor
-
     vision = config.vision_config
     size = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
     patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
@@ -171,19 +171,10 @@ def build_processor(source: Source, config: Any, tokenizer: Any, chat_template: 
 
 def _normalisation(source: Source, model_type: str) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the colours that the tower was trained with."""
-    from transformers.image_utils import (
-        IMAGENET_DEFAULT_MEAN,
-        IMAGENET_DEFAULT_STD,
-        IMAGENET_STANDARD_MEAN,
-        IMAGENET_STANDARD_STD,
-        OPENAI_CLIP_MEAN,
-        OPENAI_CLIP_STD,
-    )
-
     defaults = {
-        "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
-        "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
-        "internvl_vision": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        "clip_vision_model": (image_utils.OPENAI_CLIP_MEAN, image_utils.OPENAI_CLIP_STD),
+        "siglip_vision_model": (image_utils.IMAGENET_STANDARD_MEAN, image_utils.IMAGENET_STANDARD_STD),
+        "internvl_vision": (image_utils.IMAGENET_DEFAULT_MEAN, image_utils.IMAGENET_DEFAULT_STD),
     }
     mean, std = defaults[model_type]
     file = None if source.tower_folder is None else source.tower_folder / "preprocessor_config.json"
@@ -194,11 +185,3 @@ def _normalisation(source: Source, model_type: str) -> tuple[list[float], list[f
             if not isinstance(given, (list, tuple)) or not all(isinstance(each, (int, float)) for each in given):
                 raise ModelError(f"{file}: image_mean and image_std must be lists of numbers, got {given!r}")
     return list(mean), list(std)
-
-
-def _generation_config(tokenizer: Any) -> Any:
-    from transformers import GenerationConfig
-
-    return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )

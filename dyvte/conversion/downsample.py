@@ -50,8 +50,7 @@ class DownsampleProjector(nn.Module):
     def forward(self, image_features: Tensor) -> Tensor:
         """[images, patches, size of a feature] -> [images, tokens, hidden size of the decoder]."""
         joined: Tensor = self.layer_norm(join_neighbours(image_features))
-        projected: Tensor = self.linear_2(self.act(self.linear_1(joined)))
-        return projected
+        return self.linear_2(self.act(self.linear_1(joined)))
 
 
 class LlavaDownsampleConfig(LlavaConfig):

@@ -118,8 +118,7 @@ class Fork:
             image = "<im_start>" + IMAGE + "<im_end>"
         conversation.append_message(conversation.roles[0], (image + "\n" if with_image else "") + question)
         conversation.append_message(conversation.roles[1], answer)
-        text: str = conversation.get_prompt()
-        return text
+        return conversation.get_prompt()
 
     def prompt_format(self) -> Record:
         """What stands before and after a question, with and without an image, and before and after an answer."""
@@ -197,11 +196,8 @@ def export(
         image_folder: where `image` of a question lies: a shard of images that have changed is made again.
     """
     if not hasattr(model, "prepare_inputs_labels_for_multimodal"):
-        sys.exit(
-            "error: {} has no prepare_inputs_labels_for_multimodal, so it is not of the LLaVA code base".format(
-                type(model).__name__
-            )
-        )
+        wrong = "has no prepare_inputs_labels_for_multimodal, so it is not of the LLaVA code base"
+        sys.exit("error: {} {}".format(type(model).__name__, wrong))
     shards = output / "shards"
     shards.mkdir(parents=True, exist_ok=True)
     embedding = model.get_input_embeddings().weight
@@ -345,13 +341,12 @@ def expand(model: Any, ids: torch.Tensor, images: Any, picture: Any) -> Tuple[Op
     The function of the fork takes labels along: given the ids themselves, it marks what it inserts. Forks differ in
     the arguments (older ones have no position_ids, newer ones image_sizes); all return embeddings and labels last.
     """
-    device = model.get_input_embeddings().weight.device
-    dtype = model.get_input_embeddings().weight.dtype
-    ids = ids[None].to(device)
+    weight = model.get_input_embeddings().weight
+    ids = ids[None].to(weight.device)
     if isinstance(images, (list, tuple)):
-        images = [image.to(device, dtype) for image in images]
+        images = [image.to(weight.device, weight.dtype) for image in images]
     elif images is not None:
-        images = images.to(device, dtype)
+        images = images.to(weight.device, weight.dtype)
     arguments = {
         "input_ids": ids,
         "position_ids": None,

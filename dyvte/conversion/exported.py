@@ -20,6 +20,9 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
 
 from dyvte.conversion.export_visual_tokens import FORMAT, IMAGE, IMAGE_SENTINEL, SHARD_NAME, SUFFIXES, shards_of
 from dyvte.conversion.source import checkpoint_folder, read_language_model
@@ -277,26 +280,20 @@ class ExportedProcessor:
             input_ids[row, columns], attention_mask[row, columns] = ids, 1
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if visual:
-            from transformers.modeling_outputs import BaseModelOutputWithPooling
-
             inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=visual)}
         return inputs
 
     def _ids(self, prompt: str, tokens: VisualTokens | None) -> Tensor:
         if tokens is None:
-            return torch.tensor(
-                self.tokenizer(prompt, add_special_tokens=_adds_bos(self.tokenizer, prompt))["input_ids"]
-            )
+            bos = self.tokenizer.bos_token
+            alone = self.tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos)))
+            return torch.tensor(alone["input_ids"])
         ids = tokens.input_ids
         if prompt != tokens.prompt:  # another question about the image
             last = int((ids == IMAGE_SENTINEL).nonzero().max())
             tail = self.tokenizer(prompt.rpartition(IMAGE)[2], add_special_tokens=False)["input_ids"]
             ids = torch.cat([ids[: last + 1], torch.tensor(tail)])
         return ids.masked_fill(ids == IMAGE_SENTINEL, self.image_token_id)
-
-
-def _adds_bos(tokenizer: Any, prompt: str) -> bool:
-    return not (tokenizer.bos_token and prompt.startswith(tokenizer.bos_token))
 
 
 _LANGUAGE_MODEL = {r"^model\.(embed_tokens|layers|norm)\.": r"model.language_model.\1."}
@@ -318,8 +315,6 @@ def load_language_model(
     Raises:
         ModelError: the checkpoint holds no language model, or another one than the export is for.
     """
-    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
-
     export = Export(exported)
     folder = checkpoint_folder(path, revision, token)
     source = read_language_model(folder)
@@ -330,8 +325,6 @@ def load_language_model(
             f"{export.hidden_size}: they are of another model ({export.about.get('model_path')})"
         )
     tokenizer = read_tokenizer(source.tokenizer_folder)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     rows = source.text["model.embed_tokens.weight"].shape[0]
     text_config.vocab_size = rows
     config = LlavaConfig(
@@ -389,8 +382,6 @@ def _placeholder(tokenizer: Any, rows: int, export: Export) -> int:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep transformers from reporting that the vision side is missing: it is meant to be."""
-    from transformers.utils import logging
-
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

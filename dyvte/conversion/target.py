@@ -124,7 +124,7 @@ def plan(source: Source, config: LlavaConfig, dtype: torch.dtype | None) -> list
         expected.pop("lm_head.weight", None)
     made = {
         name: (shape, origin, make)
-        for name, shape, origin, make in _all(source, config, expected)
+        for name, shape, origin, make in _all(source, config)
         if name in expected  # towers come with poolers, heads and buffers that LLaVA does not use
     }
     missing = sorted(set(expected) - set(made))
@@ -146,7 +146,7 @@ def plan(source: Source, config: LlavaConfig, dtype: torch.dtype | None) -> list
     return entries
 
 
-def _all(source: Source, config: LlavaConfig, expected: dict[str, tuple[int, ...]]) -> Iterator[Made]:
+def _all(source: Source, config: LlavaConfig) -> Iterator[Made]:
     for name, origin in source.text.items():
         target = name if name.startswith("lm_head.") else name.replace("model.", "model.language_model.", 1)
         if name in ("lm_head.weight", "model.embed_tokens.weight"):

@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from transformers import AddedToken, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import import_protobuf
+from transformers.tokenization_utils_base import generate_merges
+
 from dyvte.conversion.source import Source
 from dyvte.errors import ModelError
 
@@ -13,26 +17,24 @@ IMAGE_TOKEN = "<image>"
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint: `tokenizer.json`, else the SentencePiece model of Llama.
+    """The tokenizer of a checkpoint, able to pad: `tokenizer.json`, else the SentencePiece model of Llama.
 
     Raises:
         ModelError: there is neither.
     """
-    from transformers import PreTrainedTokenizerFast
-
     if (folder / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    if (folder / "tokenizer.model").is_file():
-        return _llama_tokenizer(folder)
-    raise ModelError(f"{folder}: no tokenizer (tokenizer.json or tokenizer.model)")
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    elif (folder / "tokenizer.model").is_file():
+        tokenizer = _llama_tokenizer(folder)
+    else:
+        raise ModelError(f"{folder}: no tokenizer (tokenizer.json or tokenizer.model)")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
 
 
 def _llama_tokenizer(folder: Path) -> Any:
     """Llama's tokenizer from its SentencePiece model, which is a list of pieces with scores."""
-    from transformers import AddedToken, LlamaTokenizer
-    from transformers.convert_slow_tokenizer import import_protobuf
-    from transformers.tokenization_utils_base import generate_merges
-
     proto = import_protobuf().ModelProto()
     proto.ParseFromString((folder / "tokenizer.model").read_bytes())
     vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)}
@@ -59,8 +61,6 @@ def add_image_token(tokenizer: Any, source: Source) -> tuple[int, int]:
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     tokenizer.image_token = IMAGE_TOKEN
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = "left"
     image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
     return image_token_id, max(source.text["model.embed_tokens.weight"].shape[0], image_token_id + 1)

@@ -78,15 +78,14 @@ class WeightFile:
         return self._tensors
 
 
-def weight_files(folder: Path, stem: str = "") -> list[WeightFile]:
+def weight_files(folder: Path) -> list[WeightFile]:
     """The weight files of a folder in Hub layout, safetensors where there are both kinds.
 
     Raises:
         ModelError: there are none, or some that the index names are missing or outside of the folder.
     """
-    indices = [*folder.glob(f"{stem}*.safetensors.index.json"), *folder.glob(f"{stem}*.bin.index.json")]
-    for files in [indexed_files(index) for index in indices]:
-        return [WeightFile(file) for file in files]
+    for index in [*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")]:
+        return [WeightFile(file) for file in indexed_files(index)]
     for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin", "*.bin"):
         found = sorted(file for file in folder.glob(pattern) if file.name != "training_args.bin")
         if found:

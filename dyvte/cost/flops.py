@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,7 +58,7 @@ class FlopCounter:
     def __init__(self, mllm: MLLM) -> None:
         self._decoder = mllm.decoder
         self._mode = _StrictFlopCounter()
-        self._handles: list[Any] = []
+        self._stack = ExitStack()
         self._entered_at: int | None = None
         self._decoder_flops = 0
 
@@ -71,21 +70,15 @@ class FlopCounter:
     def __enter__(self) -> FlopCounter:
         _refuse_unseen_kernels(self._decoder)
         self._decoder_flops, self._entered_at = 0, None
-        self._handles = [
-            self._decoder.register_forward_pre_hook(self._enter_decoder),
-            self._decoder.register_forward_hook(self._leave_decoder, always_call=True),
-        ]
-        self._mode.__enter__()
+        self._stack.enter_context(self._decoder.register_forward_pre_hook(self._enter_decoder))
+        self._stack.enter_context(self._decoder.register_forward_hook(self._leave_decoder, always_call=True))
+        self._stack.enter_context(self._mode)
         _active.append(self)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         _active.remove(self)
-        self._mode.__exit__(kind, error, trace)
-        for handle in self._handles:
-            handle.remove()
+        self._stack.__exit__(*error)
 
     def _enter_decoder(self, module: torch.nn.Module, args: Any) -> None:
         if module is self._decoder:
@@ -213,13 +206,11 @@ def layer_tally(mllm: MLLM, counter: FlopCounter) -> Iterator[list[int]]:
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(tally(index, -1)) for index, layer in enumerate(mllm.layers)]
-    handles += [layer.register_forward_hook(tally(index, 1)) for index, layer in enumerate(mllm.layers)]
-    try:
+    with ExitStack() as stack:
+        for index, layer in enumerate(mllm.layers):
+            stack.enter_context(layer.register_forward_pre_hook(tally(index, -1)))
+            stack.enter_context(layer.register_forward_hook(tally(index, 1)))
         yield layers
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # ------------------------------------------------------------------ what PyTorch's table of operations lacks
@@ -244,10 +235,8 @@ class _StrictFlopCounter(FlopCounterMode):
 
     def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
         if func_packet not in self.flop_registry:
-            name = getattr(func_packet, "_qualified_op_name", None) or getattr(
-                func_packet, "__name__", str(func_packet)
-            )
-            namespace, _, operation = str(name).rpartition("::")
+            name = str(getattr(func_packet, "_qualified_op_name", getattr(func_packet, "__name__", func_packet)))
+            namespace, _, operation = name.rpartition("::")
             if namespace not in _ELEMENTWISE_NAMESPACES or _MULTIPLIES.search(operation):
                 raise UnsupportedError(
                     f"FLOPs of the operation {name} are unknown and would be left out; load the model with "

@@ -59,12 +59,8 @@ def measure_generation(mllm: MLLM) -> Iterator[GenerationCost]:
         if len(cost.forward_seconds) == 1:
             cost.kv_cache_bytes = kv_cache_bytes(output.past_key_values)
 
-    handles = [mllm.model.register_forward_pre_hook(start), mllm.model.register_forward_hook(stop)]
-    try:
+    with mllm.model.register_forward_pre_hook(start), mllm.model.register_forward_hook(stop):
         yield cost
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def kv_cache_bytes(cache: Any) -> int:

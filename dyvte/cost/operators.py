@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,11 +90,9 @@ class OperatorCounter(TorchDispatchMode):
         self._reads.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._reads.__exit__(kind, error, trace)
-        super().__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self._reads.__exit__(*error)
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count one operator and run it."""
@@ -130,15 +127,8 @@ class _HostReads(TorchFunctionMode):
 _READING_METHODS = {"tolist", "numpy", "cpu", "__array__"}
 _READING_OPERATORS = {
     "_local_scalar_dense",  # item, and every use as a Python number
-    "nonzero",
-    "masked_select",
-    "_unique",
-    "_unique2",
-    "unique_dim",
-    "unique_consecutive",
-    "equal",
-    "is_nonzero",
-    "bincount",
+    *("nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive"),
+    *("equal", "is_nonzero", "bincount"),
 }
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh"}
 
@@ -146,9 +136,7 @@ _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_
 def _synchronises(name: str, args: Any, result: Any) -> bool:
     if name in _READING_OPERATORS:
         return True
-    if (
-        name == "lift_fresh"
-    ):  # torch.tensor(numbers), sent from memory that is not pinned; a single one may be filled in
+    if name == "lift_fresh":  # torch.tensor(numbers), sent from memory that is not pinned; one number may be filled in
         return result.ndim > 0 and result.numel() > 0
     if name in ("index_put", "index_put_", "_index_put_impl_") and args[2].numel() == 1:
         return False  # filled in by the mask
@@ -196,14 +184,10 @@ def count_layers(mllm: MLLM) -> Iterator[LayerWork]:
 
         return hook
 
-    handles = []
-    for layer, work in zip(mllm.layers, found.layers, strict=True):
-        handles.append(layer.register_forward_pre_hook(count_into(work)))
-        handles.append(layer.register_forward_hook(count_into(found.rest)))
-    try:
-        with OperatorCounter() as counter:
-            counter.work = found.rest
-            yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for layer, work in zip(mllm.layers, found.layers, strict=True):
+            stack.enter_context(layer.register_forward_pre_hook(count_into(work)))
+            stack.enter_context(layer.register_forward_hook(count_into(found.rest)))
+        counter = stack.enter_context(OperatorCounter())
+        counter.work = found.rest
+        yield found

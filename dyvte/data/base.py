@@ -105,8 +105,7 @@ def build_dataset(cfg: DictConfig, stored: bool = False, own: DictConfig | None 
     given: Any = {} if own is None else OmegaConf.to_container(own, resolve=True)
     if stored:
         _check_files(settings, given)
-    dataset: Dataset = build(settings, Dataset, stored=stored, known=given.get("_target_", ""))
-    return dataset
+    return build(settings, Dataset, stored=stored, known=given.get("_target_", ""))
 
 
 def _check_files(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:

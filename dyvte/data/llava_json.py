@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from dyvte.data.base import Dataset, Sample, check_limit, text_fingerprint, unique_ids
-from dyvte.data.reading import find_image, most_frequent, read_answers, read_image, read_name, read_question
+from dyvte.data.reading import find_image, most_frequent, read_answers, read_image, read_question
 from dyvte.data.video import MAX_FRAMES, Video, video_of
 from dyvte.errors import BrokenSample, ConfigError, DataError
 
@@ -104,7 +104,7 @@ class LlavaJsonDataset(Dataset):
             image=image,
             question=question,
             answer=most_frequent(answers),
-            kind=read_name(entry["kind"], where) or "all",
+            kind=", ".join(read_answers(entry["kind"], where)) or "all",
             image_id=name or self.ids[index],
             metadata={"question_id": entry["question_id"]},
         )

@@ -33,6 +33,11 @@ def normalize_answer(answer: str) -> str:
     return " ".join("".join(letters).split())
 
 
+def correctness(answer: str, reference: str | None) -> float:
+    """1 for an `exact_match`, 0 for none; NaN without a reference."""
+    return float("nan") if reference is None else float(exact_match(answer, reference))
+
+
 def exact_match(answer: str, reference: str) -> bool:
     """Whether two answers are equal after `normalize_answer`, or as they are where that leaves nothing."""
     normalized = normalize_answer(reference)

@@ -132,11 +132,6 @@ def read_answers(value: Any, where: str, names: Sequence[str] | None = None) -> 
     return [text] if text.strip() else []
 
 
-def read_name(value: Any, where: str, names: Sequence[str] | None = None) -> str | None:
-    """A group, kind or id as text, read as answers are; None where there is none (0 is one)."""
-    return ", ".join(read_answers(value, where, names)) or None
-
-
 def most_frequent(answers: Sequence[str]) -> str | None:
     """The answer that most annotators gave, the first of several; None where there is none."""
     return Counter(answers).most_common(1)[0][0] if answers else None

@@ -27,11 +27,11 @@ import numpy as np
 import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
 from dyvte.batch import Batch
 from dyvte.data.base import Dataset, Sample, image_numbers
-from dyvte.data.metrics import exact_match
+from dyvte.data.metrics import correctness
 from dyvte.errors import ConfigError, DataError
 from dyvte.gates.every_exit import ExitCosts, answers_by_exit, sweep_answers
 from dyvte.gates.features import LENS, QUESTION, assemble, base_of, bases_of
@@ -146,13 +146,12 @@ def label_batch(
     }
     if settings.ground_truth:
         exits.update(_truth_columns(mllm, batch, samples))
-    correct = [_correct(answer, sample.answer) for answer, sample in zip(answers, samples, strict=True)]
+    correct = [correctness(answer, sample.answer) for answer, sample in zip(answers, samples, strict=True)]
     if settings.answers:
         by_exit = answers_by_exit(mllm, swept, settings.max_new_tokens)
         exits["answer"] = np.array([answer for row in by_exit for answer in row], dtype=object)
-        exits["correct"] = np.array(
-            [_correct(each or "", sample.answer) for row, sample in zip(by_exit, samples, strict=True) for each in row]
-        )
+        pairs = ((each or "", sample.answer) for row, sample in zip(by_exit, samples, strict=True) for each in row)
+        exits["correct"] = np.array([correctness(*pair) for pair in pairs])
     table = pd.DataFrame(
         {
             "id": [sample.id for sample in samples],
@@ -182,7 +181,7 @@ def label_batch(
     if LENS in settings.status:
         status[LENS] = lens_features(mllm, sweep.text_status[:, :-1, _last(parts, mllm.hidden_size)]).cpu().contiguous()
     if settings.exits or settings.swapped:
-        made["counterfactual"] = _counterfactual(mllm, batch, samples, sweep, settings)
+        made["counterfactual"] = _counterfactual(mllm, samples, sweep, settings)
     return made
 
 
@@ -195,7 +194,7 @@ def _last(parts: Sequence[str], size: int) -> slice:
 
 
 def _counterfactual(
-    mllm: MLLM, batch: Batch, samples: Sequence[Sample], sweep: ExitSweep, settings: LabelSettings
+    mllm: MLLM, samples: Sequence[Sample], sweep: ExitSweep, settings: LabelSettings
 ) -> dict[str, Tensor]:
     """Text statuses of runs that saw less of the image, or another one, as listed at the top of this file."""
     found = {"exits": sweep.exit_status[:, : len(settings.exits), :-1]}
@@ -209,10 +208,6 @@ def _counterfactual(
 
 def _flat(tensor: Tensor) -> np.ndarray[Any, Any]:
     return tensor.cpu().flatten().numpy()
-
-
-def _correct(answer: str, reference: str | None) -> float:
-    return float("nan") if reference is None else float(exact_match(answer, reference))
 
 
 def _truth_columns(mllm: MLLM, batch: Batch, samples: Sequence[Sample]) -> dict[str, np.ndarray[Any, Any]]:
@@ -240,15 +235,14 @@ def other_images(samples: Sequence[Sample]) -> list[Any]:
 
 def plain_status(mllm: MLLM, batch: Batch) -> Tensor:
     """[b, L, 2d] text status after every layer of the unchanged model."""
-    weights, found = status_weights(batch.layout), []
+    weights, found = status_weights(batch.layout), list[Tensor]()
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        found.append(token_status(layer_states(mllm, output)[..., : mllm.hidden_size], weights))
+
     with ExitStack() as stack:
         for layer in mllm.layers:
-            look = layer.register_forward_hook(
-                lambda module, args, output: found.append(
-                    token_status(layer_states(mllm, output)[..., : mllm.hidden_size], weights)
-                )
-            )
-            stack.callback(look.remove)
+            stack.enter_context(layer.register_forward_hook(note))
         mllm.model(**batch, use_cache=False)
     return torch.stack(found, dim=1)
 
@@ -360,16 +354,18 @@ class LabelSet:
         return assemble(parts, {name: each for name, each in base.items() if each is not None})
 
     @property
+    def _settings(self) -> dict[str, Any]:
+        return json.loads((self.folder.path / "fingerprint.json").read_text())["settings"]
+
+    @property
     def exits(self) -> list[int]:
         """The exit layers k of `counterfactual("exits", ...)`."""
-        made_of = json.loads((self.folder.path / "fingerprint.json").read_text())
-        return list(made_of["settings"].get("exits", []))
+        return list(self._settings.get("exits", []))
 
     @property
     def kept(self) -> list[str]:
         """The status parts that the set holds."""
-        made_of = json.loads((self.folder.path / "fingerprint.json").read_text())
-        return list(made_of["settings"]["status"])
+        return list(self._settings["status"])
 
     def _tensors(self, name: str, keys: Sequence[str]) -> list[dict[str, Tensor]]:
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -223,16 +222,11 @@ def mixture_cost(cost: npt.ArrayLike | Tensor, agreement: npt.ArrayLike | Tensor
         wanted: agreement to reach; infinity if no exit does.
     """
     costs, reached = (np.asarray(each, dtype=np.float64) for each in (cost, agreement))
+    if wanted > reached.max() + 1e-9:  # a mean of shares may lack rounding alone
+        return math.inf
     hull = mixture_hull(costs, reached)
-    if reached.max() < wanted <= reached.max() + 1e-9:  # a mean of shares that lacks rounding alone
-        wanted = float(reached.max())
-    if reached[hull[0]] >= wanted:
-        return float(costs[hull[0]])
-    for below, above in pairwise(hull):
-        if reached[above] >= wanted:
-            share = (wanted - reached[below]) / (reached[above] - reached[below])
-            return float(costs[below] + share * (costs[above] - costs[below]))
-    return math.inf
+    rising = hull[: int(reached[hull].argmax()) + 1]
+    return float(np.interp(wanted, reached[rising], costs[rising]))
 
 
 def exit_by_kind(agree: Tensor, cost: Tensor, kinds: Sequence[str], wanted: float) -> dict[str, int]:

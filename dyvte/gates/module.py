@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dyvte.mllm import MLLM
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_HUB_SETTINGS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 TESTBED = Path(__file__).parents[1] / "testbed"
 SHIPPED_GATES = {
     "llava_shapes": TESTBED / "gates",
@@ -233,32 +234,11 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
         return super().from_pretrained(pretrained_model_name_or_path, **settings)
 
     @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        map_location: str = "cpu",
-        **settings: Any,
-    ) -> Gates:
-        if Path(model_id).is_dir():
-            file = Path(model_id) / WEIGHTS
-        else:
-            file = Path(
-                hf_hub_download(
-                    repo_id=model_id,
-                    filename=WEIGHTS,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    token=token,
-                    local_files_only=local_files_only,
-                )
-            )
+    def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **settings: Any) -> Gates:
+        hub = {name: settings.pop(name) for name in _HUB_SETTINGS}
+        file = Path(model_id) / WEIGHTS
+        if not Path(model_id).is_dir():
+            file = Path(hf_hub_download(model_id, WEIGHTS, **hub))
         _check_settings(f"{model_id}/{CONFIG}", settings)
         shapes = {name: shape for name, (_, shape) in check_safetensors(file).items()}
         if shapes.get("shift", [0])[0] != settings["num_layers"] - 1:  # before so many are made

@@ -67,8 +67,7 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, features: Tensor) -> Tensor:
         """[n, K] probability of every target."""
-        said: Tensor = self.net(self._standardised(features)).sigmoid()
-        return said
+        return self.net(self._standardised(features)).sigmoid()
 
     def _standardised(self, features: Tensor) -> Tensor:
         return ((features - self.shift) * self.scale).clamp(-LARGEST, LARGEST)

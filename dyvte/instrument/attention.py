@@ -155,21 +155,15 @@ class AttentionStats:
 
         curve = self.curve if by_head else self.mean_curve
         values = {f"{name}_{measure}": curve(name, measure) for measure in MEASURES for name in CURVES}
+        pairs = {f"{ROLES[q]}_{ROLES[k]}": (q, k) for q in range(len(ROLES)) for k in range(len(ROLES))}
         for measure in MEASURES:
-            table = getattr(self, measure)
-            for query, query_role in enumerate(ROLES):
-                for key, key_role in enumerate(ROLES):
-                    value = table[..., query, key]
-                    name = f"{measure}_{query_role}_{key_role}"
-                    values[name] = value if by_head else self.mean_over_heads(value, measure, query)
+            for roles, (query, key) in pairs.items():
+                value = getattr(self, measure)[..., query, key]
+                values[f"{measure}_{roles}"] = value if by_head else self.mean_over_heads(value, measure, query)
         for name in ("contribution_norm", "contribution_share"):
             if (table := getattr(self, name)) is not None:
-                every = table[:, :, None].expand(-1, -1, self.mass.shape[2] if by_head else 1, -1, -1)
-                roles = [(q, k) for q in range(len(ROLES)) for k in range(len(ROLES))]
-                values |= {
-                    f"{name}_{ROLES[q]}_{ROLES[k]}": every[..., q, k] if by_head else every[:, :, 0, q, k]
-                    for q, k in roles
-                }
+                every = table[:, :, None].expand(-1, -1, self.mass.shape[2], -1, -1) if by_head else table
+                values |= {f"{name}_{roles}": every[..., query, key] for roles, (query, key) in pairs.items()}
         entropies = {name: getattr(self, name) for name in ENTROPIES}
         values |= entropies if by_head else {name: value.nanmean(-1) for name, value in entropies.items()}
         axes = ["sample", "layer", "head"] if by_head else ["sample", "layer"]

@@ -313,8 +313,6 @@ class KeptLayer(DynamicLayer):
         """Refused."""
         raise UnsupportedError("a KV cache filled under a dyvte policy cannot be offloaded")
 
-    # -------------------------------------------------------------------------- private
-
     def _gathered(self) -> tuple[Tensor, Tensor]:
         """Keys and values [B, heads, n, head size] of all rows: the prompt's, then those of the new tokens."""
         if len(self._groups) == 1:

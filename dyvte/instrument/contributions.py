@@ -19,7 +19,6 @@ from dyvte.errors import UnsupportedError
 from dyvte.instrument.role_attention import Block, Geometry
 from dyvte.layout import ROLES, VISUAL
 
-Linear = Callable[[Tensor], Tensor]
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -136,7 +135,7 @@ class ValueMixtures:
             return kept.flatten(2) @ projected
         if self._few[role]:
             kept = self._mix(kept.transpose(1, 2), self.keys.columns[role]).transpose(1, 2)
-        return linear_part(projection)(kept.flatten(2)).float()
+        return linear_part(projection, kept.flatten(2)).float()
 
     def through(self, projection: nn.Module, output: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Send the mixtures through the layer's output projection and compare them with what they are added to.
@@ -197,17 +196,12 @@ def _span(index: Tensor) -> Index:
     return slice(first, last + 1) if last - first + 1 == len(index) else index
 
 
-def linear_part(module: nn.Module) -> Linear:
-    """An affine layer without its bias; of a plain layer, of a quantised one or of one with an adapter."""
-
-    def apply(vectors: Tensor) -> Tensor:
-        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), vectors.dtype)
-        vectors = vectors.to(dtype)
-        if type(module) is nn.Linear:
-            return nn.functional.linear(vectors, module.weight)
-        return module.forward(vectors) - module.forward(torch.zeros_like(vectors[:1, :1]))
-
-    return apply
+def linear_part(module: nn.Module, vectors: Tensor) -> Tensor:
+    """Output of an affine layer without its bias; of a plain layer, a quantised one or one with an adapter."""
+    vectors = vectors.to(next((p.dtype for p in module.parameters() if p.is_floating_point()), vectors.dtype))
+    if type(module) is nn.Linear:
+        return nn.functional.linear(vectors, module.weight)
+    return module.forward(vectors) - module.forward(torch.zeros_like(vectors[:1, :1]))
 
 
 def without_bias(module: nn.Module, width: int, output: Tensor) -> Tensor:

@@ -29,6 +29,9 @@ CPU_BLOCK, GPU_BLOCK = (16, 64, 2**23), (64, 512, 2**27)
 On a CPU the rows of a head should stay in its cache, a GPU needs enough of them to be busy. No result depends on it.
 """
 
+MAP_ENTRIES = 2**24
+"""Entries of an attention matrix made at once by what needs all of its rows (64 MiB in float32)."""
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -101,10 +104,10 @@ class PairCounts:
     text_keys: Tensor
 
     @classmethod
-    def of(cls, allowed: Tensor, groups: Groups, query_groups: Tensor) -> PairCounts:
-        """Sum up `allowed` [B, N, R], the number of keys of each role that a query may see."""
+    def of(cls, allowed: Tensor, queries: Tensor) -> PairCounts:
+        """Sum up `allowed` [B, N, R], the keys of each role that a query may see, over `queries` [B, 5, N]."""
         total = allowed.sum(-1, keepdim=True)
-        weights = query_groups * (total > 0).transpose(1, 2)
+        weights = queries * (total > 0).transpose(1, 2)
         return cls(
             queries=weights.sum(-1),
             pairs=weights @ allowed,
@@ -147,8 +150,8 @@ class Geometry:
             allowed=allowed,
             bias=bias,
             blocks=list(_blocks(groups, allowed, num_heads)),
-            counts=PairCounts.of(groups.merge_sink(by_key), groups, groups.queries),
-            counts_no_sink=PairCounts.of(no_sink, groups, groups.queries),
+            counts=PairCounts.of(groups.merge_sink(by_key), groups.queries),
+            counts_no_sink=PairCounts.of(no_sink, groups.queries),
         )
 
 

@@ -39,7 +39,8 @@ def frame_numbers(mllm: MLLM, batch: Batch) -> Tensor:
     """
     ids, visual = batch["input_ids"], batch.layout.visual
     of_video = torch.zeros_like(visual)
-    if mllm.visual_token_ids and _has_videos(batch):
+    videos = any(batch.get(name) is not None for name in ("video_grid_thw", "pixel_values_videos"))
+    if mllm.visual_token_ids and videos:
         of_video = visual & (ids == mllm.visual_token_ids[-1])
     of_image = visual & ~of_video
     before = torch.nn.functional.pad(of_image, (1, 0))[:, :-1]
@@ -53,10 +54,6 @@ def frame_numbers(mllm: MLLM, batch: Batch) -> Tensor:
         found = [count.setdefault(each, len(count)) for each in block[row, places].tolist()]
         numbers[row, places] = torch.tensor(found, dtype=ids.dtype, device=ids.device)
     return numbers
-
-
-def _has_videos(batch: Batch) -> bool:
-    return any(batch.get(name) is not None for name in ("video_grid_thw", "pixel_values_videos"))
 
 
 def _steps(batch: Batch, tokens: int) -> list[int]:

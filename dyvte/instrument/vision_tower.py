@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +19,13 @@ from torch import Tensor, nn
 from dyvte.cost.flops import overhead
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.attention_calls import AttentionCall, watch_attention
-from dyvte.instrument.hooks import override_method
-from dyvte.instrument.role_attention import allowed_by
+from dyvte.instrument.hooks import output_states, override_method
+from dyvte.instrument.role_attention import MAP_ENTRIES, allowed_by
 from dyvte.instrument.vision_patches import PATCHES, patch_places, patches_to_tokens
+from dyvte.model_parts import self_attention_of
 
 if TYPE_CHECKING:
     from dyvte.mllm import MLLM
-
-MAP_ENTRIES = 2**24
-"""Entries of an attention matrix made at once (64 MiB in float32); no result depends on it."""
-
 
 TOWERS = ("visual", "vision_tower", "vision_model")
 """What families call their tower."""
@@ -159,7 +156,9 @@ class VisionTower:
         self.tower: Any = next(getattr(self.owner, name) for name in TOWERS if hasattr(self.owner, name))
         stacks = [module for module in self.tower.modules() if isinstance(module, nn.ModuleList)]
         self.layers = max((list(stack) for stack in stacks), key=len)
-        self.attentions = [_attention_of(layer) for layer in self.layers]
+        self.attentions = [self_attention_of(layer) for layer in self.layers]
+        if None in self.attentions:
+            raise UnsupportedError(f"a layer without self-attention in the vision tower of {self.family!r}")
         embeddings = getattr(self.tower, "embeddings", None)
         self.has_class_token = hasattr(embeddings, "class_embedding") or hasattr(embeddings, "cls_token")
 
@@ -275,23 +274,17 @@ class _Record:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Within the block the tower is looked at."""
-        handles = [
-            self.owner.layers[layer].register_forward_hook(self._keep(layer)) for layer in self.wanted["features"]
-        ]
-        try:
+        with ExitStack() as stack:
+            for layer in self.wanted["features"]:
+                stack.enter_context(self.owner.layers[layer].register_forward_hook(self._keep(layer)))
             if self.wanted["attention"] or self.wanted["keys"]:
-                with watch_attention(self.owner, self._see):  # type: ignore[arg-type]
-                    yield
-            else:
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+                stack.enter_context(watch_attention(self.owner, self._see))  # type: ignore[arg-type]
+            yield
 
     def _keep(self, layer: int) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            states = output[0] if isinstance(output, tuple) else output
-            self.features[layer] = _by_view(states.detach())
+            states = output_states(output).detach()
+            self.features[layer] = states[None] if states.ndim == 2 else states
             if self.owner.has_class_token:
                 self.class_states[layer] = self.features[layer][:, 0]
 
@@ -346,15 +339,3 @@ def _seen_patches(call: AttentionCall, queries: slice) -> Tensor:
         return torch.ones(1, queries.stop - queries.start, call.key.shape[2], device=call.key.device)
     mask = call.mask[:, 0]
     return allowed_by(mask[:, queries]) & allowed_by(mask.diagonal(dim1=1, dim2=2)[:, queries, None])
-
-
-def _by_view(states: Tensor) -> Tensor:
-    return states[None] if states.ndim == 2 else states
-
-
-def _attention_of(layer: nn.Module) -> nn.Module:
-    for name in ("self_attn", "attention", "attn"):
-        module = getattr(layer, name, None)
-        if isinstance(module, nn.Module):
-            return module
-    raise UnsupportedError(f"no self-attention found in the vision tower's {type(layer).__name__}")

@@ -15,10 +15,10 @@ from dyvte.cost.flops import overhead
 from dyvte.instrument.attention_calls import AttentionCall, watch_attention
 from dyvte.instrument.cache import KeptLayer
 from dyvte.instrument.hooks import Selection
-from dyvte.instrument.role_attention import allowed_pairs
+from dyvte.instrument.role_attention import MAP_ENTRIES, allowed_pairs
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy, PolicyRun, Prefill
-from dyvte.policies.token_scores import MAP_ENTRIES, attention_rows
+from dyvte.policies.token_scores import attention_rows
 
 
 @dataclass
@@ -54,15 +54,8 @@ class LayerAttention:
         if self.call.weights is not None:
             return self.call.weights[:, :, queries].float()
         allowed, bias = self.allowed
-        key = self.call.key[:, :, : self.selection.index.shape[1]]
-        return attention_rows(
-            self.call.query[:, :, queries],
-            key,
-            allowed[:, queries],
-            self.call.scale,
-            None if bias is None else bias[:, :, queries],
-            self.call.softcap,
-        )
+        bias = None if bias is None else bias[:, :, queries]
+        return self._computed(self.call.query[:, :, queries], allowed[:, queries], bias)
 
     def row(self, position: Tensor) -> Tensor:
         """Attention [b, H, n] of one query a row, at position [B] of the whole sequence."""
@@ -73,14 +66,13 @@ class LayerAttention:
             return weights.gather(2, at[:, None].expand(-1, weights.shape[1], 1, weights.shape[3]))[:, :, 0].float()
         allowed, bias = self.allowed
         query, width = self.call.query, allowed.shape[2]
-        return attention_rows(
-            query.gather(2, at[:, None].expand(-1, query.shape[1], 1, query.shape[3])),
-            self.call.key[:, :, :width],
-            allowed.gather(1, at.expand(-1, 1, width)),
-            self.call.scale,
-            None if bias is None else bias.gather(2, at[:, None].expand(-1, bias.shape[1], 1, width)),
-            self.call.softcap,
-        )[:, :, 0]
+        query = query.gather(2, at[:, None].expand(-1, query.shape[1], 1, query.shape[3]))
+        bias = None if bias is None else bias.gather(2, at[:, None].expand(-1, bias.shape[1], 1, width))
+        return self._computed(query, allowed.gather(1, at.expand(-1, 1, width)), bias)[:, :, 0]
+
+    def _computed(self, query: Tensor, allowed: Tensor, bias: Tensor | None) -> Tensor:
+        key = self.call.key[:, :, : allowed.shape[2]]
+        return attention_rows(query, key, allowed, self.call.scale, bias, self.call.softcap)
 
     def received(self, queries: Tensor) -> Tensor:
         """Attention [b, n] that every key receives from some queries: mean over heads, summed over them.

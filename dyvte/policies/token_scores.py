@@ -11,8 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-MAP_ENTRIES = 2**24
-"""Entries of the attention matrix made at once (64 MiB in float32); no result depends on it."""
+from dyvte.instrument.role_attention import MAP_ENTRIES
 
 
 def attention_rows(

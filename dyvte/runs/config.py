@@ -193,17 +193,13 @@ def load_model(cfg: DictConfig) -> MLLM:
     return mllm
 
 
-def _folder_name(path: str | None) -> str:
-    """A Hub id or path as one folder name: `llava-hf/llava-1.5-7b-hf` -> `llava-1.5-7b-hf`."""
-    return Path(path).resolve().name if path else "unnamed"
-
-
-def _name_with(name: str, setting: Any) -> str:
-    """A name with its setting, `vtw_8`; the name alone where the setting is left open."""
-    return name if setting is None else f"{name}_{setting}"
-
-
-OmegaConf.register_new_resolver("dyvte.help", lambda *, _root_: help_text(_root_), replace=True)
-OmegaConf.register_new_resolver("dyvte.name_with", _name_with, replace=True)
-OmegaConf.register_new_resolver("dyvte.folder_name", _folder_name, replace=True)
-OmegaConf.register_new_resolver("dyvte.join", "+".join, replace=True)
+_RESOLVERS: dict[str, Callable[..., str]] = {
+    "help": lambda *, _root_: help_text(_root_),
+    # a name with its setting, `vtw_8`; the name alone where the setting is left open
+    "name_with": lambda name, setting: name if setting is None else f"{name}_{setting}",
+    # a Hub id or path as one folder name: `llava-hf/llava-1.5-7b-hf` -> `llava-1.5-7b-hf`
+    "folder_name": lambda path: Path(path).resolve().name if path else "unnamed",
+    "join": "+".join,
+}
+for _name, _resolver in _RESOLVERS.items():
+    OmegaConf.register_new_resolver(f"dyvte.{_name}", _resolver, replace=True)

@@ -29,8 +29,7 @@ def is_main() -> bool:
 
 def device() -> torch.device:
     """The device of this process among those of its machine."""
-    chosen: torch.device = _state().device
-    return chosen
+    return _state().device
 
 
 def barrier() -> None:

@@ -165,19 +165,9 @@ RULES: dict[str, Rule] = {
 }
 """By the last part of a setting's name, or the last two."""
 
-_CHECKED_GROUPS = {
-    "data",
-    "policy",
-    "calibration",
-    "recipe",
-    "maps",
-    "samples",
-    "labels",
-    "model",
-    "cost",
-    "experiment",
-    "upload",
-}
+_CHECKED_GROUPS = frozenset(
+    ("data", "policy", "calibration", "recipe", "maps", "samples", "labels", "model", "cost", "experiment", "upload")
+)
 """Groups whose settings are checked; others (the testbeds' phases, pictures) use some of the names for other things."""
 
 

@@ -105,8 +105,7 @@ def overrides_of(config: DictConfig) -> list[str] | None:
     """What was given on the command line, or to `dyvte.runs.config.compose`; None where nobody knows."""
     if HydraConfig.initialized():
         return list(HydraConfig.get().overrides.task)
-    given: list[str] | None = config.__dict__.get("dyvte_overrides")
-    return given
+    return config.__dict__.get("dyvte_overrides")
 
 
 def serialised(tables: Mapping[str, pd.DataFrame | dict[str, torch.Tensor]]) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ gate folder may name classes of this package and optimizers of torch only: folde
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -52,22 +52,6 @@ def _built(value: Any, kind: type, stored: bool) -> Any:
     return [_built(each, kind, stored) for each in value] if isinstance(value, (list, tuple)) else value
 
 
-def check_stored(settings: Any, kind: type) -> None:
-    """Raise a `ConfigError` if stored settings name a class that they may not (see `build`)."""
-    for name in _targets(settings):
-        find_target(name, kind, stored=True)
-
-
-def _targets(settings: Any) -> Iterator[Any]:
-    if isinstance(settings, Mapping):
-        if "_target_" in settings:
-            yield settings["_target_"]
-        settings = list(settings.values())
-    if isinstance(settings, (list, tuple)):
-        for each in settings:
-            yield from _targets(each)
-
-
 def find_target(name: Any, kind: type, stored: bool = False) -> Callable[..., Any]:
     """The class or class method that a `_target_` names.
 
@@ -103,5 +87,4 @@ def find_target(name: Any, kind: type, stored: bool = False) -> Callable[..., An
     foreign = stored and not f"{package}.".startswith(tuple(f"{known}." for known in KNOWN_PACKAGES))
     if owner is None or foreign or not issubclass(owner, kind) or not callable(found):
         raise ConfigError(f"_target_ {name} is not a {kind.__name__}")
-    target: Callable[..., Any] = found
-    return target
+    return found

@@ -24,19 +24,7 @@ import numpy as np
 from PIL import Image
 
 from dyvte.testbed.facts import draw_attribute, draw_comparison, draw_count, draw_existence, draw_relation, pick
-from dyvte.testbed.world import (
-    ATTRIBUTES,
-    COLUMNS,
-    GRID,
-    MAX_OBJECTS,
-    MIN_OBJECTS,
-    ROWS,
-    Object,
-    Scene,
-    render,
-    sample_scene,
-    scene_generator,
-)
+from dyvte.testbed.world import ATTRIBUTES, COLUMNS, GRID, ROWS, Object, Scene, render, sample_scene, scene_generator
 
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 STAY = "stay"
@@ -261,8 +249,6 @@ class ShapesQuestions(Sequence[ShapesRecord]):
         kinds: Sequence[str] | None = None,
         per_scene: int = 3,
         matched: bool = False,
-        min_objects: int = MIN_OBJECTS,
-        max_objects: int = MAX_OBJECTS,
     ) -> None:
         known = (*KINDS, "caption")
         kinds = tuple(kinds) if kinds else tuple(KINDS)
@@ -271,18 +257,16 @@ class ShapesQuestions(Sequence[ShapesRecord]):
         if num < 0 or per_scene < 1:
             raise ValueError(f"num must be at least 0 and per_scene at least 1, got {num} and {per_scene}")
         self.split, self.seed, self.kinds = split, seed, kinds
-        stream = (
-            self._matched(min_objects, max_objects) if matched else self._mixed(per_scene, min_objects, max_objects)
-        )
+        stream = self._matched() if matched else self._mixed(per_scene)
         self._records = [record for record, _ in zip(stream, range(num), strict=False)]
 
-    def _mixed(self, per_scene: int, low: int, high: int) -> Iterator[ShapesRecord]:
+    def _mixed(self, per_scene: int) -> Iterator[ShapesRecord]:
         owed = dict.fromkeys(self.kinds, 0)  # questions asked so far: the kind that lags behind is asked next
         # Fewer kinds than questions an image: each is asked again, in other words if the first ones come up twice.
         rounds = 1 if len(self.kinds) >= per_scene else 3 * per_scene
         index = 0
         while True:
-            scene = sample_scene(self.split, self.seed, index, low, high)
+            scene = sample_scene(self.split, self.seed, index)
             rng = scene_generator(self.split, self.seed, index, purpose=2)
             asked: set[str] = set()
             for _ in range(rounds):
@@ -301,10 +285,10 @@ class ShapesQuestions(Sequence[ShapesRecord]):
                     yield ShapesRecord(scene, f"{scene.image_id}-{len(asked)}", kind, question.text, question.answer)
             index += 1
 
-    def _matched(self, low: int, high: int) -> Iterator[ShapesRecord]:
+    def _matched(self) -> Iterator[ShapesRecord]:
         index = 0
         while True:
-            scene = sample_scene(self.split, self.seed, index, low, high)
+            scene = sample_scene(self.split, self.seed, index)
             group = ask_matched(scene, scene_generator(self.split, self.seed, index, purpose=3))
             for number, (kind, question) in enumerate((group or {}).items()):
                 name = f"{scene.image_id}-m"

@@ -15,7 +15,6 @@ first layer in which one of its branches acts.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -90,12 +89,10 @@ class Branches:
     def run(self) -> None:
         """Run the model until no branch waits."""
         model = self.mllm.model
-        inputs = {name: value for name, value in self.inputs.items() if name not in ("labels", "past_key_values")}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            inputs["logits_to_keep"] = 1
+        inputs = self.inputs.without_cache(model)
         while self.waiting or self.final is None:
             with drive_layers(self.mllm, self._run_layer):
-                model(**{**inputs, "use_cache": False})
+                model(**inputs)
             if self.final is None:
                 raise UnsupportedError(f"{type(model).__name__} did not run its decoder layers in order")
             self._collect()
@@ -219,11 +216,9 @@ class Branches:
             return output, cache.of(everyone)
         shared = self.shared
         hidden = call.hidden.clone() if call.index == 0 else call.hidden
-        output = call.run(shared.selection.pack(hidden), **{**call.packed(shared.selection), "past_key_values": cache})
         suffix = shared.suffix
         own = suffix.own.pack(hidden)
-        for row, (group, length) in enumerate(zip(shared.groups, shared.lengths, strict=True)):
-            hidden[row, :length] = output_states(output)[group, :length]
+        output = shared.run(call, hidden, cache)
         earlier = cache.of(shared.group)
         behind = Keys(earlier)
         arguments = {**call.packed(suffix.own), "attention_mask": suffix.mask(call), "past_key_values": behind}

@@ -90,17 +90,22 @@ def check_donors(layout: TokenLayout, donors: Tensor) -> None:
     Raises:
         ConfigError: with both rows.
     """
-    position = torch.arange(layout.roles.shape[1], device=layout.roles.device)
-    place = position - layout.first_token[:, None]
+    places = _visual_places(layout)
     for row, donor in enumerate(donors.tolist()):
         if not 0 <= donor < len(donors):
             raise ConfigError(f"donors: row {row} has donor {donor}, the batch has rows 0..{len(donors) - 1}")
-        mine, theirs = place[row][layout.visual[row]], place[donor][layout.visual[donor]]
-        if not torch.equal(mine, theirs):
+        mine, theirs = places[row], places[donor]
+        if mine != theirs:
             raise ConfigError(
                 f"donors: the visual tokens of rows {row} and {donor} do not stand at the same places "
                 f"({len(mine)} and {len(theirs)} tokens); swap images of one size under one system prompt"
             )
+
+
+def _visual_places(layout: TokenLayout) -> list[list[int]]:
+    """How far the visual tokens of every row are from its first token."""
+    place = torch.arange(layout.roles.shape[1], device=layout.roles.device) - layout.first_token[:, None]
+    return [of_row[visual].tolist() for of_row, visual in zip(place, layout.visual, strict=True)]
 
 
 def find_donors(layout: TokenLayout, images: Sequence[object]) -> list[int]:
@@ -110,10 +115,7 @@ def find_donors(layout: TokenLayout, images: Sequence[object]) -> list[int]:
         layout: of the batch.
         images: [B] what tells the images of the rows apart.
     """
-    position = torch.arange(layout.roles.shape[1], device=layout.roles.device)
-    place = position - layout.first_token[:, None]
-    places = [tuple(place[row][layout.visual[row]].tolist()) for row in range(len(place))]
-    donors = []
+    places, donors = _visual_places(layout), []
     for row in range(len(places)):
         order = [(row + step) % len(places) for step in range(1, len(places))]
         fits = (each for each in order if images[each] != images[row] and places[each] == places[row])

@@ -150,13 +150,11 @@ def _states(
         states.append(layer_states(mllm, output).clone())
         template[:] = [output]
 
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "past_key_values")}
     with ExitStack() as stack:
-        handles = [mllm.layers[0].register_forward_pre_hook(enters, with_kwargs=True)]
-        handles += [layer.register_forward_hook(leaves) for layer in mllm.layers]
-        for handle in handles:
-            stack.callback(handle.remove)
+        stack.enter_context(mllm.layers[0].register_forward_pre_hook(enters, with_kwargs=True))
+        for layer in mllm.layers:
+            stack.enter_context(layer.register_forward_hook(leaves))
         if policy is not None:
             stack.enter_context(policy(mllm))
-        mllm.model(**{**inputs, "use_cache": False})
+        mllm.model(**batch.without_cache(mllm.model))
     return states, template[0]

@@ -5,18 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dyvte.batch import IGNORE_INDEX, Batch
+from dyvte.batch import IGNORE_INDEX, Batch, padded_answers
 from dyvte.instrument.hooks import Selection
 from dyvte.mllm import MLLM
 
 
 def greedy_answer_ids(mllm: MLLM, batch: Batch, max_new_tokens: int = 64) -> Tensor:
     """The full model's greedy answers [B, A] as `MLLM.generate_ids` gives them, -100 at padding."""
-    rows = mllm.generate_ids(batch, max_new_tokens=max_new_tokens)
-    answers = torch.full((len(rows), max(map(len, rows))), IGNORE_INDEX, dtype=torch.long)
-    for index, row in enumerate(rows):
-        answers[index, : len(row)] = torch.tensor(row)
-    return answers.to(mllm.device)
+    return padded_answers(mllm.generate_ids(batch, max_new_tokens=max_new_tokens)).to(mllm.device)
 
 
 def teacher_forced(mllm: MLLM, batch: Batch, answer_ids: Tensor | None) -> tuple[Batch, Tensor | None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.cache import UnknownOfCacheError
-from dyvte.instrument.hooks import LayerCall, Selection, pack_mask
+from dyvte.instrument.hooks import LayerCall, Selection, output_states, pack_mask
 from dyvte.instrument.kept_keys import take
 from dyvte.instrument.role_attention import allowed_by
 from dyvte.layout import TokenLayout
@@ -44,9 +44,7 @@ class Frame:
     def key_valid(self) -> Tensor:
         """[b, K] False where a key is padding."""
         parts = [self.own] if self.earlier is None else [self.earlier, self.own]
-        return torch.cat(
-            [torch.ones_like(each.index, dtype=torch.bool) if each.valid is None else each.valid for each in parts], 1
-        )
+        return torch.cat([or_all(each.valid, each.index) for each in parts], dim=1)
 
     def mask(self, call: LayerCall) -> Tensor | None:
         """The layer's attention mask for these queries and keys."""
@@ -234,6 +232,13 @@ class SharedPrefix:
                     if by_row.shape[:2] == shape and self._other_row(by_row.reshape(*shape, -1)) is not None:
                         return False
         return True
+
+    def run(self, call: LayerCall, hidden: Tensor, keys: Keys) -> Any:
+        """Run a layer on the prefixes, put what becomes of every row's into `hidden` [B, N, d]; the layer's output."""
+        output = call.run(self.selection.pack(hidden), **{**call.packed(self.selection), "past_key_values": keys})
+        for row, (group, length) in enumerate(zip(self.groups, self.lengths, strict=True)):
+            hidden[row, :length] = output_states(output)[group, :length]
+        return output
 
     def _other_row(self, states: Tensor) -> int | None:
         """The row whose states [B, N, d] differ most from its representative's in the prefix; None if none does."""

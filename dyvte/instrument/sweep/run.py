@@ -12,7 +12,6 @@ than L (L + 1) / 2. Questions on one image also share the main pass up to the im
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
@@ -208,12 +207,9 @@ class _Sweep:
 
     def run(self) -> ExitSweep:
         model = self.mllm.model
-        inputs = {name: value for name, value in self.inputs.items() if name not in ("labels", "past_key_values")}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            inputs["logits_to_keep"] = 1
         watching = watch_attention(self.mllm, self._see) if self.wants_entropy else nullcontext()
         with drive_layers(self.mllm, self._run_layer), watching:
-            model(**{**inputs, "use_cache": False})
+            model(**self.inputs.without_cache(model))
         if self.final is None:
             raise UnsupportedError(f"{type(model).__name__} did not run its decoder layers in order")
         return self._score()
@@ -284,10 +280,7 @@ class _Sweep:
     def _shared_main_pass(self, call: LayerCall, shared: SharedPrefix) -> tuple[Any, tuple[Tensor, ...] | None]:
         hidden = call.hidden.clone() if call.index == 0 else call.hidden
         keys = Keys()
-        output = call.run(shared.selection.pack(hidden), **{**call.packed(shared.selection), "past_key_values": keys})
-        # Branches and the status read the prefix of every row.
-        for row, (group, length) in enumerate(zip(shared.groups, shared.lengths, strict=True)):
-            hidden[row, :length] = output_states(output)[group, :length]
+        output = shared.run(call, hidden, keys)  # branches and the status read the prefix of every row
         suffix = shared.suffix
         self._expect(call, suffix, self.entropy_plan, self.mllm.num_layers)
         suffix.own.put_back(hidden, self._run_frame(call, suffix, suffix.own.pack(call.hidden), keys.of(shared.group)))
@@ -400,7 +393,9 @@ class _Sweep:
         for first in range(0, num_exits, at_once):
             chunk = states[first : first + at_once]
             scores = read_out(self.mllm, self.inputs, chunk.flatten(0, 1), self.template).unflatten(0, chunk.shape[:2])
-            self._check_finite(scores, first)
+            if len(broken := scores.isnan().any(-1).any(-1).nonzero()):
+                exit_layer, row = broken[0].tolist()
+                raise ModelError(f"NaN among the logits of row {row} under exit {first + exit_layer}")
             logits.append(scores[:, :, 0].clone())
             if self.answers is not None:
                 argmax.append(scores.argmax(-1))
@@ -442,9 +437,3 @@ class _Sweep:
             full = self.entropies[-1:, :, blind]
             self.entropies[:, :, blind] = torch.where(happened, full, torch.nan)
         return self.entropies
-
-    def _check_finite(self, logits: Tensor, first_exit: int) -> None:
-        broken = logits.isnan().any(-1).any(-1).nonzero()
-        if len(broken):
-            exit_layer, row = broken[0].tolist()
-            raise ModelError(f"NaN among the logits of row {row} under exit {first_exit + exit_layer}")

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dyvte.instrument.role_attention import MAP_ENTRIES
 from dyvte.mllm import MLLM
 from dyvte.policies.attention_policy import LayerAttention
 from dyvte.policies.base import Prefill
 from dyvte.policies.method import Source
 from dyvte.policies.scorer import ScorerPolicy, VisualTokens
-from dyvte.policies.token_scores import MAP_ENTRIES
 
 TEMPERATURE, STEPS = 0.1, 5
 SPAN = 8 / 28

@@ -22,12 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
-from dyvte.batch import IGNORE_INDEX
 from dyvte.cost.flops import overhead
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.hooks import override_method
+from dyvte.instrument.sweep import greedy_answer_ids
 from dyvte.loading import load
 from dyvte.mllm import MLLM
 from dyvte.policies.attention_policy import AttentionPolicy, LayerAttention
@@ -125,11 +124,7 @@ class SGL(StagedScorer):
             )
         answered = prompts
         if self.answer_tokens:
-            ids = guide.generate_ids(prompts, max_new_tokens=self.answer_tokens)
-            answers = [torch.tensor(row, device=visual.device) for row in ids]
-            answered = guide.append_answers(
-                prompts, pad_sequence(answers, batch_first=True, padding_value=IGNORE_INDEX)
-            )
+            answered = guide.append_answers(prompts, greedy_answer_ids(guide, prompts, self.answer_tokens))
         watch = _Received()
         with watch(guide, answered.layout):
             guide.model(**answered, use_cache=False)

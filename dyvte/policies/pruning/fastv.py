@@ -29,11 +29,9 @@ class LastTokenPruning(AttentionPolicy):
 
     def shares(self, mllm: MLLM) -> list[float]:
         """What the last of these layers left."""
-        left, share, found = self.left_before(mllm.num_layers), 1.0, list[float]()
-        for layer in range(mllm.num_layers):
-            share = left.get(layer, share)
-            found.append(share)
-        return found
+        left = self.left_before(mllm.num_layers).items()
+        layers = range(mllm.num_layers)
+        return [min((share for before, share in left if before <= layer), default=1.0) for layer in layers]
 
     def watched_layers(self, mllm: MLLM) -> Collection[int]:
         """Each layer before one of these."""

@@ -40,9 +40,6 @@ TOLERANCE = 0.01
 """The bisection on alpha ends when it is known to this."""
 
 
-# ------------------------------------------------------------------------- statistics
-
-
 def self_and_cross(attention: LayerAttention, layout: TokenLayout) -> Tensor:
     """Head-max attention that every position receives: [b, 2, n], from visual tokens and from the text after the image.
 
@@ -109,9 +106,6 @@ def _received(mllm: MLLM, batch: Batch, rows: Tensor) -> Tensor:
     with watch_attention(mllm, see):
         mllm.model(**batch, use_cache=False, logits_to_keep=1)
     return torch.stack([layers[layer] for layer in range(mllm.num_layers)], dim=1)
-
-
-# ----------------------------------------------------------------------------- fitting
 
 
 def deletable(received: Tensor, remaining: Tensor, alpha: float) -> Tensor:
@@ -258,9 +252,6 @@ def fit_recipe(
         else:
             high, best = middle, recipe
     return best
-
-
-# ------------------------------------------------------------------------------ policy
 
 
 @dataclass

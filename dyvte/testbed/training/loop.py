@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,6 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float, decay: floa
         return peak * (step + 1) / (warmup * steps)
     rest = (step - (1 - decay) * steps) / (decay * steps)
     return peak * (0.5 * (1 + math.cos(math.pi * min(rest, 1.0))) if rest > 0 else 1.0)
-
-
-def _save(path: Path, content: dict[str, Any]) -> None:
-    write_atomic(path, lambda out: torch.save(content, out))
 
 
 class _Steps(Dataset[Any]):
@@ -123,7 +120,7 @@ def run_stage(
                 content["seconds"] = seconds + time.monotonic() - started
                 if done < cfg.steps:
                     content["optimizer"] = optimizer.state_dict()
-                _save(path, content)
+                write_atomic(path, partial(torch.save, content))
 
 
 def continue_from(model: LlavaForConditionalGeneration, folder: Path) -> None:
