@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from dyvte.batch import Batch
+from dyvte.cost.spent import SeenPositions
 from dyvte.errors import ConfigError
 from dyvte.instrument.causal import GROUPS, knockout
 from dyvte.instrument.sweep import ExitSweep
 from dyvte.mllm import MLLM
-from dyvte.policies.base import Policy
 from dyvte.policies.exits.fixed_exit import FixedExit
 from dyvte.policies.method import Calibration
 from dyvte.policies.registry import methods
 
-from ..measuring.methods import SeenPositions, budgeted_methods, describe, policy_at
+from ..measuring.methods import budgeted_methods, describe, policy_at
 
 REGION = "region"
 """Name of the key group of the patches that were drawn around."""
@@ -245,14 +245,8 @@ def method_answer(mllm: MLLM, batch: Batch, method: str, budget: float, max_new_
     policy = policy_at(method, budget, calibration)
     if policy is None:
         return None
-    kept, ids = _under(mllm, batch, policy, max_new_tokens)
-    shares = kept.double().mean(1).tolist()
-    return MethodAnswer(describe(policy), kept, ids, calibration.cost(shares))
-
-
-def _under(mllm: MLLM, batch: Batch, policy: Policy, max_new_tokens: int) -> tuple[Tensor, list[int]]:
     seen = SeenPositions()
     with policy(mllm), seen(mllm):
         ids = mllm.generate_ids(batch, max_new_tokens=max_new_tokens)[0]
-    kept = torch.stack(seen.masks, dim=1)[0].cpu()
-    return kept[:, batch.layout.visual[0].cpu()], ids
+    kept = torch.stack(seen.masks, dim=1)[0, :, batch.layout.visual[0]].cpu()
+    return MethodAnswer(describe(policy), kept, ids, calibration.cost(kept.double().mean(1).tolist()))

@@ -103,11 +103,8 @@ class Explorer:
             raise ConfigError(f"the view is of model {state.model!r}; this page shows {self.name!r}")
         if state.example is not None and state.example >= len(self.examples):
             raise ConfigError(f"the view is of example {state.example}; there are 0 to {len(self.examples) - 1}")
-        for value, known in (
-            (state.method, self.methods),
-            (state.queries, QUERY_GROUPS),
-            (state.keys, KEY_GROUPS),
-        ):
+        choices = (self.methods, QUERY_GROUPS, KEY_GROUPS)
+        for value, known in zip((state.method, state.queries, state.keys), choices, strict=True):
             if value not in known:
                 raise ConfigError(f"the view names {value!r}; choose from {', '.join(known)}")
         return replace(state, model=self.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -12,10 +11,10 @@ import numpy.typing as npt
 import seaborn as sns
 from PIL import Image
 
+from ..plots.style import data_url
 from .altered import AlteredAnswer, CutAnswer, MethodAnswer
 from .reading import PatchGrid, Reading, largest
-from .state import ViewState
-from .uploads import data_address
+from .state import ViewState, data_address
 
 PALETTE = np.array(sns.color_palette("rocket_r", 256))
 """Colours from no attention to much, those of the figures."""
@@ -264,5 +263,4 @@ def notice(text: str, stale: bool = False) -> str:
 
 def download(name: str, kind: str, content: bytes, label: str) -> str:
     """A link that saves `content` as a file; the server keeps none."""
-    address = f"data:{kind};base64,{base64.b64encode(content).decode()}"
-    return f'<a class="download" download="{escape(name)}" href="{address}">{escape(label)}</a>'
+    return f'<a class="download" download="{escape(name)}" href="{data_url(content, kind)}">{escape(label)}</a>'

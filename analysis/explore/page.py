@@ -21,8 +21,7 @@ from . import markup
 from .altered import KEY_GROUPS, QUERY_GROUPS
 from .explorer import Explorer
 from .reading import Reading
-from .state import QUERY_KEY, ViewState, read_region, read_view_file, read_window, view_file
-from .uploads import read_upload
+from .state import QUERY_KEY, ViewState, read_region, read_upload, read_view_file, read_window, view_file
 
 ONE_AT_A_TIME = "model"
 """Name of the queue of everything that runs the model."""
@@ -175,9 +174,9 @@ class Page:
         self._on(self.question.change, self._type_question, [self.question, self.reading], [self.notice], **light)
 
         moved = [self.region, self.keys, self.was_cut, *self.shown]
-        self._on(self.answer.pick_token, self._pick_token, both, self.shown, **light)
-        self._on(self.heads.pick_head, self._pick_head, both, self.shown, **light)
-        self._on(self.bars.pick_layer, self._pick_layer, both, self.shown, **light)
+        self._on(self.answer.pick_token, self._picker("token"), both, self.shown, **light)
+        self._on(self.heads.pick_head, self._picker("head"), both, self.shown, **light)
+        self._on(self.bars.pick_layer, self._picker("layer"), both, self.shown, **light)
         self._on(self.view.pick_region, self._pick_region, both, moved, **light)
         self._on(self.region.submit, self._type_region, [self.region, *both], [self.notice, *self.shown], **light)
         self._on(self.layer.input, self._move_layer, [self.layer, *both], self.shown, **light)
@@ -326,15 +325,14 @@ class Page:
 
     # --------------------------------------------------------------------------- a view
 
-    # Gradio tells from the signature that a handler wants the event
-    def _pick_token(self, reading: Reading | None, state: ViewState, event: gr.EventData) -> list[Any]:
-        return self._moved(reading, replace(state, token=event.value))
+    def _picker(self, name: str) -> Callable[..., list[Any]]:
+        """A handler that changes one thing about the view to what was picked."""
 
-    def _pick_head(self, reading: Reading | None, state: ViewState, event: gr.EventData) -> list[Any]:
-        return self._moved(reading, replace(state, head=event.value))
+        # Gradio tells from the signature that a handler wants the event
+        def pick(reading: Reading | None, state: ViewState, event: gr.EventData) -> list[Any]:
+            return self._moved(reading, replace(state, **{name: event.value}))
 
-    def _pick_layer(self, reading: Reading | None, state: ViewState, event: gr.EventData) -> list[Any]:
-        return self._moved(reading, replace(state, layer=event.value))
+        return pick
 
     def _move_layer(self, layer: int, reading: Reading | None, state: ViewState) -> list[Any]:
         return self._moved(reading, replace(state, layer=layer))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 
 import matplotlib.pyplot as plt
@@ -10,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ..plots.style import CYCLE, figure_style, layer_axis, wrapped
+from ..plots.style import CYCLE, figure_style, layer_axis, png_of, wrapped
 from .markup import heat
 from .reading import Reading, largest
 from .state import ViewState
@@ -67,8 +66,4 @@ def draw_view(reading: Reading, state: ViewState) -> Figure:
 
 def png_of_view(reading: Reading, state: ViewState) -> bytes:
     """`draw_view` as PNG."""
-    buffer = io.BytesIO()
-    figure = draw_view(reading, state)
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    plt.close(figure)
-    return buffer.getvalue()
+    return png_of(draw_view(reading, state), DPI)

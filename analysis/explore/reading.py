@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import queue
-import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -189,43 +189,29 @@ class _TokenQueue:
         self.waiting.put(None)
 
 
-@dataclass
-class _Outcome:
-    """How generating ended."""
-
-    ids: list[int] = field(default_factory=list)
-    error: BaseException | None = None
-
-
 @torch.no_grad()
 def stream_answer(mllm: MLLM, batch: Batch, max_new_tokens: int) -> Iterator[list[int]]:
     """The greedy answer of one prompt so far, each time that a token is added; the last list is all of it.
 
     The model runs in a thread of its own, which has ended when the iterator has.
     """
-    tokens, outcome = _TokenQueue(), _Outcome()
+    tokens = _TokenQueue()
 
-    def run() -> None:
+    def run() -> list[int]:
         try:
-            outcome.ids = mllm.generate_ids(batch, max_new_tokens=max_new_tokens, streamer=tokens)[0]
-        except BaseException as error:
-            outcome.error = error
+            return mllm.generate_ids(batch, max_new_tokens=max_new_tokens, streamer=tokens)[0]
         finally:
             tokens.end()
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
     so_far: list[int] = []
-    try:
+    with ThreadPoolExecutor(1) as thread:
+        outcome = thread.submit(run)
         while (new := tokens.waiting.get()) is not None:
             so_far = [*so_far, *new]
             yield so_far
-    finally:
-        thread.join()
-    if outcome.error is not None:
-        raise outcome.error
-    if outcome.ids != so_far:  # cut behind an image token that random weights made
-        yield outcome.ids
+    ids = outcome.result()
+    if ids != so_far:  # cut behind an image token that random weights made
+        yield ids
 
 
 @torch.no_grad()

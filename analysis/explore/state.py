@@ -1,9 +1,10 @@
-"""What the page shows, as JSON and as a link: nothing in it is trusted when it comes back."""
+"""What a browser sends, views as JSON or links and images: nothing in it is trusted, and nothing goes to disk."""
 
 from __future__ import annotations
 
 import base64
 import binascii
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -11,9 +12,10 @@ from typing import Any
 
 from PIL import Image
 
-from dyvte.errors import ConfigError
+from dyvte.data.reading import read_image
+from dyvte.errors import BrokenSample, ConfigError
 
-from .uploads import data_address, read_upload
+from ..plots.style import data_url
 
 LONGEST_QUESTION = 1000
 """Characters of a question."""
@@ -187,35 +189,84 @@ def _json_object(text: str) -> dict[str, Any]:
     return found
 
 
+TEXTS, LENGTHS = ("model", "question", "method", "queries", "keys"), {"window": 2, "region": 4}
+KINDS = {
+    **dict.fromkeys(TEXTS, f"text of up to {LONGEST_QUESTION} characters"),
+    **dict.fromkeys(("token", "layer"), "a whole number from 0"),
+    **dict.fromkeys(("example", "head", "exit_layer"), "a whole number from 0, or null"),
+    "budget": "a number above 0 and up to 1",
+    **{key: f"a list of {length} whole numbers in order, or null" for key, length in LENGTHS.items()},
+}
+"""What the values of a state are, for errors."""
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _checked(key: str, value: Any) -> Any:
     """A value of a state, or a `ConfigError` with its key."""
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    if key in ("model", "question", "method", "queries", "keys"):
-        if isinstance(value, str) and len(value) <= LONGEST_QUESTION:
-            return value
-        kind = f"text of up to {LONGEST_QUESTION} characters"
-    elif key in ("token", "layer"):
-        if whole:
-            return value
-        kind = "a whole number from 0"
-    elif key in ("example", "head", "exit_layer"):
-        if whole or value is None:
-            return value
-        kind = "a whole number from 0, or null"
+    kind = KINDS[key]
+    if value is None and kind.endswith("or null"):
+        return None
+    if key in TEXTS:
+        fits = isinstance(value, str) and len(value) <= LONGEST_QUESTION
+    elif key in LENGTHS:
+        half = LENGTHS[key] // 2
+        fits = isinstance(value, list) and len(value) == LENGTHS[key] and all(map(_counts, value))
+        fits = fits and all(low <= high for low, high in zip(value[:half], value[half:], strict=True))
     elif key == "budget":
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1:
-            return float(value)
-        kind = "a number above 0 and up to 1"
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
     else:
-        length = {"window": 2, "region": 4}[key]
-        if value is None:
-            return None
-        if (
-            isinstance(value, list)
-            and len(value) == length
-            and all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in value)
-            and all(low <= high for low, high in zip(value[: length // 2], value[length // 2 :], strict=True))
-        ):
-            return tuple(value)
-        kind = f"a list of {length} whole numbers in order, or null"
+        fits = _counts(value)
+    if fits:
+        return tuple(value) if key in LENGTHS else float(value) if key == "budget" else value
     raise ConfigError(f"the view's {key!r} is {str(value)[:60]!r}; give {kind}")
+
+
+# ----------------------------------------------------------------------------- images
+
+
+def read_upload(address: str, max_bytes: int, max_pixels: int) -> Image.Image:
+    """The image in a `data:` address, as RGB; its size is checked before it is decoded.
+
+    Args:
+        address: `data:image/png;base64,...` as a browser's FileReader makes it.
+        max_bytes: of the file.
+        max_pixels: width times height, read from the header: a small file may unpack to gigabytes.
+
+    Raises:
+        ConfigError: it is too large, no image, or damaged.
+    """
+    head, _, content = address.partition(",")
+    if not head.startswith("data:") or not head.endswith(";base64"):
+        raise ConfigError("the upload is no file of a browser (a base64 data: address)")
+    if len(content) * 3 // 4 > max_bytes + 2:
+        raise ConfigError(f"the file is larger than {max_bytes / 2**20:g} MiB (set upload.max_mib)")
+    try:
+        raw = base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ConfigError("the upload is damaged: it is no base64") from error
+    try:
+        with Image.open(io.BytesIO(raw)) as image:
+            width, height = image.size
+    except Image.DecompressionBombError as error:
+        raise ConfigError(f"the image has far more than {max_pixels:,} pixels (set upload.max_pixels)") from error
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
+        raise ConfigError("the file is no image that Pillow can read: give a PNG, JPEG or WebP") from error
+    if width * height > max_pixels:
+        raise ConfigError(
+            f"the image has {width} x {height} pixels, more than {max_pixels:,} (set upload.max_pixels, or make it "
+            "smaller)"
+        )
+    try:
+        return read_image(raw, "upload", "upload")
+    except BrokenSample as error:
+        raise ConfigError(str(error)) from error
+
+
+def data_address(image: Image.Image) -> str:
+    """A picture as a PNG `data:` address."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="png")
+    return data_url(buffer.getvalue())
