@@ -19,25 +19,3 @@ from .policies import (
     first_exit_examples,
 )
 from .style import figure_style
-
-__all__ = [
-    "ExitExample",
-    "draw_attention_map",
-    "draw_attention_scores",
-    "draw_entropy_change",
-    "draw_exit_curves",
-    "draw_exit_curves_by_kind",
-    "draw_exit_depths",
-    "draw_exit_examples",
-    "draw_gate_curves",
-    "draw_kl",
-    "draw_measures",
-    "draw_policies_against_fixed_exits",
-    "draw_policy_exit_layers",
-    "draw_stages_by_kind",
-    "draw_text_entropy",
-    "draw_three_stages",
-    "draw_token_depths",
-    "figure_style",
-    "first_exit_examples",
-]

@@ -28,9 +28,9 @@ from .style import (
     Summary,
     add_legend,
     draw_band,
-    figure_style,
     kind_panels,
     layer_axis,
+    new_figure,
     ratio_axis,
     sample_note,
     title_of,
@@ -51,15 +51,13 @@ def _draw_series(axis: Axes, curves: Mapping[str, Mapping[str, Any]]) -> None:
         if name in curves:
             whole = Band.from_dict(curves[name])
             known = np.flatnonzero(np.isfinite(whole.mean))  # layers that do not attend have no value
-            band = Band(whole.mean[known], whole.low[known], whole.high[known])
-            draw_band(axis, known, band, series)
+            draw_band(axis, known, whole[known], series)
 
 
 def draw_three_stages(summary: Summary) -> Figure:
     """Fig. 1: cross-modal, visual and text attention over the layers, and the stages where they were found."""
     verdict, num_layers = summary["stages"], summary["num_layers"]
-    with figure_style():
-        figure, axis = plt.subplots(figsize=(6.4, 4.1), layout="constrained")
+    with new_figure(figsize=(6.4, 4.1)) as (figure, axis):
         curves = summary["bands"][summary["endpoint"]]
         _draw_series(axis, {name: curves[name] for name in ATTENTION_SERIES if name in curves})
         layer_axis(axis, num_layers)
@@ -86,8 +84,7 @@ def draw_three_stages(summary: Summary) -> Figure:
 
 def draw_measures(summary: Summary) -> Figure:
     """Mass, mean score and enrichment (columns), with and without the attention sink (rows)."""
-    with figure_style():
-        figure, axes = plt.subplots(2, 3, figsize=(9.6, 5.2), layout="constrained", sharex=True, sharey="col")
+    with new_figure(2, 3, figsize=(9.6, 5.2), sharex=True, sharey="col") as (figure, axes):
         for column, (measure, label) in enumerate(MEASURE_LABELS.items()):
             for row, suffix in enumerate(("", "_no_sink")):
                 axis = axes[row, column]
@@ -116,10 +113,10 @@ def draw_stages_by_kind(summary: Summary) -> Figure:
     kinds = summary["kinds"]
     if len(kinds) < 2:
         raise DataError(f"the questions of {summary['data']} are of one kind: there is nothing to compare")
-    with figure_style():
-        columns = min(math.ceil(math.sqrt(len(kinds))), 4)
-        counts = {kind: each["num_samples"] for kind, each in kinds.items()}
-        figure, panels = kind_panels(counts, columns, (2.8, 2.1), 0.6, summary["num_layers"], "decoder layer")
+    columns = min(math.ceil(math.sqrt(len(kinds))), 4)
+    counts = {kind: each["num_samples"] for kind, each in kinds.items()}
+    sizes = ((2.8, 2.1), 0.6, summary["num_layers"])
+    with kind_panels(counts, columns, *sizes, "decoder layer") as (figure, panels):
         for kind, axis in panels.items():
             _draw_series(axis, kinds[kind]["bands"][summary["endpoint"]])
         for axis in panels.values():
@@ -133,19 +130,12 @@ def draw_stages_by_kind(summary: Summary) -> Figure:
 def draw_attention_scores(summaries: Sequence[Summary]) -> Figure:
     """Fig. 2: mean attention scores of one or more models side by side, and the same relative to even attention."""
     rows = {
-        "mean_score": "mean attention score\nper allowed pair",
+        "mean_score": MEASURE_LABELS["mean_score"],
         "mean_score_no_sink": "the same\nwithout the sink",
         "enrichment_no_sink": ENRICHMENT_NO_SINK,
     }
-    with figure_style():
-        figure, axes = plt.subplots(
-            len(rows),
-            len(summaries),
-            figsize=(max(3.0 * len(summaries), 5.2), 2.0 * len(rows) + 0.8),
-            layout="constrained",
-            sharex="col",
-            squeeze=False,
-        )
+    size = (max(3.0 * len(summaries), 5.2), 2.0 * len(rows) + 0.8)
+    with new_figure(len(rows), len(summaries), figsize=size, sharex="col", squeeze=False) as (figure, axes):
         for axis in axes[2, 1:]:  # the other two depend on the number of tokens, so models differ in scale
             axis.sharey(axes[2, 0])
         for column, summary in enumerate(summaries):
@@ -165,9 +155,7 @@ def draw_attention_scores(summaries: Sequence[Summary]) -> Figure:
         return figure
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Maps over the image
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------- maps over the image
 
 
 def relative_maps(maps: npt.ArrayLike) -> npt.NDArray[np.float64]:
@@ -193,12 +181,10 @@ def draw_attention_map(record: Mapping[str, Any], image: npt.NDArray[Any]) -> Fi
     """
     relative = relative_maps(record["maps"])
     num_layers, top = len(relative), darkest(relative)
-    with figure_style():
-        columns = min(num_layers + 1, max(5, math.ceil(math.sqrt(1.7 * (num_layers + 1)))))
-        rows = math.ceil((num_layers + 1) / columns)
-        figure, axes = plt.subplots(
-            rows, columns, figsize=(1.35 * columns + 0.9, 1.55 * rows + 1.1), layout="constrained", squeeze=False
-        )
+    columns = min(num_layers + 1, max(5, math.ceil(math.sqrt(1.7 * (num_layers + 1)))))
+    rows = math.ceil((num_layers + 1) / columns)
+    size = (1.35 * columns + 0.9, 1.55 * rows + 1.1)
+    with new_figure(rows, columns, figsize=size, squeeze=False) as (figure, axes):
         height, width = image.shape[:2]
         pale = 0.5 * image + 0.5 * image.mean(2, keepdims=True)  # objects as light as what is behind them stay visible
         pale = 0.25 + 0.65 * pale / max(float(pale.max()), 1e-9)  # white stays apart from no attention

@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -26,9 +25,9 @@ from .style import (
     Summary,
     add_legend,
     draw_band,
-    figure_style,
     kind_panels,
     layer_axis,
+    new_figure,
     title_of,
     wrapped,
 )
@@ -73,8 +72,7 @@ def _draw_lines(axis: Axes, summary: Summary, group: Summary, names: Sequence[st
 
 
 def _panels(summary: Summary, names: Sequence[str], title: str) -> Figure:
-    with figure_style():
-        figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.2), layout="constrained")
+    with new_figure(1, 2, figsize=(9.6, 4.2)) as (figure, axes):
         for axis, measure in zip(axes, ("agreement_points", "first_token_percent"), strict=True):
             _draw_lines(axis, summary, summary["overall"], names, measure)
             layer_axis(axis, summary["num_layers"], f"middle of the {summary['width']} layers in which it is cut")
@@ -108,12 +106,10 @@ def draw_controls(summary: Summary) -> Figure:
     """Each path beside as many random keys and text keys of as much attention, one panel a path."""
     effects = summary["overall"]["effects"]
     names = [name for name in effects if any(f"{name} ({what})" in effects for what in CONTROLS)]
-    with figure_style():
-        columns = min(3, len(names))
-        rows = math.ceil(len(names) / columns)
-        figure, axes = plt.subplots(
-            rows, columns, figsize=(3.2 * columns, 2.4 * rows + 1), layout="constrained", squeeze=False, sharey=True
-        )
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
+    size = (3.2 * columns, 2.4 * rows + 1)
+    with new_figure(rows, columns, figsize=size, squeeze=False, sharey=True) as (figure, axes):
         for axis in axes.flat[len(names) :]:
             axis.set_visible(False)
         for axis, name in zip(axes.flat, names, strict=False):
@@ -137,11 +133,9 @@ def draw_knockouts_by_kind(summary: Summary) -> Figure:
     names = [name for name in ("question->visual", "last->visual") if name in summary["overall"]["effects"]]
     names = names or [next(iter(summary["overall"]["effects"]))]
     kinds: Mapping[str, Any] = summary["kinds"]
-    with figure_style():
-        counts = {kind: group["num_samples"] for kind, group in kinds.items()}
-        figure, panels = kind_panels(
-            counts, min(3, len(counts)), (3.0, 1.9), 1.3, summary["num_layers"], "middle of the window"
-        )
+    counts = {kind: group["num_samples"] for kind, group in kinds.items()}
+    sizes = (min(3, len(counts)), (3.0, 1.9), 1.3, summary["num_layers"])
+    with kind_panels(counts, *sizes, "middle of the window") as (figure, panels):
         for kind, axis in panels.items():
             _draw_lines(axis, summary, kinds[kind], names, "agreement_points")
             axis.set_ylim(-105, 5)
@@ -161,11 +155,8 @@ def draw_stage_table(summary: Summary) -> Figure:
         ("attention", "change of enrichment (log)", MIN_EFFECT),
         ("cause", "answers changed (percentage points)", USE_POINTS),
     )
-    with figure_style():
-        splits = summary["evidence"]
-        figure, axes = plt.subplots(
-            len(splits), 2, figsize=(11.0, 3.6 * len(splits) + 0.6), layout="constrained", squeeze=False
-        )
+    splits = summary["evidence"]
+    with new_figure(len(splits), 2, figsize=(11.0, 3.6 * len(splits) + 0.6), squeeze=False) as (figure, axes):
         for row, evidence in zip(axes, splits, strict=True):
             for axis, (side, unit, margin) in zip(row, sides, strict=True):
                 _draw_evidence(axis, evidence[side], margin)
@@ -176,10 +167,8 @@ def draw_stage_table(summary: Summary) -> Figure:
             for side, *_ in sides
         )
         figure.suptitle(f"The three stages by attention and by cause: {title_of(summary)}")
-        figure.supxlabel(
-            wrapped(f"bars: one-sided limits as docs/stage_rules.md sets them; dashed: the margin; n = {counts}", 150),
-            fontsize=8,
-        )
+        note = f"bars: one-sided limits as docs/stage_rules.md sets them; dashed: the margin; n = {counts}"
+        figure.supxlabel(wrapped(note, 150), fontsize=8)
         return figure
 
 
@@ -221,8 +210,7 @@ def draw_entry_exit(summary: Summary) -> Figure:
     agreement = 100 + np.array(summary["overall"]["entry_exit"]["agreement_points"]["mean"], dtype=np.float64)
     for (start, stop), value in zip(summary["entry_exit_windows"], agreement, strict=True):
         matrix[start, stop - 1] = value
-    with figure_style():
-        figure, axis = plt.subplots(figsize=(6.2, 5.2), layout="constrained")
+    with new_figure(figsize=(6.2, 5.2)) as (figure, axis):
         sns.heatmap(
             matrix,
             ax=axis,
@@ -242,13 +230,8 @@ def draw_entry_exit(summary: Summary) -> Figure:
         axis.set_xticks(ticks + 0.5, [str(each + 1) for each in ticks], rotation=0)
         axis.set_yticks(ticks + 0.5, [str(each) for each in ticks], rotation=0)
         axis.set(xlabel="exit: first layer that no longer sees it", ylabel="entry: first layer that sees the image")
-        axis.text(
-            0.03,
-            0.05,
-            "stair: one layer only\ntop row: exits\nright column: late entry",
-            transform=axis.transAxes,
-            fontsize=8.5,
-        )
+        words = "stair: one layer only\ntop row: exits\nright column: late entry"
+        axis.text(0.03, 0.05, words, transform=axis.transAxes, fontsize=8.5)
         group = summary["overall"]
         axis.set_title(
             f"{title_of(summary)}\nthe image is open to the instruction in [entry, exit) only; "

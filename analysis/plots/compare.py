@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,7 +17,7 @@ from .style import (
     Summary,
     add_legend,
     draw_band,
-    figure_style,
+    new_figure,
     ratio_axis,
     share_axis,
 )
@@ -37,8 +36,7 @@ def _model_label(model: str, summary: Summary) -> str:
 
 def draw_attention_by_depth(summaries: Mapping[str, Summary]) -> Figure:
     """How much the question looks at the image at each depth, one line a model (model -> summary of stages)."""
-    with figure_style():
-        figure, axis = plt.subplots(figsize=(6.4, 3.9), layout="constrained")
+    with new_figure(figsize=(6.4, 3.9)) as (figure, axis):
         for index, (model, summary) in enumerate(summaries.items()):
             band = Band.from_dict(summary["bands"][summary["endpoint"]]["cross"])
             layers = np.arange(len(band.mean))
@@ -54,8 +52,7 @@ def draw_attention_by_depth(summaries: Mapping[str, Summary]) -> Figure:
 
 def draw_exits_by_depth(summaries: Mapping[str, Summary]) -> Figure:
     """Agreement and accuracy under exits at each depth, one line a model (model -> summary of exits)."""
-    with figure_style():
-        figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.0), layout="constrained", sharey=True)
+    with new_figure(1, 2, figsize=(9.6, 4.0), sharey=True) as (figure, axes):
         titles = {"agreement": "same answer as the full model", "accuracy": "right answer"}
         for axis, (name, title) in zip(axes, titles.items(), strict=True):
             for index, (model, summary) in enumerate(summaries.items()):

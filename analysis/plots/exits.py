@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 import seaborn as sns
@@ -28,9 +27,9 @@ from .style import (
     bands_of,
     draw_band,
     draw_line,
-    figure_style,
     kind_panels,
     layer_axis,
+    new_figure,
     plain_logarithm,
     sample_note,
     share_axis,
@@ -58,8 +57,7 @@ def _draw_quality(axis: Axes, curves: Mapping[str, Band]) -> None:
 def draw_exit_curves(summary: Summary) -> Figure:
     """Fig. 3: accuracy and agreement against the exit layer, with the decoder's FLOPs on a second axis."""
     flops = np.asarray(summary["flops_decoder"], dtype=np.float64)
-    with figure_style():
-        figure, axis = plt.subplots(figsize=(6.4, 3.9), layout="constrained")
+    with new_figure(figsize=(6.4, 3.9)) as (figure, axis):
         _draw_quality(axis, bands_of(summary["overall"]["bands"]))
         right = axis.twinx()
         right.spines["right"].set_visible(True)
@@ -86,9 +84,8 @@ def draw_exit_curves_by_kind(summary: Summary) -> Figure:
     """Fig. 3 for every question kind: accuracy and agreement against the exit layer."""
     groups = summary["kinds"]
     counts = {kind: group["num_samples"] for kind, group in groups.items()}
-    with figure_style():
-        columns = min(len(groups), 5)
-        figure, panels = kind_panels(counts, columns, (2.1, 2.0), 0.7, summary["num_layers"] + 1, "exit layer k")
+    sizes = (min(len(groups), 5), (2.1, 2.0), 0.7, summary["num_layers"] + 1)
+    with kind_panels(counts, *sizes, "exit layer k") as (figure, panels):
         for kind, axis in panels.items():
             _draw_quality(axis, bands_of(groups[kind]["bands"]))
         figure.supylabel("share of questions", fontsize=9)
@@ -100,8 +97,7 @@ def draw_exit_curves_by_kind(summary: Summary) -> Figure:
 def draw_kl(summary: Summary) -> Figure:
     """KL divergence of every exit from the full model, with the thresholds and their K* (VTW)."""
     bands, thresholds = bands_of(summary["overall"]["bands"]), summary["k_star_details"]
-    with figure_style():
-        figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    with new_figure(figsize=(6.4, 4.2)) as (figure, axis):
         labels = {"kl": "KL(exit ‖ full), the criterion", "kl_reverse": "KL(full ‖ exit)"}
         for series, (name, label) in zip(CYCLE, labels.items(), strict=False):
             band = bands[name]
@@ -133,8 +129,7 @@ def draw_text_entropy(summary: Summary) -> Figure:
     matrix, difference = (np.array(entropy[name]["mean"], dtype=np.float64) for name in ("matrix", "difference"))
     num_layers = matrix.shape[1]
     layers = np.arange(num_layers)
-    with figure_style():
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.9), layout="constrained", width_ratios=[1.1, 1])
+    with new_figure(1, 2, figsize=(9.6, 3.9), width_ratios=[1.1, 1]) as (figure, (left, right)):
         shown = np.unique(np.linspace(0, num_layers, min(6, num_layers + 1)).round().astype(int))[:-1]
         for k, series in zip(shown, CYCLE[1:], strict=False):
             line = series.named(f"exit at k = {k}")
@@ -168,8 +163,7 @@ def draw_entropy_change(summary: Summary) -> Figure:
     """Direction and size of the entropy's change under every exit beside another image's, and its link to answers."""
     bands = bands_of(summary["entropy_change"])
     exits = np.arange(len(bands["signed"].mean))
-    with figure_style():
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.9), layout="constrained")
+    with new_figure(1, 2, figsize=(9.6, 3.9)) as (figure, (left, right)):
         floor = bands["floor"]
         left.fill_between(exits, -floor.mean, floor.mean, color=GREY, alpha=0.25, linewidth=0, label="another image")
         draw_band(left, exits, bands["signed"], CYCLE[0].named("exit at k"))
@@ -219,10 +213,8 @@ def draw_exit_layer_map(groups: Mapping[str, ExitLayers], xlabel: str, title: st
     shares = np.stack([groups[name][0] / groups[name][0].sum() for name in names])
     rows = np.arange(len(names)) + 0.5
     labels = [wrapped(f"{name.replace('_', ' ')} ({groups[name][0].sum():,})", 28) for name in names]
-    with figure_style():
-        lines = sum(1 + label.count("\n") for label in labels)
-        widest = max(len(line) for label in labels for line in label.split("\n"))
-        figure, axis = plt.subplots(figsize=(5.4 + 0.07 * widest, 0.34 * lines + 2.1), layout="constrained")
+    lines = [line for label in labels for line in label.split("\n")]
+    with new_figure(figsize=(5.4 + 0.07 * max(map(len, lines)), 0.34 * len(lines) + 2.1)) as (figure, axis):
         sns.heatmap(
             shares,
             ax=axis,
@@ -233,9 +225,7 @@ def draw_exit_layer_map(groups: Mapping[str, ExitLayers], xlabel: str, title: st
             linewidths=0.5,
             linecolor="white",
         )
-        mean, low, high = (
-            np.array([float(getattr(groups[name][1], part)) for name in names]) for part in ("mean", "low", "high")
-        )
+        mean, low, high = np.array([list(groups[name][1].to_dict().values()) for name in names]).T
         known = np.isfinite(low).any()
         axis.errorbar(
             mean + 0.5,
@@ -260,8 +250,7 @@ def draw_exit_layer_map(groups: Mapping[str, ExitLayers], xlabel: str, title: st
 def draw_token_depths(summary: Summary) -> Figure:
     """How long each token of an answer and of a caption needs the image: first exit from which it is predicted."""
     labels = {"questions": "answers to questions", "captions": "captions"}
-    with figure_style():
-        figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    with new_figure(figsize=(6.4, 3.6)) as (figure, axis):
         for series, (part, label) in zip(CYCLE, labels.items(), strict=False):
             values: Mapping[str, Any] = summary["tokens"][part]
             text = f"{label} ({values['num_answers'][0]:,} answers)"

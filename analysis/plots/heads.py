@@ -1,8 +1,7 @@
-"""Figures of `analysis.stages` that tell heads apart, and attention from what it writes."""
+"""Figures of `analysis.stages` that tell heads, frames of a video, and attention and what it writes apart."""
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -14,12 +13,13 @@ from .style import (
     Summary,
     add_legend,
     draw_band,
-    figure_style,
     layer_axis,
+    new_figure,
     plain_logarithm,
     sample_note,
     share_axis,
     title_of,
+    wrapped,
 )
 
 CONTRIBUTION_SERIES = {
@@ -32,8 +32,7 @@ CONTRIBUTION_SERIES = {
 def draw_contributions(summary: Summary) -> Figure:
     """Attention on the image beside the image's share of what attention writes, and how much it writes."""
     found = summary["contributions"]["bands"]
-    with figure_style():
-        figure, axes = plt.subplots(1, 3, figsize=(9.8, 3.9), layout="constrained")
+    with new_figure(1, 3, figsize=(9.8, 3.9)) as (figure, axes):
         for axis, bands in zip(
             axes, (summary["bands"]["mass"], found["contribution_share"], found["contribution_norm"]), strict=True
         ):
@@ -57,8 +56,7 @@ def draw_heads(summary: Summary) -> Figure:
     """Which heads look at the image, and how many of a layer's heads look at it and carry the curve."""
     heads = summary["heads"]
     mass = np.array(heads["mass"], dtype=float)
-    with figure_style():
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.1), layout="constrained")
+    with new_figure(1, 2, figsize=(9.6, 4.1)) as (figure, (left, right)):
         shown = left.imshow(mass.T, cmap="rocket_r", vmin=0, aspect="auto", interpolation="nearest", origin="lower")
         figure.colorbar(shown, ax=left, format="{x:.0%}").set_label("attention of the question on the image")
         layer_axis(left, summary["num_layers"])
@@ -78,4 +76,34 @@ def draw_heads(summary: Summary) -> Figure:
         right.set_ylabel("share of the layer's heads")
         figure.suptitle(f"Heads that look at the image: {title_of(summary)}")
         add_legend(figure, right, sample_note(summary), 2)
+        return figure
+
+
+MOST_NUMBERS = 240
+"""Cells, at most, that have their number written in them."""
+
+
+def draw_frames(summary: Summary) -> Figure:
+    """The share of each frame in each layer, relative to an even share (1)."""
+    found = summary["frames"]
+    relative = np.array(found["share"]["mean"], dtype=float) * found["frames"]  # [L, F]
+    layers, frames = relative.shape
+    top = max(float(np.nanmax(relative)), 2.0)
+    size = (max(5.4, 0.36 * layers + 1.8), max(2.4, 0.36 * frames + 1.7))
+    with new_figure(figsize=size) as (figure, axis):
+        shown = axis.imshow(relative.T, cmap="rocket_r", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
+        if layers * frames <= MOST_NUMBERS:
+            for (layer, frame), value in np.ndenumerate(relative):
+                if np.isfinite(value):
+                    colour = "white" if value > top / 2 else "black"
+                    axis.text(layer, frame, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=7)
+        layer_axis(axis, layers)
+        axis.set_ylabel("frame (1 = first)")
+        axis.set_yticks(range(frames), [str(frame + 1) for frame in range(frames)])
+        figure.colorbar(shown, ax=axis).set_label("share of the frame,\ntimes an even share (= 1)", fontsize=8)
+        note = f"attention of the prompt's last token on the video, n = {found['num_videos']:,} videos"
+        if found["left_out"]:
+            note += f"; left out, of another length: {found['left_out']:,}"
+        axis.set_title(wrapped(f"Which frame is looked at: {title_of(summary)}", 60))
+        figure.supxlabel(wrapped(note, int(14 * size[0])), fontsize=8)
         return figure

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
 from ..statistics.bands import Band
-from .style import CYCLE, Summary, add_legend, draw_band, figure_style, share_axis, title_of
+from .style import CYCLE, Summary, add_legend, draw_band, new_figure, share_axis, title_of
 
 SHOWN_LAYERS = 4
 DIMMEST = 0.25
@@ -25,8 +24,7 @@ def _layers(summary: Summary) -> np.ndarray:
 
 def draw_answer_lens(summary: Summary) -> Figure:
     """When the model's own answer appears at the end of the prompt."""
-    with figure_style():
-        figure, axes = plt.subplots(1, 2, figsize=(9.2, 3.8), layout="constrained", sharex=True)
+    with new_figure(1, 2, figsize=(9.2, 3.8), sharex=True) as (figure, axes):
         labels = {
             "answer_probability": "probability of the answer",
             "is_answer": "answer is the likeliest token (share)",
@@ -43,8 +41,7 @@ def draw_answer_lens(summary: Summary) -> Figure:
 
 def draw_patch_lens(summary: Summary) -> Figure:
     """How often the likeliest token at a patch names the object that it shows."""
-    with figure_style():
-        figure, axis = plt.subplots(figsize=(6.6, 4.0), layout="constrained")
+    with new_figure(figsize=(6.6, 4.0)) as (figure, axis):
         for series, (attribute, curves) in zip(CYCLE, summary["patches"].items(), strict=False):
             draw_band(axis, _layers(summary), Band.from_dict(curves["share"]), series.named(f"its {attribute}"))
             control = np.array(curves["control"]["mean"])
@@ -72,10 +69,7 @@ def draw_lens_grid(image: Any, words: list[list[str]], probabilities: np.ndarray
     if side * side != len(words[0]):
         return None
     chosen = np.unique(np.linspace(0, len(words) - 1, SHOWN_LAYERS).round().astype(int))
-    with figure_style():
-        figure, axes = plt.subplots(
-            1, len(chosen), figsize=(4.2 * len(chosen), 4.6), layout="constrained", squeeze=False
-        )
+    with new_figure(1, len(chosen), figsize=(4.2 * len(chosen), 4.6), squeeze=False) as (figure, axes):
         for axis, layer in zip(axes[0], chosen, strict=True):
             axis.imshow(image, extent=(0, side, side, 0), alpha=0.45)
             for place, word in enumerate(words[layer]):

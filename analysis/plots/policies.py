@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -24,7 +23,18 @@ from dyvte.data import Dataset
 from dyvte.errors import DataError, RunFolderError
 from dyvte.runs.figures import accuracy_against_flops
 
-from .style import CYCLE, GREY, add_legend, draw_line, figure_style, layer_axis, share_axis, title_of, wrapped
+from .style import (
+    CYCLE,
+    GREY,
+    add_legend,
+    draw_line,
+    figure_style,
+    layer_axis,
+    new_figure,
+    share_axis,
+    title_of,
+    wrapped,
+)
 
 INK, PALE = "#1f3a5f", "#dfe3e8"
 GATE_CURVES = {
@@ -42,8 +52,7 @@ def draw_gate_curves(layers: pd.DataFrame, title: str) -> Figure:
         layers: table `layers` of `dyvte.train` (see :func:`dyvte.gates.metrics.layer_report`).
         title: model and data.
     """
-    with figure_style():
-        figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    with new_figure(figsize=(6.4, 3.8)) as (figure, axis):
         for (column, label), series in zip(GATE_CURVES.items(), CYCLE, strict=False):
             draw_line(axis, layers["exit_layer"], layers[column], series.named(label))
         layer_axis(axis, int(layers["exit_layer"].max()) + 2, "exit layer k that a gate decides on")
@@ -125,15 +134,8 @@ def draw_exit_examples(examples: Sequence[ExitExample], num_layers: int, title: 
     columns = 2 if len(examples) > 1 else 1
     rows = -(-len(examples) // columns)
     most = max(len(example.questions) for example in examples)
-    with figure_style():
-        figure, axes = plt.subplots(
-            rows,
-            2 * columns,
-            figsize=(5.6 * columns, 1.95 * rows + 0.8),
-            layout="constrained",
-            width_ratios=[1, 2.1] * columns,
-            squeeze=False,
-        )
+    settings = {"width_ratios": [1, 2.1] * columns, "squeeze": False}
+    with new_figure(rows, 2 * columns, figsize=(5.6 * columns, 1.95 * rows + 0.8), **settings) as (figure, axes):
         for axis in axes.flat:
             axis.set_axis_off()
         for index, example in enumerate(examples):

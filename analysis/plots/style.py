@@ -6,6 +6,8 @@ whatever font is installed for them.
 
 from __future__ import annotations
 
+import base64
+import io
 import logging
 import math
 import textwrap
@@ -95,6 +97,26 @@ def figure_style() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def new_figure(*grid: int, **settings: Any) -> Iterator[tuple[Figure, Any]]:
+    """A figure and its axes (`plt.subplots`), in the look of every figure while the block draws."""
+    with figure_style():
+        yield plt.subplots(*grid, layout="constrained", **settings)
+
+
+def png_of(figure: Figure, dpi: int) -> bytes:
+    """The figure as PNG, whatever backend is in use; the figure is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def data_url(content: bytes, kind: str = "image/png") -> str:
+    """The content of a file as an address that holds it."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
 def wrapped(text: str, width: int, lines: int = 2) -> str:
     """`text` in lines of at most `width` characters, cut short after so many lines."""
     return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …"))
@@ -177,10 +199,11 @@ def ratio_axis(axis: Axes) -> None:
     axis.set_ylim(low, high)
 
 
+@contextmanager
 def kind_panels(
     counts: Mapping[str, int], columns: int, size: tuple[float, float], rest: float, num_ticks: int, xlabel: str
-) -> tuple[Figure, dict[str, Axes]]:
-    """Empty panels on one scale, one a question kind, with `xlabel` under the last of each column.
+) -> Iterator[tuple[Figure, dict[str, Axes]]]:
+    """Empty panels on one scale, one a question kind, with `xlabel` under the last of each column; as `new_figure`.
 
     Args:
         counts: kind -> number of questions.
@@ -190,29 +213,22 @@ def kind_panels(
         num_ticks: the x axes count from 0 to one less.
         xlabel: what they count.
 
-    Returns:
+    Yields:
         The figure, and kind -> panel.
     """
     rows = math.ceil(len(counts) / columns)
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(max(size[0] * columns, 5.0), size[1] * rows + rest),
-        layout="constrained",
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-    )
-    for axis in axes.flat[len(counts) :]:
-        axis.set_visible(False)
-    panels = dict(zip(counts, axes.flat, strict=False))
-    for index, (kind, axis) in enumerate(panels.items()):
-        last_in_column = index + columns >= len(counts)
-        name = f"{kind.replace('_', ' ')} (n = {counts[kind]:,})"
-        axis.set_title(wrapped(name, int(10 * size[0]), lines=3), fontsize=9)
-        layer_axis(axis, num_ticks, xlabel if last_in_column else "", ticks=6)
-        axis.tick_params(labelbottom=last_in_column)
-    return figure, panels
+    whole = (max(size[0] * columns, 5.0), size[1] * rows + rest)
+    with new_figure(rows, columns, figsize=whole, sharex=True, sharey=True, squeeze=False) as (figure, axes):
+        for axis in axes.flat[len(counts) :]:
+            axis.set_visible(False)
+        panels = dict(zip(counts, axes.flat, strict=False))
+        for index, (kind, axis) in enumerate(panels.items()):
+            last_in_column = index + columns >= len(counts)
+            name = f"{kind.replace('_', ' ')} (n = {counts[kind]:,})"
+            axis.set_title(wrapped(name, int(10 * size[0]), lines=3), fontsize=9)
+            layer_axis(axis, num_ticks, xlabel if last_in_column else "", ticks=6)
+            axis.tick_params(labelbottom=last_in_column)
+        yield figure, panels
 
 
 def add_legend(figure: Figure, axis: Axes, footnote: str, columns: int = 3) -> None:
@@ -220,9 +236,8 @@ def add_legend(figure: Figure, axis: Axes, footnote: str, columns: int = 3) -> N
     handles, labels = axis.get_legend_handles_labels()
     labels = [wrapped(label, 60) for label in labels]
     widest = max((len(line) for label in labels for line in label.splitlines()), default=1)
-    fitting = int(12 * figure.get_figwidth()) // (
-        widest + 8
-    )  # characters of the small font, and the line of each entry
+    # characters of the small font, and the line of each entry
+    fitting = int(12 * figure.get_figwidth()) // (widest + 8)
     figure.legend(
         handles,
         labels,
