@@ -21,7 +21,6 @@ from dyvte.cost.measure import PeakMemory, kv_cache_bytes
 from dyvte.data.base import build_dataset
 from dyvte.errors import DataError
 from dyvte.evaluate import policy_digest
-from dyvte.gates.module import Gates
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy
 from dyvte.policies.exits.dynamic_exit import DynamicExit
@@ -30,6 +29,7 @@ from dyvte.runs.config import command, load_model
 from dyvte.runs.store import RunFolder, fingerprint
 
 from .measuring.methods import describe, encoded, gates_of, load_calibration, policy_at
+from .measuring.runs import run_facts
 from .statistics.markdown import heading, markdown_table, published, write_table_page
 
 
@@ -51,7 +51,9 @@ def cost(cfg: DictConfig) -> dict[str, Any]:
     """
     mllm, dataset, gates = load_model(cfg), build_dataset(cfg.data), gates_of(cfg)
     settings = cfg.cost
-    policies = _policies(cfg, mllm, gates)
+    budget, calibration = cfg.experiment.budgets[0], load_calibration(mllm, cfg, gates)
+    methods = {name: policy_at(name, budget, calibration) for name in dict.fromkeys(["none", *cfg.experiment.methods])}
+    policies = {name: policy for name, policy in methods.items() if policy is not None}  # who can meet the budget
     prompts = [
         each for samples, _ in encoded(mllm, dataset, cfg.batch_size) for each in samples if each.image is not None
     ][: max(settings.batch_sizes)]
@@ -74,8 +76,7 @@ def cost(cfg: DictConfig) -> dict[str, Any]:
         batch = mllm.encode([each.image for each in part], [each.question for each in part])
         repeats = measure(mllm, batch, policies, settings.repeats, settings.new_tokens, cfg.seed)
         constants = pd.DataFrame([{"method": name, **constant(mllm, batch, each)} for name, each in policies.items()])
-        measured = {"repeats": repeats, "constants": constants}
-        found = {name: each.assign(batch_size=batch_size) for name, each in measured.items()}
+        found = {"repeats": repeats.assign(batch_size=batch_size), "constants": constants.assign(batch_size=batch_size)}
         folder.write_shard(index, found, num_samples=batch_size, seconds=time.perf_counter() - started)
     folder.merge()
     table = summarize(folder.read_table("repeats"), folder.read_table("constants"), settings.new_tokens)
@@ -83,9 +84,7 @@ def cost(cfg: DictConfig) -> dict[str, Any]:
     folder.write_table("cost", table)
     write_table_page(folder, markdown(cfg, table))
     return folder.write_summary(
-        model=cfg.model.name,
-        data=cfg.data.name,
-        num_layers=mllm.num_layers,
+        **run_facts(cfg, mllm),
         device=str(mllm.device),
         threads=torch.get_num_threads(),
         rows=table.to_dict("records"),
@@ -93,24 +92,12 @@ def cost(cfg: DictConfig) -> dict[str, Any]:
     )
 
 
-def _policies(cfg: DictConfig, mllm: MLLM, gates: Gates | None) -> dict[str, Policy]:
-    """Every method at the experiment's first budget, the unchanged model first; without those that cannot meet it."""
-    budget, calibration = cfg.experiment.budgets[0], load_calibration(mllm, cfg, gates)
-    found = {name: policy_at(name, budget, calibration) for name in dict.fromkeys(["none", *cfg.experiment.methods])}
-    return {name: policy for name, policy in found.items() if policy is not None}
-
-
 # -------------------------------------------------------------------------- measuring
 
 
 @torch.no_grad()
 def measure(
-    mllm: MLLM,
-    batch: Batch,
-    policies: dict[str, Policy],
-    repeats: int,
-    new_tokens: int,
-    seed: int,
+    mllm: MLLM, batch: Batch, policies: dict[str, Policy], repeats: int, new_tokens: int, seed: int
 ) -> pd.DataFrame:
     """Time every policy in every repeat, in an order drawn anew; one more repeat before them warms up.
 
@@ -213,11 +200,11 @@ def summarize(repeats: pd.DataFrame, constants: pd.DataFrame, new_tokens: int) -
     deciding takes, in time and operations.
     """
     rows = []
+    by_run = repeats.set_index("repeat").groupby(["batch_size", "method"], sort=False)
     key: Any
-    for key, own in repeats.groupby(["batch_size", "method"], sort=False):
+    for key, own in by_run:
         batch_size, method = key
-        base = repeats[(repeats["batch_size"] == batch_size) & (repeats["method"] == "none")].set_index("repeat")
-        own = own.set_index("repeat")
+        base = by_run.get_group((batch_size, "none"))
         row: dict[str, Any] = {"batch_size": batch_size, "method": method}
         for name in ("prefill", "decode"):
             seconds = own[f"{name}_seconds"]

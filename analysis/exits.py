@@ -20,16 +20,12 @@ from dyvte.mllm import MLLM
 from dyvte.runs import store
 from dyvte.runs.config import command, load_model
 
-from .measuring.exit_data import questions_and_captions
-from .measuring.exits import measurement
-from .measuring.runs import closing_line, measure_dataset
+from .measuring.exits import measurement, questions_and_captions
+from .measuring.runs import closing_line, finish_run, measure_dataset, run_facts
 from .plots import exits as plots
 from .statistics import exits as exit_statistics
-from .statistics.bands import (
-    cluster_mean,
-    count_images,
-)
-from .statistics.entropy import EntropyChange
+from .statistics.bands import bands_to_dict, cluster_mean, count_images
+from .statistics.entropy import entropy_change
 from .statistics.exit_summary import (
     CAPTIONS,
     EXIT_MEASURES,
@@ -53,8 +49,7 @@ from .statistics.verdicts import image_use_in_words
 def main(cfg: DictConfig) -> str | None:
     """Measure, summarise and draw; continues where an earlier run of the same command was stopped."""
     dataset = questions_and_captions(cfg)
-    mllm = load_model(cfg)
-    summary = run(cfg, mllm, dataset)
+    summary = run(cfg, load_model(cfg), dataset)
     return " ".join(image_use_in_words(summary)) if summary else None
 
 
@@ -101,28 +96,25 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, An
         )
     results = everything.where(asks)
     overall = QuestionGroup.of(results, cfg)
-    layer = overall.stops.exit_layer
-    kinds = {
-        str(kind): results.where((results.samples["kind"] == kind).to_numpy())
-        for kind in results.samples["kind"].unique()
-    }
-    # Many kinds are many chances of a false finding: Bonferroni.
-    level = 1 - (1 - LEVEL) / len(kinds)
-    by_kind = {kind: QuestionGroup.of(of_kind, cfg, level) for kind, of_kind in sorted(kinds.items())}
-    subsets = {"all": overall}
+    groups = {"all": overall}
     needed, said_by = needs_image(
         [None if pd.isna(each) else int(each) for each in results.samples.get("hops", [None])],
         results.samples["needs_image"].fillna(False).to_numpy(bool),
     )
     if needed.any():
-        subsets["needs_image"] = QuestionGroup.of(results.where(needed), cfg)
+        groups["needs_image"] = QuestionGroup.of(results.where(needed), cfg)
+    kinds = results.samples["kind"].astype(str).to_numpy()
+    # Many kinds are many chances of a false finding: Bonferroni.
+    level = 1 - (1 - LEVEL) / len(set(kinds))
+    for kind in sorted(set(kinds)):
+        groups[f"kind={kind}"] = QuestionGroup.of(results.where(kinds == kind), cfg, level)
 
     findings = {
         "contribution_stops": overall.stops,
         "early_exit_disturbs_text_entropy": exit_statistics.early_exit_disturbs(
             results.entropies["text_entropy"],
             results.swapped_entropy,
-            layer,
+            overall.stops.exit_layer,
             results.images,
             level=LEVEL,
             n_boot=cfg.bootstrap,
@@ -130,7 +122,7 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, An
         ),
         "exit_depth_depends_on_kind": exit_statistics.depth_depends_on_kind(
             results.samples["exit_depth"],
-            results.samples["kind"].to_numpy(),
+            kinds,
             results.images,
             overall.stops.details.get("contributes", False),
             level=LEVEL,
@@ -145,50 +137,43 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, An
     of_tokens = folder.read_table("tokens").merge(
         everything.samples[["id", "part", "image_id"]], on="id", how="left", validate="many_to_one"
     )
-    tokens = token_summary(token_depths(of_tokens), cfg)
-    flops = {name: cluster_mean(results.exits[name]) for name in FLOPS}
-
-    named = {**subsets, **{f"kind={kind}": group for kind, group in by_kind.items()}}
-    folder.write_table("curves", exit_curves_table(named))
+    folder.write_table("curves", exit_curves_table(groups))
     folder.write_table("entropy_mean", entropy_mean_table(entropy))
     folder.write_table("token_curves", token_curves(of_tokens))
-    summary_groups = {name: group.summary() for name, group in named.items()}
+    summaries = {name: group.summary() for name, group in groups.items()}
     content = store.plain(
         {
-            "model": cfg.model.name,
-            "data": cfg.data.name,
-            "num_layers": mllm.num_layers,
+            **run_facts(cfg, mllm),
             "num_questions": len(results.samples),
             "num_images": count_images(results.images),
             "num_captions": int((everything.samples["part"] == CAPTIONS).sum()),
             "num_without_image": int((everything.samples["visual_tokens"] == 0).sum()),
             **{name: overall.curves[name].mean for name in EXIT_MEASURES},
-            **flops,
+            **{name: cluster_mean(results.exits[name]) for name in FLOPS},
             "k_star": {f"{each.eta:g}": each.layer for each in kl_exits},
             "k_star_details": [asdict(each) for each in kl_exits],
             "kl_start": cfg.kl_start,
             "findings": {name: finding.to_dict() for name, finding in findings.items()},
-            "overall": summary_groups.pop("all"),
-            "needs_image": summary_groups.pop("needs_image", None),
+            "overall": summaries.pop("all"),
+            "needs_image": summaries.pop("needs_image", None),
             "needs_image_by": said_by,
-            "kinds": {name.removeprefix("kind="): group for name, group in summary_groups.items()},
+            "kinds": {name.removeprefix("kind="): group for name, group in summaries.items()},
             "entropy": entropy,
-            "entropy_change": EntropyChange.of(
-                results.entropies["text_entropy"],
-                results.swapped_entropy,
-                results.exits["agree"],
-                results.images,
-                cfg.bootstrap,
-                cfg.seed,
-            ).to_dict(),
-            "tokens": tokens,
+            "entropy_change": bands_to_dict(
+                entropy_change(
+                    results.entropies["text_entropy"],
+                    results.swapped_entropy,
+                    results.exits["agree"],
+                    results.images,
+                    cfg.bootstrap,
+                    cfg.seed,
+                )
+            ),
+            "tokens": token_summary(token_depths(of_tokens), cfg),
             "settings": {"level": LEVEL, "bootstrap": cfg.bootstrap, "permutations": cfg.permutations, **cfg.findings},
         }
     )
-    figures = draw(content)
-    for name, figure in figures.items():
-        folder.save_figure(name, figure)
-    return folder.write_summary(**content, figures=sorted(figures))
+    return finish_run(folder, content, draw(content))
 
 
 def draw(summary: Mapping[str, Any]) -> dict[str, plt.Figure]:

@@ -7,7 +7,7 @@ they need is made once, whatever the gates; a pass that was killed goes on.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ from dyvte.data.base import build_dataset
 from dyvte.errors import ConfigError
 from dyvte.gates.labels import LabelSet
 from dyvte.gates.metrics import mixture_cost
-from dyvte.gates.module import load_gates
+from dyvte.gates.module import Gates, load_gates
 from dyvte.runs import distributed
 from dyvte.runs.config import command, load_model
 from dyvte.runs.store import RunFolder, fingerprint, plain, write_atomic, write_json
 
 from .measuring.gate_claims import all_seeing_frontier, claim_figures, claim_labels
-from .measuring.shipped import shipped_files
-from .statistics.markdown import markdown_table
+from .measuring.runs import run_facts, shipped_files
+from .statistics.markdown import markdown_table, with_limits
 
 MAX_COST_RATIO, MIN_ORACLE_SHARE = 0.85, 0.6
 MIN_AGREEMENT, MAX_LOSS = 0.985, 0.01
@@ -47,16 +47,12 @@ def main(cfg: DictConfig) -> str | None:
     folder = RunFolder.open(cfg.output_dir, fingerprint(mllm, dataset, cfg, **settings), cfg, overwrite=True)
     if not distributed.is_main():
         return None
-    found = findings(cfg, labels, {name: claim_figures(gates, labels, cfg.folds, cfg.bootstrap, cfg.seed)
-                                   for name, gates in tested.items()},
-                     {name: counterfactual_runs(gates.facts) for name, gates in tested.items()})  # fmt: skip
+    found = findings(cfg, labels, tested)
     if training is not None:
         frontier = all_seeing_frontier(training, labels)
         found["bound"] = {"questions": len(training), "frontier": [list(each) for each in frontier]}
     folder.write_summary(
-        model=cfg.model.name,
-        data=cfg.data.name,
-        num_layers=mllm.num_layers,
+        **run_facts(cfg, mllm),
         num_samples=len(labels),
         num_failed=len(labels.folder.failures()),
         seconds=labels.folder.seconds,
@@ -72,15 +68,11 @@ def main(cfg: DictConfig) -> str | None:
     return " ".join(f"{name}: {words}" for name, words in told.items())
 
 
-def counterfactual_runs(facts: Mapping[str, Any]) -> list[str]:
-    """What runs with less of the image, or another one, gates were trained on; from what they say of themselves."""
-    return list(facts.get("recipe", {}).get("counterfactual", []))
+def findings(cfg: DictConfig, labels: LabelSet, tested: Mapping[str, Gates]) -> dict[str, Any]:
+    """Every number of the page, JSON types only.
 
-
-def findings(
-    cfg: DictConfig, labels: LabelSet, figures: Mapping[str, Any], trained_on: Mapping[str, Sequence[str]]
-) -> dict[str, Any]:
-    """Every number of the page, JSON types only."""
+    `trained_on` says what runs with less of the image, or another one, gates were trained on, as they say themselves.
+    """
     found = {
         **shipped_files(),
         "asked": {key: cfg.data[key] for key in ("name", "split", "limit", "seed")},
@@ -88,7 +80,11 @@ def findings(
         "images": labels.samples["image_id"].nunique(),
         "texts": labels.samples["question"].nunique(),
         "layers": labels.num_layers,
-        "tests": {name: {**each, "trained_on": list(trained_on[name])} for name, each in figures.items()},
+        "tests": {
+            name: claim_figures(gates, labels, cfg.folds, cfg.bootstrap, cfg.seed)
+            | {"trained_on": list(gates.facts.get("recipe", {}).get("counterfactual", []))}
+            for name, gates in tested.items()
+        },
     }
     return dict(plain(json.loads(json.dumps(found, default=float))))
 
@@ -121,7 +117,6 @@ def page(found: Mapping[str, Any]) -> str:
 def conclusion(tests: Mapping[str, Any]) -> str:
     """What the tests together say, by the registered rules."""
     verdicts = {name: tests[name]["verdict"] for name in ("within_text", "withheld", "dose")}
-    taught = bool(tests["trained_on"])
     if verdicts["within_text"] != "confirmed":
         reads = "These gates **read the question**: within one text they do not rank the images."
     elif all(each == "confirmed" for each in verdicts.values()):
@@ -132,29 +127,39 @@ def conclusion(tests: Mapping[str, Any]) -> str:
             "These gates know more than the question (test 1), but do not wait for the image: "
             f"test{'s' if len(failed) > 1 else ''} {' and '.join(map(str, failed))} not confirmed."
         )
-    worth = tests["cost"]["text"]["verdict"]
-    worth_words = {
+    worth = {
         "confirmed": "They **are worth more than knowing the question** (4b).",
         "refuted": "They cost more than constants that know the question (4b).",
         "undetermined": "That they are worth more than knowing the question is undetermined (4b).",
-    }[worth]
-    caution = (
-        f" They were trained on statuses of other runs ({', '.join(tests['trained_on'])}), so tests 2 and 3 say that "
-        "the training worked on fresh questions; only 1 and 4 are evidence for the claim."
-        if taught
-        else ""
+    }[tests["cost"]["text"]["verdict"]]
+    if not tests["trained_on"]:
+        return f"{reads} {worth}"
+    return (
+        f"{reads} {worth} They were trained on statuses of other runs ({', '.join(tests['trained_on'])}), so tests 2 "
+        "and 3 say that the training worked on fresh questions; only 1 and 4 are evidence for the claim."
     )
-    return f"{reads} {worth_words}{caution}"
 
 
 def _tests(tests: Mapping[str, Any]) -> list[str]:
     within, withheld, dose, cost = (tests[name] for name in ("within_text", "withheld", "dose", "cost"))
     rows = [
-        ["1", "AUC within a text", _number(within), "above .5", within["verdict"]],
-        ["2", "p(exit), image withheld less seen", _number(withheld, "+.3f"), "below 0", withheld["verdict"]],
-        ["3", "slope of p(exit) per layer that saw the image", _number(dose, "+.4f"), "above 0", dose["verdict"]],
-        ["4a", "cost over constants of the kind", _number(cost["kind"]["ratio"]), "below 1", cost["kind"]["verdict"]],
-        ["4b", "cost over constants of the text", _number(cost["text"]["ratio"]), "below 1", cost["text"]["verdict"]],
+        ["1", "AUC within a text", with_limits(within), "above .5", within["verdict"]],
+        ["2", "p(exit), image withheld less seen", with_limits(withheld, "+.3f"), "below 0", withheld["verdict"]],
+        ["3", "slope of p(exit) per layer that saw the image", with_limits(dose, "+.4f"), "above 0", dose["verdict"]],
+        [
+            "4a",
+            "cost over constants of the kind",
+            with_limits(cost["kind"]["ratio"]),
+            "below 1",
+            cost["kind"]["verdict"],
+        ],
+        [
+            "4b",
+            "cost over constants of the text",
+            with_limits(cost["text"]["ratio"]),
+            "below 1",
+            cost["text"]["verdict"],
+        ],
     ]
     rows = [[*row[:4], f"**{row[4]}**"] for row in rows]
     return markdown_table(["test", "statistic", "found", "claimed", "verdict"], rows)
@@ -162,21 +167,22 @@ def _tests(tests: Mapping[str, Any]) -> list[str]:
 
 def _kinds(within: Mapping[str, Any]) -> list[str]:
     rows = [
-        [kind, each["texts"], f"{each['pairs']:,}", _number(each) if each["pairs"] else "–"]
+        [kind, each["texts"], f"{each['pairs']:,}", with_limits(each) if each["pairs"] else "–"]
         for kind, each in within["kinds"].items()
     ]
-    gates = ", ".join(_cell(each["value"], ".2f") for each in within["gates"])
+    gates = ", ".join("–" if each["value"] is None else f"{each['value']:.2f}" for each in within["gates"])
     return [
         *markdown_table(["kind", "texts", "pairs", "AUC"], rows),
         "",
-        f"By gate, from the first: {gates}. Pairs of one kind, whatever their text: {_number(within['within_kind'])}.",
+        f"By gate, from the first: {gates}. Pairs of one kind, whatever their text: "
+        f"{with_limits(within['within_kind'])}.",
     ]
 
 
 def _doses(tests: Mapping[str, Any]) -> list[str]:
     dose, withheld = tests["dose"], tests["withheld"]
     rows = [
-        [j, _number(mean), _number(exit_layer, ".2f")]
+        [j, with_limits(mean), with_limits(exit_layer, ".2f")]
         for j, (mean, exit_layer) in enumerate(zip(dose["means"], dose["exits"], strict=True))
     ]
     return [
@@ -184,11 +190,11 @@ def _doses(tests: Mapping[str, Any]) -> list[str]:
         "",
         *markdown_table(["layers that saw the image", "mean p(exit)", "mean exit layer"], rows),
         "",
-        f"Slope of the exit layer: {_number(dose['exit_slope'], '+.3f')} a layer that saw the image (a gate that waits "
-        f"for the image has a negative one). With another image, p(exit) changes by "
-        f"{_number(withheld['swapped'], '+.3f')} and the mean exit layer is "
-        f"{_number(withheld['exit_swapped'], '.2f')}; seen as it is, {_number(withheld['exit_seen'], '.2f')}; never "
-        f"seen, {_number(withheld['exit_withheld'], '.2f')}.",
+        f"Slope of the exit layer: {with_limits(dose['exit_slope'], '+.3f')} a layer that saw the image (a gate that "
+        "waits for the image has a negative one). With another image, p(exit) changes by "
+        f"{with_limits(withheld['swapped'], '+.3f')} and the mean exit layer is "
+        f"{with_limits(withheld['exit_swapped'], '.2f')}; seen as it is, {with_limits(withheld['exit_seen'], '.2f')}; "
+        f"never seen, {with_limits(withheld['exit_withheld'], '.2f')}.",
     ]
 
 
@@ -196,11 +202,11 @@ def _asked(cost: Mapping[str, Any]) -> list[str]:
     """What was asked of better gates, and what these reach."""
     share = cost["share_of_oracle"] or 0.0
     rows = [
-        ["agreement", _number(cost["agreement"], ".4f"), f"at least {MIN_AGREEMENT}",
+        ["agreement", with_limits(cost["agreement"], ".4f"), f"at least {MIN_AGREEMENT}",
          cost["agreement"]["value"] >= MIN_AGREEMENT],
-        ["loss of accuracy, points", _number({key: 100 * each for key, each in cost["loss"].items()}, ".2f"),
+        ["loss of accuracy, points", with_limits({key: 100 * each for key, each in cost["loss"].items()}, ".2f"),
          f"at most {100 * MAX_LOSS:g} at the upper limit", cost["loss"]["high"] <= MAX_LOSS],
-        ["cost over constants of the text", _number(cost["text"]["ratio"]), f"at most {MAX_COST_RATIO}",
+        ["cost over constants of the text", with_limits(cost["text"]["ratio"]), f"at most {MAX_COST_RATIO}",
          cost["text"]["ratio"]["value"] <= MAX_COST_RATIO],
         ["share of the oracle's saving", f"{share:.2f}", f"at least {MIN_ORACLE_SHARE}", share >= MIN_ORACLE_SHARE],
     ]  # fmt: skip
@@ -226,16 +232,6 @@ def _bound(cost: Mapping[str, Any], bound: Mapping[str, Any]) -> list[str]:
         f"answer, costs {least:.3f} at the gates' agreement: {ratio:.2f} of the constants of "
         f"the text, and {share:.2f} of the oracle's saving. No gate sees as much."
     ]
-
-
-def _number(estimate: Mapping[str, float | None], form: str = ".3f") -> str:
-    """A number with its interval; a dash for what too few questions leave open."""
-    value, low, high = (_cell(estimate[key], form) for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "–" if value is None else f"{value:{form}}"
 
 
 if __name__ == "__main__":

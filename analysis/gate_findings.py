@@ -8,6 +8,7 @@ with digests of weights and gates, by which a test tells that the page is out of
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,10 @@ from dyvte.runs.config import command
 from dyvte.runs.store import RunFolder, plain, write_atomic, write_json
 from dyvte.testbed.questions import IMAGE_KINDS, PATH_KINDS
 
-from .measuring.shipped import shipped_files
-from .statistics.markdown import markdown_table
+from .measuring.runs import shipped_files
+from .statistics.markdown import markdown_table, replace_section
 
-START, END = "<!-- gates -->", "<!-- /gates -->"
+SECTION = "gates"
 
 MAX_LOSS, MIN_AGREEMENT, MAX_COST_RATIO = 0.01, 0.985, 0.8
 """What was asked of the gates on image questions before any was trained."""
@@ -120,27 +121,19 @@ def findings(cfg: DictConfig, summary: Mapping[str, Any]) -> dict[str, Any]:
 
 def criteria(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What was asked of the gates, what they reach, and whether that is enough."""
-    loss = row["accuracy_loss_ci"][1]
-    return [
-        {
-            "criterion": "accuracy loss, upper end of its 95% interval",
-            "asked": f"at most {100 * MAX_LOSS:g} point",
-            "reached": f"{100 * loss:.2f} points",
-            "met": loss <= MAX_LOSS,
-        },
-        {
-            "criterion": "answers equal to the full model's",
-            "asked": f"at least {100 * MIN_AGREEMENT:.1f}%",
-            "reached": f"{100 * row['agreement']:.2f}%",
-            "met": row["agreement"] >= MIN_AGREEMENT,
-        },
-        {
-            "criterion": "decoder FLOPs over those of fixed exits at the same agreement",
-            "asked": f"at most {MAX_COST_RATIO:g}",
-            "reached": f"{row['cost_ratio']:.3f}",
-            "met": row["cost_ratio"] <= MAX_COST_RATIO,
-        },
-    ]
+    loss, agreement, cost = row["accuracy_loss_ci"][1], row["agreement"], row["cost_ratio"]
+    loss_limit, flops = "accuracy loss, upper end of its 95% interval", "decoder FLOPs over those of fixed exits"
+    rows = (
+        (loss_limit, f"at most {100 * MAX_LOSS:g} point", f"{100 * loss:.2f} points", loss <= MAX_LOSS),
+        (
+            "answers equal to the full model's",
+            f"at least {100 * MIN_AGREEMENT:.1f}%",
+            f"{100 * agreement:.2f}%",
+            agreement >= MIN_AGREEMENT,
+        ),
+        (f"{flops} at the same agreement", f"at most {MAX_COST_RATIO:g}", f"{cost:.3f}", cost <= MAX_COST_RATIO),
+    )
+    return [dict(zip(("criterion", "asked", "reached", "met"), each, strict=True)) for each in rows]
 
 
 def hops_verdict(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -251,8 +244,7 @@ def _hops(found: Mapping[str, Any]) -> str:
         f"template, length and answers: oracle **{of_paths[KEPT]}**, with lucky exits {of_paths[FIRST]}, gates "
         f"**{of_paths['gates']}**."
     )
-    parts = [_wrapped(text), _depths(everything), _wrapped(narrow), _depths(paths)]
-    return "\n\n".join(parts)
+    return "\n\n".join([_wrapped(text), _depths(everything), _wrapped(narrow), _depths(paths)])
 
 
 def _depths(measures: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -295,34 +287,14 @@ def _met(is_met: bool) -> str:
     return "met" if is_met else "**not met**"
 
 
-def _wrapped(text: str, width: int = 120) -> str:
+def _wrapped(text: str) -> str:
     """Lines as long as those of the page around it; code and links stay whole."""
-    lines: list[str] = []
-    for word in text.split(" "):
-        if lines and len(lines[-1]) + 1 + len(word) <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return "\n".join(lines)
-
-
-def around(text: str) -> tuple[str, str]:
-    """The page before and after the section, the two comments included.
-
-    Raises:
-        ConfigError: it does not have them.
-    """
-    before, found, rest = text.partition(START)
-    _, found_end, after = rest.partition(END)
-    if not found or not found_end:
-        raise ConfigError(f"the page to write on has no {START} ... {END}")
-    return before + START, END + after
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def with_section(text: str, found: Mapping[str, Any]) -> str:
     """The page with the section in its place."""
-    before, after = around(text)
-    return f"{before}\n\n{section(found)}\n\n{after}"
+    return replace_section(text, SECTION, f"\n{section(found)}\n")
 
 
 # ---------------------------------------------------------------------------- command
@@ -350,7 +322,7 @@ def main(cfg: DictConfig) -> str | None:
     if cfg.model.name not in SHIPPED_GATES or cfg.policy.get("gates") != cfg.model.name:
         raise ConfigError(f"the page is about the gates that ship: model and policy.gates must be {set(SHIPPED_GATES)}")
     page = Path(cfg.page)
-    around(page.read_text())  # before minutes of questions
+    replace_section(page.read_text(), SECTION, "")  # it is refused before minutes of questions
     summary = finish(cfg)
     if summary is None:
         return None

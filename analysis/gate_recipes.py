@@ -23,9 +23,10 @@ from dyvte.runs.config import command, load_model
 from dyvte.runs.store import RunFolder, write_atomic
 from dyvte.train import Split, fit_gates, label_settings, split_labels
 
+from .measuring.runs import run_facts
 from .statistics.bands import Band
 from .statistics.gates.recipes import cost_differences
-from .statistics.markdown import markdown_table
+from .statistics.markdown import markdown_table, with_limits
 
 FIGURES = ("mean_cost", "cost_at_0.985", "cost_at_0.99", "cost_at_0.995", "withheld_less_seen", "dose_slope", "inputs")
 """Of every option, from `dyvte.gates.validation`; `inputs` is the numbers that a gate looks at."""
@@ -73,9 +74,7 @@ def train_option(cfg: DictConfig, folder: RunFolder, own: DictConfig, split: Spl
     said = gate_probabilities(fit.gates, split.labels.status(parts)[split.validation])
     folder.write_table(SAID, pd.DataFrame(said.numpy(), columns=[f"gate_{k}" for k in range(1, mllm.num_layers)]))
     folder.write_summary(
-        model=cfg.model.name,
-        data=cfg.data.name,
-        num_layers=mllm.num_layers,
+        **run_facts(cfg, mllm),
         num_samples=len(split.labels),
         training_seconds=round(time.perf_counter() - started, 1),
         inputs=fit.gates.shift.shape[1],
@@ -108,10 +107,11 @@ def page(cfg: DictConfig, table: pd.DataFrame, apart: Mapping[str, Band], questi
         questions, images: held out.
     """
     base = table["option"].iloc[0]
+    differences = {name: with_limits(band.to_dict(), "+.3f", "mean") for name, band in apart.items()}
     rows = []
     for each in table.to_dict("records"):
         mean, *rest = (_cell(each.get(key), key) for key in FIGURES)
-        rows.append([each["option"], mean, _interval(apart.get(each["option"])), *rest])
+        rows.append([each["option"], mean, differences.get(each["option"], ""), *rest])
     best = cheapest_that_waits(table)
     shared: Sequence[str] = cfg.recipe.training.counterfactual
     lines = [
@@ -152,10 +152,6 @@ def _in_words(apart: Mapping[str, Band]) -> list[str]:
     dearer = [name for name, band in apart.items() if band.low > 0]
     known = [f"{word}: {', '.join(names)}" for word, names in (("Cheaper", cheaper), ("Dearer", dearer)) if names]
     return [*(f"{each} (the interval excludes 0)." for each in known), ""] if known else []
-
-
-def _interval(band: Band | None) -> str:
-    return "" if band is None else f"{band.mean:+.3f} [{band.low:+.3f}, {band.high:+.3f}]"
 
 
 def _cell(value: float | None, key: str) -> str:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -20,6 +19,7 @@ from dyvte.loading import SHIPPED_MODELS
 from dyvte.runs.store import write_atomic
 
 from .measuring.runs import read_summary as read_summary
+from .plots.style import png_of
 from .statistics.markdown import markdown_table
 
 DPI = 100
@@ -54,10 +54,7 @@ class NotebookText:
 
 def show(figure: Figure) -> NotebookPicture:
     """The figure as a picture, whatever backend is in use; the figure is closed."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    plt.close(figure)
-    return NotebookPicture(buffer.getvalue())
+    return NotebookPicture(png_of(figure, DPI))
 
 
 def picture(file: str | Path) -> NotebookPicture:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,6 +38,7 @@ from dyvte.runs.store import RunFolder, fingerprint
 from dyvte.runs.terminal import progress
 
 from .measuring.methods import ALL, describe, encoded, known_methods, load_calibration
+from .measuring.runs import run_facts
 from .plots.style import figure_style
 from .statistics.bands import cluster_bootstrap, cluster_mean, percentile_band
 
@@ -77,12 +77,11 @@ def kept_positions(cfg: DictConfig) -> dict[str, Any] | None:
         started = time.perf_counter()
         policy = methods()[name].at_cost(calibration, cfg.budget)
         rows = [] if policy is None else places(mllm, policy, batches, chosen)
-        setting = pd.DataFrame([{"method": name, "setting": "cannot" if policy is None else describe(policy)}])
-        tables: dict[str, Any] = {"settings": setting}
+        setting = "cannot" if policy is None else describe(policy)
+        tables = {"settings": pd.DataFrame([{"method": name, "setting": setting}])}
         if rows:
-            table = pd.DataFrame(rows)
-            mean = np.stack([json.loads(each) for each in table["share"]]).mean(0)
-            tables["places"] = table.assign(method=name)
+            mean = np.stack([json.loads(each["share"]) for each in rows]).mean(0)
+            tables["places"] = pd.DataFrame(rows).assign(method=name)
             tables["maps"] = pd.DataFrame({"method": name, "place": np.arange(len(mean)), "share": mean})
         folder.write_shard(index, tables, num_samples=len(rows), seconds=time.perf_counter() - started)
     folder.merge()
@@ -126,18 +125,16 @@ def common_grid(mllm: MLLM, samples: Sequence[Sample]) -> tuple[View, set[str]]:
     Raises:
         DataError: there is none.
     """
-    of_sample: dict[str, View] = {}
+    by_shape: dict[tuple[int, int], dict[str, View]] = {}
     for sample in samples:
         if sample.image is not None:
             found = view(mllm, mllm.encode([sample.image], [sample.question]))
             if found is not None:
-                of_sample[sample.id] = found
-    if not of_sample:
+                by_shape.setdefault((found.rows, found.columns), {})[sample.id] = found
+    if not by_shape:
         raise DataError("no question shows an image whose visual tokens lie on one grid")
-    shapes = {name: (each.rows, each.columns) for name, each in of_sample.items()}
-    shape, _ = Counter(shapes.values()).most_common(1)[0]
-    chosen = {name for name in shapes if shapes[name] == shape}
-    return next(of_sample[name] for name in shapes if name in chosen), chosen
+    chosen = max(by_shape.values(), key=len)
+    return next(iter(chosen.values())), set(chosen)
 
 
 def overlap(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> float:
@@ -181,10 +178,12 @@ def places(
         for sample, kept in zip(samples, kept_by_layer(mllm, batch, policy), strict=True):
             share = share_kept(kept) if sample.id in chosen else None
             if share is not None:
-                place = {"mean_place": mean_place(share), "kept": float(share.mean())}
-                rows.append(
-                    {"id": sample.id, "image_id": sample.image_id, **place, "share": json.dumps(share.tolist())}
-                )
+                place = {
+                    "mean_place": mean_place(share),
+                    "kept": float(share.mean()),
+                    "share": json.dumps(share.tolist()),
+                }
+                rows.append({"id": sample.id, "image_id": sample.image_id, **place})
     return rows
 
 
@@ -228,10 +227,9 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, grid: View, num_quest
     note = f"{num_questions} questions; mean place: 0 first, 1 last visual token, intervals 95%, bootstrap over images"
     with figure_style():
         path = folder.save_figure("kept_positions", figure(found, f"{cfg.model.name} on {cfg.data.name}, {note}"))
+        matrix = folder.save_figure("overlap", overlap_figure([labels()[name] for name in names], shared))
     summary = folder.write_summary(
-        model=cfg.model.name,
-        data=cfg.data.name,
-        num_layers=mllm.num_layers,
+        **run_facts(cfg, mllm),
         num_samples=num_questions,
         budget=cfg.budget,
         grid=[grid.rows, grid.columns],
@@ -244,10 +242,7 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, grid: View, num_quest
             f"{labels()[each['method']]:>20}  keeps {100 * each['kept']:3.0f}%, mean place {each['mean_place']:.3f} "
             f"[{low:.3f}, {high:.3f}]: {each['preference']}"
         )
-    drawn = overlap_figure([labels()[name] for name in names], shared)
-    with figure_style():
-        print(f"overlap: {folder.save_figure('overlap', drawn)}")
-    print(f"figure: {path}")
+    print(f"overlap: {matrix}\nfigure: {path}")
     return summary
 
 
@@ -293,24 +288,22 @@ def figure(found: Sequence[dict[str, Any]], title: str) -> Figure:
     """One map a method: how often a place is seen, relative to the method's own mean."""
     columns = min(4, len(found))
     lines = -(-len(found) // columns)
-    drawing, axes = plt.subplots(
-        lines, columns, figsize=(2.3 * columns + 0.9, 2.55 * lines + 0.5), squeeze=False, layout="constrained"
-    )
+    size = (2.3 * columns + 0.9, 2.55 * lines + 0.5)
+    drawing, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     maps = [np.asarray(each["map"]) / np.mean(each["map"]) for each in found]
-    top = max(float(each.max()) for each in maps)
-    shown = None
+    scale = plt.Normalize(0, max(float(each.max()) for each in maps))
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, each, values in zip(axes.flat, found, maps, strict=False):
-        shown = axis.imshow(values, cmap="gray", vmin=0, vmax=top, interpolation="nearest")
+        axis.imshow(values, cmap="gray", norm=scale, interpolation="nearest")
         low, high = each["mean_place_ci"]
         axis.set_title(
             f"{labels()[each['method']]}, keeps {100 * each['kept']:.0f}%\n"
             f"mean place {each['mean_place']:.2f} [{low:.2f}, {high:.2f}]",
             fontsize=8,
         )
-    if shown is not None:
-        drawing.colorbar(shown, ax=axes, shrink=0.8, label="how often a place is seen (mean of the method = 1)")
+    shades = plt.cm.ScalarMappable(scale, "gray")
+    drawing.colorbar(shades, ax=axes, shrink=0.8, label="how often a place is seen (mean of the method = 1)")
     drawing.suptitle(title, fontsize=8)
     return drawing
 

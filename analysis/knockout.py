@@ -26,7 +26,7 @@ from dyvte.runs.config import command, load_model
 
 from .measuring.key_sets import knows_targets
 from .measuring.knockout import KnockoutMeasurement
-from .measuring.runs import closing_line, measure_dataset
+from .measuring.runs import closing_line, finish_run, measure_dataset, run_facts
 from .plots import causal as plots
 from .statistics.bands import MIN_CLUSTERS, count_images
 from .statistics.causal import LEVEL, CausalGroup, mass_reached, over_control, sample_effects
@@ -56,7 +56,7 @@ def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any] | None:
     names = ("max_new_tokens", "width", "windows", "paths", "replace", "control", "splits", "entry_exit")
     settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(names)))
     settings["objects"] = known
-    settings |= {"equal_mass": True} if any(cut.what == "mass" for cut in measure.cuts) else {}
+    settings |= {"equal_mass": True} if measure.of_equal_mass else {}
     folder = measure_dataset(cfg, mllm, dataset, measure, **settings)
     if folder is None:
         return None
@@ -68,11 +68,7 @@ def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any] | None:
 
 def summarise(cfg: DictConfig, folder: store.RunFolder, measure: KnockoutMeasurement) -> dict[str, Any]:
     """Everything that follows from the tables: bands, figures, summary."""
-    samples = folder.read_table("samples")
-    kept = samples["visual_tokens"] > 0
-    if cfg.only_right:
-        kept &= samples["right"].fillna(False).astype(bool)
-    samples = samples[kept]
+    samples = counted_samples(folder, cfg.only_right)
     if samples.empty:
         raise ConfigError(
             f"no question of data={cfg.data.name} has an image"
@@ -81,7 +77,7 @@ def summarise(cfg: DictConfig, folder: store.RunFolder, measure: KnockoutMeasure
     ids, images = samples["id"].to_numpy(), samples["image_id"].to_numpy()
     effects = sample_effects(folder.read_table("knockouts"), ids, "cut", "window")
     windows = all_windows(measure.mllm.num_layers)
-    entry_exit = None
+    entry_exit = {}
     if cfg.entry_exit:
         table = folder.read_table("entry_exit")
         number = {window: index for index, window in enumerate(windows)}
@@ -90,10 +86,8 @@ def summarise(cfg: DictConfig, folder: store.RunFolder, measure: KnockoutMeasure
     names = [cut.name for cut in measure.cuts]
 
     def group(mask: Any) -> CausalGroup:
-        some = None if entry_exit is None else {name: values[mask] for name, values in entry_exit.items()}
-        return CausalGroup.of(
-            {name: values[mask] for name, values in effects.items()}, some, images[mask], cfg.bootstrap, cfg.seed
-        )
+        of_cuts, of_map = ({name: values[mask] for name, values in each.items()} for each in (effects, entry_exit))
+        return CausalGroup.of(of_cuts, of_map, images[mask], cfg.bootstrap, cfg.seed)
 
     kinds = samples["kind"].astype(str).to_numpy()
     groups = {"all": group(np.ones(len(samples), bool))}
@@ -104,9 +98,7 @@ def summarise(cfg: DictConfig, folder: store.RunFolder, measure: KnockoutMeasure
     summary_of = {name: each.summary(names) for name, each in groups.items()}
     content = store.plain(
         {
-            "model": cfg.model.name,
-            "data": cfg.data.name,
-            "num_layers": measure.mllm.num_layers,
+            **run_facts(cfg, measure.mllm),
             "num_questions": len(samples),
             "num_images": count_images(images),
             "accuracy": samples["right"].mean() if samples["right"].notna().any() else None,
@@ -118,32 +110,26 @@ def summarise(cfg: DictConfig, folder: store.RunFolder, measure: KnockoutMeasure
             "overall": summary_of.pop("all"),
             "kinds": summary_of,
             "over_control": over_control(effects, names, images, cfg.bootstrap, cfg.seed),
-            "mass_reached": mass_reached(folder.read_table("equal_mass"), ids)
-            if any(cut.what == "mass" for cut in measure.cuts)
-            else {},
+            "mass_reached": mass_reached(folder.read_table("equal_mass"), ids) if measure.of_equal_mass else {},
             "settings": {"level": LEVEL, "bootstrap": cfg.bootstrap},
         }
     )
-    figures = draw(content)
-    for name, figure in figures.items():
-        folder.save_figure(name, figure)
-    return folder.write_summary(**content, figures=sorted(figures))
+    return finish_run(folder, content, draw(content))
+
+
+def counted_samples(folder: store.RunFolder, only_right: bool) -> pd.DataFrame:
+    """The questions of a run with an image and, with `only_right`, a right answer of the full model."""
+    samples = folder.read_table("samples")
+    counted = samples["visual_tokens"] > 0
+    return samples[counted & samples["right"].fillna(False).astype(bool) if only_right else counted]
 
 
 def curves_table(groups: Mapping[str, CausalGroup], names: list[str], windows: list[tuple[int, int]]) -> pd.DataFrame:
     """One row a group, path, window and measure."""
     return pd.DataFrame(
         [
-            {
-                "group": group_name,
-                "name": name,
-                "start": start,
-                "stop": stop,
-                "measure": measure,
-                "mean": band.mean[cut, window],
-                "low": band.low[cut, window],
-                "high": band.high[cut, window],
-            }
+            {"group": group_name, "name": name, "start": start, "stop": stop, "measure": measure}
+            | band[cut, window].to_dict()
             for group_name, group in groups.items()
             for measure, band in group.effects.items()
             for cut, name in enumerate(names)
@@ -156,9 +142,8 @@ def draw(summary: Mapping[str, Any]) -> dict[str, plt.Figure]:
     """All figures, by file name, from what `summary.json` will say."""
     effects = summary["overall"]["effects"]
     figures = {"knockout": plots.draw_knockouts(summary)}
-    if "instruction->visual" in effects and any(
-        f"instruction->visual ({what})" in effects for what in ("mean", "swap")
-    ):
+    image = "instruction->visual"
+    if image in effects and any(f"{image} ({what})" in effects for what in ("mean", "swap")):
         figures["replacement"] = plots.draw_replacements(summary)
     if any(f"({what})" in name for name in effects for what in plots.CONTROLS):
         figures["controls"] = plots.draw_controls(summary)

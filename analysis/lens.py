@@ -20,7 +20,7 @@ from dyvte.runs.config import command, load_model
 
 from .measuring.attention import file_name
 from .measuring.lens import LensMeasurement, patch_words
-from .measuring.runs import closing_line, measure_dataset
+from .measuring.runs import closing_line, finish_run, measure_dataset, run_facts
 from .plots import lens as plots
 from .statistics.bands import count_images, keyed_array, mean_band, rate_band
 
@@ -46,36 +46,26 @@ def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any] | None:
     folder = measure_dataset(cfg, mllm, dataset, measure, exit_layer=cfg.exit_layer)
     if folder is None:
         return None
-    content = store.plain(summarise_lens(cfg, folder, mllm.num_layers))
-    figures = draw(content, mllm, dataset, cfg.grids)
-    for name, figure in figures.items():
-        folder.save_figure(name, figure)
-    summary = folder.write_summary(**content, figures=sorted(figures))
+    content = store.plain(summarise_lens(cfg, folder, mllm))
+    summary = finish_run(folder, content, draw(content, mllm, dataset, cfg.grids))
     print(closing_line(summary, folder))
     return summary
 
 
-def summarise_lens(cfg: DictConfig, folder: store.RunFolder, num_layers: int) -> dict[str, Any]:
+def summarise_lens(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, Any]:
     """Curves over layers 0..L with bands over images."""
     answers = folder.read_table("answers")
     curves = {}
     for exit_layer, rows in answers.groupby("exit_layer"):
-        name = "no exit" if exit_layer == num_layers else f"exit at {exit_layer}"
-        ids = rows["id"].unique()
-        images = rows.drop_duplicates("id").set_index("id").loc[ids, "image_id"].to_numpy()
+        name = "no exit" if exit_layer == mllm.num_layers else f"exit at {exit_layer}"
+        ids, images = rows.drop_duplicates("id")[["id", "image_id"]].to_numpy().T
+        probability, right = (keyed_array(rows, each, ids, "layer") for each in ("answer_probability", "is_answer"))
         curves[name] = {
-            "answer_probability": mean_band(
-                keyed_array(rows, "answer_probability", ids, "layer"),
-                images,
-                n_boot=cfg.bootstrap,
-                seed=cfg.seed,
-            ).to_dict(),
-            "is_answer": rate_band(keyed_array(rows, "is_answer", ids, "layer"), images).to_dict(),
+            "answer_probability": mean_band(probability, images, n_boot=cfg.bootstrap, seed=cfg.seed).to_dict(),
+            "is_answer": rate_band(right, images).to_dict(),
         }
     content = {
-        "model": cfg.model.name,
-        "data": cfg.data.name,
-        "num_layers": num_layers,
+        **run_facts(cfg, mllm),
         "num_questions": int(answers["id"].nunique()),
         "num_images": count_images(answers["image_id"].unique()),
         "answer": curves,
@@ -84,11 +74,9 @@ def summarise_lens(cfg: DictConfig, folder: store.RunFolder, num_layers: int) ->
     if (folder.path / "patches.parquet").is_file():  # only where the generator of the images tells what they show
         patches = folder.read_table("patches")
         for attribute, rows in patches.groupby("attribute"):
-            images = rows["image_id"].unique()
+            images, rows = rows["image_id"].unique(), rows.rename(columns={"image_id": "id"})
             content["patches"][attribute] = {
-                column: rate_band(
-                    keyed_array(rows.rename(columns={"image_id": "id"}), column, images, "layer"), images
-                ).to_dict()
+                column: rate_band(keyed_array(rows, column, images, "layer"), images).to_dict()
                 for column in ("share", "control")
             }
     return content
@@ -100,13 +88,9 @@ def draw(content: dict[str, Any], mllm: MLLM, dataset: Dataset, grids: int) -> d
     if content["patches"]:
         figures["patches"] = plots.draw_patch_lens(content)
     seen: set[str] = set()
-    for index in range(len(dataset)):
+    for sample in dataset.readable():
         if len(seen) >= grids:
             break
-        try:
-            sample = dataset[index]
-        except Exception:  # a sample that cannot be read is in failures.jsonl already
-            continue
         if sample.image is not None and sample.image_id not in seen:
             seen.add(sample.image_id)
             words, probabilities = patch_words(mllm, sample)

@@ -18,6 +18,7 @@ from dyvte.errors import ConfigError
 from dyvte.runs import store
 from dyvte.runs.config import command
 
+from .knockout import counted_samples
 from .measuring.runs import read_summary
 from .plots.causal import draw_stage_table
 from .statistics.bands import count_images
@@ -55,21 +56,16 @@ def make_stage_table(cfg: DictConfig) -> dict[str, Any]:
         if stages[key] != knockout[key]:
             raise ConfigError(f"{key} is {stages[key]} in {cfg.stages} and {knockout[key]} in {cfg.knockout}")
     folder = store.RunFolder(Path(cfg.knockout))
-    samples = folder.read_table("samples")
-    kept = samples["visual_tokens"] > 0
-    if knockout["only_right"]:
-        kept &= samples["right"].fillna(False).astype(bool)
-    ids, images = samples.loc[kept, "id"].to_numpy(), samples.loc[kept, "image_id"].to_numpy()
+    ids, images = counted_samples(folder, knockout["only_right"])[["id", "image_id"]].to_numpy().T
     cuts = folder.read_table("stage_cuts")
     evidence = {}
-    for split, contrasts in known_splits(stages["stages"], stages["num_layers"]).items():
+    judged = known_splits(stages["stages"], stages["num_layers"])
+    for split, contrasts in judged.items():
         if list(split) in knockout["splits"]:
             losses = losses_of(cuts, split, knockout["num_layers"], ids)
             evidence[split] = (attention_stages(contrasts), causal_stages(losses, split, images))
     if not evidence:
-        asked = ",".join(
-            f"[{first},{second}]" for first, second in known_splits(stages["stages"], stages["num_layers"])
-        )
+        asked = ",".join(f"[{first},{second}]" for first, second in judged)
         raise ConfigError(
             f"{cfg.knockout} has cut the splits {knockout['splits']}, and {cfg.stages} has judged others: run "
             f"python -m analysis.knockout 'splits=[{asked}]' overwrite=true"
@@ -83,11 +79,7 @@ def make_stage_table(cfg: DictConfig) -> dict[str, Any]:
             "verdict": stages["stages"]["verdict"],
             "rows": rows,
             "evidence": [
-                {
-                    "split": list(split),
-                    "attention": [asdict(each) for each in attention],
-                    "cause": [asdict(each) for each in cause],
-                }
+                {"split": list(split), "attention": list(map(asdict, attention)), "cause": list(map(asdict, cause))}
                 for split, (attention, cause) in evidence.items()
             ],
             "recipe": asdict(recipe_verdict([read_summary(each)["stages"] for each in cfg.seed_runs]))
@@ -136,13 +128,10 @@ def page(summary: dict[str, Any]) -> list[str]:
     head = ["split", "stage", "layers", "by attention", "by cause", "attention (log enrichment)", "cause (points)"]
     rows = [
         [
-            row["split"],
-            row["stage"],
-            f"{row['first_layer']}-{row['last_layer']}",
+            *(row["split"], row["stage"], f"{row['first_layer']}-{row['last_layer']}"),
             verdict_word(row["by_attention"]),
             verdict_word(row["by_cause"]) + (f" ({row['note']})" if row["note"] else ""),
-            row["attention_numbers"],
-            row["cause_numbers"],
+            *(row["attention_numbers"], row["cause_numbers"]),
         ]
         for row in summary["rows"]
     ]

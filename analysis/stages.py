@@ -30,20 +30,19 @@ from .measuring.attention import (
     HEADS_TABLE,
     LAYERS_TABLE,
     Map,
+    answer_maps,
     attention_maps,
     choose_samples,
     map_name,
     measure_attention,
 )
-from .measuring.part_maps import answer_maps
-from .measuring.runs import closing_line, measure_dataset
+from .measuring.runs import closing_line, finish_run, measure_dataset, run_facts
 from .plots.attention import draw_attention_map, draw_measures, draw_stages_by_kind, draw_three_stages
-from .plots.frames import draw_frames
-from .plots.heads import draw_contributions, draw_heads
+from .plots.heads import draw_contributions, draw_frames, draw_heads
 from .statistics.attention.contributions import compare_looking_and_writing, looking_and_writing_in_words
 from .statistics.attention.frames import summarise_frames
 from .statistics.attention.heads import heads_in_words, summarise_heads
-from .statistics.bands import Array, Band, keyed_array, mean_band
+from .statistics.bands import Array, Band, bands_to_dict, keyed_array, mean_band
 from .statistics.segments import registered_split, stage_splits
 from .statistics.stages import StageVerdict, stage_verdict
 from .statistics.verdicts import verdict_in_words, verdict_word
@@ -71,9 +70,8 @@ def main(cfg: DictConfig) -> str | None:
     for claim, found in summary["stages"]["claims"].items():
         print(f"{claim.replace('_', ' ')}: {verdict_word(found)}")
     print(f"of the raw attention mass: {verdict_word(summary['stages_by_mass']['verdict'])}")
-    for part in ("contributions", "heads", "frames"):
-        if summary[part]:
-            print(f"{part}: {summary[part]['in_words']}")
+    for part in [name for name in ("contributions", "heads", "frames") if summary[name]]:
+        print(f"{part}: {summary[part]['in_words']}")
     if summary["stages"]["boundaries"]:
         print(f"95% intervals of the boundaries: {summary['stages']['boundaries_ci']}")
     print(closing_line(summary, folder))
@@ -114,8 +112,7 @@ class LayerTable:
         """Mean curve with a pointwise 95% band for each column, by the keys of `columns`; without empty ones."""
         curves = np.stack([self.by_layer(column) for column in columns.values()], axis=1)  # [n, columns, L]
         band = mean_band(curves, self.images, LEVEL, cfg.bootstrap, cfg.seed)
-        parts = zip(columns, band.mean, band.low, band.high, strict=True)
-        return {name: Band(*limits) for name, *limits in parts if np.isfinite(limits[0]).any()}
+        return {name: band[index] for index, name in enumerate(columns) if np.isfinite(band.mean[index]).any()}
 
     def verdict(self, cfg: DictConfig, level: float = LEVEL, measure: str = ENDPOINT) -> StageVerdict:
         """The stage verdict on these samples."""
@@ -135,8 +132,8 @@ def summarize_stages(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM, datas
     }
     entropies = layers.bands({name: name for name in ENTROPIES}, cfg)
     endpoint_columns = {curve: f"{curve}_{ENDPOINT}" for curve in CURVES}
-    kinds = {kind: (rows, rows.bands(endpoint_columns, cfg)) for kind, rows in layers.of_kinds().items()}
-    kinds = {kind: (rows, found) for kind, (rows, found) in kinds.items() if "cross" in found}
+    of_kinds = ((kind, rows, rows.bands(endpoint_columns, cfg)) for kind, rows in layers.of_kinds().items())
+    kinds = {kind: (rows, found) for kind, rows, found in of_kinds if "cross" in found}
     # Many kinds are many chances of a false finding: Bonferroni.
     level = 1 - (1 - LEVEL) / max(1, len(kinds))
     everything = {**curves, **{name: {"text": band} for name, band in entropies.items()}}  # entropies of the question
@@ -145,23 +142,18 @@ def summarize_stages(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM, datas
     maps = maps_of(cfg, mllm, dataset)
     content = store.plain(
         {
-            "model": cfg.model.name,
-            "data": cfg.data.name,
-            "num_layers": mllm.num_layers,
+            **run_facts(cfg, mllm),
             "layers_without_attention": sorted({*range(mllm.num_layers)} - {*mllm.attention_layers}),
             "num_images": layers.counts()["num_images"],
             "endpoint": ENDPOINT,
             "curves": {curve: curves[ENDPOINT][curve].mean for curve in CURVES if curve in curves[ENDPOINT]},
-            "bands": {name: as_lists(found) for name, found in curves.items()},
-            "entropy": as_lists(entropies),
+            "bands": {name: bands_to_dict(found) for name, found in curves.items()},
+            "entropy": bands_to_dict(entropies),
             "stages": layers.verdict(cfg).to_dict(),
             "stages_by_mass": layers.verdict(cfg, measure=BESIDE).to_dict(),
             "kinds": {
-                kind: {
-                    **rows.counts(),
-                    "bands": {ENDPOINT: as_lists(found)},
-                    "stages": rows.verdict(cfg, level).to_dict(),
-                }
+                kind: rows.counts()
+                | {"bands": {ENDPOINT: bands_to_dict(found)}, "stages": rows.verdict(cfg, level).to_dict()}
                 for kind, (rows, found) in kinds.items()
             },
             "maps": [record for record, _ in maps.values()],
@@ -181,9 +173,7 @@ def summarize_stages(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM, datas
     if len(kinds) > 1:
         figures["kinds"] = draw_stages_by_kind(shown)
     figures |= {name: draw_attention_map(record, image) for name, (record, image) in maps.items()}
-    for name, figure in figures.items():
-        folder.save_figure(name, figure)
-    return folder.write_summary(**content, figures=sorted(figures))
+    return finish_run(folder, content, figures)
 
 
 def maps_of(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Map]:
@@ -212,7 +202,7 @@ def contributions_of(layers: LayerTable, cfg: DictConfig) -> dict[str, Any]:
     looking, writing = (layers.by_layer(f"cross_{name}") for name in ("mass", "contribution_share"))
     found = compare_looking_and_writing(looking, writing, layers.images, cfg.bootstrap, cfg.seed)
     words = looking_and_writing_in_words(found)
-    return {"bands": {name: as_lists(each) for name, each in bands.items()}, **found, "in_words": words}
+    return {"bands": {name: bands_to_dict(each) for name, each in bands.items()}, **found, "in_words": words}
 
 
 def heads_of(layers: LayerTable, table: pd.DataFrame, cfg: DictConfig) -> dict[str, Any]:
@@ -222,11 +212,6 @@ def heads_of(layers: LayerTable, table: pd.DataFrame, cfg: DictConfig) -> dict[s
     split = registered_split(mass.shape[1]) if len(stage_splits(mass.shape[1])) else None
     found = summarise_heads(mass, enrichment, layers.images, split, cfg.bootstrap, cfg.seed)
     return {**found, "in_words": heads_in_words(found)}
-
-
-def as_lists(curves: Bands) -> dict[str, dict[str, list[float]]]:
-    """Bands as plain data for the summary."""
-    return {name: band.to_dict() for name, band in curves.items()}
 
 
 def curves_table(groups: Mapping[str, Mapping[str, Bands]]) -> pd.DataFrame:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 
-from analysis.statistics.markdown import replace_between
+from analysis.statistics.markdown import replace_section
 from dyvte.batch import Batch
 from dyvte.cost.measure import PeakMemory
 from dyvte.loading import wrap
@@ -254,14 +254,10 @@ def write_section(path: Path, name: str, lines: Sequence[str]) -> None:
     """Print a part of a page, and write it between the page's comments `<!-- name -->` and `<!-- /name -->`.
 
     Raises:
-        ValueError: the page lacks the two comments.
+        ConfigError: the page lacks the two comments.
     """
     text = "\n".join(lines)
     print(text)
-    before = path.read_text()
-    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    if start not in before or end not in before:
-        raise ValueError(f"{path} has no part between {start} and {end}")
-    after = replace_between(before, start, end, text)
+    after = replace_section(path.read_text(), name, text)
     write_atomic(path, lambda out: out.write(after.encode()))
     print(f"wrote {path}, {name}")

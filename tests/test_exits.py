@@ -22,10 +22,9 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from analysis import exits
-from analysis.measuring.exit_data import OtherImages, questions_and_captions
-from analysis.measuring.exits import Measurement, logit_change
+from analysis.measuring.exits import Measurement, OtherImages, logit_change, questions_and_captions
 from analysis.statistics import exits as exit_statistics
-from analysis.statistics.entropy import EntropyChange, rank_correlation
+from analysis.statistics.entropy import entropy_change, rank_correlation
 from analysis.statistics.exit_summary import after_exit
 from dyvte.cost.flops import plan_decoder_flops
 from dyvte.data import Dataset, Sample
@@ -395,10 +394,10 @@ def test_changes_that_cancel_are_no_change():
     """Absolute values would have called this a disturbance."""
     entropy = entropies(0.0, 0.0, 3)
     entropy[:, 0] += np.where(np.arange(60) % 2, 0.5, -0.5)[:, None]
-    change = EntropyChange.of(entropy, swapped(), np.ones((60, 9)), np.arange(60), 50)
-    assert np.abs(change.signed.mean).max() < 1e-9
-    np.testing.assert_allclose(change.floor.mean, FLOOR)
-    assert np.isnan(change.answers.mean).all()  # no answer changed: nothing to correlate with
+    change = entropy_change(entropy, swapped(), np.ones((60, 9)), np.arange(60), 50)
+    assert np.abs(change["signed"].mean).max() < 1e-9
+    np.testing.assert_allclose(change["floor"].mean, FLOOR)
+    assert np.isnan(change["answers"].mean).all()  # no answer changed: nothing to correlate with
 
 
 @given(st.integers(0, 2**31 - 1), st.integers(6, 40))

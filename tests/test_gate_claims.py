@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from intervals import intervals_of_zero_width
 
 from analysis import gate_claims
-from analysis.measuring.shipped import shipped_files
+from analysis.measuring.runs import shipped_files
 from analysis.statistics.gates.claims import (
     Estimate,
     compare_with_constants,

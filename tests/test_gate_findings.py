@@ -10,14 +10,16 @@ import pandas as pd
 import pytest
 
 from analysis import gate_findings
-from analysis.gate_findings import END, FIRST, KEPT, ON_IMAGES, START, criteria, hops_verdict, section
-from analysis.measuring.shipped import shipped_files
+from analysis.gate_findings import FIRST, KEPT, ON_IMAGES, criteria, hops_verdict, section
+from analysis.measuring.runs import shipped_files
+from analysis.statistics.markdown import replace_section
 from dyvte.errors import ConfigError
 from dyvte.runs.config import compose
 from dyvte.testbed.questions import IMAGE_KINDS
 
 ROOT = Path(__file__).parents[1]
 CFG = compose("gate_findings")
+START, END = "<!-- gates -->", "<!-- /gates -->"
 REPAIR = "out of date: python -m analysis.gate_findings"
 
 
@@ -71,10 +73,10 @@ def test_hops_are_found_only_if_every_step_is() -> None:
 
 
 def test_a_page_without_its_comments_is_refused() -> None:
-    assert gate_findings.around(f"a {START} b {END} c") == (f"a {START}", f"{END} c")
+    assert replace_section(f"a {START} b {END} c", "gates", "new") == f"a {START}\nnew\n{END} c"
     for text in ("", START, END, f"{END} {START}"):
         with pytest.raises(ConfigError, match="the page to write on"):
-            gate_findings.around(text)
+            replace_section(text, "gates", "new")
 
 
 def test_other_gates_are_refused() -> None:

@@ -16,8 +16,7 @@ from intervals import intervals_of_zero_width
 from test_exits import random_model
 from test_stages import LAYERS, model_folder, run
 
-from analysis.measuring.attention import attention_map, choose_samples
-from analysis.measuring.part_maps import answer_maps
+from analysis.measuring.attention import answer_maps, attention_map, choose_samples
 from analysis.measuring.token_attention import TokenAttention
 from analysis.statistics.attention.contributions import compare_looking_and_writing
 from analysis.statistics.attention.heads import CARRIED, summarise_heads
@@ -91,7 +90,7 @@ def test_maps_of_answer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
         known.sinks[:, first] = True
         return known
 
-    from analysis.measuring import part_maps as module
+    from analysis.measuring import attention as module
 
     original = module.token_attention
     batch = mllm.encode([sample.image], [sample.question])

@@ -18,16 +18,19 @@ from dyvte.data.video import Video
 from dyvte.errors import ConfigError, ModelError
 from dyvte.instrument.attention import CURVES, MEASURES, AttentionProbe
 from dyvte.instrument.role_attention import ENTROPIES
-from dyvte.instrument.video_frames import frame_numbers, frame_shares
+from dyvte.instrument.sweep import greedy_answer_ids
+from dyvte.instrument.video_frames import NO_FRAME, frame_grid, frame_numbers, frame_shares
 from dyvte.instrument.views import view
 from dyvte.layout import ANSWER, INSTRUCTION, VISUAL
 from dyvte.mllm import MLLM
 
-from .part_maps import frame_maps
-from .token_attention import run_for_attention
+from ..statistics.bands import long_table
+from .runs import columns_of
+from .token_attention import run_for_attention, token_attention
 
 LAYERS_TABLE, HEADS_TABLE, FRAMES_TABLE = "layers", "heads", "frames"
-QUERIES = ("last", "instruction")
+LABELS = ("id", "image_id", "kind")
+QUERIES, SINKS = ("last", "instruction"), ("mark", "leave_out")
 CONTRIBUTIONS = ("contribution_norm", "contribution_share")
 MAP_PARTS = {"number": "token", "frame": "frame"}
 """What tells several maps of one sample apart: key of the record, and what the figure's name says."""
@@ -74,12 +77,7 @@ def measure_attention(
             for name in CONTRIBUTIONS
             for curve, query in queries.items()
         }
-    labels = pd.DataFrame(
-        {"id": sample.id, "image_id": sample.image_id, "kind": sample.kind, "layer": layer}
-        for sample in samples
-        for layer in range(mllm.num_layers)
-    )
-    table = labels.assign(**{name: value.flatten().numpy() for name, value in values.items()})
+    table = long_table(columns_of(samples, *LABELS), values, "layer")
     has_image = np.repeat(batch.layout.has_image.cpu().numpy(), mllm.num_layers)
     broken = table[has_image & table["cross_mass"].isna() & table["layer"].isin(mllm.attention_layers)]
     if len(broken):
@@ -98,11 +96,7 @@ def measure_attention(
         return tables
     of_heads = {name: stats.curve("cross", name) for name in HEAD_MEASURES}
     of_heads["enrichment_no_sink"] = of_heads["enrichment_no_sink"].masked_fill(of_heads["mass"] == 0, 0.0)
-    number = np.indices(of_heads["mass"].shape).reshape(3, -1)
-    by_head = pd.DataFrame({"id": np.array([sample.id for sample in samples])[number[0]]})
-    by_head = by_head.assign(layer=number[1], head=number[2])
-    by_head = by_head.assign(**{name: value.flatten().numpy() for name, value in of_heads.items()})
-    return tables | {HEADS_TABLE: by_head}
+    return tables | {HEADS_TABLE: long_table(columns_of(samples, "id"), of_heads, "layer", "head")}
 
 
 def frames_table(mllm: MLLM, batch: Batch, samples: Sequence[Sample], received: Tensor) -> pd.DataFrame | None:
@@ -124,10 +118,8 @@ def frames_table(mllm: MLLM, batch: Batch, samples: Sequence[Sample], received: 
     tables = []
     for row in rows:
         found = shares[row][:, np.isfinite(shares[row]).any(0)]  # [L, F] of as many frames as this video has
-        layer, frame = np.indices(found.shape).reshape(2, -1)
-        sample = samples[row]
-        table = pd.DataFrame({"layer": layer, "frame": frame, "frames": found.shape[1], "share": found.flatten()})
-        tables.append(table.assign(id=sample.id, image_id=sample.image_id, kind=sample.kind))
+        labels = columns_of(samples[row : row + 1], *LABELS) | {"frames": [found.shape[1]]}
+        tables.append(long_table(labels, {"share": found[None]}, "layer", "frame"))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -187,20 +179,109 @@ def attention_maps(mllm: MLLM, sample: Sample, query: str) -> list[Map]:
     with AttentionProbe(mllm, layout=batch.layout) as probe:
         run_for_attention(mllm, batch)
     received = getattr(probe.stats, f"received_{query}")[0].mean(1)  # [L, N]
-    record = {
-        "id": sample.id,
-        "kind": sample.kind,
-        "question": sample.question,
-        "reference": sample.answer,
-        "answer": mllm.generate(batch)[0],
-        "query": query,
-    }
+    record = _record(sample, mllm.generate(batch)[0], query)
     if place is None:
         return frame_maps(mllm, sample, batch, received, record)
     visual = received[:, batch.layout.visual[0].cpu()]
-    image = np.asarray(sample.image, dtype=np.float32) / 255 if place.image is None else place.image
+    image = _picture(sample.image) if place.image is None else place.image
     maps = np.round(place.arrange(visual).double().numpy(), 6)
     return [(record | {"mass": visual.sum(1).numpy(), "maps": maps}, image)]
+
+
+def _record(sample: Sample, answer: Any, query: str) -> dict[str, Any]:
+    """What every map says."""
+    asked = {"id": sample.id, "kind": sample.kind, "question": sample.question, "reference": sample.answer}
+    return asked | {"answer": answer, "query": query}
+
+
+def _picture(image: Any) -> npt.NDArray[Any]:
+    """An image as [height, width, 3] from 0 to 1."""
+    return np.asarray(image, dtype=np.float32) / 255
+
+
+@torch.no_grad()
+def answer_maps(
+    mllm: MLLM, sample: Sample, max_new_tokens: int = 16, sinks: str = "mark"
+) -> tuple[list[dict[str, Any]], npt.NDArray[Any]] | None:
+    """A map for every generated token, the end token included; None where visual tokens have no place in the image.
+
+    Args:
+        mllm: the model.
+        sample: with an image.
+        max_new_tokens: of the answer.
+        sinks: what becomes of patches that are sinks (`analysis.measuring.token_attention`): `mark` them, or
+            `leave_out` the attention on them, of the map and of its share.
+
+    Returns:
+        Records like those of `attention_map`, with `token` and `number`; `maps` is the mean over heads of the attention
+        of the query that predicts the token, `heads` [L, H] the share of each head's attention on the image, `sinks`
+        [L, rows, columns] where the sinks are. And the image as the model saw it.
+
+    Raises:
+        ConfigError: `sinks` is neither.
+    """
+    if sinks not in SINKS:
+        raise ConfigError(f"maps.sinks is {sinks!r}; choose mark or leave_out")
+    batch = mllm.encode([sample.image], [sample.question])
+    place = view(mllm, batch)
+    if place is None:
+        return None
+    answer = greedy_answer_ids(mllm, batch, max_new_tokens)
+    found = token_attention(mllm, batch, answer)
+    here = batch.layout.visual[0].cpu().nonzero().flatten()
+    rows, is_sink = found.rows[..., here], found.sinks[:, here]  # [L, H, A, V], [L, V]
+    if sinks == "leave_out":
+        rows = rows.masked_fill(is_sink[:, None, None], 0.0)
+    visual = rows.mean(1)  # [L, A, V]
+    texts = [mllm.decode([[token]])[0] for token in answer[0].tolist()]
+    whole = _record(sample, mllm.decode([answer[0].tolist()])[0], "answer")
+    records = [
+        whole
+        | {
+            "number": number,
+            "token": text or "(end of the answer)",
+            "mass": visual[:, number].sum(1).numpy(),
+            "heads": np.round(rows[:, :, number].sum(-1).double().numpy(), 6),
+            "maps": np.round(place.arrange(visual[:, number]).double().numpy(), 6),
+            "sinks": place.arrange(is_sink).numpy(),
+            "sinks_are": sinks,
+        }
+        for number, text in enumerate(texts)
+    ]
+    return records, _picture(sample.image) if place.image is None else place.image
+
+
+def frame_maps(mllm: MLLM, sample: Sample, batch: Batch, received: Tensor, record: dict[str, Any]) -> list[Map]:
+    """A map for each frame of a sample's video; none where the tokens of its frames form no grid.
+
+    Args:
+        mllm: the model.
+        sample: with a video.
+        batch: the sample.
+        received: [L, N] attention on every position.
+        record: what the maps have in common.
+
+    Returns:
+        For each frame `record` with `maps` [L, rows, columns], `mass` [L] on the frame, `frame` counted from 0 and
+        `frames`, how many there are; and the frame as a picture. Where a family merges frames in time, the first of
+        those that were merged is shown.
+    """
+    assert isinstance(sample.image, Video)
+    numbers = frame_numbers(mllm, batch)[0]
+    grid = frame_grid(batch, numbers)
+    if grid is None:
+        return []
+    there = (numbers != NO_FRAME).cpu()
+    maps = received[:, there].unflatten(1, (-1, *grid)).double().numpy()  # [L, F, rows, columns]
+    pictures = [_picture(each.convert("RGB")) for each in sample.image.frames]
+    count = maps.shape[1]
+    return [
+        (
+            record | {"frame": frame, "frames": count, "mass": of_frame.sum((1, 2)), "maps": np.round(of_frame, 6)},
+            pictures[frame * len(pictures) // count],
+        )
+        for frame, of_frame in enumerate(maps.swapaxes(0, 1))
+    ]
 
 
 def map_name(record: Mapping[str, Any]) -> str:

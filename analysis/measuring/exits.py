@@ -1,9 +1,10 @@
-"""Everything about every exit of some samples, as tables."""
+"""What exits are measured on (questions, captions, other images), and everything about every exit as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,20 +12,93 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from dyvte.data import Dataset, Sample
+from dyvte.data import Dataset, Sample, build_dataset
 from dyvte.data.metrics import exact_match
+from dyvte.data.shapes import ShapesDataset
 from dyvte.errors import ConfigError
 from dyvte.gates.every_exit import ExitCosts, SweptAnswers, answers_by_exit, sweep_answers, unpadded
 from dyvte.instrument.attention import AttentionProbe
 from dyvte.instrument.hooks import check_model
-from dyvte.instrument.sweep import ENTROPIES, ExitSweep, greedy_answer_ids
+from dyvte.instrument.sweep import ENTROPIES, greedy_answer_ids
 from dyvte.instrument.sweep.criteria import exit_depth, kl_to_full, lucky_exit_depth, paper_labels
 from dyvte.mllm import MLLM
 
-from ..statistics.exit_summary import CAPTIONS, QUESTIONS, after_exit
+from ..statistics.bands import long_table
+from ..statistics.exit_summary import CAPTIONS, QUESTIONS, TEXT_ONLY, after_exit
 from ..statistics.needs_image import known_hops
-from .exit_data import OtherImages, part_of
+from .runs import columns_of
 from .token_attention import run_for_attention
+
+
+class WithCaptions(Dataset):
+    """The questions of the built-in task, followed by captions of its first images."""
+
+    def __init__(self, questions: ShapesDataset, captions: ShapesDataset) -> None:
+        self.parts = (questions, captions)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, index: int) -> Sample:
+        questions, captions = self.parts
+        if index < len(questions):
+            return questions[index]
+        sample = captions[index - len(questions)]
+        return replace(sample, id=f"{sample.id}-caption", metadata={**sample.metadata, "part": CAPTIONS})
+
+    @property
+    def fingerprint(self) -> str:
+        """Of both parts."""
+        return "+".join(part.fingerprint for part in self.parts)
+
+
+def questions_and_captions(cfg: DictConfig) -> Dataset:
+    """The data of the run."""
+    dataset = build_dataset(cfg.data)
+    if cfg.captions < 0:
+        raise ConfigError(f"captions is {cfg.captions}; give a number of images, or 0 for none")
+    if not isinstance(dataset, ShapesDataset) or not cfg.captions:
+        return dataset
+    captions = ShapesDataset(cfg.data.split, cfg.captions, cfg.data.seed, kinds=["caption"])
+    return WithCaptions(dataset, captions)
+
+
+class OtherImages:
+    """Another scene's image for every sample: does the answer need this image, or would any do?"""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self._pool: list[Sample] | None = None
+
+    def of(self, samples: Sequence[Sample]) -> list[Any]:
+        """For each sample the image of the next one in the batch that shows another scene; None where there is none."""
+        others = []
+        for index, sample in enumerate(samples):
+            in_order = [*samples[index + 1 :], *samples[:index]]
+            found = self._first(in_order, sample) or self._first(self._two_scenes(), sample)
+            others.append(None if found is None or sample.image is None else found.image)
+        return others
+
+    @staticmethod
+    def _first(candidates: Sequence[Sample], sample: Sample) -> Sample | None:
+        fitting = (each for each in candidates if each.image is not None and each.image_id != sample.image_id)
+        return next(fitting, None)
+
+    def _two_scenes(self) -> list[Sample]:
+        """The first two scenes of the data, for batches that show one scene only."""
+        if self._pool is None:
+            self._pool = []
+            for sample in self.dataset.readable():
+                if sample.image is not None and all(sample.image_id != each.image_id for each in self._pool):
+                    self._pool.append(sample)
+                if len(self._pool) == 2:
+                    break
+        return self._pool
+
+
+def part_of(sample: Sample) -> str:
+    """Which part of the data a sample belongs to."""
+    return TEXT_ONLY if sample.image is None else str(sample.metadata.get("part", QUESTIONS))
 
 
 @dataclass
@@ -46,32 +120,27 @@ class Measurement:
         """The tables `samples`, `exits`, `tokens`, `entropy` and `entropy_swapped` of one batch."""
         swept = sweep_answers(self.mllm, samples, self.max_new_tokens, branch_tokens=self.branch_tokens)
         swept = replace(swept, sweep=swept.sweep.to("cpu"))
-        sweep = swept.sweep
+        sweep, ids = swept.sweep, columns_of(samples, "id")
         exits = self._exits(samples, swept)
         elsewhere, swapped = self._with_another_image(samples)
+        tokens = long_table(ids, {"agree": sweep.token_agree, "nll": sweep.token_nll}, "exit_layer", "token")
+        answered = sweep.answer_valid[:, None].expand_as(sweep.token_agree).flatten().numpy()
+        entropy = long_table(ids, {name: getattr(sweep, name) for name in ENTROPIES}, "exit_layer", "layer")
         return {
             "samples": self._samples(samples, swept, elsewhere),
             "exits": exits,
-            "tokens": token_table(samples, sweep),
-            "entropy": entropy_table(samples, sweep),
-            "entropy_swapped": swapped_entropy_table(samples, swapped),
+            "tokens": tokens[answered],
+            "entropy": entropy[after_exit(self.mllm.num_layers)[entropy["exit_layer"], entropy["layer"]]],
+            "entropy_swapped": long_table(ids, {"text_entropy": swapped}, "layer"),
         }
 
-    def _samples(
-        self,
-        samples: list[Sample],
-        swept: SweptAnswers,
-        elsewhere: list[list[int] | None],
-    ) -> pd.DataFrame:
+    def _samples(self, samples: list[Sample], swept: SweptAnswers, elsewhere: list[list[int] | None]) -> pd.DataFrame:
         labels = paper_labels(swept.sweep.agree, swept.sweep.nll)
         layout, answers = swept.batch.layout, unpadded(swept.answer_ids)
         return pd.DataFrame(
             {
-                "id": [sample.id for sample in samples],
+                **columns_of(samples, "id", "image_id", "kind", "question"),
                 "part": [part_of(sample) for sample in samples],
-                "image_id": [sample.image_id for sample in samples],
-                "kind": [sample.kind for sample in samples],
-                "question": [sample.question for sample in samples],
                 "reference": [sample.answer for sample in samples],
                 "answer": swept.answers,
                 "answer_tokens": [len(ids) for ids in answers],
@@ -124,22 +193,20 @@ class Measurement:
                 correct += [None] * len(of_sample)
             else:
                 correct += [exact_match(answer, sample.answer) for answer in known]
+        values = {
+            "agree": sweep.agree,
+            "label": paper_labels(sweep.agree, sweep.nll),
+            "nll": sweep.nll,
+            "kl": kl_to_full(sweep.logits, "exit_to_full"),
+            "kl_reverse": kl_to_full(sweep.logits, "full_to_exit"),
+            "logit_change": logit_change(sweep.logits),
+        }
         flops = [count for row, sample in enumerate(samples) for count in self.costs.of(swept.batch, row, sample)]
-        return pd.DataFrame(
-            {
-                "id": np.repeat([sample.id for sample in samples], self.mllm.num_layers + 1),
-                "exit_layer": np.tile(np.arange(self.mllm.num_layers + 1), len(samples)),
-                "answer": [answer for of_sample in answers for answer in of_sample],
-                "correct": pd.array(correct, dtype="boolean"),
-                "agree": sweep.agree.flatten().numpy(),
-                "label": paper_labels(sweep.agree, sweep.nll).flatten().numpy(),
-                "nll": sweep.nll.flatten().numpy(),
-                "kl": kl_to_full(sweep.logits, "exit_to_full").flatten().numpy(),
-                "kl_reverse": kl_to_full(sweep.logits, "full_to_exit").flatten().numpy(),
-                "logit_change": logit_change(sweep.logits).flatten().numpy(),
-                "flops_total": [count.total for count in flops],
-                "flops_decoder": [count.decoder for count in flops],
-            }
+        return long_table(columns_of(samples, "id"), values, "exit_layer").assign(
+            answer=np.array([answer for of_sample in answers for answer in of_sample], dtype=object),
+            correct=pd.array(correct, dtype="boolean"),
+            flops_total=[count.total for count in flops],
+            flops_decoder=[count.decoder for count in flops],
         )
 
 
@@ -160,47 +227,6 @@ def logit_change(logits: Tensor) -> Tensor:
     spread = torch.where(possible, full - mean, 0.0).square().sum(-1).div(number).sqrt()
     change = (logits - full).square().sum(-1).div(number).sqrt()
     return (change / spread.clamp_min(torch.finfo(torch.float32).tiny)).float()
-
-
-def token_table(samples: Sequence[Sample], sweep: ExitSweep) -> pd.DataFrame:
-    """One row per sample, exit layer and answer token (0 is the first; the end token is the last)."""
-    valid = sweep.answer_valid[:, None].expand_as(sweep.token_agree)
-    row, exit_layer, token = valid.nonzero(as_tuple=True)
-    return pd.DataFrame(
-        {
-            "id": np.array([sample.id for sample in samples])[row.numpy()],
-            "exit_layer": exit_layer.numpy(),
-            "token": token.numpy(),
-            "agree": sweep.token_agree[valid].numpy(),
-            "nll": sweep.token_nll[valid].numpy(),
-        }
-    )
-
-
-def entropy_table(samples: Sequence[Sample], sweep: ExitSweep) -> pd.DataFrame:
-    """One row per sample, exit layer k and layer l >= k (all layers for k = L, the full model)."""
-    num_layers = sweep.text_entropy.shape[2]
-    exits, layers = np.nonzero(after_exit(num_layers))
-    return pd.DataFrame(
-        {
-            "id": np.repeat([sample.id for sample in samples], len(exits)),
-            "exit_layer": np.tile(exits, len(samples)),
-            "layer": np.tile(layers, len(samples)),
-            **{name: getattr(sweep, name)[:, exits, layers].flatten().numpy() for name in ENTROPIES},
-        }
-    )
-
-
-def swapped_entropy_table(samples: Sequence[Sample], entropy: Tensor) -> pd.DataFrame:
-    """One row per sample and layer; `entropy` [b, L] is NaN where no other image could be shown."""
-    num_layers = entropy.shape[1]
-    return pd.DataFrame(
-        {
-            "id": np.repeat([sample.id for sample in samples], num_layers),
-            "layer": np.tile(np.arange(num_layers), len(samples)),
-            "text_entropy": entropy.flatten().numpy(),
-        }
-    )
 
 
 # --------------------------------------------------------------------------- command

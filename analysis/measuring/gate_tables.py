@@ -35,6 +35,7 @@ from dyvte.train import Split, fit_gates, split_labels
 
 from ..statistics.bands import rate_band
 from ..statistics.markdown import heading, markdown_table, percent_with_limits, published, write_table_page
+from .runs import run_facts
 
 
 @dataclass(frozen=True)
@@ -189,9 +190,7 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, asked: LabelSet) -> d
     note = f"{len(images)} questions about {len(set(images))} images; intervals 95%, clustered by image"
     write_table_page(folder, markdown(cfg, table, by_kind, note))
     return folder.write_summary(
-        model=cfg.model.name,
-        data=cfg.data.name,
-        num_layers=mllm.num_layers,
+        **run_facts(cfg, mllm),
         num_samples=len(images),
         experiment=cfg.experiment.name,
         rows=table,

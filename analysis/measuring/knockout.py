@@ -16,13 +16,15 @@ from dyvte.batch import Batch
 from dyvte.data import Sample
 from dyvte.data.metrics import exact_match
 from dyvte.errors import ConfigError
-from dyvte.instrument.causal import GROUPS, Knockout, all_windows, find_donors, knockout, windows_of_width
+from dyvte.instrument.causal import GROUPS, all_windows, find_donors, knockout, windows_of_width
 from dyvte.instrument.sweep import greedy_answer_ids
 from dyvte.mllm import MLLM
 
+from ..statistics.bands import long_table
 from ..statistics.segments import MIN_STAGE_LAYERS, registered_split, stage_splits
 from ..statistics.stage_table import cuts_of_split
 from .key_sets import EqualMass, as_many_keys, equal_mass_keys, received_by_group, target_keys
+from .runs import columns_of
 
 ZHANG_WIDTH = 9 / 32
 """Share of the layers in a window of Zhang et al. 2024 (arXiv 2411.18620)."""
@@ -151,6 +153,11 @@ class KnockoutMeasurement:
             cfg.seed,
         )
 
+    @property
+    def of_equal_mass(self) -> bool:
+        """Whether text keys that get as much attention as the image's are cut in their place."""
+        return any(cut.what == "mass" for cut in self.cuts)
+
     @torch.no_grad()
     def __call__(self, samples: list[Sample]) -> dict[str, pd.DataFrame]:
         """The tables of one batch."""
@@ -162,10 +169,7 @@ class KnockoutMeasurement:
         found = {
             "samples": pd.DataFrame(
                 {
-                    "id": ids,
-                    "image_id": [sample.image_id for sample in samples],
-                    "kind": [sample.kind for sample in samples],
-                    "question": [sample.question for sample in samples],
+                    **columns_of(samples, "id", "image_id", "kind", "question"),
                     "reference": [sample.answer for sample in samples],
                     "answer": text,
                     "right": pd.array(
@@ -186,31 +190,47 @@ class KnockoutMeasurement:
             found["stage_cuts"] = self._stage_cuts(samples, batch, answers)
         if self.entry_exit:
             windows = all_windows(self.mllm.num_layers)
-            cut = self._run(samples, batch, answers, [("instruction", "visual")], windows, invert=True)
-            found["entry_exit"] = _rows(ids, cut, [0], windows).drop(columns=["cut", "window"])
+            table = self._table(samples, batch, answers, [("instruction", "visual")], windows, invert=True)
+            found["entry_exit"] = table.drop(columns=["cut", "window"])
         return found
 
-    def _run(
+    def _table(
         self,
         samples: Sequence[Sample],
         batch: Batch,
         answers: Tensor,
         paths: list[tuple[str, str]],
-        windows: Any,
+        windows: Sequence[tuple[int, int]],
+        mode: Any = "cut",
         **how: Any,
-    ) -> Knockout:
-        number = {image_id: index for index, image_id in enumerate(sample.image_id for sample in samples)}
-        return knockout(
+    ) -> pd.DataFrame:
+        """One row a sample, path (`cut` is its number) and window.
+
+        Samples that have no other image to swap with are left out, as their rows would say nothing.
+        """
+        ids, images = columns_of(samples, "id", "image_id").values()
+        number = {image_id: index for index, image_id in enumerate(images)}
+        donors = find_donors(batch.layout, images) if mode == "swap" else None
+        found = knockout(
             self.mllm,
             batch,
             answers,
             paths,
             windows,
-            shared_image=[number[sample.image_id] for sample in samples],
+            mode=mode,
+            donors=donors,
+            shared_image=[number[image_id] for image_id in images],
             keep_logits=False,
             branch_tokens=self.branch_tokens,
             **how,
         ).up_to_ties()
+        effects = {
+            "agree": found.agree.cpu(),
+            "nats": found.log_probability_change.float().cpu(),
+            "first_percent": found.first_token_change.float().cpu(),
+        }
+        table = _with_limits(long_table({"id": ids}, effects, "cut", "window"), windows)
+        return table[~table["id"].isin([ids[row] for row, donor in enumerate(donors or ()) if donor == row])]
 
     def _equal_mass(self, ids: Sequence[str], batch: Batch, answers: Tensor) -> dict[str, EqualMass]:
         """The keys that are cut in place of the image's, by the cut's name."""
@@ -248,9 +268,8 @@ class KnockoutMeasurement:
                 keys = dict(zip(OF_THE_IMAGE, target_keys(self.mllm, batch, samples, self.seed), strict=True))
                 sets |= {each.name: keys[each.what] for each in of_image}
             paths = [(each.queries, each.name if each.name in sets else each.keys) for each in chosen]
-            donors = find_donors(batch.layout, [sample.image_id for sample in samples]) if mode == "swap" else None
-            cut = self._run(samples, batch, answers, paths, self.windows, mode=mode, donors=donors, key_sets=sets)
-            table = _without_donor(_rows(ids, cut, indices, self.windows), ids, donors)
+            table = self._table(samples, batch, answers, paths, self.windows, mode, key_sets=sets)
+            table["cut"] = np.array(indices)[table["cut"]]
             if of_image:  # rows whose objects are unknown say nothing
                 unknown = [ids[row] for row, found in enumerate(keys["objects"].any(1).tolist()) if not found]
                 numbers = [self.cuts.index(each) for each in of_image]
@@ -262,17 +281,15 @@ class KnockoutMeasurement:
 
     def _stage_cuts(self, samples: list[Sample], batch: Batch, answers: Tensor) -> pd.DataFrame:
         """What the stage table asks for at each split."""
-        ids = [sample.id for sample in samples]
         asked = dict.fromkeys(cut for split in self.splits for cut in cuts_of_split(split, self.mllm.num_layers))
         windows_of: dict[tuple[str, str], list[tuple[int, int]]] = {}
         for path, what, window in asked:
             windows_of.setdefault((path, what), []).append(window)
         tables = []
         for (path, what), windows in windows_of.items():
-            donors = find_donors(batch.layout, [sample.image_id for sample in samples]) if what == "swap" else None
             queries, keys = path.split("->")
-            cut = self._run(samples, batch, answers, [(queries, keys)], windows, mode=what, donors=donors)
-            table = _without_donor(_rows(ids, cut, [0], windows), ids, donors).drop(columns=["cut", "window"])
+            table = self._table(samples, batch, answers, [(queries, keys)], windows, what)
+            table = table.drop(columns=["cut", "window"])
             table.insert(1, "name", Cut(queries, keys, what).name)
             tables.append(table)
         return pd.concat(tables, ignore_index=True)
@@ -280,49 +297,14 @@ class KnockoutMeasurement:
 
 def _masses(ids: Sequence[str], found: dict[str, EqualMass], windows: Sequence[tuple[int, int]]) -> pd.DataFrame:
     """One row a sample, cut and window: attention on the image, on the keys cut in its place, and their number."""
-    row, window = (axis.ravel() for axis in np.indices((len(ids), len(windows))))
-    starts, stops = np.array(windows).T
-    tables = [
-        pd.DataFrame(
-            {
-                "id": np.array(ids)[row],
-                "name": name,
-                "window": window,
-                "start": starts[window],
-                "stop": stops[window],
-                "image_mass": each.wanted.flatten().numpy(),
-                "mass": each.reached.flatten().numpy(),
-                "num_keys": each.keys.sum(-1).flatten().numpy(),
-            }
-        )
-        for name, each in found.items()
-    ]
-    return pd.concat(tables, ignore_index=True)
+    tables = []
+    for name, each in found.items():
+        values = {"image_mass": each.wanted, "mass": each.reached, "num_keys": each.keys.sum(-1)}
+        tables.append(long_table({"id": ids, "name": [name] * len(ids)}, values, "window"))
+    return _with_limits(pd.concat(tables, ignore_index=True), windows)
 
 
-def _without_donor(table: pd.DataFrame, ids: Sequence[str], donors: Sequence[int] | None) -> pd.DataFrame:
-    """Without the rows of samples that had no other image to swap with, which say nothing."""
-    if donors is None:
-        return table
-    return table[~table["id"].isin([ids[row] for row, donor in enumerate(donors) if donor == row])]
-
-
-def _rows(
-    ids: Sequence[str], cut: Knockout, indices: Sequence[int], windows: Sequence[tuple[int, int]]
-) -> pd.DataFrame:
-    """One row a sample, path and window."""
-    shape = cut.agree.shape
-    row, path, window = (axis.ravel() for axis in np.indices(shape))
-    starts, stops = np.array(windows).T
-    return pd.DataFrame(
-        {
-            "id": np.array(ids)[row],
-            "cut": np.array(indices)[path],
-            "window": window,
-            "start": starts[window],
-            "stop": stops[window],
-            "agree": cut.agree.flatten().cpu().numpy(),
-            "nats": cut.log_probability_change.flatten().float().cpu().numpy(),
-            "first_percent": cut.first_token_change.flatten().float().cpu().numpy(),
-        }
-    )
+def _with_limits(table: pd.DataFrame, windows: Sequence[tuple[int, int]]) -> pd.DataFrame:
+    """With the layers of every row's window."""
+    starts, stops = np.array(windows)[table["window"]].T
+    return table.assign(start=starts, stop=stops)

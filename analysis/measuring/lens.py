@@ -16,6 +16,9 @@ from dyvte.mllm import MLLM
 from dyvte.policies.exits.fixed_exit import FixedExit
 from dyvte.testbed.world import ATTRIBUTES, IMAGE_SIZE, VALUES, patch_labels, scene_of
 
+from ..statistics.bands import long_table
+from .runs import columns_of
+
 
 def word_ids(mllm: MLLM, word: str) -> set[int]:
     """The first token of a word, at the start of a text and behind a space."""
@@ -54,19 +57,13 @@ class LensMeasurement:
             lenses[self.exit_layer] = logit_lens(
                 self.mllm, batch, "last", top=1, answer_ids=plain.answer_ids, policy=policy
             )
-        return pd.DataFrame(
-            [
-                {
-                    **{"id": sample.id, "image_id": sample.image_id, "kind": sample.kind},
-                    **{"exit_layer": exit_layer, "layer": layer},
-                    "answer_probability": float(lens.answer_probability[row, layer, 0]),
-                    "is_answer": bool(lens.ids[row, layer, 0, 0] == lens.answer_ids[row]),
-                }
-                for exit_layer, lens in lenses.items()
-                for row, sample in enumerate(samples)
-                for layer in range(self.mllm.num_layers + 1)
-            ]
-        )
+        tables = []
+        for exit_layer, lens in lenses.items():
+            likeliest = lens.ids[:, :, 0, 0] == lens.answer_ids[:, None]
+            values = {"answer_probability": lens.answer_probability[:, :, 0].cpu(), "is_answer": likeliest.cpu()}
+            table = long_table(columns_of(samples, "id", "image_id", "kind"), values, "layer")
+            tables.append(table.assign(exit_layer=exit_layer))
+        return pd.concat(tables, ignore_index=True)
 
     def _patches(self, samples: list[Sample], batch: Batch) -> pd.DataFrame | None:
         first = {sample.image_id: row for row, sample in reversed(list(enumerate(samples)))}

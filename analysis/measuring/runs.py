@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
-from dyvte.data import Dataset
+from dyvte.data import Dataset, Sample
 from dyvte.errors import RunFolderError
+from dyvte.gates.module import SHIPPED_GATES
+from dyvte.loading import SHIPPED_MODELS
 from dyvte.mllm import MLLM
 from dyvte.runs import distributed, runner
 from dyvte.runs.store import RunFolder, fingerprint
@@ -38,6 +42,23 @@ def measure_dataset(
     return folder if distributed.is_main() else None
 
 
+def columns_of(samples: Sequence[Sample], *names: str) -> dict[str, list[Any]]:
+    """Attributes of some samples, as the columns of a table."""
+    return {name: [getattr(sample, name) for sample in samples] for name in names}
+
+
+def run_facts(cfg: DictConfig, mllm: MLLM) -> dict[str, Any]:
+    """What every summary begins with: model, data and depth."""
+    return {"model": cfg.model.name, "data": cfg.data.name, "num_layers": mllm.num_layers}
+
+
+def finish_run(folder: RunFolder, content: Mapping[str, Any], figures: Mapping[str, Figure]) -> dict[str, Any]:
+    """Save the figures by their names, and the summary, which names them. Returns the summary."""
+    for name, figure in figures.items():
+        folder.save_figure(name, figure)
+    return folder.write_summary(**content, figures=sorted(figures))
+
+
 def closing_line(summary: dict[str, Any], folder: RunFolder) -> str:
     """What a command prints last: how many samples there were, how many were left out, and where the results are."""
     failed = f", {summary['num_failed']} left out (failures.jsonl)" if summary["num_failed"] else ""
@@ -54,3 +75,18 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise RunFolderError(f"{folder} has no summary.json: the run is not finished, or it is another folder")
     return dict(json.loads(file.read_text()))
+
+
+def shipped_files() -> dict[str, str]:
+    """Digests of what results on the shipped model depend on: its weights with configuration and tokenizer, its gates.
+
+    The model card, which is written after the fact, is left out.
+    """
+    digests = {}
+    for name, folder in (("weights", SHIPPED_MODELS["llava_shapes"]), ("gates", SHIPPED_GATES["llava_shapes"])):
+        digest = hashlib.sha256()
+        for file in sorted(folder.rglob("*")):
+            if file.is_file() and file.suffix != ".md" and not file.name.startswith("."):
+                digest.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
+        digests[name] = digest.hexdigest()[:16]
+    return digests

@@ -32,6 +32,10 @@ class Band:
     low: Array
     high: Array
 
+    def __getitem__(self, index: Any) -> Band:
+        """An entry, or some of them."""
+        return Band(self.mean[index], self.low[index], self.high[index])
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Band:
         """What :meth:`to_dict` gave, read from a `summary.json`: null is NaN."""
@@ -40,6 +44,11 @@ class Band:
     def to_dict(self) -> dict[str, Any]:
         """`mean`, `low` and `high` as lists, or as numbers where the band has no axes."""
         return {"mean": self.mean.tolist(), "low": self.low.tolist(), "high": self.high.tolist()}
+
+
+def bands_to_dict(bands: Mapping[str, Band]) -> dict[str, dict[str, Any]]:
+    """Bands by name as plain data, for a summary."""
+    return {name: band.to_dict() for name, band in bands.items()}
 
 
 def generator(seed: int, purpose: str) -> np.random.Generator:
@@ -69,6 +78,26 @@ def keyed_array(table: pd.DataFrame, column: str, ids: Clusters | pd.Series, *ax
     found = table[column].to_numpy(np.float64, na_value=np.nan)
     values[(row[known], *(place[known] for place in places))] = found[known]
     return values
+
+
+def long_table(labels: Mapping[str, Sequence[Any]], values: Mapping[str, npt.ArrayLike], *axes: str) -> pd.DataFrame:
+    """Arrays `[n, ...]` of n samples as one table with a row an entry, samples first; `keyed_array` undoes it.
+
+    Args:
+        labels: columns that say which sample it is, n values each.
+        values: arrays of one shape.
+        axes: names of the columns that count along the axes after the first.
+
+    Example:
+        >>> long_table({"id": ["a", "b"]}, {"share": [[0.1], [0.2]]}, "layer").to_dict("list")
+        {'id': ['a', 'b'], 'layer': [0, 0], 'share': [0.1, 0.2]}
+    """
+    arrays = {name: np.asarray(each) for name, each in values.items()}
+    shape = next(iter(arrays.values())).shape
+    sample, *places = np.indices(shape).reshape(len(shape), -1)
+    columns: dict[str, Any] = {name: np.asarray(each, dtype=object)[sample] for name, each in labels.items()}
+    columns |= dict(zip(axes, places, strict=True))
+    return pd.DataFrame(columns | {name: each.ravel() for name, each in arrays.items()}).infer_objects()
 
 
 def count_images(clusters: Clusters) -> int:
@@ -183,10 +212,8 @@ def simultaneous_band(estimate: npt.ArrayLike, replicates: Array, level: float =
         replicates: `[B, ...]`.
     """
     estimate = np.asarray(estimate, dtype=np.float64)
-    error = replicates.std(0, ddof=1)
-    deviation = np.abs(replicates - estimate)
-    standardised = np.divide(deviation, error, out=np.zeros_like(deviation), where=error > 1e-12)
-    critical = float(np.quantile(standardised.reshape(len(replicates), -1).max(1), level))
+    error, deviation = _standardised(estimate, replicates)
+    critical = float(np.quantile(np.abs(deviation).max(1), level))
     return Band(estimate, estimate - critical * error, estimate + critical * error)
 
 
@@ -202,9 +229,14 @@ def one_sided_band(estimate: npt.ArrayLike, replicates: Array, level: float = 0.
         level: of each side.
     """
     estimate = np.asarray(estimate, dtype=np.float64)
+    error, deviation = _standardised(estimate, replicates)
+    above, below = (float(np.quantile(side.max(1), level)) for side in (deviation, -deviation))
+    return Band(estimate, estimate - above * error, estimate + below * error)
+
+
+def _standardised(estimate: Array, replicates: Array) -> tuple[Array, Array]:
+    """Standard error `[...]` of each entry, and how many of them each replicate is off, `[B, entries]`."""
     error = replicates.std(0, ddof=1)
     deviation = replicates - estimate
-    standardised = np.divide(deviation, error, out=np.zeros_like(deviation), where=error > 1e-12)
-    flat = standardised.reshape(len(replicates), -1)
-    above, below = (float(np.quantile(side.max(1), level)) for side in (flat, -flat))
-    return Band(estimate, estimate - above * error, estimate + below * error)
+    deviation = np.divide(deviation, error, out=np.zeros_like(deviation), where=error > 1e-12)
+    return error, deviation.reshape(len(replicates), -1)

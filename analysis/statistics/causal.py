@@ -16,6 +16,7 @@ from .bands import (
     Array,
     Band,
     Clusters,
+    bands_to_dict,
     cluster_bootstrap,
     cluster_mean,
     count_images,
@@ -74,19 +75,19 @@ class CausalGroup:
 
     Attributes:
         effects: name -> band `[cuts, windows]`.
-        entry_exit: name -> band `[L(L+1)/2]`, or None.
+        entry_exit: name -> band `[L(L+1)/2]`; empty where it was not measured.
     """
 
     num_samples: int
     num_images: int
     effects: dict[str, Band]
-    entry_exit: dict[str, Band] | None
+    entry_exit: dict[str, Band]
 
     @classmethod
     def of(
         cls,
         effects: dict[str, Array],
-        entry_exit: dict[str, Array] | None,
+        entry_exit: dict[str, Array],
         images: npt.NDArray[Any],
         n_boot: int,
         seed: int,
@@ -99,12 +100,7 @@ class CausalGroup:
                 for name, each in values.items()
             }
 
-        return cls(
-            len(images),
-            count_images(images),
-            bands(effects),
-            None if entry_exit is None else bands(entry_exit),
-        )
+        return cls(len(images), count_images(images), bands(effects), bands(entry_exit))
 
     def summary(self, names: Sequence[str]) -> dict[str, Any]:
         """What `summary.json` says about it."""
@@ -112,15 +108,10 @@ class CausalGroup:
             "num_samples": self.num_samples,
             "num_images": self.num_images,
             "effects": {
-                cut: {
-                    measure: Band(band.mean[index], band.low[index], band.high[index]).to_dict()
-                    for measure, band in self.effects.items()
-                }
+                cut: {measure: band[index].to_dict() for measure, band in self.effects.items()}
                 for index, cut in enumerate(names)
             },
-            "entry_exit": None
-            if self.entry_exit is None
-            else {measure: band.to_dict() for measure, band in self.entry_exit.items()},
+            "entry_exit": bands_to_dict(self.entry_exit) or None,
         }
 
 
@@ -144,7 +135,7 @@ def over_control(
         limits = (-100.0, 100.0) if measure == "agreement_points" else None
         band = effect_band(difference, images, n_boot, seed, limits)
         for index, (control, _) in enumerate(pairs):
-            found[control][measure] = Band(band.mean[index], band.low[index], band.high[index]).to_dict()
+            found[control][measure] = band[index].to_dict()
     return found
 
 

@@ -7,8 +7,6 @@ the entropy of the same question moves in the same layers when another image is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
@@ -87,38 +85,27 @@ def rank_correlation(values: Array, changed: Array, clusters: Clusters, n_boot: 
     return percentile_band(correlation(cluster_mean(moments)), draws)
 
 
-@dataclass(frozen=True)
-class EntropyChange:
-    """Over exits k = 0..L-2.
+def entropy_change(
+    entropy: Array, swapped: Array, agree: Array, clusters: Clusters, n_boot: int = 1000, seed: int = 0
+) -> dict[str, Band]:
+    """What every exit k = 0..L-2 does to the entropy, beside another image and the answers.
 
-    Attributes:
-        signed: mean change in nats.
-        floor: mean distance that another image brings, in nats; NaN where no other image was there.
-        answers: Spearman's correlation between a question's change and whether the exit changes its answer.
+    Args:
+        entropy: E[k, l] of each question, `[n, L + 1, L]`.
+        swapped: `[n, L]` of the full model with another image.
+        agree: `[n, L + 1]` whether an exit keeps the answer.
+        clusters: length n, the image of each question.
+        n_boot: draws of images.
+        seed: of the draws.
+
+    Returns:
+        Bands `[L - 1]`: `signed`, the mean change in nats; `floor`, the mean distance that another image brings, in
+        nats, NaN where there was none; `answers`, Spearman's correlation between a question's change and whether the
+        exit changes its answer.
     """
-
-    signed: Band
-    floor: Band
-    answers: Band
-
-    @classmethod
-    def of(
-        cls,
-        entropy: Array,
-        swapped: Array,
-        agree: Array,
-        clusters: Clusters,
-        n_boot: int = 1000,
-        seed: int = 0,
-    ) -> EntropyChange:
-        """From E[k, l] `[n, L + 1, L]`, the full model's with another image `[n, L]`, and `agree [n, L + 1]`."""
-        change = exit_change(entropy)
-        return cls(
-            mean_band(change, clusters, n_boot=n_boot, seed=seed),
-            mean_band(swap_floor(entropy, swapped), clusters, n_boot=n_boot, seed=seed),
-            rank_correlation(change, 1 - agree[:, : change.shape[1]], clusters, n_boot, seed),
-        )
-
-    def to_dict(self) -> dict[str, dict[str, list[float]]]:
-        """As plain data."""
-        return {name: getattr(self, name).to_dict() for name in ("signed", "floor", "answers")}
+    change = exit_change(entropy)
+    return {
+        "signed": mean_band(change, clusters, n_boot=n_boot, seed=seed),
+        "floor": mean_band(swap_floor(entropy, swapped), clusters, n_boot=n_boot, seed=seed),
+        "answers": rank_correlation(change, 1 - agree[:, : change.shape[1]], clusters, n_boot, seed),
+    }

@@ -17,6 +17,7 @@ from dyvte.runs import store
 from .bands import (
     Array,
     Band,
+    bands_to_dict,
     cluster_bootstrap,
     cluster_mean,
     count_images,
@@ -138,7 +139,7 @@ class QuestionGroup:
             "num_images": count_images(results.images),
             **{name: self.curves[name].mean for name in ("accuracy", "agreement", "kl")},
             **{name: cluster_mean(results.exits[name]) for name in FLOPS},
-            "bands": {name: band.to_dict() for name, band in self.curves.items()},
+            "bands": bands_to_dict(self.curves),
             "exit_depth": {
                 **self.depth.to_dict(),
                 "counts": np.bincount(depths, minlength=results.num_layers + 1),
@@ -155,10 +156,10 @@ def entropy_summary(results: ExitResults, cfg: DictConfig) -> dict[str, Any]:
     summary = {}
     for name, entropy in results.entropies.items():
         both = {"matrix": entropy, "difference": entropy - entropy[:, -1:]}
-        bands = {
-            part: mean_band(values, results.images, LEVEL, cfg.bootstrap, cfg.seed) for part, values in both.items()
+        summary[name] = {
+            part: mean_band(values, results.images, LEVEL, cfg.bootstrap, cfg.seed).to_dict()
+            for part, values in both.items()
         }
-        summary[name] = {part: band.to_dict() for part, band in bands.items()}
     return summary
 
 

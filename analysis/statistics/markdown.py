@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from dyvte.errors import ConfigError
 from dyvte.runs.store import RunFolder, write_atomic
 
 
@@ -48,12 +49,29 @@ def published(experiment: DictConfig) -> list[str]:
     return ["", "Published, on other models and data:", "", *table, "", f"Source: {experiment.source}."]
 
 
-def replace_between(text: str, start: str, end: str, content: str) -> str:
-    """`text` with the lines between its two comments replaced; unchanged where it lacks them."""
-    if start not in text or end not in text:
-        return text
-    before, _, rest = text.partition(start)
-    return f"{before}{start}\n{content}\n{end}{rest.partition(end)[2]}"
+def replace_section(text: str, name: str, content: str) -> str:
+    """A page with the lines between its comments `<!-- name -->` and `<!-- /name -->` replaced.
+
+    Raises:
+        ConfigError: it does not have them.
+    """
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, found, rest = text.partition(start)
+    _, found_end, after = rest.partition(end)
+    if not found or not found_end:
+        raise ConfigError(f"the page to write on has no part between {start} and {end}")
+    return f"{before}{start}\n{content}\n{end}{after}"
+
+
+def with_limits(estimate: Mapping[str, float | None], form: str = ".3f", name: str = "value") -> str:
+    """An estimate with its limits `low` and `high` in brackets; a dash for what is not known.
+
+    Example:
+        >>> with_limits({"value": 0.5, "low": 0.25, "high": None}, ".2f")
+        '0.50 [0.25, –]'
+    """
+    value, low, high = ("–" if estimate[key] is None else f"{estimate[key]:{form}}" for key in (name, "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def write_table_page(folder: RunFolder, lines: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.measuring.shipped import shipped_files
+from analysis.measuring.runs import shipped_files
 from analysis.statistics.markdown import markdown_table, percent_with_limits
 from analysis.statistics.methods import sentence, what_it_means
 from analysis.statistics.needs_image import in_words

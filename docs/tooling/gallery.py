@@ -7,7 +7,6 @@ each one shows; README.md's first picture is drawn from those of three others.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from omegaconf import DictConfig
 from analysis import exits, kept_positions, knockout, lens, plots, stages, tables
 from analysis.in_notebook import read_summary, show
 from analysis.measuring.attention import file_name
+from analysis.plots.style import png_of
 from docs.tooling.generated import read_record, write_generated
 from docs.tooling.hero import draw_hero, hero_caption
 from dyvte import evaluate
@@ -240,9 +240,7 @@ def gallery_page(cfg: DictConfig, sources: Mapping[str, Any]) -> str:
 def hero_of(sources: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
     """The picture that is drawn from the numbers of others, as PNG, and what `sources.json` keeps of it."""
     numbers = {name: each["numbers"] for name, each in sources.items()}
-    drawn = io.BytesIO()
-    draw_hero(numbers).savefig(drawn, format="png", dpi=160, metadata={"Software": None})
-    return drawn.getvalue(), {"command": COMMAND, "caption": hero_caption(numbers), "numbers": {}}
+    return png_of(draw_hero(numbers), dpi=160), {"command": COMMAND, "caption": hero_caption(numbers), "numbers": {}}
 
 
 def gallery(cfg: DictConfig, only: Sequence[str] = ()) -> None:

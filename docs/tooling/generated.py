@@ -16,8 +16,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from analysis.measuring.shipped import shipped_files
-from analysis.statistics.markdown import replace_between
+from analysis.measuring.runs import shipped_files
+from analysis.statistics.markdown import replace_section
 from dyvte.runs.store import write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,10 +49,9 @@ def write_generated(
     name = path.resolve().relative_to(root.resolve()).as_posix()
     raw = content.encode() if isinstance(content, str) else content
     if section:
-        before = path.read_text()
-        text = replace_between(before, f"<!-- {section} -->", f"<!-- /{section} -->", raw.decode())
-        if f"<!-- {section} -->" not in before:
+        if f"<!-- {section} -->" not in (before := path.read_text()):
             return
+        text = replace_section(before, section, raw.decode())
         write_atomic(path, lambda out: out.write(text.encode()))
     else:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from ..bands import Array, Band, Clusters, cluster_bootstrap, cluster_mean, percentile_band
+from ..bands import Array, Clusters, cluster_bootstrap, cluster_mean, percentile_band
+from ..markdown import with_limits
 
 
 def compare_looking_and_writing(
@@ -64,10 +65,9 @@ def _peak(mean: Array, draws: Array) -> dict[str, Any]:
 def looking_and_writing_in_words(found: Mapping[str, Any]) -> str:
     """What :func:`compare_looking_and_writing` found, in a sentence."""
     looking, writing = found["peak_looking"], found["peak_writing"]
-    correlation = Band.from_dict(found["rank_correlation"])
+    correlation = with_limits(found["rank_correlation"], ".2f", "mean")
     return (
         f"The question looks at the image most in layer {looking['layer']} ({looking['share']:.0%} of its attention), "
         f"and what attention writes into it comes from the image most in layer {writing['layer']} "
-        f"({writing['share']:.0%}); over the layers the two have a rank correlation of {float(correlation.mean):.2f} "
-        f"[{float(correlation.low):.2f}, {float(correlation.high):.2f}]."
+        f"({writing['share']:.0%}); over the layers the two have a rank correlation of {correlation}."
     )

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from dyvte.gates.metrics import wilson_limits
 
 from ..bands import Array, Band, Clusters, cluster_bootstrap, cluster_mean, count_images, percentile_band
+from ..markdown import with_limits
 from ..stages import MIN_EFFECT, log_endpoint
 
 CARRIED = 0.5
@@ -97,14 +98,13 @@ def _above(outer: Array, middle: Array) -> Array:
 
 def heads_in_words(found: dict[str, Any]) -> str:
     """What :func:`summarise_heads` found, in a sentence or two."""
-    overall = found["looking_overall"]
     text = (
-        f"{overall['mean']:.0%} [{overall['low']:.0%}, {overall['high']:.0%}] of the heads look at the image more than "
-        f"even spread; {found['carried']:.0%} of a layer's attention on it is carried by "
+        f"{with_limits(found['looking_overall'], '.0%', 'mean')} of the heads look at the image more than even spread; "
+        f"{found['carried']:.0%} of a layer's attention on it is carried by "
         f"{min(found['carrying']['mean']):.0%} to {max(found['carrying']['mean']):.0%} of its heads."
     )
     if found["prevalence"] is None:
         return text
-    fall, rise = ("{mean:.0%} [{low:.0%}, {high:.0%}]".format(**found["prevalence"][name]) for name in ("fall", "rise"))
+    fall, rise = (with_limits(found["prevalence"][name], ".0%", "mean") for name in ("fall", "rise"))
     b1, b2 = found["prevalence"]["split"]
     return f"{text} At the split ({b1}, {b2}) {fall} of the pairs of heads show the fall, {rise} the rise."

@@ -14,9 +14,8 @@ import numpy.typing as npt
 
 from dyvte.gates.metrics import half_width, mixture_cost, mixture_hull, wilson_limits
 
-from ..bands import Clusters
+from ..bands import Array, Clusters, cluster_bootstrap
 
-Array = npt.NDArray[np.float64]
 PRICES = np.geomspace(1e-2, 1e4, 120)
 """What a changed answer may cost, in full prefills: each price gives one choice of constants."""
 TEXT_WEIGHT = 4.0
@@ -208,30 +207,17 @@ def compare_with_constants(
     everyone = np.arange(len(agree))
     last = np.full((1, len(agree)), agree.shape[1] - 1)
     choices = np.unique(np.concatenate([constants, last]), axis=0)
-    _, cluster = np.unique(np.asarray(clusters).astype(str), return_inverse=True)
-    number = int(cluster.max()) + 1
+    kept = np.concatenate([own_agree[None], agree[everyone, choices]])  # [1 + P, n], the gates first
+    spent = np.concatenate([own_cost[None], cost[everyone, choices]])
+    values = np.stack([kept, spent], axis=1).T  # [n, 2, 1 + P]
 
-    def totals(values: Array) -> Array:  # [..., n] -> [..., C]
-        flat = values.reshape(-1, len(everyone))
-        summed: Array = np.stack([np.bincount(cluster, row, minlength=number) for row in flat]).astype(np.float64)
-        return summed.reshape(*values.shape[:-1], number)
+    def ratio(means: Array) -> tuple[float, float]:
+        agreements, costs = means
+        price = mixture_cost(costs[1:], agreements[1:], float(agreements[0]))
+        return price, float(costs[0] / price)
 
-    of_choices = totals(np.stack([agree[everyone, choices], cost[everyone, choices]]))  # [2, P, C]
-    of_gates = totals(np.stack([own_agree, own_cost]))  # [2, C]
-    size = np.bincount(cluster, minlength=number).astype(np.float64)
-
-    def ratio(weights: Array) -> tuple[float, float]:
-        n = size @ weights
-        agreement, costs = of_choices @ weights / n
-        reached, spent = of_gates @ weights / n
-        price = mixture_cost(costs, agreement, float(reached))
-        return price, float(spent / price)
-
-    price, found = ratio(np.ones(number))
-    rng = np.random.default_rng(seed)
-    draws = [
-        ratio(rng.multinomial(number, np.full(number, 1 / number)).astype(np.float64))[1] for _ in range(bootstrap)
-    ]
+    price, found = ratio(values.mean(0))
+    draws = [ratio(each)[1] for each in cluster_bootstrap(values, clusters, bootstrap, seed)]
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return CostComparison(price, Estimate(found, float(low), float(high)))
 

@@ -11,7 +11,6 @@ from dyvte.gates.metrics import mixture_cost
 
 from ..bands import Band, Clusters, cluster_bootstrap, simultaneous_band
 
-Array = npt.NDArray[np.float64]
 Frontier = tuple[npt.ArrayLike, npt.ArrayLike]
 """Costs and kept answers [n, T] of n questions under T thresholds (`dyvte.gates.validation.threshold_frontier`)."""
 
@@ -67,6 +66,4 @@ def cost_differences(
         np.stack([replicates[name] - replicates[base] for name in others], axis=1),
         level,
     )
-    return {
-        name: Band(*each) for name, each in zip(others, zip(band.mean, band.low, band.high, strict=True), strict=True)
-    }
+    return {name: band[index] for index, name in enumerate(others)}
