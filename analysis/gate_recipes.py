@@ -101,7 +101,6 @@ def page(cfg: DictConfig, table: pd.DataFrame, apart: Mapping[str, Band], questi
     """The whole page: one row an option, the cheapest that waits for the image named.
 
     Args:
-        cfg: the composed configuration.
         table: `option` and `FIGURES` of every option, the one that all are compared with first.
         apart: mean cost of every other option less that of the first.
         questions, images: held out.

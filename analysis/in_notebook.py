@@ -97,7 +97,6 @@ def write_question_folder(folder: str | Path, dataset: Dataset) -> Path:
 
     Args:
         folder: gets `images/*.png` and `questions.jsonl` with `question_id`, `image`, `text`, `answer`, `category`.
-        dataset: what to write.
 
     Returns:
         `questions.jsonl`.

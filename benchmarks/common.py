@@ -6,16 +6,16 @@ Random weights will do, as times and memory depend on shapes alone. The vision t
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -31,6 +31,7 @@ PATCHES_PER_SIDE = 24  # 576 visual tokens an image, as in LLaVA-1.5
 VISUAL_TOKENS = PATCHES_PER_SIDE**2
 PATCH_SIZE = 2
 IMAGE_TOKEN, FIRST_TEXT = 1, 2
+Measured = TypeVar("Measured")
 INTERMEDIATE_RATIO = 11008 / 4096  # of the LLaMA decoder in LLaVA-1.5
 
 
@@ -192,11 +193,10 @@ def _status_mib(name: str) -> float:
     return int(kib) / 1024
 
 
-def measured_apart(module: str, arguments: Sequence[str]) -> Any:
-    """What `python -m module arguments` prints as its last line, in JSON."""
-    command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def measured_apart(function: Callable[..., Measured], *arguments: Any) -> Measured:
+    """What a function gives in a process of its own, which has done nothing before."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
 
 
 # ------------------------------------------------------------------------------- page

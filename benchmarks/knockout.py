@@ -10,7 +10,6 @@ peak of a process of its own during one call, above what it held before, beside 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -78,13 +77,13 @@ def model_and_prompt(options: argparse.Namespace) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def measure_memory(options: argparse.Namespace) -> float:
+def measure_memory(options: argparse.Namespace, name: str) -> float:
     """MiB that one call (or the sweep) needs at most above what the process held before."""
     mllm, batch = model_and_prompt(options)
     mllm.model(**batch, use_cache=False, logits_to_keep=1)  # warm up
-    if options.memory_of == SWEEP:
+    if name == SWEEP:
         return extra_mib(lambda: exit_sweep(mllm, batch))
-    paths, windows, invert = calls(options.layers)[options.memory_of]
+    paths, windows, invert = calls(options.layers)[name]
     return extra_mib(lambda: knockout(mllm, batch, None, paths, windows, invert, keep_logits=False))
 
 
@@ -145,15 +144,10 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--naive", type=int, default=12, help="masked forwards that are timed")
     parser.add_argument("--page", type=Path, default=Path("docs/causes.md"), help="default: %(default)s")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # what a child process measures
     options = parser.parse_args()
-    if options.memory_of:
-        print(json.dumps(measure_memory(options)))
-        return
-    sizes = ["--layers", str(options.layers), "--hidden", str(options.hidden)]
     memory = {}
     for name in (SWEEP, *calls(options.layers)):
-        memory[name] = measured_apart("benchmarks.knockout", ["--memory-of", name, *sizes])
+        memory[name] = measured_apart(measure_memory, options, name)
         print(f"peak memory, {name}: {memory[name]:.0f} MiB, {memory[name] / memory[SWEEP]:.2f} x", flush=True)
     write_section(options.page, SECTION, report(options, measure_time(options), memory))
 

@@ -9,9 +9,7 @@ way of running has a process of its own.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -146,17 +144,13 @@ def main() -> None:
     """Measure, print and write the report."""
     parser = page_parser(__doc__, "probe")
     parser.add_argument("--repeats", type=int, default=9, help="pairs of forwards for each width")
-    parser.add_argument("--memory-of", choices=MEMORY_MODES, help=argparse.SUPPRESS)  # what a child process measures
     options = parser.parse_args()
-    if options.memory_of:
-        print(json.dumps(measure_memory(options.memory_of, hidden=1024, num_layers=8)))
-        return
     times = []
     for hidden, num_layers in ((1024, 6), (2048, 3)):
         times.append(measure_time(hidden, num_layers, options.repeats))
         for way, ratios in times[-1]["ratio"].items():
             print(f"hidden {hidden}, {WAYS[way]}: ratio {quartiles(ratios)[1]:.3f}", flush=True)
-    memory = {mode: measured_apart("benchmarks.probe", ["--memory-of", mode]) for mode in MEMORY_MODES}
+    memory = {mode: measured_apart(measure_memory, mode, 1024, 8) for mode in MEMORY_MODES}
     write_page(options.output, report(times, memory))
 
 

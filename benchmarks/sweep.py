@@ -15,7 +15,6 @@ fills a KV cache.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -178,12 +177,8 @@ def main() -> None:
     """Measure, print and write the report."""
     parser = model_parser(__doc__, "sweep", layers=24, head_size=128, vocabulary=32064)
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
-    parser.add_argument("--memory-of", choices=MEMORY_MODES, help=argparse.SUPPRESS)  # what a child process measures
     options = parser.parse_args()
-    if options.memory_of:
-        print(json.dumps(measure_memory(options, options.memory_of)))
-        return
-    memory = {mode: measured_apart("benchmarks.sweep", ["--memory-of", mode, *sys.argv[1:]]) for mode in MEMORY_MODES}
+    memory = {mode: measured_apart(measure_memory, options, mode) for mode in MEMORY_MODES}
     print(memory, file=sys.stderr, flush=True)
     write_page(options.output, report(options, measure_time(options), memory))
 

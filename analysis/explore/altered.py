@@ -55,7 +55,6 @@ def answer_from_argmax(
         argmax: [A] the altered model's likeliest token at each of its positions.
         full_argmax: [A] the full model's in the same pass; where two tokens tie it may differ from `answer`, and either
             is then the full model's choice.
-        end_ids: tokens that end an answer.
 
     Example:
         >>> answer_from_argmax([5, 6, 2], [5, 7, 2], [5, 6, 2], end_ids=[2])
@@ -130,13 +129,9 @@ def cut_answer(
     the next change, and a guess that holds costs nothing.
 
     Args:
-        mllm: the model.
-        batch: one prompt.
         answer_ids: [1, A] the full model's greedy answer.
         cut: path and window.
         patches: numbers of the visual tokens in the region; of use where the path's keys are the region.
-        end_ids: tokens that end an answer.
-        max_new_tokens: most tokens of the new answer.
 
     Raises:
         ConfigError: an unknown group, a window that does not fit, or an empty region.

@@ -67,10 +67,7 @@ class Explorer:
     """Answers what the page asks. It keeps nothing of a session; the model runs for one of them at a time.
 
     Attributes:
-        mllm: the model.
-        name: of the model.
         examples: images to begin with.
-        max_new_tokens: most tokens of an answer.
     """
 
     mllm: MLLM

@@ -29,7 +29,6 @@ class NotebookView:
     """One question about one image, asked once; what it shows after that runs no model.
 
     Attributes:
-        explorer: what answers.
         reading: everything about the question.
     """
 

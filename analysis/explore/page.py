@@ -61,7 +61,6 @@ class Page:
     """The components, and what each of them does.
 
     Args:
-        explorer: what answers.
         cfg: `conf/explore.yaml`.
     """
 

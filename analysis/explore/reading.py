@@ -95,8 +95,6 @@ class Reading:
     """Everything about one question that needs the model only once. V visual tokens, L layers, A answer tokens.
 
     Attributes:
-        question: as asked.
-        batch: the prompt.
         answer_ids: [1, A] the full model's greedy answer, end token included where it came.
         words: the answer's tokens as text; the end token is `END`.
         grid: of the patches.
@@ -104,7 +102,6 @@ class Reading:
         lens: what every patch says after each layer.
         lens_words: [L + 1][V][LENS_TOP] its words.
         sweep: the answer under every exit.
-        end_ids: tokens that end an answer.
     """
 
     question: str
@@ -219,9 +216,6 @@ def read_question(mllm: MLLM, image: Image.Image, question: str, batch: Batch, i
     """Look at an answered question from every side: three passes, none of which changes the model.
 
     Args:
-        mllm: the model, with a processor.
-        image: what was asked about.
-        question: what was asked.
         batch: the prompt, `mllm.encode([image], [question])`.
         ids: the full model's greedy answer.
 

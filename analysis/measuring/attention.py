@@ -48,8 +48,6 @@ def measure_attention(
     the prompt's statistics as they are and adds the attention of the answer on the image.
 
     Args:
-        mllm: the model.
-        samples: of the batch.
         contributions: also what the image writes into the instruction, the image and the answer.
         heads: also the table `heads`, a row per sample, layer and head: the question's attention on the image.
 
@@ -103,9 +101,6 @@ def frames_table(mllm: MLLM, batch: Batch, samples: Sequence[Sample], received: 
     """A row per sample with a video, layer and frame: the frame's share of the attention that goes to the video.
 
     Args:
-        mllm: the model.
-        batch: the samples.
-        samples: B of them.
         received: [B, L, H, N] attention that every position receives from the prompt's last token.
 
     Returns:
@@ -155,7 +150,6 @@ def attention_map(mllm: MLLM, sample: Sample, query: str) -> Map | None:
     """Attention on the image in every layer, and the image as the model saw it; None where tokens have no place in it.
 
     Args:
-        mllm: the model.
         sample: with an image.
         query: `last` prompt token, or mean over the `instruction`.
     """
@@ -206,9 +200,7 @@ def answer_maps(
     """A map for every generated token, the end token included; None where visual tokens have no place in the image.
 
     Args:
-        mllm: the model.
         sample: with an image.
-        max_new_tokens: of the answer.
         sinks: what becomes of patches that are sinks (`analysis.measuring.token_attention`): `mark` them, or
             `leave_out` the attention on them, of the map and of its share.
 
@@ -255,9 +247,7 @@ def frame_maps(mllm: MLLM, sample: Sample, batch: Batch, received: Tensor, recor
     """A map for each frame of a sample's video; none where the tokens of its frames form no grid.
 
     Args:
-        mllm: the model.
         sample: with a video.
-        batch: the sample.
         received: [L, N] attention on every position.
         record: what the maps have in common.
 

@@ -165,10 +165,8 @@ def equal_mass_keys(
 
     Args:
         received: [B, L, N] of `received_by_group`.
-        batch: the prompts.
         ids: [B] names of the samples.
         windows: [start, stop) of layers.
-        seed: of the draws.
         purpose: what tells this draw from others.
     """
     visual, padding = batch.layout.visual.cpu(), batch.layout.padding.cpu()

@@ -26,9 +26,6 @@ def measure_dataset(
     """Run a measurement over a data set, going on where an earlier run of the same command was stopped.
 
     Args:
-        cfg: of the command.
-        mllm: the model.
-        dataset: its samples.
         measure: turns the samples of a batch into tables.
         **settings: what the tables depend on besides model, data, seed and batch size.
 

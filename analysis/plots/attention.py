@@ -19,23 +19,7 @@ from dyvte.errors import DataError
 
 from ..statistics.bands import Band
 from ..statistics.verdicts import verdict_in_short
-from .style import (
-    ANSWER_SERIES,
-    ATTENTION_SERIES,
-    BANDS_NOTE,
-    DASHED,
-    ENRICHMENT_NO_SINK,
-    Summary,
-    add_legend,
-    draw_band,
-    kind_panels,
-    layer_axis,
-    new_figure,
-    ratio_axis,
-    sample_note,
-    title_of,
-    wrapped,
-)
+from . import style
 
 MEASURE_LABELS = {
     "mass": "attention mass",
@@ -47,49 +31,49 @@ STAGE_NAMES = ("early fusion", "intra-modality\nmodelling", "multimodal\nreasoni
 
 def _draw_series(axis: Axes, curves: Mapping[str, Mapping[str, Any]]) -> None:
     """Every series that there is, each `{mean, low, high}` of [L]."""
-    for name, series in {**ATTENTION_SERIES, "answer_cross": ANSWER_SERIES}.items():
+    for name, series in {**style.ATTENTION_SERIES, "answer_cross": style.ANSWER_SERIES}.items():
         if name in curves:
             whole = Band.from_dict(curves[name])
             known = np.flatnonzero(np.isfinite(whole.mean))  # layers that do not attend have no value
-            draw_band(axis, known, whole[known], series)
+            style.draw_band(axis, known, whole[known], series)
 
 
-def draw_three_stages(summary: Summary) -> Figure:
+def draw_three_stages(summary: style.Summary) -> Figure:
     """Fig. 1: cross-modal, visual and text attention over the layers, and the stages where they were found."""
     verdict, num_layers = summary["stages"], summary["num_layers"]
-    with new_figure(figsize=(6.4, 4.1)) as (figure, axis):
+    with style.new_figure(figsize=(6.4, 4.1)) as (figure, axis):
         curves = summary["bands"][summary["endpoint"]]
-        _draw_series(axis, {name: curves[name] for name in ATTENTION_SERIES if name in curves})
-        layer_axis(axis, num_layers)
-        ratio_axis(axis)
-        axis.set_ylabel(ENRICHMENT_NO_SINK)
+        _draw_series(axis, {name: curves[name] for name in style.ATTENTION_SERIES if name in curves})
+        style.layer_axis(axis, num_layers)
+        style.ratio_axis(axis)
+        axis.set_ylabel(style.ENRICHMENT_NO_SINK)
         boundaries = verdict.get("boundaries")
-        title = f"Attention of the question on the image: {title_of(summary)}"
+        title = f"Attention of the question on the image: {style.title_of(summary)}"
         if boundaries:
             edges = [0, *boundaries, num_layers]
             for low, high in verdict["boundaries_ci"]:
                 axis.axvspan(low - 0.5 - 0.04, high - 0.5 + 0.04, color="#999999", alpha=0.25, linewidth=0, zorder=0)
             for boundary in boundaries:
-                axis.axvline(boundary - 0.5, color="black", linewidth=1, linestyle=DASHED)
+                axis.axvline(boundary - 0.5, color="black", linewidth=1, linestyle=style.DASHED)
             for start, stop, name in zip(edges, edges[1:], STAGE_NAMES, strict=False):
                 middle = ((start + stop - 1) / 2, 1.0)
                 where = ("data", "axes fraction")
                 axis.annotate(name, middle, xycoords=where, ha="center", va="bottom", fontsize=8.5)
-            axis.set_title(wrapped(title, 72), pad=28)
+            axis.set_title(style.wrapped(title, 72), pad=28)
         else:
-            axis.set_title(f"{wrapped(title, 72)}\n{wrapped(verdict_in_short(verdict), 76)}")
-        add_legend(figure, axis, sample_note(summary))
+            axis.set_title(f"{style.wrapped(title, 72)}\n{style.wrapped(verdict_in_short(verdict), 76)}")
+        style.add_legend(figure, axis, style.sample_note(summary))
         return figure
 
 
-def draw_measures(summary: Summary) -> Figure:
+def draw_measures(summary: style.Summary) -> Figure:
     """Mass, mean score and enrichment (columns), with and without the attention sink (rows)."""
-    with new_figure(2, 3, figsize=(9.6, 5.2), sharex=True, sharey="col") as (figure, axes):
+    with style.new_figure(2, 3, figsize=(9.6, 5.2), sharex=True, sharey="col") as (figure, axes):
         for column, (measure, label) in enumerate(MEASURE_LABELS.items()):
             for row, suffix in enumerate(("", "_no_sink")):
                 axis = axes[row, column]
                 _draw_series(axis, summary["bands"][measure + suffix])
-                layer_axis(axis, summary["num_layers"], "decoder layer" if row else "")
+                style.layer_axis(axis, summary["num_layers"], "decoder layer" if row else "")
                 axis.set_ylabel(f"{label}\n{'without the sink' if row else 'with the sink'}")
                 axis.tick_params(labelleft=True)
             if measure == "mass":
@@ -98,13 +82,13 @@ def draw_measures(summary: Summary) -> Figure:
                 axes[0, column].set_ylim(bottom=0)
             else:
                 for axis in axes[:, column]:
-                    ratio_axis(axis)
-        figure.suptitle(f"Three ways to count attention: {title_of(summary)}")
-        add_legend(figure, axes[0, 0], sample_note(summary), 4)
+                    style.ratio_axis(axis)
+        figure.suptitle(f"Three ways to count attention: {style.title_of(summary)}")
+        style.add_legend(figure, axes[0, 0], style.sample_note(summary), 4)
         return figure
 
 
-def draw_stages_by_kind(summary: Summary) -> Figure:
+def draw_stages_by_kind(summary: style.Summary) -> Figure:
     """The three curves of every question kind, all on the same scale.
 
     Raises:
@@ -116,42 +100,42 @@ def draw_stages_by_kind(summary: Summary) -> Figure:
     columns = min(math.ceil(math.sqrt(len(kinds))), 4)
     counts = {kind: each["num_samples"] for kind, each in kinds.items()}
     sizes = ((2.8, 2.1), 0.6, summary["num_layers"])
-    with kind_panels(counts, columns, *sizes, "decoder layer") as (figure, panels):
+    with style.kind_panels(counts, columns, *sizes, "decoder layer") as (figure, panels):
         for kind, axis in panels.items():
             _draw_series(axis, kinds[kind]["bands"][summary["endpoint"]])
         for axis in panels.values():
-            ratio_axis(axis)
-        figure.supylabel(ENRICHMENT_NO_SINK, fontsize=9)
-        figure.suptitle(f"{title_of(summary)}, by question kind")
-        add_legend(figure, axis, sample_note(summary), 3 if columns > 2 else 1)
+            style.ratio_axis(axis)
+        figure.supylabel(style.ENRICHMENT_NO_SINK, fontsize=9)
+        figure.suptitle(f"{style.title_of(summary)}, by question kind")
+        style.add_legend(figure, axis, style.sample_note(summary), 3 if columns > 2 else 1)
         return figure
 
 
-def draw_attention_scores(summaries: Sequence[Summary]) -> Figure:
+def draw_attention_scores(summaries: Sequence[style.Summary]) -> Figure:
     """Fig. 2: mean attention scores of one or more models side by side, and the same relative to even attention."""
     rows = {
         "mean_score": MEASURE_LABELS["mean_score"],
         "mean_score_no_sink": "the same\nwithout the sink",
-        "enrichment_no_sink": ENRICHMENT_NO_SINK,
+        "enrichment_no_sink": style.ENRICHMENT_NO_SINK,
     }
     size = (max(3.0 * len(summaries), 5.2), 2.0 * len(rows) + 0.8)
-    with new_figure(len(rows), len(summaries), figsize=size, sharex="col", squeeze=False) as (figure, axes):
+    with style.new_figure(len(rows), len(summaries), figsize=size, sharex="col", squeeze=False) as (figure, axes):
         for axis in axes[2, 1:]:  # the other two depend on the number of tokens, so models differ in scale
             axis.sharey(axes[2, 0])
         for column, summary in enumerate(summaries):
             for row, (measure, label) in enumerate(rows.items()):
                 axis, curves = axes[row, column], summary["bands"][measure]
-                _draw_series(axis, {name: curves[name] for name in ATTENTION_SERIES if name in curves})
-                layer_axis(axis, summary["num_layers"], "decoder layer" if row == len(rows) - 1 else "")
+                _draw_series(axis, {name: curves[name] for name in style.ATTENTION_SERIES if name in curves})
+                style.layer_axis(axis, summary["num_layers"], "decoder layer" if row == len(rows) - 1 else "")
                 if column == 0:
                     axis.set_ylabel(label)
-            name = wrapped(f"{summary['model']} on {summary['data']}", 28, 3)
+            name = style.wrapped(f"{summary['model']} on {summary['data']}", 28, 3)
             axes[0, column].set_title(f"{name}\n{summary['num_layers']} layers, n = {summary['num_samples']:,}")
         for axis in axes[:2].flat:
             axis.set_ylim(bottom=0)
         for axis in axes[2]:
-            ratio_axis(axis)
-        add_legend(figure, axes[0, 0], BANDS_NOTE, 3 if len(summaries) > 2 else 1)
+            style.ratio_axis(axis)
+        style.add_legend(figure, axes[0, 0], style.BANDS_NOTE, 3 if len(summaries) > 2 else 1)
         return figure
 
 
@@ -184,7 +168,7 @@ def draw_attention_map(record: Mapping[str, Any], image: npt.NDArray[Any]) -> Fi
     columns = min(num_layers + 1, max(5, math.ceil(math.sqrt(1.7 * (num_layers + 1)))))
     rows = math.ceil((num_layers + 1) / columns)
     size = (1.35 * columns + 0.9, 1.55 * rows + 1.1)
-    with new_figure(rows, columns, figsize=size, squeeze=False) as (figure, axes):
+    with style.new_figure(rows, columns, figsize=size, squeeze=False) as (figure, axes):
         height, width = image.shape[:2]
         pale = 0.5 * image + 0.5 * image.mean(2, keepdims=True)  # objects as light as what is behind them stay visible
         pale = 0.25 + 0.65 * pale / max(float(pale.max()), 1e-9)  # white stays apart from no attention
@@ -216,7 +200,7 @@ def draw_attention_map(record: Mapping[str, Any], image: npt.NDArray[Any]) -> Fi
         characters = int(11 * figure.get_figwidth())
         reference = "" if record["reference"] is None else f" (reference: {record['reference']})"
         lines = (record["question"], f"answer: {record['answer']}{reference}")
-        figure.suptitle("\n".join(wrapped(line, characters) for line in lines), fontsize=9.5)
+        figure.suptitle("\n".join(style.wrapped(line, characters) for line in lines), fontsize=9.5)
         whose = {"last": "the prompt's last token", "instruction": "the question (mean over its tokens)"}
         if record["query"] == "answer":
             whose["answer"] = f"the query that predicts the answer's token {record['number'] + 1}, {record['token']!r}"
@@ -224,5 +208,5 @@ def draw_attention_map(record: Mapping[str, Any], image: npt.NDArray[Any]) -> Fi
         note += of_frame or "the image"
         if "sinks" in record:
             note += f"; x: attention sink{', left out' if record['sinks_are'] == 'leave_out' else ''}"
-        figure.supxlabel(wrapped(note, int(14 * figure.get_figwidth())), fontsize=8)
+        figure.supxlabel(style.wrapped(note, int(14 * figure.get_figwidth())), fontsize=8)
         return figure

@@ -18,19 +18,7 @@ from ..statistics.bands import Band
 from ..statistics.stage_table import USE_POINTS
 from ..statistics.stages import MIN_EFFECT
 from ..statistics.verdicts import verdict_word
-from .style import (
-    CYCLE,
-    DASHED,
-    GREY,
-    Summary,
-    add_legend,
-    draw_band,
-    kind_panels,
-    layer_axis,
-    new_figure,
-    title_of,
-    wrapped,
-)
+from . import style
 
 SIMULTANEOUS = "bands: 95% over images, for all lines and windows at once"
 LABELS = {
@@ -56,107 +44,107 @@ def cut_label(name: str) -> str:
     return f"{label}, {(REPLACED | OF_THE_IMAGE)[what.rstrip(')')]}" if what else label
 
 
-def _note(group: Summary) -> str:
+def _note(group: style.Summary) -> str:
     return f"n = {group['num_samples']:,} questions on {group['num_images']:,} images; {SIMULTANEOUS}"
 
 
-def _middles(summary: Summary) -> Any:
+def _middles(summary: style.Summary) -> Any:
     return np.array([(start + stop - 1) / 2 for start, stop in summary["windows"]])
 
 
-def _draw_lines(axis: Axes, summary: Summary, group: Summary, names: Sequence[str], measure: str) -> None:
-    for series, name in zip(CYCLE, names, strict=False):
+def _draw_lines(axis: Axes, summary: style.Summary, group: style.Summary, names: Sequence[str], measure: str) -> None:
+    for series, name in zip(style.CYCLE, names, strict=False):
         band = Band.from_dict(group["effects"][name][measure])
-        draw_band(axis, _middles(summary), band, series.named(cut_label(name)))
-    axis.axhline(0, color=GREY, linewidth=0.8, zorder=0)
+        style.draw_band(axis, _middles(summary), band, series.named(cut_label(name)))
+    axis.axhline(0, color=style.GREY, linewidth=0.8, zorder=0)
 
 
-def _panels(summary: Summary, names: Sequence[str], title: str) -> Figure:
-    with new_figure(1, 2, figsize=(9.6, 4.2)) as (figure, axes):
+def _panels(summary: style.Summary, names: Sequence[str], title: str) -> Figure:
+    with style.new_figure(1, 2, figsize=(9.6, 4.2)) as (figure, axes):
         for axis, measure in zip(axes, ("agreement_points", "first_token_percent"), strict=True):
             _draw_lines(axis, summary, summary["overall"], names, measure)
-            layer_axis(axis, summary["num_layers"], f"middle of the {summary['width']} layers in which it is cut")
+            style.layer_axis(axis, summary["num_layers"], f"middle of the {summary['width']} layers in which it is cut")
             axis.set_ylabel(LABELS[measure])
-        figure.suptitle(f"{title}\n{title_of(summary)}")
-        add_legend(figure, axes[0], _note(summary["overall"]))
+        figure.suptitle(f"{title}\n{style.title_of(summary)}")
+        style.add_legend(figure, axes[0], _note(summary["overall"]))
         return figure
 
 
-def draw_knockouts(summary: Summary) -> Figure:
+def draw_knockouts(summary: style.Summary) -> Figure:
     """One line a path over the windows of layers in which it is cut."""
     names = [name for name in summary["overall"]["effects"] if " (" not in name]
     return _panels(summary, names, "What an answer loses when a path through attention is cut")
 
 
-def draw_replacements(summary: Summary) -> Figure:
+def draw_replacements(summary: style.Summary) -> Figure:
     """The image cut off, replaced by its mean, swapped, and as many random keys cut."""
     wanted = ["instruction->visual", *(f"instruction->visual ({what})" for what in REPLACED)]
     names = [name for name in wanted if name in summary["overall"]["effects"]]
     return _panels(summary, names, "Cutting the image off, and putting another in its place")
 
 
-def draw_objects(summary: Summary) -> Figure:
+def draw_objects(summary: style.Summary) -> Figure:
     """The whole image cut off, the patches of the answer's objects alone, and as many other patches of the image."""
     effects = summary["overall"]["effects"]
     names = [n for n in ("instruction->visual", *(f"instruction->visual ({w})" for w in OF_THE_IMAGE)) if n in effects]
     return _panels(summary, names, "Cutting off the objects that the answer rests on, and as many other patches")
 
 
-def draw_controls(summary: Summary) -> Figure:
+def draw_controls(summary: style.Summary) -> Figure:
     """Each path beside as many random keys and text keys of as much attention, one panel a path."""
     effects = summary["overall"]["effects"]
     names = [name for name in effects if any(f"{name} ({what})" in effects for what in CONTROLS)]
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
     size = (3.2 * columns, 2.4 * rows + 1)
-    with new_figure(rows, columns, figsize=size, squeeze=False, sharey=True) as (figure, axes):
+    with style.new_figure(rows, columns, figsize=size, squeeze=False, sharey=True) as (figure, axes):
         for axis in axes.flat[len(names) :]:
             axis.set_visible(False)
         for axis, name in zip(axes.flat, names, strict=False):
             lines = {name: "the path"} | {f"{name} ({what})": REPLACED[what] for what in CONTROLS}
-            for series, (key, label) in zip(CYCLE, lines.items(), strict=False):
+            for series, (key, label) in zip(style.CYCLE, lines.items(), strict=False):
                 if key in effects:
                     band = Band.from_dict(effects[key]["agreement_points"])
-                    draw_band(axis, _middles(summary), band, series.named(label))
+                    style.draw_band(axis, _middles(summary), band, series.named(label))
             axis.set_title(cut_label(name), fontsize=9)
-            layer_axis(axis, summary["num_layers"], ticks=6)
+            style.layer_axis(axis, summary["num_layers"], ticks=6)
         for axis in axes[:, 0]:
             axis.set_ylabel(LABELS["agreement_points"], fontsize=8)
-        figure.suptitle(title_of(summary))
+        figure.suptitle(style.title_of(summary))
         fullest = max(axes.flat, key=lambda axis: len(axis.get_legend_handles_labels()[1]))
-        add_legend(figure, fullest, _note(summary["overall"]))
+        style.add_legend(figure, fullest, _note(summary["overall"]))
         return figure
 
 
-def draw_knockouts_by_kind(summary: Summary) -> Figure:
+def draw_knockouts_by_kind(summary: style.Summary) -> Figure:
     """The image cut off from the question and from the last token, one panel a question kind."""
     names = [name for name in ("question->visual", "last->visual") if name in summary["overall"]["effects"]]
     names = names or [next(iter(summary["overall"]["effects"]))]
     kinds: Mapping[str, Any] = summary["kinds"]
     counts = {kind: group["num_samples"] for kind, group in kinds.items()}
     sizes = (min(3, len(counts)), (3.0, 1.9), 1.3, summary["num_layers"])
-    with kind_panels(counts, *sizes, "middle of the window") as (figure, panels):
+    with style.kind_panels(counts, *sizes, "middle of the window") as (figure, panels):
         for kind, axis in panels.items():
             _draw_lines(axis, summary, kinds[kind], names, "agreement_points")
             axis.set_ylim(-105, 5)
         figure.supylabel(LABELS["agreement_points"], fontsize=9)
-        figure.suptitle(title_of(summary))
-        add_legend(figure, next(iter(panels.values())), f"windows of {summary['width']} layers; {SIMULTANEOUS}")
+        figure.suptitle(style.title_of(summary))
+        style.add_legend(figure, next(iter(panels.values())), f"windows of {summary['width']} layers; {SIMULTANEOUS}")
         return figure
 
 
-VERDICT_COLORS = {"confirmed": CYCLE[2].color, "refuted": CYCLE[1].color}
+VERDICT_COLORS = {"confirmed": style.CYCLE[2].color, "refuted": style.CYCLE[1].color}
 """Of a stage; what is undetermined or not tested is grey."""
 
 
-def draw_stage_table(summary: Summary) -> Figure:
+def draw_stage_table(summary: style.Summary) -> Figure:
     """Both kinds of evidence for each stage, one row of panels a split: every number with its limits and the margin."""
     sides = (
         ("attention", "change of enrichment (log)", MIN_EFFECT),
         ("cause", "answers changed (percentage points)", USE_POINTS),
     )
     splits = summary["evidence"]
-    with new_figure(len(splits), 2, figsize=(11.0, 3.6 * len(splits) + 0.6), squeeze=False) as (figure, axes):
+    with style.new_figure(len(splits), 2, figsize=(11.0, 3.6 * len(splits) + 0.6), squeeze=False) as (figure, axes):
         for row, evidence in zip(axes, splits, strict=True):
             for axis, (side, unit, margin) in zip(row, sides, strict=True):
                 _draw_evidence(axis, evidence[side], margin)
@@ -166,9 +154,9 @@ def draw_stage_table(summary: Summary) -> Figure:
             f"{summary[side]['num_samples']:,} questions on {summary[side]['num_images']:,} images ({side})"
             for side, *_ in sides
         )
-        figure.suptitle(f"The three stages by attention and by cause: {title_of(summary)}")
+        figure.suptitle(f"The three stages by attention and by cause: {style.title_of(summary)}")
         note = f"bars: one-sided limits as docs/stage_rules.md sets them; dashed: the margin; n = {counts}"
-        figure.supxlabel(wrapped(note, 150), fontsize=8)
+        figure.supxlabel(style.wrapped(note, 150), fontsize=8)
         return figure
 
 
@@ -177,7 +165,7 @@ def _draw_evidence(axis: Axes, stages: Sequence[Mapping[str, Any]], margin: floa
     labels: list[tuple[float, str]] = []
     place = 0.0
     for number, stage in enumerate(stages, start=1):
-        color = VERDICT_COLORS.get(stage["verdict"], GREY)
+        color = VERDICT_COLORS.get(stage["verdict"], style.GREY)
         heading = f"{number} {stage['stage']}: {verdict_word(stage['verdict'])}"
         axis.text(
             0.01,
@@ -194,13 +182,13 @@ def _draw_evidence(axis: Axes, stages: Sequence[Mapping[str, Any]], margin: floa
             labels.append((place, name.replace("_", " ")))
             axis.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=2.5)
         place += 1.4
-    axis.axvline(0, color=GREY, linewidth=0.8, zorder=0)
-    axis.axvline(margin, color=GREY, linewidth=0.8, linestyle=DASHED, zorder=0)
+    axis.axvline(0, color=style.GREY, linewidth=0.8, zorder=0)
+    axis.axvline(margin, color=style.GREY, linewidth=0.8, linestyle=style.DASHED, zorder=0)
     axis.set_yticks([each for each, _ in labels], [name for _, name in labels])
     axis.set_ylim(place - 0.9, -0.7)
 
 
-def draw_entry_exit(summary: Summary) -> Figure:
+def draw_entry_exit(summary: style.Summary) -> Figure:
     """Agreement when the instruction sees the image from layer `entry` up to layer `exit` only.
 
     The top row is the exit sweep, the right column is late entry, and the stair is the diagonal of single layers.
@@ -210,7 +198,7 @@ def draw_entry_exit(summary: Summary) -> Figure:
     agreement = 100 + np.array(summary["overall"]["entry_exit"]["agreement_points"]["mean"], dtype=np.float64)
     for (start, stop), value in zip(summary["entry_exit_windows"], agreement, strict=True):
         matrix[start, stop - 1] = value
-    with new_figure(figsize=(6.2, 5.2)) as (figure, axis):
+    with style.new_figure(figsize=(6.2, 5.2)) as (figure, axis):
         sns.heatmap(
             matrix,
             ax=axis,
@@ -234,7 +222,7 @@ def draw_entry_exit(summary: Summary) -> Figure:
         axis.text(0.03, 0.05, words, transform=axis.transAxes, fontsize=8.5)
         group = summary["overall"]
         axis.set_title(
-            f"{title_of(summary)}\nthe image is open to the instruction in [entry, exit) only; "
+            f"{style.title_of(summary)}\nthe image is open to the instruction in [entry, exit) only; "
             f"n = {group['num_samples']:,} on {group['num_images']:,} images"
         )
         return figure

@@ -10,17 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ..statistics.bands import Band
-from .style import (
-    BANDS_NOTE,
-    CYCLE,
-    ENRICHMENT_NO_SINK,
-    Summary,
-    add_legend,
-    draw_band,
-    new_figure,
-    ratio_axis,
-    share_axis,
-)
+from . import style
 
 
 def depth_axis(axis: Axes, label: str) -> None:
@@ -30,38 +20,40 @@ def depth_axis(axis: Axes, label: str) -> None:
     axis.set_xlabel(label)
 
 
-def _model_label(model: str, summary: Summary) -> str:
+def _model_label(model: str, summary: style.Summary) -> str:
     return f"{model} ({summary['num_layers']} layers, n = {summary['num_samples']:,})"
 
 
-def draw_attention_by_depth(summaries: Mapping[str, Summary]) -> Figure:
+def draw_attention_by_depth(summaries: Mapping[str, style.Summary]) -> Figure:
     """How much the question looks at the image at each depth, one line a model (model -> summary of stages)."""
-    with new_figure(figsize=(6.4, 3.9)) as (figure, axis):
+    with style.new_figure(figsize=(6.4, 3.9)) as (figure, axis):
         for index, (model, summary) in enumerate(summaries.items()):
             band = Band.from_dict(summary["bands"][summary["endpoint"]]["cross"])
             layers = np.arange(len(band.mean))
-            series = CYCLE[index % len(CYCLE)].named(_model_label(model, summary))
-            draw_band(axis, (layers + 0.5) / len(layers), band, series)
-        ratio_axis(axis)
-        axis.set_ylabel(ENRICHMENT_NO_SINK)
+            series = style.CYCLE[index % len(style.CYCLE)].named(_model_label(model, summary))
+            style.draw_band(axis, (layers + 0.5) / len(layers), band, series)
+        style.ratio_axis(axis)
+        axis.set_ylabel(style.ENRICHMENT_NO_SINK)
         depth_axis(axis, "depth of the layer in the decoder")
         axis.set_title("Attention of the question on the image")
-        add_legend(figure, axis, BANDS_NOTE, columns=2)
+        style.add_legend(figure, axis, style.BANDS_NOTE, columns=2)
         return figure
 
 
-def draw_exits_by_depth(summaries: Mapping[str, Summary]) -> Figure:
+def draw_exits_by_depth(summaries: Mapping[str, style.Summary]) -> Figure:
     """Agreement and accuracy under exits at each depth, one line a model (model -> summary of exits)."""
-    with new_figure(1, 2, figsize=(9.6, 4.0), sharey=True) as (figure, axes):
+    with style.new_figure(1, 2, figsize=(9.6, 4.0), sharey=True) as (figure, axes):
         titles = {"agreement": "same answer as the full model", "accuracy": "right answer"}
         for axis, (name, title) in zip(axes, titles.items(), strict=True):
             for index, (model, summary) in enumerate(summaries.items()):
                 band = Band.from_dict(summary["overall"]["bands"][name])
                 share = np.arange(len(band.mean)) / summary["num_layers"]
-                draw_band(axis, share, band, CYCLE[index % len(CYCLE)].named(_model_label(model, summary)))
-            share_axis(axis)
+                style.draw_band(
+                    axis, share, band, style.CYCLE[index % len(style.CYCLE)].named(_model_label(model, summary))
+                )
+            style.share_axis(axis)
             depth_axis(axis, "share of the layers that see the image (k / L)")
             axis.set_title(title)
         axes[0].set_ylabel("share of questions")
-        add_legend(figure, axes[0], BANDS_NOTE, columns=2)
+        style.add_legend(figure, axes[0], style.BANDS_NOTE, columns=2)
         return figure

@@ -17,51 +17,33 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from ..statistics.bands import Band
-from .style import (
-    BANDS_NOTE,
-    CYCLE,
-    DASHED,
-    GREY,
-    Summary,
-    add_legend,
-    bands_of,
-    draw_band,
-    draw_line,
-    kind_panels,
-    layer_axis,
-    new_figure,
-    plain_logarithm,
-    sample_note,
-    share_axis,
-    title_of,
-    wrapped,
-)
+from . import style
 
 EXIT_LAYER = "exit layer k (visual tokens leave before layer k)"
 KL_FLOOR = 1e-7
 """Divergences below this are rounding; drawn here."""
 
 
-def _means_note(group: Summary) -> str:
+def _means_note(group: style.Summary) -> str:
     return f"means over n = {group['num_samples']:,} questions on {group['num_images']:,} images"
 
 
 def _draw_quality(axis: Axes, curves: Mapping[str, Band]) -> None:
     labels = {"agreement": "same answer as the full model", "accuracy": "right answer"}
-    for series, (name, label) in zip(CYCLE, labels.items(), strict=False):
+    for series, (name, label) in zip(style.CYCLE, labels.items(), strict=False):
         if np.isfinite(curves[name].mean).any():
-            draw_band(axis, np.arange(len(curves[name].mean)), curves[name], series.named(label))
-    share_axis(axis)
+            style.draw_band(axis, np.arange(len(curves[name].mean)), curves[name], series.named(label))
+    style.share_axis(axis)
 
 
-def draw_exit_curves(summary: Summary) -> Figure:
+def draw_exit_curves(summary: style.Summary) -> Figure:
     """Fig. 3: accuracy and agreement against the exit layer, with the decoder's FLOPs on a second axis."""
     flops = np.asarray(summary["flops_decoder"], dtype=np.float64)
-    with new_figure(figsize=(6.4, 3.9)) as (figure, axis):
-        _draw_quality(axis, bands_of(summary["overall"]["bands"]))
+    with style.new_figure(figsize=(6.4, 3.9)) as (figure, axis):
+        _draw_quality(axis, style.bands_of(summary["overall"]["bands"]))
         right = axis.twinx()
         right.spines["right"].set_visible(True)
-        line = {"color": GREY, "linestyle": CYCLE[4].linestyle, "linewidth": 1.2}
+        line = {"color": style.GREY, "linestyle": style.CYCLE[4].linestyle, "linewidth": 1.2}
         right.plot(np.arange(len(flops)), flops, **line)
         axis.plot([], [], label="decoder FLOPs of a prefill (right axis)", **line)
         right.yaxis.set_major_formatter(EngFormatter())
@@ -69,46 +51,46 @@ def draw_exit_curves(summary: Summary) -> Figure:
         right.set_ylabel("FLOPs")
         axis.set_zorder(right.get_zorder() + 1)
         axis.patch.set_visible(False)
-        layer_axis(axis, len(flops), EXIT_LAYER)
+        style.layer_axis(axis, len(flops), EXIT_LAYER)
         axis.set_ylabel("share of questions")
         exit_layer = summary["findings"]["contribution_stops"]["exit_layer"]
         if exit_layer is not None:
             label = f"visual tokens no longer contribute from k = {exit_layer} on"
-            axis.axvline(exit_layer, color="black", linewidth=1, linestyle=DASHED, label=label)
-        axis.set_title(title_of(summary))
-        add_legend(figure, axis, sample_note(summary["overall"]), columns=2)
+            axis.axvline(exit_layer, color="black", linewidth=1, linestyle=style.DASHED, label=label)
+        axis.set_title(style.title_of(summary))
+        style.add_legend(figure, axis, style.sample_note(summary["overall"]), columns=2)
         return figure
 
 
-def draw_exit_curves_by_kind(summary: Summary) -> Figure:
+def draw_exit_curves_by_kind(summary: style.Summary) -> Figure:
     """Fig. 3 for every question kind: accuracy and agreement against the exit layer."""
     groups = summary["kinds"]
     counts = {kind: group["num_samples"] for kind, group in groups.items()}
     sizes = (min(len(groups), 5), (2.1, 2.0), 0.7, summary["num_layers"] + 1)
-    with kind_panels(counts, *sizes, "exit layer k") as (figure, panels):
+    with style.kind_panels(counts, *sizes, "exit layer k") as (figure, panels):
         for kind, axis in panels.items():
-            _draw_quality(axis, bands_of(groups[kind]["bands"]))
+            _draw_quality(axis, style.bands_of(groups[kind]["bands"]))
         figure.supylabel("share of questions", fontsize=9)
-        figure.suptitle(f"{title_of(summary)}, by question kind")
-        add_legend(figure, axis, sample_note(summary["overall"]), 2)
+        figure.suptitle(f"{style.title_of(summary)}, by question kind")
+        style.add_legend(figure, axis, style.sample_note(summary["overall"]), 2)
         return figure
 
 
-def draw_kl(summary: Summary) -> Figure:
+def draw_kl(summary: style.Summary) -> Figure:
     """KL divergence of every exit from the full model, with the thresholds and their K* (VTW)."""
-    bands, thresholds = bands_of(summary["overall"]["bands"]), summary["k_star_details"]
-    with new_figure(figsize=(6.4, 4.2)) as (figure, axis):
+    bands, thresholds = style.bands_of(summary["overall"]["bands"]), summary["k_star_details"]
+    with style.new_figure(figsize=(6.4, 4.2)) as (figure, axis):
         labels = {"kl": "KL(exit ‖ full), the criterion", "kl_reverse": "KL(full ‖ exit)"}
-        for series, (name, label) in zip(CYCLE, labels.items(), strict=False):
+        for series, (name, label) in zip(style.CYCLE, labels.items(), strict=False):
             band = bands[name]
             shown = Band(*(np.maximum(part[:-1], KL_FLOOR) for part in (band.mean, band.low, band.high)))
-            draw_band(axis, np.arange(len(shown.mean)), shown, series.named(label))
-        plain_logarithm(axis)
+            style.draw_band(axis, np.arange(len(shown.mean)), shown, series.named(label))
+        style.plain_logarithm(axis)
         num_exits = len(bands["kl"].mean)
-        layer_axis(axis, num_exits, EXIT_LAYER)
+        style.layer_axis(axis, num_exits, EXIT_LAYER)
         for each in thresholds:
             eta, layer = each["eta"], each["layer"]
-            axis.axhline(eta, color=GREY, linewidth=0.8, linestyle=DASHED, zorder=0)
+            axis.axhline(eta, color=style.GREY, linewidth=0.8, linestyle=style.DASHED, zorder=0)
             found = f"η = {eta:g}: {'no exit' if layer is None else f'K* = {layer}'}"
             where = ("axes fraction", "data")
             axis.annotate(found, (1.01, eta), xycoords=where, va="center", fontsize=8, annotation_clip=False)
@@ -118,24 +100,24 @@ def draw_kl(summary: Summary) -> Figure:
         lowest = np.maximum(np.fmin(bands["kl"].low, bands["kl"].mean)[:-1], KL_FLOOR).min()
         axis.set_ylim(bottom=min([each["eta"] for each in thresholds if each["eta"] > 0] + [lowest]) / 2)
         axis.set_ylabel("KL divergence of the next token (nats)")
-        axis.set_title(f"{title_of(summary)}\n(exit L, the full model, has divergence 0)")
-        add_legend(figure, axis, sample_note(summary["overall"]), columns=2)
+        axis.set_title(f"{style.title_of(summary)}\n(exit L, the full model, has divergence 0)")
+        style.add_legend(figure, axis, style.sample_note(summary["overall"]), columns=2)
         return figure
 
 
-def draw_text_entropy(summary: Summary) -> Figure:
+def draw_text_entropy(summary: style.Summary) -> Figure:
     """Fig. 4: entropy of the text's self-attention under some exits, and its change under all of them."""
     entropy = summary["entropy"]["text_entropy"]
     matrix, difference = (np.array(entropy[name]["mean"], dtype=np.float64) for name in ("matrix", "difference"))
     num_layers = matrix.shape[1]
     layers = np.arange(num_layers)
-    with new_figure(1, 2, figsize=(9.6, 3.9), width_ratios=[1.1, 1]) as (figure, (left, right)):
+    with style.new_figure(1, 2, figsize=(9.6, 3.9), width_ratios=[1.1, 1]) as (figure, (left, right)):
         shown = np.unique(np.linspace(0, num_layers, min(6, num_layers + 1)).round().astype(int))[:-1]
-        for k, series in zip(shown, CYCLE[1:], strict=False):
+        for k, series in zip(shown, style.CYCLE[1:], strict=False):
             line = series.named(f"exit at k = {k}")
-            draw_line(left, layers[k:], matrix[k, k:], line, max(1, num_layers // 12))
-        left.plot(layers, matrix[-1], color=CYCLE[0].color, linewidth=2.2, label="full model", zorder=1)
-        layer_axis(left, num_layers)
+            style.draw_line(left, layers[k:], matrix[k, k:], line, max(1, num_layers // 12))
+        left.plot(layers, matrix[-1], color=style.CYCLE[0].color, linewidth=2.2, label="full model", zorder=1)
+        style.layer_axis(left, num_layers)
         left.set_ylabel("entropy of text self-attention (nats)")
         left.set_title("under some exits")
         limit = max(float(np.nanmax(np.abs(difference[:-1]))), 1e-6)
@@ -154,28 +136,30 @@ def draw_text_entropy(summary: Summary) -> Figure:
         right.patch.set(facecolor="white", hatch="////", edgecolor="#bbbbbb")
         right.set(xlabel="decoder layer", ylabel="exit layer k")
         right.set_title("change under every exit (hatched: before it)")
-        figure.suptitle(title_of(summary))
-        add_legend(figure, left, _means_note(summary["overall"]), columns=6)
+        figure.suptitle(style.title_of(summary))
+        style.add_legend(figure, left, _means_note(summary["overall"]), columns=6)
         return figure
 
 
-def draw_entropy_change(summary: Summary) -> Figure:
+def draw_entropy_change(summary: style.Summary) -> Figure:
     """Direction and size of the entropy's change under every exit beside another image's, and its link to answers."""
-    bands = bands_of(summary["entropy_change"])
+    bands = style.bands_of(summary["entropy_change"])
     exits = np.arange(len(bands["signed"].mean))
-    with new_figure(1, 2, figsize=(9.6, 3.9)) as (figure, (left, right)):
+    with style.new_figure(1, 2, figsize=(9.6, 3.9)) as (figure, (left, right)):
         floor = bands["floor"]
-        left.fill_between(exits, -floor.mean, floor.mean, color=GREY, alpha=0.25, linewidth=0, label="another image")
-        draw_band(left, exits, bands["signed"], CYCLE[0].named("exit at k"))
+        left.fill_between(
+            exits, -floor.mean, floor.mean, color=style.GREY, alpha=0.25, linewidth=0, label="another image"
+        )
+        style.draw_band(left, exits, bands["signed"], style.CYCLE[0].named("exit at k"))
         left.set_ylabel("change of text entropy\nin the layers after k (nats)")
-        draw_band(right, exits, bands["answers"], CYCLE[1].named("Spearman's correlation"))
+        style.draw_band(right, exits, bands["answers"], style.CYCLE[1].named("Spearman's correlation"))
         right.set_ylim(-1.05, 1.05)
         right.set_ylabel("rank correlation: change of\nentropy and changed answer")
         for axis in (left, right):
-            axis.axhline(0, color=GREY, linewidth=0.8, zorder=0)
-            layer_axis(axis, len(exits), "exit layer k")
-        figure.suptitle(f"What exits do to the text's entropy: {title_of(summary)}")
-        add_legend(figure, left, sample_note(summary["overall"]))
+            axis.axhline(0, color=style.GREY, linewidth=0.8, zorder=0)
+            style.layer_axis(axis, len(exits), "exit layer k")
+        figure.suptitle(f"What exits do to the text's entropy: {style.title_of(summary)}")
+        style.add_legend(figure, left, style.sample_note(summary["overall"]))
         return figure
 
 
@@ -183,21 +167,21 @@ ExitLayers = tuple[npt.NDArray[np.int64], Band]
 """Number of questions at each exit layer, `[L + 1]`, and the mean exit layer as a band without axes."""
 
 
-def draw_exit_depths(summary: Summary) -> Figure:
+def draw_exit_depths(summary: style.Summary) -> Figure:
     """How deep the image is needed by the paper's label, by question kind."""
     depths = {name: each["exit_depth"] for name, each in {**summary["kinds"], "all": summary["overall"]}.items()}
     groups = {name: (np.array(each["counts"]), Band.from_dict(each)) for name, each in depths.items()}
     label = "exit depth: first exit layer from which\nanswer and cross-entropy stay"
-    return draw_exit_layer_map(groups, label, title_of(summary), _means_note(summary["overall"]))
+    return draw_exit_layer_map(groups, label, style.title_of(summary), _means_note(summary["overall"]))
 
 
-def draw_policy_exit_layers(summary: Summary) -> Figure:
+def draw_policy_exit_layers(summary: style.Summary) -> Figure:
     """Where the questions of every kind left under a policy (summary of `dyvte.evaluate`)."""
     groups = {
         name: (np.array(each["exit_layers"]), Band(*np.array([each["mean_exit_layer"], np.nan, np.nan])))
         for name, each in {**summary["kinds"], "all": summary}.items()
     }
-    title, note = f"{summary['policy']}: {title_of(summary)}", f"n = {summary['num_questions']:,} questions"
+    title, note = f"{summary['policy']}: {style.title_of(summary)}", f"n = {summary['num_questions']:,} questions"
     return draw_exit_layer_map(groups, "exit layer k that the policy chose", title, note)
 
 
@@ -212,9 +196,9 @@ def draw_exit_layer_map(groups: Mapping[str, ExitLayers], xlabel: str, title: st
     names = [*names, "all"] if len(names) != 1 else ["all"]
     shares = np.stack([groups[name][0] / groups[name][0].sum() for name in names])
     rows = np.arange(len(names)) + 0.5
-    labels = [wrapped(f"{name.replace('_', ' ')} ({groups[name][0].sum():,})", 28) for name in names]
+    labels = [style.wrapped(f"{name.replace('_', ' ')} ({groups[name][0].sum():,})", 28) for name in names]
     lines = [line for label in labels for line in label.split("\n")]
-    with new_figure(figsize=(5.4 + 0.07 * max(map(len, lines)), 0.34 * len(lines) + 2.1)) as (figure, axis):
+    with style.new_figure(figsize=(5.4 + 0.07 * max(map(len, lines)), 0.34 * len(lines) + 2.1)) as (figure, axis):
         sns.heatmap(
             shares,
             ax=axis,
@@ -242,22 +226,22 @@ def draw_exit_layer_map(groups: Mapping[str, ExitLayers], xlabel: str, title: st
         ticks = np.arange(0, shares.shape[1], max(1, math.ceil(shares.shape[1] / 16)))
         axis.set_xticks(ticks + 0.5, ticks.astype(str), rotation=0)
         axis.set_xlabel(xlabel)
-        figure.suptitle(wrapped(title, 70))
-        add_legend(figure, axis, footnote)
+        figure.suptitle(style.wrapped(title, 70))
+        style.add_legend(figure, axis, footnote)
         return figure
 
 
-def draw_token_depths(summary: Summary) -> Figure:
+def draw_token_depths(summary: style.Summary) -> Figure:
     """How long each token of an answer and of a caption needs the image: first exit from which it is predicted."""
     labels = {"questions": "answers to questions", "captions": "captions"}
-    with new_figure(figsize=(6.4, 3.6)) as (figure, axis):
-        for series, (part, label) in zip(CYCLE, labels.items(), strict=False):
+    with style.new_figure(figsize=(6.4, 3.6)) as (figure, axis):
+        for series, (part, label) in zip(style.CYCLE, labels.items(), strict=False):
             values: Mapping[str, Any] = summary["tokens"][part]
             text = f"{label} ({values['num_answers'][0]:,} answers)"
-            draw_band(axis, values["token"], Band.from_dict(values), series.named(text))
+            style.draw_band(axis, values["token"], Band.from_dict(values), series.named(text))
         axis.set_ylim(0, summary["num_layers"])
         axis.set_xlabel("index of the answer token (teacher-forced on the full model's answer)")
         axis.set_ylabel("exit layer from which\nthe token is predicted")
-        axis.set_title(title_of(summary))
-        add_legend(figure, axis, BANDS_NOTE)
+        axis.set_title(style.title_of(summary))
+        style.add_legend(figure, axis, style.BANDS_NOTE)
         return figure

@@ -23,18 +23,7 @@ from dyvte.data import Dataset
 from dyvte.errors import DataError, RunFolderError
 from dyvte.runs.figures import accuracy_against_flops
 
-from .style import (
-    CYCLE,
-    GREY,
-    add_legend,
-    draw_line,
-    figure_style,
-    layer_axis,
-    new_figure,
-    share_axis,
-    title_of,
-    wrapped,
-)
+from . import style
 
 INK, PALE = "#1f3a5f", "#dfe3e8"
 GATE_CURVES = {
@@ -52,14 +41,14 @@ def draw_gate_curves(layers: pd.DataFrame, title: str) -> Figure:
         layers: table `layers` of `dyvte.train` (see :func:`dyvte.gates.metrics.layer_report`).
         title: model and data.
     """
-    with new_figure(figsize=(6.4, 3.8)) as (figure, axis):
-        for (column, label), series in zip(GATE_CURVES.items(), CYCLE, strict=False):
-            draw_line(axis, layers["exit_layer"], layers[column], series.named(label))
-        layer_axis(axis, int(layers["exit_layer"].max()) + 2, "exit layer k that a gate decides on")
-        share_axis(axis, -0.03)
+    with style.new_figure(figsize=(6.4, 3.8)) as (figure, axis):
+        for (column, label), series in zip(GATE_CURVES.items(), style.CYCLE, strict=False):
+            style.draw_line(axis, layers["exit_layer"], layers[column], series.named(label))
+        style.layer_axis(axis, int(layers["exit_layer"].max()) + 2, "exit layer k that a gate decides on")
+        style.share_axis(axis, -0.03)
         axis.set_ylabel("share of held-out questions")
-        axis.set_title(wrapped(title, 70))
-        add_legend(figure, axis, "each gate on its own, on the held-out questions", columns=2)
+        axis.set_title(style.wrapped(title, 70))
+        style.add_legend(figure, axis, "each gate on its own, on the held-out questions", columns=2)
         return figure
 
 
@@ -81,8 +70,8 @@ def draw_policies_against_fixed_exits(folder: str | Path) -> Figure:
     shown = comparison[~comparison["policy"].str.contains(": ", regex=False)]
     summary = json.loads(finished[0].read_text())
     fixed = pd.read_parquet(finished[0].parent / "fixed_exits.parquet")
-    note = f"{title_of(summary)}; n = {summary['num_questions']:,}; intervals 95%, clustered by image"
-    with figure_style():
+    note = f"{style.title_of(summary)}; n = {summary['num_questions']:,}; intervals 95%, clustered by image"
+    with style.figure_style():
         return accuracy_against_flops(fixed, shown, summary["oracle"], note)
 
 
@@ -104,7 +93,6 @@ def first_exit_examples(samples: pd.DataFrame, dataset: Dataset, images: int, qu
 
     Args:
         samples: table `samples` of `dyvte.evaluate`.
-        dataset: what it was run on.
         images, questions: how many, at most.
 
     Raises:
@@ -135,7 +123,7 @@ def draw_exit_examples(examples: Sequence[ExitExample], num_layers: int, title: 
     rows = -(-len(examples) // columns)
     most = max(len(example.questions) for example in examples)
     settings = {"width_ratios": [1, 2.1] * columns, "squeeze": False}
-    with new_figure(rows, 2 * columns, figsize=(5.6 * columns, 1.95 * rows + 0.8), **settings) as (figure, axes):
+    with style.new_figure(rows, 2 * columns, figsize=(5.6 * columns, 1.95 * rows + 0.8), **settings) as (figure, axes):
         for axis in axes.flat:
             axis.set_axis_off()
         for index, example in enumerate(examples):
@@ -146,10 +134,10 @@ def draw_exit_examples(examples: Sequence[ExitExample], num_layers: int, title: 
             _draw_questions(right, example.questions, num_layers, last=index + columns >= len(examples))
         handles = [
             Patch(facecolor=INK, label="layers that see the image"),
-            Patch(facecolor=PALE, edgecolor=GREY, hatch="////", label="layers that run on the text alone"),
+            Patch(facecolor=PALE, edgecolor=style.GREY, hatch="////", label="layers that run on the text alone"),
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=2)
-        figure.suptitle(wrapped(title, 60 * columns))
+        figure.suptitle(style.wrapped(title, 60 * columns))
         return figure
 
 
@@ -164,7 +152,7 @@ def _draw_questions(axis: Axes, questions: pd.DataFrame, num_layers: int, last: 
     for place, (_, row) in enumerate(questions.iterrows()):
         layer, rest = int(row["exit_layer"]), num_layers - int(row["exit_layer"])
         axis.barh(place, layer, height=0.24, color=INK)
-        axis.barh(place, rest, left=layer, height=0.24, color=PALE, edgecolor=GREY, hatch="////", linewidth=0)
+        axis.barh(place, rest, left=layer, height=0.24, color=PALE, edgecolor=style.GREY, hatch="////", linewidth=0)
         axis.text(0, place - 0.24, _words(row), fontsize=8, va="bottom", ha="left", linespacing=1.05)
         axis.text(num_layers * 1.015, place, f"k = {layer}", fontsize=8, va="center", ha="left", clip_on=False)
 

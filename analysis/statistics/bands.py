@@ -123,8 +123,6 @@ def cluster_bootstrap(values: npt.ArrayLike, clusters: Clusters, n_boot: int = 1
     Args:
         values: `[n, ...]`, one row a sample; NaN entries are left out of the mean they belong to.
         clusters: length n, the cluster (image) of each sample.
-        n_boot: number of replicates B.
-        seed: seed of the generator.
 
     Returns:
         `[B, ...]`; NaN where a replicate holds no finite value.

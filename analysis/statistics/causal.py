@@ -46,8 +46,6 @@ def effect_band(
     Args:
         values: effects of each sample.
         images: length n.
-        n_boot: draws.
-        seed: of the draws.
         limits: the least and the largest value that a sample can have, if there are such. The band stays between them,
             and has a width where all samples agree: as Wilson's interval, Bonferroni over the entries, where the mean
             is at a limit or no sample shows an effect.

@@ -96,7 +96,6 @@ def entropy_change(
         agree: `[n, L + 1]` whether an exit keeps the answer.
         clusters: length n, the image of each question.
         n_boot: draws of images.
-        seed: of the draws.
 
     Returns:
         Bands `[L - 1]`: `signed`, the mean change in nats; `floor`, the mean distance that another image brings, in

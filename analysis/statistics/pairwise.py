@@ -93,8 +93,6 @@ def standings(
         contests: each of two methods or more, every one with a question that counts.
         images: [n] image of each question.
         n_boot: draws of the bootstrap.
-        seed: of the draws.
-        level: probability.
     """
     means, errors, largest = [], [], np.zeros(n_boot)
     for contest in contests:

@@ -176,7 +176,6 @@ def stage_verdict(
         min_bic_gain: smallest difference in BIC that counts.
         level: of each one-sided limit.
         n_boot: draws of images.
-        seed: of the draws.
 
     Raises:
         ValueError: the arrays do not have one shape `[n, L]`.

@@ -23,7 +23,6 @@ def compare_looking_and_writing(
         writing: `[n, L]` the image's share of what attention writes into the question.
         images: length n.
         n_boot: draws of images.
-        seed: of the draws.
 
     Returns:
         `rank_correlation` over layers (Spearman's, of the mean curves) as mean, low, high; `peak_looking` and

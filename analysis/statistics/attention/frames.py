@@ -17,7 +17,6 @@ def summarise_frames(table: pd.DataFrame, level: float, n_boot: int, seed: int) 
         table: a row per sample, layer and frame: `id`, `image_id`, `frames` (how many its video has), `share`.
         level: of the bands.
         n_boot: draws of the bootstrap over videos.
-        seed: of the draws.
 
     Returns:
         `frames` F, `num_samples` and `num_videos` that are counted, `left_out` samples of videos of another length,

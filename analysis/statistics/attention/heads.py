@@ -34,7 +34,6 @@ def summarise_heads(
         images: length n.
         split: (b1, b2) that cuts the layers into three stages; None for none.
         n_boot: draws of images.
-        seed: of the draws.
 
     Returns:
         `mass`, `enrichment`: `[L][H]`. `looking`: by layer, the share of heads that look at the image more than even

@@ -67,7 +67,6 @@ def within_group_auc(
         labels: [n, G].
         groups: length n; pairs are within a group.
         clusters: length n, the image of each question.
-        level: confidence.
 
     Returns:
         The estimate and the number of pairs; NaN without a pair.
@@ -116,7 +115,6 @@ def dose_response(values: Array, clusters: Clusters, level: float = 0.95) -> dic
     Args:
         values: [n, J] of every question at dose j = 0..J-1.
         clusters: length n.
-        level: confidence.
     """
     steps = np.diff(values, axis=1)
     simultaneous = 1 - (1 - level) / steps.shape[1]
@@ -201,8 +199,6 @@ def compare_with_constants(
         constants: [P, n] of `constant_frontier`; exit L of every question is added.
         clusters: length n.
         bootstrap: draws; hull and agreement are drawn, the constants stay.
-        seed: of the draws.
-        level: confidence.
     """
     everyone = np.arange(len(agree))
     last = np.full((1, len(agree)), agree.shape[1] - 1)

@@ -39,9 +39,6 @@ def cost_differences(
         base: the recipe that the others are compared with.
         images: length n.
         wanted: agreements that costs are averaged over.
-        n_boot: replicates.
-        seed: of the draws.
-        level: confidence.
 
     Returns:
         Recipe -> band, without the base.
