@@ -153,7 +153,7 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, An
             "k_star": {f"{each.eta:g}": each.layer for each in kl_exits},
             "k_star_details": [asdict(each) for each in kl_exits],
             "kl_start": cfg.kl_start,
-            "findings": {name: finding.to_dict() for name, finding in findings.items()},
+            "findings": {name: asdict(finding) for name, finding in findings.items()},
             "overall": summaries.pop("all"),
             "needs_image": summaries.pop("needs_image", None),
             "needs_image_by": said_by,

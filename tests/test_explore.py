@@ -26,7 +26,6 @@ from analysis.explore import markup
 from analysis.explore.__main__ import main
 from analysis.explore.altered import (
     REGION,
-    WindowCut,
     _decode,
     answer_from_argmax,
     cut_answer,
@@ -169,7 +168,8 @@ def test_a_cut_region_is_a_cut_of_its_keys(shapes: MLLM, reading: Reading) -> No
             shapes,
             reading.batch,
             reading.answer_ids,
-            WindowCut("instruction", keys, window),
+            ("instruction", keys),
+            window,
             patches,
             reading.end_ids,
             8,

@@ -84,21 +84,6 @@ def write_out_exit(mllm: MLLM, batch: Batch, exit_layer: int, max_new_tokens: in
 
 
 @dataclass(frozen=True)
-class WindowCut:
-    """A path and the layers in which it is cut.
-
-    Attributes:
-        queries: one of `QUERY_GROUPS`.
-        keys: one of `KEY_GROUPS`.
-        window: [s, e): cut in layers s..e-1.
-    """
-
-    queries: str
-    keys: str
-    window: tuple[int, int]
-
-
-@dataclass(frozen=True)
 class CutAnswer:
     """The answer with a path cut.
 
@@ -118,7 +103,8 @@ def cut_answer(
     mllm: MLLM,
     batch: Batch,
     answer_ids: Tensor,
-    cut: WindowCut,
+    path: tuple[str, str],
+    window: tuple[int, int],
     patches: Sequence[int],
     end_ids: Sequence[int],
     max_new_tokens: int,
@@ -130,16 +116,17 @@ def cut_answer(
 
     Args:
         answer_ids: [1, A] the full model's greedy answer.
-        cut: path and window.
+        path: one of `QUERY_GROUPS`, one of `KEY_GROUPS`.
+        window: [s, e): cut in layers s..e-1.
         patches: numbers of the visual tokens in the region; of use where the path's keys are the region.
 
     Raises:
         ConfigError: an unknown group, a window that does not fit, or an empty region.
     """
-    regions = {REGION: region_mask(batch, patches)} if cut.keys == REGION else None
+    regions = {REGION: region_mask(batch, patches)} if path[1] == REGION else None
 
     def read(ids: Tensor) -> tuple[list[int], list[int], float, float]:
-        found = knockout(mllm, batch, ids, [(cut.queries, cut.keys)], [cut.window], key_sets=regions, keep_logits=False)
+        found = knockout(mllm, batch, ids, [path], [window], key_sets=regions, keep_logits=False)
         return (
             found.token_argmax[0, 0, 0].tolist(),
             found.full_token_argmax[0].tolist(),

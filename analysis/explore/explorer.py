@@ -21,7 +21,6 @@ from .altered import (
     QUERY_GROUPS,
     REGION,
     AlteredAnswer,
-    WindowCut,
     cut_answer,
     exit_answer,
     known_methods,
@@ -192,11 +191,10 @@ class Explorer:
             if state.region is None:
                 raise ConfigError("no region: drag over some patches of the image first")
             patches = reading.grid.patches_in(state.region)
-        cut = WindowCut(state.queries, state.keys, (start, stop))
+        path, window = (state.queries, state.keys), (start, stop)
+        asked = (self.mllm, reading.batch, reading.answer_ids, path, window, patches)
         with self._running:
-            found = cut_answer(
-                self.mllm, reading.batch, reading.answer_ids, cut, patches, reading.end_ids, self.max_new_tokens
-            )
+            found = cut_answer(*asked, reading.end_ids, self.max_new_tokens)
         keys = f"{len(patches)} patches" if state.keys == REGION else state.keys
         what = f"{state.queries} \N{RIGHTWARDS ARROW} {keys} cut in {layers_text(start, stop - 1)}"
         return cut_panel(found, self.words(found.answer.ids, reading.end_ids), what)

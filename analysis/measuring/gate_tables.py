@@ -163,14 +163,14 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, asked: LabelSet) -> d
             "cost": asked.cost[:, -1].double().numpy(),
         }
     )
+    known = dict(about[["gates", "status"]].itertuples(index=False))
     table, by_kind = [], []
-    for name, status in [("full model", ""), *about[["gates", "status"]].itertuples(index=False)]:
-        own = full if name == "full model" else exits[exits["gates"] == name].reset_index(drop=True)
+    for name, own in {"full model": full, **dict(list(exits.groupby("gates", sort=False)))}.items():
         band = rate_band(own["correct"], images)
         table.append(
             {
                 "gates": name,
-                "status": status,
+                "status": known.get(name, ""),
                 "questions": len(images),
                 "accuracy": float(band.mean),
                 "accuracy_low": float(band.low),
@@ -180,11 +180,9 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, asked: LabelSet) -> d
                 "cost": float(own["cost"].mean()),
             }
         )
-        for kind in sorted(set(kinds)):
-            of_kind = own[kinds == kind]
-            shown = {"accuracy": of_kind["correct"], "agreement": of_kind["agree"], "exit_layer": of_kind["exit_layer"]}
-            means = {key: float(each.mean()) for key, each in shown.items()}
-            by_kind.append({"gates": name, "kind": kind, "questions": len(of_kind), **means})
+        of_kinds = own.rename(columns={"correct": "accuracy", "agree": "agreement"}).groupby(kinds)
+        for kind, rows in of_kinds[["accuracy", "agreement", "exit_layer"]]:
+            by_kind.append({"gates": name, "kind": str(kind), "questions": len(rows), **rows.mean().to_dict()})
     folder.write_table("comparison", pd.DataFrame(table))
     folder.write_table("kinds", pd.DataFrame(by_kind))
     note = f"{len(images)} questions about {len(set(images))} images; intervals 95%, clustered by image"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -147,7 +147,7 @@ class QuestionGroup:
             },
             "text_entropy": cluster_mean(entropy),
             "text_entropy_difference": cluster_mean(entropy - entropy[:, -1:]),
-            "stops": self.stops.to_dict(),
+            "stops": asdict(self.stops),
         }
 
 

@@ -180,10 +180,6 @@ class ExitFinding:
     estimates: dict[str, Any] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The finding as plain data."""
-        return asdict(self)
-
 
 def unchanged_from(logit_change: npt.ArrayLike) -> int:
     """First k from which no exit changes any sample's logits by more than rounding: `[n, L + 1] -> 0..L`.

@@ -230,12 +230,13 @@ def stage_verdict(
     fall, rise, _ = stage_contrasts(log_endpoint(cross), stage_splits(num_layers)[[best]])
     at_best = bool((band.low[best] > min_effect).all())
     three = shape == FOUND and at_best
+    peak = all(part is not None and part[1] > min_effect for part in (contrasts.visual_in, contrasts.visual_out))
     return StageVerdict(
         verdict="three_stage" if three else "other" if NOT_FOUND in (valley, shape) else UNDETERMINED,
         reasons=_reasons(valley, shape, at_best, rival, gain),
         boundaries=contrasts.split if three else None,
         boundaries_ci=_boundary_intervals(curve, replicates, best, seed) if three else None,
-        claims={"valley": valley, "shape": shape, "visual_peak": visual_claim(contrasts, min_effect)},
+        claims={"valley": valley, "shape": shape, "visual_peak": FOUND if peak else NOT_TESTED},
         contrasts=contrasts,
         registered=at_registered,
         prevalence=float(((fall > min_effect) & (rise > min_effect)).mean()),
@@ -245,12 +246,6 @@ def stage_verdict(
         weights=posterior_weights(bic),
         settings=settings,
     )
-
-
-def visual_claim(contrasts: SplitContrasts, min_effect: float = MIN_EFFECT) -> str:
-    """Whether visual -> visual attention peaks in the middle stage: found, or not tested by attention."""
-    parts = (contrasts.visual_in, contrasts.visual_out)
-    return FOUND if all(part is not None and part[1] > min_effect for part in parts) else NOT_TESTED
 
 
 def _mean_and_draws(values: Array, labels: Clusters, n_boot: int, seed: int) -> tuple[Array, Array]:
