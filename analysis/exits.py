@@ -109,16 +109,11 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, An
     for kind in sorted(set(kinds)):
         groups[f"kind={kind}"] = QuestionGroup.of(results.where(kinds == kind), cfg, level)
 
+    entropies = results.entropies["text_entropy"], results.swapped_entropy
     findings = {
         "contribution_stops": overall.stops,
         "early_exit_disturbs_text_entropy": exit_statistics.early_exit_disturbs(
-            results.entropies["text_entropy"],
-            results.swapped_entropy,
-            overall.stops.exit_layer,
-            results.images,
-            level=LEVEL,
-            n_boot=cfg.bootstrap,
-            seed=cfg.seed,
+            *entropies, overall.stops.exit_layer, results.images, level=LEVEL, n_boot=cfg.bootstrap, seed=cfg.seed
         ),
         "exit_depth_depends_on_kind": exit_statistics.depth_depends_on_kind(
             results.samples["exit_depth"],
@@ -160,14 +155,7 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, An
             "kinds": {name.removeprefix("kind="): group for name, group in summaries.items()},
             "entropy": entropy,
             "entropy_change": bands_to_dict(
-                entropy_change(
-                    results.entropies["text_entropy"],
-                    results.swapped_entropy,
-                    results.exits["agree"],
-                    results.images,
-                    cfg.bootstrap,
-                    cfg.seed,
-                )
+                entropy_change(*entropies, results.exits["agree"], results.images, cfg.bootstrap, cfg.seed)
             ),
             "tokens": token_summary(token_depths(of_tokens), cfg),
             "settings": {"level": LEVEL, "bootstrap": cfg.bootstrap, "permutations": cfg.permutations, **cfg.findings},

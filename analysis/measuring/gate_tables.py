@@ -163,8 +163,9 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, asked: LabelSet) -> d
             "cost": asked.cost[:, -1].double().numpy(),
         }
     )
-    known = dict(about[["gates", "status"]].itertuples(index=False))
-    table, by_kind = [], []
+    known = dict(zip(about["gates"], about["status"], strict=True))
+    table: list[dict[str, Any]] = []
+    by_kind: list[dict[str, Any]] = []
     for name, own in {"full model": full, **dict(list(exits.groupby("gates", sort=False)))}.items():
         band = rate_band(own["correct"], images)
         table.append(
@@ -182,7 +183,7 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, asked: LabelSet) -> d
         )
         of_kinds = own.rename(columns={"correct": "accuracy", "agree": "agreement"}).groupby(kinds)
         for kind, rows in of_kinds[["accuracy", "agreement", "exit_layer"]]:
-            by_kind.append({"gates": name, "kind": str(kind), "questions": len(rows), **rows.mean().to_dict()})
+            by_kind.append({"gates": name, "kind": str(kind), "questions": len(rows), **rows.mean()})
     folder.write_table("comparison", pd.DataFrame(table))
     folder.write_table("kinds", pd.DataFrame(by_kind))
     note = f"{len(images)} questions about {len(set(images))} images; intervals 95%, clustered by image"

@@ -133,6 +133,8 @@ def draw_knockouts_by_kind(summary: style.Summary) -> Figure:
         return figure
 
 
+MOST_NUMBERED = 14
+"""Layers, at most, of a map whose cells have their numbers written in them."""
 VERDICT_COLORS = {"confirmed": style.CYCLE[2].color, "refuted": style.CYCLE[1].color}
 """Of a stage; what is undetermined or not tested is grey."""
 
@@ -167,16 +169,9 @@ def _draw_evidence(axis: Axes, stages: Sequence[Mapping[str, Any]], margin: floa
     for number, stage in enumerate(stages, start=1):
         color = VERDICT_COLORS.get(stage["verdict"], style.GREY)
         heading = f"{number} {stage['stage']}: {verdict_word(stage['verdict'])}"
-        axis.text(
-            0.01,
-            place,
-            heading,
-            color=color,
-            fontweight="bold",
-            va="center",
-            transform=axis.get_yaxis_transform(),
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # the margins' lines do not cross the words
-        )
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # the margins' lines do not cross the words
+        look: dict[str, Any] = {"color": color, "fontweight": "bold", "va": "center", "bbox": box}
+        axis.text(0.01, place, heading, transform=axis.get_yaxis_transform(), **look)
         for name, (mean, low, high) in stage["numbers"].items():
             place += 1
             labels.append((place, name.replace("_", " ")))
@@ -199,18 +194,9 @@ def draw_entry_exit(summary: style.Summary) -> Figure:
     for (start, stop), value in zip(summary["entry_exit_windows"], agreement, strict=True):
         matrix[start, stop - 1] = value
     with style.new_figure(figsize=(6.2, 5.2)) as (figure, axis):
-        sns.heatmap(
-            matrix,
-            ax=axis,
-            cmap="cividis",
-            vmin=0,
-            vmax=100,
-            square=True,
-            annot=layers <= 14,
-            fmt=".0f",
-            annot_kws={"fontsize": 7},
-            cbar_kws={"label": "same answer as the full model (%)"},
-        )
+        numbers = {"annot": layers <= MOST_NUMBERED, "fmt": ".0f", "annot_kws": {"fontsize": 7}}
+        scale = {"vmin": 0, "vmax": 100, "cbar_kws": {"label": "same answer as the full model (%)"}}
+        sns.heatmap(matrix, ax=axis, cmap="cividis", square=True, **numbers, **scale)
         stair = np.arange(layers + 1)
         axis.step(stair, stair, where="post", color="#c65911", linewidth=1.8)
         step = max(1, math.ceil(layers / 12))

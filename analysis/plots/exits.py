@@ -211,17 +211,9 @@ def draw_exit_layer_map(groups: Mapping[str, ExitLayers], xlabel: str, title: st
         )
         mean, low, high = np.array([list(groups[name][1].to_dict().values()) for name in names]).T
         known = np.isfinite(low).any()
-        axis.errorbar(
-            mean + 0.5,
-            rows,
-            xerr=np.stack([mean - low, high - mean]) if known else None,
-            fmt="D",
-            color="#c65911",
-            markeredgecolor="white",
-            markersize=6,
-            capsize=3,
-            label="mean and its 95% interval" if known else "mean",
-        )
+        error, label = (np.stack([mean - low, high - mean]), "mean and its 95% interval") if known else (None, "mean")
+        look = {"fmt": "D", "color": style.CYCLE[1].color, "markeredgecolor": "white", "markersize": 6, "capsize": 3}
+        axis.errorbar(mean + 0.5, rows, xerr=error, label=label, **look)
         axis.set_yticks(rows, labels, rotation=0)
         ticks = np.arange(0, shares.shape[1], max(1, math.ceil(shares.shape[1] / 16)))
         axis.set_xticks(ticks + 0.5, ticks.astype(str), rotation=0)

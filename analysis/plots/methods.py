@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -17,12 +18,12 @@ from .style import CYCLE, DASHED
 
 PANELS = {"accuracy": "all questions", "accuracy_needs_image": "questions that need the image"}
 LEADING, BEHIND, ALONE = "not told apart from the most accurate", "told apart from it", "not compared"
+COLOR = CYCLE[0].color
 MARKERS: Mapping[str, Mapping[str, Any]] = {
-    LEADING: {"marker": "o", "markerfacecolor": "#1f3a5f"},
+    LEADING: {"marker": "o", "markerfacecolor": COLOR},
     BEHIND: {"marker": "o", "markerfacecolor": "white"},
     ALONE: {"marker": "x"},
 }
-COLOR = "#1f3a5f"
 
 
 def draw_methods_at_cost(
@@ -45,13 +46,13 @@ def draw_methods_at_cost(
     groups: dict[float | None, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["method"] != "none":
-            groups.setdefault(None if _is_nan(row["budget"]) else float(row["budget"]), []).append(row)
+            groups.setdefault(None if pd.isna(row["budget"]) else float(row["budget"]), []).append(row)
     lines = sum(len(group) + 1 for group in groups.values())
     drawing, axes = plt.subplots(1, 2, figsize=(8.4, 1.3 + 0.185 * lines), sharey=True, layout="constrained")
     place, ticks, names, headings = 0.0, [], [], []
     used = set()
     for budget, group in groups.items():
-        headings.append((place, _heading(budget)))
+        headings.append((place, f"method, cost {'as published' if budget is None else f'set to {budget:g}'}"))
         for row in group:
             place += 1
             ticks.append(place)
@@ -72,58 +73,24 @@ def draw_methods_at_cost(
         axis.spines["left"].set_visible(False)
     axes[0].set_yticks(ticks, names)
     for place, text in headings:
-        axes[0].annotate(
-            text,
-            (0, place),
-            xycoords=("axes fraction", "data"),
-            xytext=(-4, 0),
-            textcoords="offset points",
-            ha="right",
-            va="center",
-            weight="bold",
-        )
-    handles: list[Any] = [
-        Line2D([], [], color=COLOR, markeredgecolor=COLOR, linewidth=1, label=kind, **MARKERS[kind])
+        at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes[0].annotate(text, (0, place), (-4, 0), ha="right", va="center", weight="bold", **at)
+    handles: dict[str, Any] = {
+        kind: Line2D([], [], color=COLOR, markeredgecolor=COLOR, linewidth=1, **MARKERS[kind])
         for kind in MARKERS
         if kind in used
-    ]
+    }
     if full:
         line = Line2D([], [], color="#555555", linewidth=1, linestyle=DASHED)
-        band = Patch(color="#999999", alpha=0.2, linewidth=0)
-        handles.append((band, line))
-    names = [*(each.get_label() for each in handles[: len(handles) - bool(full)]), *(["full model"] if full else [])]
-    drawing.legend(
-        handles,
-        names,
-        loc="outside lower center",
-        ncols=4,
-        title=textwrap.fill(note, 130),
-        title_fontsize=8,
-    )
+        handles["full model"] = (Patch(color="#999999", alpha=0.2, linewidth=0), line)
+    where: dict[str, Any] = {"loc": "outside lower center", "ncols": 4, "title_fontsize": 8}
+    drawing.legend(list(handles.values()), list(handles), title=textwrap.fill(note, 130), **where)
     return drawing
-
-
-def _is_nan(value: float | None) -> bool:
-    return value is None or bool(np.isnan(value))
-
-
-def _heading(budget: float | None) -> str:
-    return "method, cost as published" if budget is None else f"method, cost set to {budget:g}"
 
 
 def _point(axis: Axes, place: float, row: Mapping[str, Any], panel: str, marker: Mapping[str, Any]) -> None:
     mean, low, high = (100 * row[f"{panel}{end}"] for end in ("", "_low", "_high"))
     if np.isfinite(mean):
         error = [[max(mean - low, 0)], [max(high - mean, 0)]]
-        axis.errorbar(
-            mean,
-            place,
-            xerr=error,
-            color=CYCLE[0].color,
-            markeredgecolor=COLOR,
-            markersize=5,
-            capsize=2,
-            elinewidth=0.9,
-            linestyle="none",
-            **marker,
-        )
+        lines: dict[str, Any] = {"color": COLOR, "elinewidth": 0.9, "capsize": 2, "linestyle": "none"}
+        axis.errorbar(mean, place, xerr=error, markeredgecolor=COLOR, markersize=5, **lines, **marker)

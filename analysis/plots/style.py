@@ -139,17 +139,8 @@ def sample_note(group: Summary) -> str:
 
 def draw_line(axis: Axes, x: npt.ArrayLike, y: npt.ArrayLike, series: Series, markevery: int = 1) -> None:
     """A line; its markers, on every `markevery`-th point, tell it apart in grey."""
-    axis.plot(
-        x,
-        y,
-        color=series.color,
-        linestyle=series.linestyle,
-        marker=series.marker,
-        markevery=markevery,
-        markeredgecolor="white",
-        markeredgewidth=0.5,
-        label=series.label,
-    )
+    look: dict[str, Any] = {"color": series.color, "linestyle": series.linestyle, "marker": series.marker}
+    axis.plot(x, y, label=series.label, markevery=markevery, markeredgecolor="white", markeredgewidth=0.5, **look)
 
 
 def draw_band(axis: Axes, x: npt.ArrayLike, band: Band, series: Series) -> None:
@@ -238,13 +229,6 @@ def add_legend(figure: Figure, axis: Axes, footnote: str, columns: int = 3) -> N
     widest = max((len(line) for label in labels for line in label.splitlines()), default=1)
     # characters of the small font, and the line of each entry
     fitting = int(12 * figure.get_figwidth()) // (widest + 8)
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=max(1, min(columns, fitting)),
-        handlelength=3,
-        columnspacing=1.2,
-        title=wrapped(footnote, int(15 * figure.get_figwidth()), lines=3),
-        title_fontsize=8,
-    )
+    title = wrapped(footnote, int(15 * figure.get_figwidth()), lines=3)
+    layout = {"loc": "outside lower center", "ncols": max(1, min(columns, fitting)), "handlelength": 3}
+    figure.legend(handles, labels, columnspacing=1.2, title=title, title_fontsize=8, **layout)

@@ -117,17 +117,9 @@ class QuestionGroup:
             for name, column in EXIT_MEASURES.items()
         }
         depth = mean_band(results.samples["exit_depth"], images, LEVEL, cfg.bootstrap, cfg.seed)
-        stops = contribution_stops(
-            results.exits["correct"],
-            results.exits["agree"],
-            results.exits["logit_change"],
-            images,
-            max_loss=cfg.findings.max_loss,
-            min_gain=cfg.findings.min_gain,
-            level=level,
-            n_boot=cfg.bootstrap,
-            seed=cfg.seed,
-        )
+        right, agree, change = (results.exits[name] for name in ("correct", "agree", "logit_change"))
+        settings = {name: cfg.findings[name] for name in ("max_loss", "min_gain")} | {"level": level}
+        stops = contribution_stops(right, agree, change, images, **settings, n_boot=cfg.bootstrap, seed=cfg.seed)
         return cls(results, curves, depth, stops)
 
     def summary(self) -> dict[str, Any]:
@@ -218,22 +210,15 @@ def token_summary(depths: pd.DataFrame, cfg: DictConfig, least: int = 10) -> dic
 
 def exit_curves_table(groups: Mapping[str, QuestionGroup]) -> pd.DataFrame:
     """Every curve of every group of questions, one row per exit layer."""
-    return pd.concat(
-        [
-            pd.DataFrame(
-                {
-                    "group": name,
-                    "num_samples": len(group.results.samples),
-                    "measure": measure,
-                    "exit_layer": np.arange(len(band.mean)),
-                    **band.to_dict(),
-                }
-            )
-            for name, group in groups.items()
-            for measure, band in group.curves.items()
-        ],
-        ignore_index=True,
-    )
+    tables = [
+        pd.DataFrame(
+            {"group": name, "num_samples": len(group.results.samples), "measure": measure}
+            | {"exit_layer": np.arange(len(band.mean)), **band.to_dict()}
+        )
+        for name, group in groups.items()
+        for measure, band in group.curves.items()
+    ]
+    return pd.concat(tables, ignore_index=True)
 
 
 def entropy_mean_table(summary: Mapping[str, Any]) -> pd.DataFrame:

@@ -143,17 +143,12 @@ def kl_exits(
     none, tail = len(mean), 100 * (1 - level) / 2  # "no exit" counts as later than all exits
     results = []
     for eta in etas:
-        found = [kl_exit_layer(row, eta, start) for row in replicates]
-        layers = np.array([none if layer is None else layer for layer in found])
+        drawn = [kl_exit_layer(row, eta, start) for row in replicates]
+        layers = np.array([none if layer is None else layer for layer in drawn])
         limits = np.percentile(layers, [tail, 100 - tail], method="nearest")
-        results.append(
-            KlExit(
-                eta=float(eta),
-                layer=kl_exit_layer(mean, eta, start),
-                interval=[None if limit == none else int(limit) for limit in limits],
-                stays=kl_stays_below(mean, eta, start),
-            )
-        )
+        interval = [None if limit == none else int(limit) for limit in limits]
+        found = KlExit(float(eta), kl_exit_layer(mean, eta, start), interval, kl_stays_below(mean, eta, start))
+        results.append(found)
     return results
 
 

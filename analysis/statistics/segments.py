@@ -71,8 +71,14 @@ def _bases(num_layers: int) -> dict[str, tuple[Array, int]]:
     def orthonormal(designs: list[list[Array]]) -> Array:
         return np.stack([np.linalg.qr(np.stack(columns, axis=1))[0] for columns in designs])
 
+    def level_from(at: int) -> Array:
+        return (np.arange(num_layers) >= at) * one
+
+    def slope_from(at: int) -> Array:
+        return np.maximum(layer - layer[at], 0)
+
     rates = np.geomspace(1.0, 4.0 * num_layers, RATES)  # from nearly linear to gone after a quarter of a layer
-    knots = list(combinations(range(1, num_layers - 1), 2))
+    knots = [pair for pair in combinations(range(1, num_layers - 1), 2) if pair[1] - pair[0] >= MIN_STAGE_LAYERS]
     steps = range(MIN_STAGE_LAYERS, num_layers - MIN_STAGE_LAYERS + 1)
     return {
         "constant": (orthonormal([[one]]), 1),
@@ -91,26 +97,12 @@ def _bases(num_layers: int) -> dict[str, tuple[Array, int]]:
             ),
             5,
         ),
-        "step": (orthonormal([[one, (np.arange(num_layers) >= at) * one] for at in steps]), 3),
+        "step": (orthonormal([[one, level_from(at)] for at in steps]), 3),
         "three_levels": (
-            orthonormal(
-                [
-                    [one, (np.arange(num_layers) >= first) * one, (np.arange(num_layers) >= second) * one]
-                    for first, second in stage_splits(num_layers)
-                ]
-            ),
+            orthonormal([[one, *map(level_from, split)] for split in stage_splits(num_layers)]),
             5,
         ),
-        "three_slopes": (
-            orthonormal(
-                [
-                    [one, layer, np.maximum(layer - layer[first], 0), np.maximum(layer - layer[second], 0)]
-                    for first, second in knots
-                    if second - first >= MIN_STAGE_LAYERS
-                ]
-            ),
-            6,
-        ),
+        "three_slopes": (orthonormal([[one, layer, *map(slope_from, pair)] for pair in knots]), 6),
     }
 
 
