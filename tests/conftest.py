@@ -42,6 +42,22 @@ def groups_stay_apart() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_waits_for_the_disk() -> Iterator[None]:
+    """Files are written in the same order, but a test does not wait until each would outlast a power failure."""
+    with mock.patch("os.fsync", return_value=None):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def figures_are_drawn_quickly() -> Iterator[None]:
+    """Also in what fixtures run; a test of the figures themselves has `quick_figures.printed`."""
+    from quick_figures import quick
+
+    with quick():
+        yield
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Name every test that skipped itself, with what it lacked: green means nothing for these."""
     reasons: Counter[str] = Counter()

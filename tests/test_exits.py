@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from intervals import intervals_of_zero_width
 from omegaconf import DictConfig
 from planted import planted
+from quick_figures import printed
 from scipy.special import entr
 from scipy.stats import spearmanr
 from torch import Tensor, nn
@@ -603,7 +604,8 @@ def test_the_command_writes_the_run_folder(tmp_path: Path, capsys: pytest.Captur
     mllm = random_model()
     mllm.model.save_pretrained(tmp_path / "model")
     mllm.processor.save_pretrained(tmp_path / "model")
-    exits.main(config(tmp_path / "run", f"model.path={tmp_path / 'model'}", "data.limit=16", "captions=10"))
+    with printed():
+        exits.main(config(tmp_path / "run", f"model.path={tmp_path / 'model'}", "data.limit=16", "captions=10"))
     assert "K* (first exit with KL at most eta)" in capsys.readouterr().out
     assert intervals_of_zero_width(tmp_path / "run") == []
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

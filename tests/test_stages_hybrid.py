@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from quick_figures import printed
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from analysis import stages
@@ -44,7 +45,8 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_processor(sizes.patch_size).save_pretrained(folder / "model")
     settings = ["data.limit=6", "data.kinds=[attribute,count]", "batch_size=3", "bootstrap=50", "maps.count=1"]
     chosen = ["model=hf", f"model.path={folder / 'model'}", f"output_dir={folder / 'run'}", *settings]
-    stages.main(compose("stages", [*chosen, "heads=true", "contributions=true"]))
+    with printed():
+        stages.main(compose("stages", [*chosen, "heads=true", "contributions=true"]))
     return folder / "run"
 
 

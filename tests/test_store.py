@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from omegaconf import OmegaConf
+from quick_figures import printed
 
 from dyvte.data.base import Dataset, Sample
 from dyvte.errors import BrokenSample, ConfigError, DataError, ModelError, RunFolderError, UnsupportedError
@@ -307,28 +308,30 @@ def test_a_shard_that_lost_a_file_is_made_again(tmp_path: Path, expected: dict[s
 
 
 # ---------------------------------------------------------------- many at once
-def work(path: Path, barrier: Any, results: Any) -> None:
-    try:
-        barrier.wait(30)
-        execute(path)
-        results.put("")
-    except BaseException as error:
-        results.put(repr(error))
+def work(paths: list[Path], barrier: Any, results: Any) -> None:
+    for path in paths:
+        try:
+            barrier.wait(30)
+            execute(path)
+            results.put("")
+        except BaseException as error:
+            results.put(f"round {path.name}: {error!r}")
 
 
 def test_many_processes_share_a_run_folder(tmp_path: Path, expected: dict[str, bytes]) -> None:
     """50 rounds of three processes that start one run at the same moment: none fails, the tables are the same."""
     context = multiprocessing.get_context("fork")
-    for each in range(50):
-        path, barrier, results = tmp_path / str(each), context.Barrier(3), context.Queue()
-        jobs = [context.Process(target=work, args=(path, barrier, results)) for _ in range(3)]
-        for job in jobs:
-            job.start()
-        failed = [error for error in (results.get(timeout=60) for _ in jobs) if error]
-        for job in jobs:
-            job.join()
-        assert not failed, f"round {each}: {failed}"
-        assert contents(path) == expected
+    paths = [tmp_path / str(each) for each in range(50)]
+    barrier, results = context.Barrier(3), context.Queue()
+    jobs = [context.Process(target=work, args=(paths, barrier, results)) for _ in range(3)]
+    for job in jobs:
+        job.start()
+    failed = [error for error in (results.get(timeout=60) for _ in jobs for _ in paths) if error]
+    for job in jobs:
+        job.join()
+    assert not failed
+    for path in paths:
+        assert contents(path) == expected, path.name
 
 
 def test_overwrite_waits_for_the_process_that_works_there(tmp_path: Path) -> None:
@@ -413,7 +416,8 @@ def test_figures_are_reproducible(tmp_path: Path) -> None:
     for _ in range(2):
         figure, axis = plt.subplots()
         axis.plot([0, 1], [1, 0])
-        png = folder.save_figure("line", figure)
+        with printed():
+            png = folder.save_figure("line", figure)
         assert not plt.fignum_exists(figure.number)
         written.append((png.read_bytes(), png.with_suffix(".pdf").read_bytes()))
     assert written[0] == written[1]
