@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from families import FAMILIES
+from forked import run_forked
 
 from dyvte import Gates
 from dyvte.data.huggingface import HuggingFaceDataset
@@ -96,8 +95,7 @@ def test_a_run_folder_that_cannot_be_written_is_one_line(tmp_path: Path, what: s
     else:
         parent.mkdir(mode=0o500)
         target = parent / "run"
-    command = [sys.executable, "-m", "analysis.stages", f"output_dir={target}", "data.limit=2", "device=cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    done = run_forked("analysis.stages", [f"output_dir={target}", "data.limit=2", "device=cpu"], tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]

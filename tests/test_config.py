@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import hydra
 import pytest
 import yaml
+from forked import run_forked
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from dyvte.errors import ConfigError, DyvteError
+from dyvte.errors import ConfigError, DyvteError, ModelError
 from dyvte.loading import load
 from dyvte.runs.config import HYDRA_VERSION, command, compose, config_folder, load_model, missing_settings
 
@@ -55,21 +53,34 @@ def test_every_command_composes(name: str):
     compose_and_resolve(name)
 
 
-@pytest.mark.parametrize("file", GROUP_FILES, ids=str)
-def test_every_file_of_every_group_composes_with_a_command(file: Path):
-    """In turn with each command that has a choice of the group: files of a group differ in values, not in keys."""
-    group, name = file.parent.as_posix(), file.name
+def files_for(name: str, group: str) -> list[str]:
+    """The files of a group that a command is composed with: in turn with the others that have a choice of it.
+
+    Files of a group differ in values, not in keys, so one command each will do; a command without a turn gets the last.
+    """
+    files = [each.name for each in GROUP_FILES if each.parent.as_posix() == group and not comes_with_a_model(each)]
     users = [each for each in COMMANDS if group in groups_of(each)]
-    assert users, f"no command has a choice of {group}"
-    turn = [each for each in GROUP_FILES if each.parent == file.parent].index(file)
-    compose_and_resolve(users[turn % len(users)], *overrides_for(group, name))
+    return files[users.index(name) :: len(users)] or files[-1:]
+
+
+def comes_with_a_model(file: Path) -> bool:
+    return file.parent.name == "data" and file.name in MODELS
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_composes_with_a_file_of_each_of_its_groups(name: str):
-    last_of = {each.parent.as_posix(): each.name for each in GROUP_FILES}
-    for group in groups_of(name) & set(last_of):
-        compose_and_resolve(name, *overrides_for(group, last_of[group]))
+def test_every_command_composes_with_files_of_its_groups(name: str):
+    """A file of each group at a time; with `test_every_file_has_its_turn`, every file with a command."""
+    chosen = {group: files_for(name, group) for group in groups_of(name) if (CONF / group).is_dir()}
+    for turn in range(max(map(len, chosen.values()), default=0)):
+        compose_and_resolve(name, *(f"{group}={files[turn % len(files)]}" for group, files in chosen.items()))
+
+
+def test_every_file_has_its_turn():
+    had = {(group, file) for name in COMMANDS for group in groups_of(name) for file in files_for(name, group)}
+    for file in filter(comes_with_a_model, GROUP_FILES):
+        compose_and_resolve("stages", *overrides_for("data", file.name))
+        had.add(("data", file.name))
+    assert had == {(each.parent.as_posix(), each.name) for each in GROUP_FILES}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -136,13 +147,8 @@ def test_a_model_without_a_path_is_refused():
 
 
 # ---------------------------------------------------------------- commands
-SCRIPT = """
-import sys
-from dyvte.runs.config import command
-from dyvte.errors import ModelError
-
 @command("stages")
-def main(cfg):
+def stand_in(cfg: DictConfig) -> None:
     if cfg.seed == 1:
         raise ModelError("no weights in FOLDER; give a local folder (model.path=FOLDER)")
     if cfg.seed == 2:
@@ -151,31 +157,17 @@ def main(cfg):
         raise ZeroDivisionError("a bug")
     print("seed", cfg.seed)
 
-main()
-"""
-
 
 @pytest.fixture
 def run(tmp_path: Path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    folder = tmp_path / "somewhere"
-    folder.mkdir()
-
-    def call(*overrides: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-        command = [sys.executable, str(script), *overrides]
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-
-    call.folder = folder  # type: ignore[attr-defined]
-    return call
+    return lambda *overrides: run_forked(stand_in, overrides, tmp_path)
 
 
-def test_a_command_prints_its_run_folder_and_leaves_nothing_else(run):
+def test_a_command_prints_its_run_folder_and_leaves_nothing_else(run, tmp_path: Path):
     done = run("seed=0")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "run folder: outputs/stages/llava_shapes/shapes\nseed 0\n"
-    assert not list(run.folder.iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 def test_our_errors_are_one_line_and_status_1(run):

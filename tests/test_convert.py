@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import IMAGE_SIZE
+from forked import run_forked
 from forks import TEXT, VOCABULARY, Fork, random_ids
 from PIL import Image
 from safetensors import safe_open
@@ -221,9 +222,7 @@ def test_peak_memory_is_under_one_shard_and_a_gibibyte(tmp_path: Path) -> None:
 
 def test_command_line(tmp_path: Path) -> None:
     source = fork(tmp_path / "source", image_aspect_ratio=None)
-    command = [sys.executable, "-m", "dyvte.convert", str(source.folder), str(tmp_path / "my target"), "dtype=float16"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = run_forked("dyvte.convert", [str(source.folder), str(tmp_path / "my target"), "dtype=float16"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "3 decoder layers, 16 visual tokens" in done.stdout
     assert sorted(each.name for each in tmp_path.iterdir()) == ["my target", "source"]
