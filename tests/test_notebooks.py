@@ -27,16 +27,25 @@ MACHINE = re.compile(r"/(home|root|tmp|work|usr|opt|Users|var)/|[A-Z]:\\\\")
 NUMBER = re.compile(r"\d+\.\d+|\d\s?%|\b\d{3,}\b")
 
 LESS_DATA = {
-    "data.limit=192": "data.limit=16",
-    "data.limit=144": "data.limit=12",
-    "data.limit=480": "data.limit=120",
-    "recipe.bound=0.1": "recipe.bound=0.5",
-    "LIMIT = 48": "LIMIT = 12",
-    "data.limit=36": "data.limit=12",
+    "data.limit=192": "data.limit=8",
+    "data.limit=144": "data.limit=8",
+    "data.limit=480": "data.limit=48",
+    "recipe.bound=0.1": "recipe.bound=0.9",
+    "LIMIT = 48": "LIMIT = 8",
+    "data.limit=36": "data.limit=8",
     "calibration.data.limit=32": "calibration.data.limit=8",
     "experiment.random_seeds=2": "experiment.random_seeds=1",
 }
 """What a notebook is run on here, so that it takes seconds; the outputs that are kept are of all its data."""
+
+QUICK_FIGURES = f"""
+import sys
+sys.path.append({str(Path(__file__).parent)!r})
+import quick_figures
+sys.path.pop()
+quick_figures.quick().__enter__()
+"""
+"""The kernel runs this first: what commands write is drawn quickly, what a notebook shows as it is."""
 
 by_name = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
@@ -154,6 +163,9 @@ def kernel() -> Iterator[AsyncKernelManager]:
 def test_it_runs_as_committed_on_less_data(file: Path, tmp_path: Path, kernel: AsyncKernelManager) -> None:
     small = any(old in text(cells(read(file), "code")[0]) for old in LESS_DATA)
     assert small or file.stem in OF_ONE_QUESTION, "this notebook runs on all its data"
+    startup = tmp_path / ".ipython" / "profile_default" / "startup"  # read when the first notebook starts the kernel
+    startup.mkdir(parents=True)
+    (startup / "quick_figures.py").write_text(QUICK_FIGURES)
     notebook = execute(file, tmp_path, LESS_DATA, kernel)
     assert pictures(notebook) == pictures(read(file))
     runs = list((tmp_path / "outputs" / "notebooks").rglob("summary.json"))
