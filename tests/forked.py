@@ -10,26 +10,39 @@ import io
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from accelerate import PartialState
 
-def run_forked(
-    command: str | Callable[[], object], arguments: Sequence[str], folder: Path
-) -> subprocess.CompletedProcess[str]:
-    """What a command returns and writes, as `python -m COMMAND ARGUMENTS` in a folder.
+from dyvte.runs import distributed
+
+
+def start_forked(
+    command: str | Callable[[], object],
+    arguments: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+) -> Callable[[], subprocess.CompletedProcess[str]]:
+    """Start a command as `python -m COMMAND ARGUMENTS` would; what is returned waits for what it returns and writes.
 
     Args:
         command: the module, or a function that reads `sys.argv` as its `main` would.
         arguments: the words behind it.
         folder: the working directory.
+        environment: variables to set.
     """
+    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - closed in `finish`
 
     def child() -> None:
         os.chdir(folder)
+        os.environ.update(environment or {})
+        PartialState._reset_state()  # this process may have found before that it is alone
+        distributed._state.cache_clear()
         for number, file in enumerate((out, err), start=1):
             os.dup2(file.fileno(), number)
         sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(n, "wb", 0), write_through=True) for n in (1, 2))
@@ -40,10 +53,32 @@ def run_forked(
         else:
             command()
 
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = multiprocessing.get_context("fork").Process(target=child)
-        process.start()
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+
+    def finish() -> subprocess.CompletedProcess[str]:
         process.join()
-        out.seek(0)
-        err.seek(0)
-        return subprocess.CompletedProcess(list(arguments), process.exitcode, out.read().decode(), err.read().decode())
+        written = []
+        with out, err:
+            for file in (out, err):
+                file.seek(0)
+                written.append(file.read().decode())
+        return subprocess.CompletedProcess(list(arguments), process.exitcode, *written)
+
+    return finish
+
+
+def run_forked(
+    command: str | Callable[[], object], arguments: Sequence[str], folder: Path
+) -> subprocess.CompletedProcess[str]:
+    """`start_forked`, and wait."""
+    return start_forked(command, arguments, folder)()
+
+
+def as_torchrun(processes: int) -> list[dict[str, str]]:
+    """The variables that `torchrun` sets in each of so many processes on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    return [{**common, "MASTER_PORT": port, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(processes)]

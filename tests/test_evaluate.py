@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from forked import as_torchrun, start_forked
 from intervals import intervals_of_zero_width
 from omegaconf import DictConfig
 from PIL import Image
@@ -273,13 +271,10 @@ def test_two_processes_give_what_one_gives(model_folder: Path, trained: Path, tm
         f"labels.max_new_tokens={TOKENS}", f"labels.dir={tmp_path}/labels", f"output_dir={tmp_path}/run",
         "recipe.training.epochs=1", "recipe.bound=0.95",
     ]  # fmt: skip
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, *launch, "-m", "dyvte.train", *settings], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "24 of 24 samples" in done.stderr, "the first process should have half of the questions"
+    started = [start_forked("dyvte.train", settings, tmp_path, place) for place in as_torchrun(2)]
+    first, second = (finish() for finish in started)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr[-2000:] + second.stderr[-2000:]
+    assert "24 of 24 samples" in first.stderr, "the first process should have half of the questions"
     one, two = LabelSet(RunFolder(trained / "labels")), LabelSet(RunFolder(tmp_path / "labels"))
     pd.testing.assert_frame_equal(one.samples, two.samples)
     assert torch.equal(one.agree, two.agree)

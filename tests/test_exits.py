@@ -180,18 +180,18 @@ def naive_summary(mllm: MLLM, dataset: Dataset, max_new_tokens: int, flip: bool)
     return summary, Samples(samples)
 
 
-@pytest.mark.parametrize("model", ["random", "llava_shapes"])
-def test_a_naive_script_finds_the_same_numbers(model: str, tmp_path: Path):
+@pytest.mark.parametrize(("model", "questions"), [("random", 12), ("llava_shapes", 6)])
+def test_a_naive_script_finds_the_same_numbers(model: str, questions: int, tmp_path: Path):
     if model == "random":
         make = random_model
     elif not SHIPPED_MODELS[model].is_dir():
         pytest.skip("the shipped weights are not there yet")
     else:
         make = lambda: load(model, device="cpu")  # noqa: E731
-    expected, data = naive_summary(make(), ShapesDataset(limit=12), max_new_tokens=3, flip=model == "random")
+    expected, data = naive_summary(make(), ShapesDataset(limit=questions), max_new_tokens=3, flip=model == "random")
     found = execute(make(), data, tmp_path / "run", "max_new_tokens=3")
     num_layers = found["num_layers"]
-    assert found["num_samples"] == 12
+    assert found["num_samples"] == questions
     for name in ("agreement", "accuracy"):
         assert found[name] == pytest.approx(expected[name].tolist()), name
     assert len(set(found["accuracy"])) > 2

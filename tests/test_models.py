@@ -19,7 +19,6 @@ from families import EOS, PAD, VISION_END, VISION_START, _merge_images, _num_vis
 from families import FAMILIES as BUILDERS
 from families import _tokenizer as word_tokenizer
 from forks import Fork
-from matplotlib import pyplot as plt
 from naive import masked_forward, with_generated
 from omegaconf import OmegaConf
 from PIL import Image
@@ -29,6 +28,7 @@ import dyvte
 from benchmarks import architectures
 from docs.tooling import models, zoo
 from dyvte.convert import convert
+from dyvte.cost.flops import FlopCount
 from dyvte.errors import ModelError
 from dyvte.mllm import MLLM
 from dyvte.runs.config import compose, config_folder, load_model
@@ -303,8 +303,13 @@ def run_every_command(
     chosen: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    draws: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Summaries of stages, exits, train, evaluate and generate on a small model that stands in for the chosen one."""
+    """Summaries of stages, exits, train, evaluate and generate on a small model that stands in for the chosen one.
+
+    Two things take longest and are the same for every model, so they are done less often: prompts of one length are
+    counted once instead of once a command, and figures, which are made of a summary, are drawn if `draws`.
+    """
     import analysis.exits
     import analysis.stages
     import dyvte.evaluate
@@ -317,11 +322,21 @@ def run_every_command(
         assert settings["trust_remote_code"] is False
         return dyvte.wrap(mllm.model, StandInProcessor(mllm, draw))
 
+    counted: dict[tuple[int, int], list[FlopCount]] = {}
+
+    def counted_once(mllm: MLLM, batch: dyvte.Batch) -> list[FlopCount]:
+        shape = int(batch.layout.text.sum()), int(batch.layout.visual.sum())
+        if shape not in counted:
+            counted[shape] = dyvte.exit_flops(mllm, batch)
+        return counted[shape]
+
     monkeypatch.setattr("dyvte.loading.load", load)
-    # drawing to files takes longest
-    monkeypatch.setattr(
-        "dyvte.runs.store.RunFolder.save_figure", lambda self, name, figure: plt.close(figure) or self.path
-    )
+    monkeypatch.setattr("dyvte.gates.every_exit.exit_flops", counted_once)
+    if not draws:
+        monkeypatch.setattr("dyvte.runs.store.RunFolder.save_figure", lambda self, name, figure: self.path)
+        monkeypatch.setattr("analysis.exits.draw", lambda summary: {})
+        for name in ("draw_three_stages", "draw_measures", "draw_stages_by_kind", "draw_attention_map"):
+            monkeypatch.setattr(f"analysis.stages.{name}", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     common = [*chosen, "device=cpu", "data.limit=12", "batch_size=12", "data=shapes", "data.per_scene=1"]
     analysis.stages.main(compose("stages", [*common, "bootstrap=20", "output_dir=stages", "maps.count=1"]))
@@ -365,7 +380,7 @@ def test_every_command_runs(family: str, tmp_path: Path, monkeypatch: pytest.Mon
     def draw(seed: int) -> dict[str, Tensor]:
         return _one_image(mllm, torch.Generator().manual_seed(seed))
 
-    summaries = run_every_command(mllm, draw, ["model=llava7b"], tmp_path, monkeypatch)
+    summaries = run_every_command(mllm, draw, ["model=llava7b"], tmp_path, monkeypatch, draws=family == "llava")
     assert all(summary["num_layers"] == 3 for summary in summaries.values())
     assert len(summaries["exits"]["kl"]) == 4
     assert summaries["evaluate"]["mean_exit_layer"] == 1
