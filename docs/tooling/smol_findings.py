@@ -48,6 +48,8 @@ CONTROLS = FIGURES / "controls.json"
 TRAIL = FIGURES / "trail.json"
 """The valley after each phase of the main training, by `docs.tooling.smol_trail`."""
 SEEDS, UNTRAINED, PROJECTOR = ("seed1", "seed2"), "random", "projector"
+ORDER = (*SEEDS, UNTRAINED, PROJECTOR)
+"""Of the trainings on the page; others come behind."""
 
 
 def stages_of(control: str) -> Path:
@@ -381,13 +383,16 @@ def main() -> None:
         gated = {**gated, "exits": exits_by_need(pd.read_parquet(GATED / "answers.parquet"))}
     if LENS in runs:
         shutil.copyfile(LENS / "figures/patches.png", FIGURES / "patches.png")
+    controls = json.loads(CONTROLS.read_text()) if CONTROLS.is_file() else {}
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(TEMPLATE.read_text())
     page = template.render(
         found=found,
         titles=TITLES,
         commands=[commands[run].format(n=summary["num_samples"]) for run, summary in runs.items()],
         cell=lambda rate: f"{rate['accuracy']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]",
-        controls=json.loads(CONTROLS.read_text()) if CONTROLS.is_file() else {},
+        controls=dict(
+            sorted(controls.items(), key=lambda each: ORDER.index(each[0]) if each[0] in ORDER else len(ORDER))
+        ),
         stages=runs.get(STAGES),
         exits=runs.get(EXITS),
         gated=gated,

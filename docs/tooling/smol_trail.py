@@ -10,18 +10,23 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from analysis.measuring.attention import measure_attention
 from analysis.measuring.runs import measure_dataset
-from docs.tooling.smol_findings import TRAIL, sides_of_valley
+from analysis.plots import style as plots
+from docs.tooling.smol_findings import FIGURES, TRAIL, sides_of_valley
 from dyvte.data import build_dataset
 from dyvte.runs.config import compose, load_model
-from dyvte.runs.store import write_json
+from dyvte.runs.store import write_atomic, write_json
 from dyvte.testbed.smol.assemble import SETTINGS, assemble, export_parts
 
 WORK = Path("outputs/smol/trail")
@@ -52,10 +57,38 @@ def look_after(checkpoint: Path, num: int) -> dict[str, Any]:
     }
 
 
+def draw_trail(found: Sequence[Mapping[str, Any]]) -> Figure:
+    """Both sides of the valley, and accuracy, over the steps of training."""
+    steps = [sum(row["steps"] for row in found[: index + 1]) for index in range(len(found))]
+    with plots.figure_style():
+        figure, (top, bottom) = plt.subplots(2, 1, figsize=(6.4, 4.8), sharex=True)
+        for series, side, name in zip(
+            plots.CYCLE, ("first", "last"), ("layers 0 to 4", "layers 20 to 29"), strict=False
+        ):
+            middle, low, high = np.array([row[side] for row in found]).T
+            plots.draw_line(top, steps, middle, series.named(name))
+            top.fill_between(steps, low, high, color=series.color, alpha=0.22, linewidth=0)
+        top.axhline(1, color="0.6", linewidth=0.8)
+        top.set(ylabel="attention on the image,\nover layers 5 to 19", ylim=(0, None))
+        top.legend()
+        accuracy = [row["accuracy"] for row in found]
+        plots.draw_line(bottom, steps, accuracy, plots.CYCLE[2])
+        bottom.set(xlabel="training steps; points: ends of phases", ylabel="validation accuracy", ylim=(0, 1))
+        for step, row in zip(steps, found, strict=True):
+            place = {"xytext": (4, -11), "textcoords": "offset points", "fontsize": "small"}
+            bottom.annotate(row["phase"], (step, row["accuracy"]), **place)
+        title = f"llava_smol in training, {found[0]['questions']} questions, one-sided 95% limits"
+        figure.suptitle(title, fontsize="medium")
+        figure.tight_layout()
+    return figure
+
+
 def main() -> None:
-    """Look at every checkpoint that is named, and keep what was found."""
+    """Look at every checkpoint that is named, keep what was found, and draw it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoints", type=Path, nargs="+", help="of finished phases, in order")
+    parser.add_argument(
+        "checkpoints", type=Path, nargs="*", help="of finished phases, in order; none: draw what is there"
+    )
     parser.add_argument("--num", type=int, default=128, help="questions")
     options = parser.parse_args()
     found = []
@@ -63,6 +96,8 @@ def main() -> None:
         found.append(look_after(checkpoint, options.num))
         write_json(TRAIL, found)
         print(found[-1])
+    figure = draw_trail(found or json.loads(TRAIL.read_text()))
+    write_atomic(FIGURES / "valley.png", lambda out: figure.savefig(out, format="png", metadata={"Software": None}))
 
 
 if __name__ == "__main__":
