@@ -14,16 +14,7 @@ from typing import Any
 import torch
 
 from analysis.statistics.markdown import markdown_table
-from benchmarks.common import (
-    VISUAL_TOKENS,
-    model_note,
-    model_of,
-    model_parser,
-    random_prompts,
-    seconds_of,
-    spread,
-    write_page,
-)
+from benchmarks import common
 from benchmarks.dynamic_exit import QUESTION_TOKENS, ROWS, SYSTEM_TOKENS, UNCHANGED, exits_of, mixed_exits
 from dyvte.batch import Batch
 from dyvte.mllm import MLLM
@@ -50,7 +41,7 @@ def measure(mllm: MLLM, batch: Batch, ways: dict[str, Policy], rounds: int) -> l
         for name, policy in ways.items():
             with policy(mllm):
                 step = {"input_ids": batch["input_ids"][:, -1:], "past_key_values": caches[name], "use_cache": True}
-                seconds[name] = seconds_of(partial(mllm.model, attention_mask=mask, **step), mllm.device)
+                seconds[name] = common.seconds_of(partial(mllm.model, attention_mask=mask, **step), mllm.device)
         found.append(seconds)
     return found[WARM_UP:]
 
@@ -58,25 +49,27 @@ def measure(mllm: MLLM, batch: Batch, ways: dict[str, Policy], rounds: int) -> l
 def table(images: int, rounds: list[dict[str, float]]) -> list[list[str]]:
     """Rows of the page: visual tokens, way of running, milliseconds, of the full model's step, what is required."""
     full, *others = rounds[0]
-    rows = [[f"{images * VISUAL_TOKENS:,}", full, spread((1e3 * each[full] for each in rounds), 1), "", ""]]
+    rows = [
+        [f"{images * common.VISUAL_TOKENS:,}", full, common.spread((1e3 * each[full] for each in rounds), 1), "", ""]
+    ]
     for name in others:
-        ratio = spread((each[name] / each[full] for each in rounds), 3)
-        times = spread((1e3 * each[name] for each in rounds), 1)
-        rows.append([f"{images * VISUAL_TOKENS:,}", name, times, ratio, REQUIRED.get(images, "")])
+        ratio = common.spread((each[name] / each[full] for each in rounds), 3)
+        times = common.spread((1e3 * each[name] for each in rounds), 1)
+        rows.append([f"{images * common.VISUAL_TOKENS:,}", name, times, ratio, REQUIRED.get(images, "")])
     return rows
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write the page."""
-    parser = model_parser(__doc__, "decoding", layers=8)
+    parser = common.model_parser(__doc__, "decoding", layers=8)
     parser.add_argument("--images", type=int, nargs="+", default=list(IMAGES), help="of 576 tokens, in a prompt")
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args(arguments)
-    mllm = model_of(options)
+    mllm = common.model_of(options)
     rows: list[list[str]] = []
     exits: list[int] = []
     for images in options.images:
-        batch = random_prompts(mllm, ROWS, SYSTEM_TOKENS, QUESTION_TOKENS, images=images).to(mllm.device)
+        batch = common.random_prompts(mllm, ROWS, SYSTEM_TOKENS, QUESTION_TOKENS, images=images).to(mllm.device)
         mixed = mixed_exits(mllm, batch)
         ways = {
             "full model": UNCHANGED,
@@ -90,12 +83,13 @@ def main(arguments: list[str] | None = None) -> None:
         "",
         "Written by `python -m benchmarks.decoding`. What the steps dispatch: [counts](counts.md).",
         "",
-        f"{model_note(options)}; {ROWS} rows, {SYSTEM_TOKENS} system and {QUESTION_TOKENS} question tokens around the "
-        f"images; mixed exits are at {exits} for the shorter prompts. Median of {options.rounds} rounds [quartiles].",
+        f"{common.model_note(options)}; {ROWS} rows, {SYSTEM_TOKENS} system and {QUESTION_TOKENS} question tokens "
+        f"around the images; mixed exits are at {exits} for the shorter prompts. Median of {options.rounds} rounds "
+        "[quartiles].",
         "",
         *markdown_table(["visual tokens", "", "step, ms", "of full", "required"], rows),
     ]
-    write_page(options.output, lines)
+    common.write_page(options.output, lines)
 
 
 if __name__ == "__main__":

@@ -18,19 +18,7 @@ from unittest import mock
 import torch
 
 from analysis.statistics.markdown import markdown_table
-from benchmarks.common import (
-    VISUAL_TOKENS,
-    machine,
-    model_note,
-    model_of,
-    model_parser,
-    now,
-    random_llava,
-    random_prompts,
-    seconds_of,
-    spread,
-    write_page,
-)
+from benchmarks import common
 from dyvte.batch import Batch
 from dyvte.cost.flops import FlopCounter, plan_decoder_flops, prefill_flops
 from dyvte.cost.operators import Work, count_layers
@@ -66,7 +54,7 @@ class Bench:
 
     def prefill_seconds(self, batch: Batch, policy: Policy = UNCHANGED) -> float:
         """Of one prefill."""
-        return seconds_of(lambda: self.prefill(batch, policy), self.mllm.device)
+        return common.seconds_of(lambda: self.prefill(batch, policy), self.mllm.device)
 
     @torch.no_grad()
     def decode_seconds(self, batch: Batch, policy: Policy = UNCHANGED) -> float:
@@ -81,14 +69,14 @@ class Bench:
                     mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
                     self.mllm.model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)
 
-            return seconds_of(decode, self.mllm.device) / STEPS
+            return common.seconds_of(decode, self.mllm.device) / STEPS
 
     def layer_seconds(self, batch: Batch) -> float:
         """That all decoder layers together take in a plain prefill."""
         marks: list[float] = []
 
         def mark(*_: object) -> None:
-            marks.append(now(self.mllm.device))
+            marks.append(common.now(self.mllm.device))
 
         handles = [layer.register_forward_pre_hook(mark) for layer in self.mllm.layers]
         handles += [layer.register_forward_hook(mark) for layer in self.mllm.layers]
@@ -104,7 +92,7 @@ class Bench:
 
         def timed(*arguments: object) -> None:
             nonlocal spent
-            spent += seconds_of(lambda: decide(*arguments), self.mllm.device)  # type: ignore[arg-type]
+            spent += common.seconds_of(lambda: decide(*arguments), self.mllm.device)  # type: ignore[arg-type]
 
         with mock.patch.object(DynamicExit, "before_layer", timed):
             self.prefill(batch, policy)
@@ -126,14 +114,14 @@ def mixed_exits(mllm: MLLM, batch: Batch) -> DynamicExit:
 
 def batch_of_rows(mllm: MLLM) -> Batch:
     """The batch whose rows leave at different layers."""
-    return random_prompts(mllm, ROWS, SYSTEM_TOKENS, QUESTION_TOKENS)
+    return common.random_prompts(mllm, ROWS, SYSTEM_TOKENS, QUESTION_TOKENS)
 
 
 def measure(mllm: MLLM, mixed: DynamicExit, repeats: int) -> list[dict[str, float]]:
     """Seconds of everything that is timed, round by round."""
     bench, layers = Bench(mllm), mllm.num_layers
-    one = random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
-    text = random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS, images=0)
+    one = common.random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
+    text = common.random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS, images=0)
     eight = batch_of_rows(mllm)
     half = FixedExit(layers // 2)
     alone = [eight[row : row + 1] for row in range(ROWS)]
@@ -165,7 +153,7 @@ def exits_of(mllm: MLLM, batch: Batch, policy: DynamicExit) -> list[int]:
 
 def flops_saved(mllm: MLLM) -> float:
     """Share of the prefill's FLOPs, vision tower included, that an exit at half the depth saves."""
-    one = random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
+    one = common.random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
     full = prefill_flops(mllm, one).total
     with FixedExit(mllm.num_layers // 2)(mllm):
         return 1 - prefill_flops(mllm, one).total / full
@@ -181,7 +169,7 @@ def never_firing(mllm: MLLM) -> DynamicExit:
 
 def measure_gates(mllm: MLLM, repeats: int) -> list[dict[str, float]]:
     """Seconds of a plain prefill, of one under gates that are all asked and never fire, and of the gates in one."""
-    bench, one = Bench(mllm), random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
+    bench, one = Bench(mllm), common.random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
     asked = never_firing(mllm)
     timed = {
         "full": lambda: bench.prefill_seconds(one),
@@ -194,9 +182,9 @@ def measure_gates(mllm: MLLM, repeats: int) -> list[dict[str, float]]:
 @torch.no_grad()
 def deciding_flops(layers: int, hidden: int, head_size: int) -> tuple[int, int]:
     """Operations of all gates of a prefill, statuses included, and of the decoder in it; counted on the meta device."""
-    length = SYSTEM_TOKENS + VISUAL_TOKENS + QUESTION_TOKENS
+    length = SYSTEM_TOKENS + common.VISUAL_TOKENS + QUESTION_TOKENS
     with torch.device("meta"):  # one layer and one gate: all are alike
-        mllm = random_llava(1, hidden, head_size, device="meta")
+        mllm = common.random_llava(1, hidden, head_size, device="meta")
         gate = Gates(2, hidden, bias=True)
         states, weights = torch.empty(1, length, hidden), torch.empty(1, len(gate.status), length)
     with FlopCounter(mllm) as counter:
@@ -207,7 +195,7 @@ def deciding_flops(layers: int, hidden: int, head_size: int) -> tuple[int, int]:
 @torch.no_grad()
 def deciding_work(mllm: MLLM) -> tuple[Work, Work]:
     """What every gate but the first dispatches, and what a decoder layer does."""
-    one = random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
+    one = common.random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
     found = []
     for policy in (UNCHANGED, never_firing(mllm)):
         with policy(mllm), count_layers(mllm) as work:
@@ -220,7 +208,7 @@ def deciding_page(mllm: MLLM, rounds: list[dict[str, float]]) -> list[str]:
     """Lines of the page."""
 
     def ratio(name: str, digits: int) -> str:
-        return spread((each[name] / each["full"] for each in rounds), digits)
+        return common.spread((each[name] / each["full"] for each in rounds), digits)
 
     rows = []
     for name, sizes in LLAVA.items():
@@ -242,9 +230,9 @@ def deciding_page(mllm: MLLM, rounds: list[dict[str, float]]) -> list[str]:
         "",
         "Gates that are all asked and never fire, one question. FLOPs at the sizes of LLaVA-1.5, on the meta device, "
         f"without the vision tower; operators, bytes and time on {mllm.num_layers} layers of hidden {mllm.hidden_size} "
-        f"({machine(mllm.device)}, {str(mllm.dtype).removeprefix('torch.')}), where plain and asked prefills take "
-        f"turns: median of {len(rounds)} rounds [quartiles]. A gate is not waited for where no row sees its image any "
-        "longer, or where a threshold decides alone ([counts](counts.md)).",
+        f"({common.machine(mllm.device)}, {str(mllm.dtype).removeprefix('torch.')}), where plain and asked prefills "
+        f"take turns: median of {len(rounds)} rounds [quartiles]. A gate is not waited for where no row sees its image "
+        "any longer, or where a threshold decides alone ([counts](counts.md)).",
         "",
         *markdown_table(["", "found", "required"], rows),
     ]
@@ -255,10 +243,10 @@ def table(layers: int, rounds: list[dict[str, float]], flops: float, exits: list
     leave = layers // 2
 
     def ms(name: str, questions: int = 1) -> str:
-        return f"{spread((1e3 * each[name] / questions for each in rounds), 1)} ms"
+        return f"{common.spread((1e3 * each[name] / questions for each in rounds), 1)} ms"
 
     def ratio(value: Callable[[dict[str, float]], float], digits: int = 3) -> str:
-        return spread(map(value, rounds), digits)
+        return common.spread(map(value, rounds), digits)
 
     def saved(each: dict[str, float]) -> float:
         return each["full"] - each["half"]
@@ -288,15 +276,15 @@ def table(layers: int, rounds: list[dict[str, float]], flops: float, exits: list
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write the page."""
-    parser = model_parser(__doc__, "dynamic_exit", layers=16)
+    parser = common.model_parser(__doc__, "dynamic_exit", layers=16)
     parser.add_argument("--deciding", action="store_true", help="what deciding costs, to docs/benchmarks/deciding.md")
     parser.add_argument("--repeats", type=int, default=9, help="rounds")
     options = parser.parse_args(arguments)
-    mllm = model_of(options)
+    mllm = common.model_of(options)
     if options.deciding:
         if options.output == parser.get_default("output"):
             options.output = options.output.with_name("deciding.md")
-        write_page(options.output, deciding_page(mllm, measure_gates(mllm, options.repeats)))
+        common.write_page(options.output, deciding_page(mllm, measure_gates(mllm, options.repeats)))
         return
     batch = batch_of_rows(mllm)
     mixed = mixed_exits(mllm, batch)
@@ -307,13 +295,13 @@ def main(arguments: list[str] | None = None) -> None:
         "",
         "Written by `python -m benchmarks.dynamic_exit`. What the gates' deciding costs: [deciding](deciding.md).",
         "",
-        f"{model_note(options)}; {SYSTEM_TOKENS} system + {VISUAL_TOKENS} visual + {QUESTION_TOKENS} question tokens. "
-        f"Median of {options.repeats} rounds [quartiles]; everything is timed in every round, and ratios are taken "
-        "within a round.",
+        f"{common.model_note(options)}; {SYSTEM_TOKENS} system + {common.VISUAL_TOKENS} visual + {QUESTION_TOKENS} "
+        f"question tokens. Median of {options.repeats} rounds [quartiles]; everything is timed in every round, and "
+        "ratios are taken within a round.",
         "",
         *markdown_table(["", "measured", "required"], rows),
     ]
-    write_page(options.output, lines)
+    common.write_page(options.output, lines)
 
 
 if __name__ == "__main__":

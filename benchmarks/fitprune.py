@@ -19,15 +19,7 @@ from typing import Any
 import torch
 
 from analysis.statistics.markdown import markdown_table
-from benchmarks.common import (
-    VISUAL_TOKENS,
-    model_note,
-    model_of,
-    model_parser,
-    random_prompts,
-    seconds_of,
-    write_page,
-)
+from benchmarks import common
 from benchmarks.sweep import INSTRUCTION_TOKENS, SYSTEM_TOKENS
 from dyvte.batch import Batch
 from dyvte.policies.pruning.fitprune import Recipe, Statistics, fit_recipe
@@ -38,18 +30,18 @@ LIMIT_SECONDS = 300
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a plain forward, of the statistics by batch, and of fitting every budget; the recipes."""
-    mllm = model_of(options)
+    mllm = common.model_of(options)
     generator = torch.Generator().manual_seed(1)
-    warm_up = random_prompts(mllm, 1, SYSTEM_TOKENS, INSTRUCTION_TOKENS, generator=generator)
+    warm_up = common.random_prompts(mllm, 1, SYSTEM_TOKENS, INSTRUCTION_TOKENS, generator=generator)
     run = partial(mllm.model, **warm_up, use_cache=False, logits_to_keep=1)
     with torch.no_grad():
-        plain = [seconds_of(run, mllm.device) for _ in range(3)]
+        plain = [common.seconds_of(run, mllm.device) for _ in range(3)]
     seconds: list[float] = []
 
     def batches() -> Iterator[Batch]:
         for start in range(0, options.samples, options.batch_size):
             rows = min(options.batch_size, options.samples - start)
-            batch = random_prompts(mllm, rows, SYSTEM_TOKENS, INSTRUCTION_TOKENS, generator=generator)
+            batch = common.random_prompts(mllm, rows, SYSTEM_TOKENS, INSTRUCTION_TOKENS, generator=generator)
             started = time.perf_counter()
             yield batch
             seconds.append(time.perf_counter() - started)  # what the statistics took with it
@@ -85,8 +77,8 @@ def report(options: argparse.Namespace, found: dict[str, Any]) -> list[str]:
         "",
         "Written by `python -m benchmarks.fitprune`.",
         "",
-        f"{model_note(options)}; {SYSTEM_TOKENS} system + {VISUAL_TOKENS} visual + {INSTRUCTION_TOKENS} instruction "
-        f"tokens; {options.samples} samples in batches of {options.batch_size}.",
+        f"{common.model_note(options)}; {SYSTEM_TOKENS} system + {common.VISUAL_TOKENS} visual + {INSTRUCTION_TOKENS} "
+        f"instruction tokens; {options.samples} samples in batches of {options.batch_size}.",
         "",
         f"Statistics and one recipe take {total:.0f} s, {verdict} the {LIMIT_SECONDS / 60:.0f} minutes that FitPrune's "
         "authors give for their search.",
@@ -101,12 +93,12 @@ def report(options: argparse.Namespace, found: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Measure, print and write the report."""
-    parser = model_parser(__doc__, "fitprune", layers=32, head_size=128, vocabulary=32064)
+    parser = common.model_parser(__doc__, "fitprune", layers=32, head_size=128, vocabulary=32064)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.6, 0.5])
     options = parser.parse_args()
-    write_page(options.output, report(options, measure(options)))
+    common.write_page(options.output, report(options, measure(options)))
 
 
 if __name__ == "__main__":

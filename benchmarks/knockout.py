@@ -17,15 +17,7 @@ from typing import Any
 import torch
 
 from analysis.statistics.markdown import markdown_table
-from benchmarks.common import (
-    VISUAL_TOKENS,
-    extra_mib,
-    machine,
-    measured_apart,
-    random_llava,
-    random_prompts,
-    write_section,
-)
+from benchmarks import common
 from dyvte import exit_sweep, knockout
 from dyvte.batch import Batch
 from dyvte.instrument.causal import all_windows
@@ -72,8 +64,8 @@ def calls(num_layers: int) -> dict[str, tuple[list[tuple[str, str]], list[tuple[
 
 def model_and_prompt(options: argparse.Namespace) -> tuple[Any, Any]:
     """The sweep benchmark's model, and one prompt."""
-    mllm = random_llava(options.layers, options.hidden, min(128, options.hidden), vocabulary=32064)
-    return mllm, random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
+    mllm = common.random_llava(options.layers, options.hidden, min(128, options.hidden), vocabulary=32064)
+    return mllm, common.random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
 
 
 @torch.no_grad()
@@ -82,9 +74,9 @@ def measure_memory(options: argparse.Namespace, name: str) -> float:
     mllm, batch = model_and_prompt(options)
     mllm.model(**batch, use_cache=False, logits_to_keep=1)  # warm up
     if name == SWEEP:
-        return extra_mib(lambda: exit_sweep(mllm, batch))
+        return common.extra_mib(lambda: exit_sweep(mllm, batch))
     paths, windows, invert = calls(options.layers)[name]
-    return extra_mib(lambda: knockout(mllm, batch, None, paths, windows, invert, keep_logits=False))
+    return common.extra_mib(lambda: knockout(mllm, batch, None, paths, windows, invert, keep_logits=False))
 
 
 def measure_time(options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -126,8 +118,8 @@ def report(options: argparse.Namespace, times: dict[str, dict[str, float]], memo
     ]
     worst = max(each["difference"] for each in times.values())
     return [
-        f"Measured on {machine()}: {options.layers} layers of width {options.hidden}; {SYSTEM_TOKENS} system, "
-        f"{VISUAL_TOKENS} visual and {QUESTION_TOKENS} question tokens. The slow side was timed on about "
+        f"Measured on {common.machine()}: {options.layers} layers of width {options.hidden}; {SYSTEM_TOKENS} system, "
+        f"{common.VISUAL_TOKENS} visual and {QUESTION_TOKENS} question tokens. The slow side was timed on about "
         f"{options.naive} masked forwards a line and scaled up. Memory is beside that of one exit sweep, "
         f"{memory[SWEEP]:.0f} MiB. The logits of both sides differ by {worst:.0e} at most.",
         "",
@@ -147,9 +139,9 @@ def main() -> None:
     options = parser.parse_args()
     memory = {}
     for name in (SWEEP, *calls(options.layers)):
-        memory[name] = measured_apart(measure_memory, options, name)
+        memory[name] = common.measured_apart(measure_memory, options, name)
         print(f"peak memory, {name}: {memory[name]:.0f} MiB, {memory[name] / memory[SWEEP]:.2f} x", flush=True)
-    write_section(options.page, SECTION, report(options, measure_time(options), memory))
+    common.write_section(options.page, SECTION, report(options, measure_time(options), memory))
 
 
 if __name__ == "__main__":

@@ -18,18 +18,7 @@ from typing import Any
 import torch
 
 from analysis.statistics.markdown import markdown_table
-from benchmarks.common import (
-    VISUAL_TOKENS,
-    extra_mib,
-    machine,
-    measured_apart,
-    page_parser,
-    quartiles,
-    random_llava,
-    random_prompts,
-    spread,
-    write_page,
-)
+from benchmarks import common
 from dyvte import AttentionProbe
 
 SYSTEM_TOKENS, QUESTION_TOKENS = 35, 29
@@ -44,8 +33,8 @@ def measure_time(hidden: int, num_layers: int, repeats: int) -> dict[str, Any]:
 
     Beside elapsed time, the ratio of processor time, which a busy machine disturbs less.
     """
-    mllm = random_llava(num_layers, hidden, HEAD_SIZE)
-    batch = random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
+    mllm = common.random_llava(num_layers, hidden, HEAD_SIZE)
+    batch = common.random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
 
     ways: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
         "plain": contextlib.nullcontext,
@@ -82,11 +71,13 @@ def measure_time(hidden: int, num_layers: int, repeats: int) -> dict[str, Any]:
 def measure_memory(mode: str, hidden: int, num_layers: int) -> dict[str, Any]:
     """MiB that the process needs at most during one forward, above what it held before."""
     attention = "eager" if mode == "output_attentions" else "sdpa"
-    mllm = random_llava(num_layers, hidden, HEAD_SIZE, attn_implementation=attention)
-    batch = random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS, images=5)
-    mllm.model(**random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS), use_cache=False)  # warm up
+    mllm = common.random_llava(num_layers, hidden, HEAD_SIZE, attn_implementation=attention)
+    batch = common.random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS, images=5)
+    mllm.model(**common.random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS), use_cache=False)  # warm up
     with AttentionProbe(mllm) if mode == "probe" else contextlib.nullcontext():
-        extra = extra_mib(lambda: mllm.model(**batch, use_cache=False, output_attentions=mode == "output_attentions"))
+        extra = common.extra_mib(
+            lambda: mllm.model(**batch, use_cache=False, output_attentions=mode == "output_attentions")
+        )
     return {"mode": mode, "hidden": hidden, "layers": num_layers, "extra_mib": extra}
 
 
@@ -97,7 +88,7 @@ def report(times: list[dict[str, Any]], memory: dict[str, dict[str, Any]]) -> li
         "",
         "Written by `python -m benchmarks.probe`.",
         "",
-        f"{machine()}, float32, random weights in LLaVA-1.5's proportions (head size {HEAD_SIZE}).",
+        f"{common.machine()}, float32, random weights in LLaVA-1.5's proportions (head size {HEAD_SIZE}).",
         "",
         "## Time",
         "",
@@ -111,8 +102,8 @@ def report(times: list[dict[str, Any]], memory: dict[str, dict[str, Any]]) -> li
         [
             *(row[name] for name in ("hidden", "layers", "tokens", "repeats")),
             label,
-            spread(row[way], 0),
-            *(spread(row[name][way], 3) if way in row[name] else "" for name in ("ratio", "processor_ratio")),
+            common.spread(row[way], 0),
+            *(common.spread(row[name][way], 3) if way in row[name] else "" for name in ("ratio", "processor_ratio")),
         ]
         for row in times
         for way, label in WAYS.items()
@@ -120,7 +111,7 @@ def report(times: list[dict[str, Any]], memory: dict[str, dict[str, Any]]) -> li
     lines += markdown_table(columns, rows)
     plain, probe, maps = (memory[mode]["extra_mib"] for mode in MEMORY_MODES)
     shape = memory["plain"]
-    heads, tokens = shape["hidden"] // HEAD_SIZE, 5 * VISUAL_TOKENS + SYSTEM_TOKENS + QUESTION_TOKENS
+    heads, tokens = shape["hidden"] // HEAD_SIZE, 5 * common.VISUAL_TOKENS + SYSTEM_TOKENS + QUESTION_TOKENS
     lines += [
         "",
         "## Memory",
@@ -142,16 +133,16 @@ def report(times: list[dict[str, Any]], memory: dict[str, dict[str, Any]]) -> li
 
 def main() -> None:
     """Measure, print and write the report."""
-    parser = page_parser(__doc__, "probe")
+    parser = common.page_parser(__doc__, "probe")
     parser.add_argument("--repeats", type=int, default=9, help="pairs of forwards for each width")
     options = parser.parse_args()
     times = []
     for hidden, num_layers in ((1024, 6), (2048, 3)):
         times.append(measure_time(hidden, num_layers, options.repeats))
         for way, ratios in times[-1]["ratio"].items():
-            print(f"hidden {hidden}, {WAYS[way]}: ratio {quartiles(ratios)[1]:.3f}", flush=True)
-    memory = {mode: measured_apart(measure_memory, mode, 1024, 8) for mode in MEMORY_MODES}
-    write_page(options.output, report(times, memory))
+            print(f"hidden {hidden}, {WAYS[way]}: ratio {common.quartiles(ratios)[1]:.3f}", flush=True)
+    memory = {mode: common.measured_apart(measure_memory, mode, 1024, 8) for mode in MEMORY_MODES}
+    common.write_page(options.output, report(times, memory))
 
 
 if __name__ == "__main__":

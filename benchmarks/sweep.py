@@ -24,17 +24,7 @@ from typing import Any
 import torch
 
 from analysis.statistics.markdown import markdown_table
-from benchmarks.common import (
-    VISUAL_TOKENS,
-    extra_mib,
-    measured_apart,
-    model_note,
-    model_of,
-    model_parser,
-    random_prompts,
-    seconds_of,
-    write_page,
-)
+from benchmarks import common
 from dyvte import FixedExit, exit_sweep
 from dyvte.batch import Batch
 from dyvte.mllm import MLLM
@@ -46,7 +36,7 @@ MEMORY_MODES = ("plain", "sweep", "sweep_shared")
 
 def questions_about_one_image(mllm: MLLM, questions: int) -> Batch:
     """Prompts that ask different questions about one image."""
-    return random_prompts(mllm, questions, SYSTEM_TOKENS, INSTRUCTION_TOKENS, same_image=True)
+    return common.random_prompts(mllm, questions, SYSTEM_TOKENS, INSTRUCTION_TOKENS, same_image=True)
 
 
 @torch.no_grad()
@@ -61,7 +51,7 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
 
     Within a round the runs of (a) are spread between those of the others, so that all of them meet the same machine.
     """
-    mllm = model_of(options)
+    mllm = common.model_of(options)
     one, many = (questions_about_one_image(mllm, number) for number in (1, QUESTIONS))
     exits = range(mllm.num_layers + 1)
 
@@ -84,11 +74,11 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
         seconds: dict[str, Any] = {"a": [0.0] * len(exits), **{name: [] for name in others}}
         order = list(others)
         for step, layer in enumerate(exits):
-            seconds["a"][layer] = seconds_of(partial(one_exit, mllm, one, layer), mllm.device)
+            seconds["a"][layer] = common.seconds_of(partial(one_exit, mllm, one, layer), mllm.device)
             if step % (len(exits) // len(others)) == 0 and order:
                 name = order.pop(index % len(order))
                 times = 1 if name == "c" else 2
-                seconds[name] += [seconds_of(others[name], mllm.device) for _ in range(times)]
+                seconds[name] += [common.seconds_of(others[name], mllm.device) for _ in range(times)]
         rounds.append(seconds)
         print({name: round(value, 3) for name, value in times_over(rounds, min).items()}, file=sys.stderr, flush=True)
     return {"rounds": rounds, "difference": difference}
@@ -97,18 +87,18 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
 @torch.no_grad()
 def measure_memory(options: argparse.Namespace, mode: str) -> float:
     """MiB that the process needs at most during one call, above what it held before."""
-    mllm = model_of(options)
+    mllm = common.model_of(options)
     batch = questions_about_one_image(mllm, QUESTIONS if mode == "sweep_shared" else 1)
-    mllm.model(**random_prompts(mllm, 1, SYSTEM_TOKENS, INSTRUCTION_TOKENS, images=0))  # warm up
+    mllm.model(**common.random_prompts(mllm, 1, SYSTEM_TOKENS, INSTRUCTION_TOKENS, images=0))  # warm up
     if mode == "plain":
-        return extra_mib(lambda: mllm.model(**batch, use_cache=True, logits_to_keep=1), options.device)
+        return common.extra_mib(lambda: mllm.model(**batch, use_cache=True, logits_to_keep=1), options.device)
     shared = [0] * QUESTIONS if mode == "sweep_shared" else None
-    return extra_mib(lambda: exit_sweep(mllm, batch, shared_image=shared), options.device)
+    return common.extra_mib(lambda: exit_sweep(mllm, batch, shared_image=shared), options.device)
 
 
 def unique_layer_work(layers: int) -> tuple[float, float]:
     """Bounds on the ratios (b) and (c) from token-layers alone, attention's shorter rows not counted."""
-    tokens = SYSTEM_TOKENS + VISUAL_TOKENS + INSTRUCTION_TOKENS
+    tokens = SYSTEM_TOKENS + common.VISUAL_TOKENS + INSTRUCTION_TOKENS
     text = SYSTEM_TOKENS + INSTRUCTION_TOKENS
     naive = sum(k * tokens + (layers - k) * text for k in range(layers + 1))
     branches = layers * (layers + 1) // 2 * INSTRUCTION_TOKENS
@@ -155,8 +145,8 @@ def report(options: argparse.Namespace, times: dict[str, Any], memory: dict[str,
         "",
         "Written by `python -m benchmarks.sweep`.",
         "",
-        f"{model_note(options)}, vocabulary {options.vocabulary:,}; {SYSTEM_TOKENS} system + {VISUAL_TOKENS} visual + "
-        f"{INSTRUCTION_TOKENS} instruction tokens.",
+        f"{common.model_note(options)}, vocabulary {options.vocabulary:,}; {SYSTEM_TOKENS} system + "
+        f"{common.VISUAL_TOKENS} visual + {INSTRUCTION_TOKENS} instruction tokens.",
         "",
         f"{len(times['rounds'])} rounds in one process; every round runs each way, with the {options.layers + 1} runs "
         "of (a) spread between the others. Best and median are taken run by run over the rounds; (a) is the sum of its "
@@ -175,12 +165,12 @@ def report(options: argparse.Namespace, times: dict[str, Any], memory: dict[str,
 
 def main() -> None:
     """Measure, print and write the report."""
-    parser = model_parser(__doc__, "sweep", layers=24, head_size=128, vocabulary=32064)
+    parser = common.model_parser(__doc__, "sweep", layers=24, head_size=128, vocabulary=32064)
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
     options = parser.parse_args()
-    memory = {mode: measured_apart(measure_memory, options, mode) for mode in MEMORY_MODES}
+    memory = {mode: common.measured_apart(measure_memory, options, mode) for mode in MEMORY_MODES}
     print(memory, file=sys.stderr, flush=True)
-    write_page(options.output, report(options, measure_time(options), memory))
+    common.write_page(options.output, report(options, measure_time(options), memory))
 
 
 if __name__ == "__main__":
