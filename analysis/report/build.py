@@ -26,8 +26,7 @@ from .draw import figures_of_step
 from .figures import PageFigure, describe_figure, figures_of
 from .findings import findings_of
 from .models import COMPARED_STEPS, owned_runs, sections_of_models
-from .opening import Opening, opening_sentences
-from .page import SECTIONS, MissingRun, Page, Section, render_page
+from .page import SECTIONS, MissingRun, Opening, Page, Section, opening_sentences, render_page
 from .runs import REPORT_STEPS, FinishedRun, disagreements, find_runs, first_command
 from .samples import look_at_samples
 from .tables import policies_table, tables_of

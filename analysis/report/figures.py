@@ -5,20 +5,18 @@ The words (`alt`) are for readers who do not see the picture: what kind of plot 
 
 from __future__ import annotations
 
-import base64
-import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..measuring.attention import map_name
-from ..plots.style import Summary
-from ..statistics.verdicts import verdict_in_words, verdict_word
-from .cells import policy_label, written
-from .runs import FinishedRun
+from PIL import Image
 
-PNG = b"\x89PNG\r\n\x1a\n"
+from ..measuring.attention import map_name
+from ..plots.style import Summary, data_url
+from ..statistics.verdicts import verdict_in_words, verdict_word
+from .cells import policy_label, spaced, written
+from .runs import FinishedRun
 
 
 @dataclass(frozen=True)
@@ -46,26 +44,8 @@ class PageFigure:
     @classmethod
     def of(cls, file: Path, alt: str, caption: str) -> PageFigure:
         """From a PNG file."""
-        data = file.read_bytes()
-        width, height = png_size(data)
-        return cls(data_address(data), alt, caption, width, height)
-
-
-def data_address(png: bytes) -> str:
-    """A PNG file as an address that holds it."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-def png_size(data: bytes) -> tuple[int, int]:
-    """Width and height of a PNG file.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if data[:8] != PNG:
-        raise ValueError("not a PNG file")
-    width, height = struct.unpack(">II", data[16:24])
-    return width, height
+        with Image.open(file) as image:
+            return cls(data_url(file.read_bytes()), alt, caption, *image.size)
 
 
 def figures_of(run: FinishedRun, leave_out: Sequence[str] = ()) -> list[PageFigure]:
@@ -114,14 +94,19 @@ def course(name: str, values: Sequence[Any], unit: str = "plain", where: str = "
     return text + "".join(f", {each}" for each in extremes)
 
 
+def courses(curves: Mapping[str, Sequence[Any]], unit: str = "plain", where: str = "layer") -> str:
+    """How several curves run."""
+    return "; ".join(course(name, values, unit, where) for name, values in curves.items())
+
+
 CURVE_NAMES = {"cross": "question to image", "visual": "image to image", "text": "question to text"}
 
 
 def _stages(summary: Summary) -> str:
-    curves = [course(CURVE_NAMES[name], values) for name, values in summary["curves"].items()]
+    curves = {CURVE_NAMES[name]: values for name, values in summary["curves"].items()}
     return (
         f"Line plot over {summary['num_layers']} layers of attention relative to evenly spread attention, without the "
-        f"sink. {'; '.join(curves)}. {verdict_in_words(summary['stages'])}"
+        f"sink. {courses(curves)}. {verdict_in_words(summary['stages'])}"
     )
 
 
@@ -134,31 +119,24 @@ def _measures(summary: Summary) -> str:
 
 
 def _kinds_of_stages(summary: Summary) -> str:
-    lines = [
-        course(kind.replace("_", " "), each["bands"][summary["endpoint"]]["cross"]["mean"])
-        for kind, each in summary["kinds"].items()
-    ]
-    return f"One line plot for each question kind. Attention from question to image: {'; '.join(lines)}."
+    endpoint = summary["endpoint"]
+    curves = {spaced(kind): each["bands"][endpoint]["cross"]["mean"] for kind, each in summary["kinds"].items()}
+    return f"One line plot for each question kind. Attention from question to image: {courses(curves)}."
 
 
 def _exits(summary: Summary) -> str:
-    curves = [
-        course(label, summary[name], "share", "exit layer")
-        for name, label in (("agreement", "Same answer as the full model"), ("accuracy", "right answer"))
-    ]
+    curves = {"Same answer as the full model": summary["agreement"], "right answer": summary["accuracy"]}
     share = summary["flops_decoder"][0] / summary["flops_decoder"][-1]
     return (
-        f"Line plot over the exit layers 0 to {summary['num_layers']}. {'; '.join(curves)}. FLOPs rise in a straight "
-        f"line from {share:.0%} of the full model's to all of it."
+        f"Line plot over the exit layers 0 to {summary['num_layers']}. {courses(curves, 'share', 'exit layer')}. FLOPs "
+        f"rise in a straight line from {share:.0%} of the full model's to all of it."
     )
 
 
 def _kinds_of_exits(summary: Summary) -> str:
-    lines = [
-        course(kind.replace("_", " "), each["agreement"], "share", "exit layer")
-        for kind, each in summary["kinds"].items()
-    ]
-    return f"One line plot for each question kind. Same answer as the full model: {'; '.join(lines)}."
+    curves = {spaced(kind): each["agreement"] for kind, each in summary["kinds"].items()}
+    lines = courses(curves, "share", "exit layer")
+    return f"One line plot for each question kind. Same answer as the full model: {lines}."
 
 
 def _kl(summary: Summary) -> str:
@@ -186,17 +164,14 @@ def _entropy_change(summary: Summary) -> str:
 
 def _exit_depth(summary: Summary) -> str:
     groups = {**summary["kinds"], "all": summary["overall"]}
-    means = [f"{kind.replace('_', ' ')} {each['exit_depth']['mean']:.1f}" for kind, each in groups.items()]
+    means = [f"{spaced(kind)} {each['exit_depth']['mean']:.1f}" for kind, each in groups.items()]
     return f"Map of the share of questions at each exit depth, one row a question kind. Means: {', '.join(means)}."
 
 
 def _tokens(summary: Summary) -> str:
-    lines = [
-        course(part, values["mean"], "layer", "token")
-        for part, values in summary["tokens"].items()
-        if "token" in values
-    ]
-    return f"Line plot of the exit layer from which each answer token is predicted. {'; '.join(lines)}."
+    curves = {part: values["mean"] for part, values in summary["tokens"].items() if "token" in values}
+    lines = courses(curves, "layer", "token")
+    return f"Line plot of the exit layer from which each answer token is predicted. {lines}."
 
 
 def _gates(summary: Summary) -> str:
@@ -208,7 +183,7 @@ def _gates(summary: Summary) -> str:
 
 
 def _exit_layers(summary: Summary) -> str:
-    means = [f"{kind.replace('_', ' ')} {each['mean_exit_layer']:.1f}" for kind, each in summary["kinds"].items()]
+    means = [f"{spaced(kind)} {each['mean_exit_layer']:.1f}" for kind, each in summary["kinds"].items()]
     return (
         f"Map of the share of questions at each exit layer under {policy_label(summary['policy'])}, one row a question "
         f"kind. Mean exit layers: {', '.join(means)}; all {summary['mean_exit_layer']:.1f}."
@@ -241,11 +216,10 @@ def _frames(summary: Summary) -> str:
 
 
 def _cuts(summary: Summary) -> str:
-    lines = [
-        course(name.replace("->", " to "), effect["agreement_points"]["mean"], "plain", "window")
-        for name, effect in summary["overall"]["effects"].items()
-    ]
-    return f"Line plot over windows of layers, one line a path. Change in answers, in points: {'; '.join(lines)}."
+    effects = summary["overall"]["effects"].items()
+    curves = {name.replace("->", " to "): effect["agreement_points"]["mean"] for name, effect in effects}
+    lines = courses(curves, where="window")
+    return f"Line plot over windows of layers, one line a path. Change in answers, in points: {lines}."
 
 
 def _stage_table(summary: Summary) -> str:
@@ -257,8 +231,8 @@ def _stage_table(summary: Summary) -> str:
 
 
 def _answer_lens(summary: Summary) -> str:
-    lines = [course(f"{name} lens", each["is_answer"]["mean"], "share") for name, each in summary["answer"].items()]
-    return f"Line plot over layers of how often the answer is the likeliest token: {'; '.join(lines)}."
+    curves = {f"{name} lens": each["is_answer"]["mean"] for name, each in summary["answer"].items()}
+    return f"Line plot over layers of how often the answer is the likeliest token: {courses(curves, 'share')}."
 
 
 def _unknown(summary: Summary) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from .causes import knockout_findings, lens_findings, stage_table_findings
 from .cells import BAND, Cell, RunFinding, band_effect, effect, policy_label
 from .runs import FinishedRun, limits_of, pointer
 
@@ -17,6 +16,7 @@ CLUSTERED = "95%, clustered by image"
 ONE_SIDED = "two one-sided 95% limits, bootstrap over images"
 SIMULTANEOUS = "95%, simultaneous over all splits"
 QUARTILES = "quartiles of the repeats"
+DEPTH = "first layer from which answer and cross-entropy stay"
 
 
 def findings_of(runs: Sequence[FinishedRun]) -> list[RunFinding]:
@@ -24,9 +24,9 @@ def findings_of(runs: Sequence[FinishedRun]) -> list[RunFinding]:
     of_step: dict[str, Callable[[FinishedRun], Iterator[RunFinding]]] = {
         "stages": _stages,
         "exits": _exits,
-        "knockout": knockout_findings,
-        "stage_table": stage_table_findings,
-        "lens": lens_findings,
+        "knockout": _knockout,
+        "stage_table": _stage_table,
+        "lens": _lens,
         "train": _train,
         "evaluate": _evaluate,
         "tables": _tables,
@@ -64,12 +64,9 @@ def _stages(run: FinishedRun) -> Iterator[RunFinding]:
         effects,
         pointer("curves", "cross"),
     )
-    endpoint = run.value("/endpoint")
-    curve = run.value(pointer("bands", endpoint, "cross", "mean")) or []
-    known = [layer for layer, value in enumerate(curve) if value is not None]
-    if known:
-        place = pointer("bands", endpoint, "cross")
-        least, most = min(known, key=curve.__getitem__), max(known, key=curve.__getitem__)
+    place = pointer("bands", run.value("/endpoint"), "cross")
+    least, most = (first_extreme(run.value(f"{place}/mean") or [], sign) for sign in (1, -1))
+    if least is not None:
         yield RunFinding(
             run,
             "Attention of the question on the image, relative to evenly spread attention, without the sink",
@@ -119,32 +116,88 @@ def _exits(run: FinishedRun) -> Iterator[RunFinding]:
             band_effect(run, "right answers of the full model", "share", f"{bands}/accuracy", last),
             band_effect(run, "right answers if the decoder sees no image", "share", f"{bands}/accuracy", 0),
             band_effect(run, "answers that stay the same without the image", "share", f"{bands}/agreement", 0),
-            band_effect(
-                run,
-                "mean exit depth (first layer from which answer and cross-entropy stay)",
-                "layer",
-                "/overall/exit_depth",
-            ),
+            band_effect(run, f"mean exit depth ({DEPTH})", "layer", "/overall/exit_depth"),
         ],
         curve="/accuracy",
     )
-    thresholds = run.value("/k_star_details") or []
-    yield RunFinding(
-        run,
-        "KL criterion: first exit layer whose divergence from the full model is at most η",
-        effects=[
-            effect(
+    effects = []
+    for index, each in enumerate(run.value("/k_star_details") or []):
+        place = f"/k_star_details/{index}"
+        label = f"K* at η = {each['eta']:g} nats"
+        effects.append(effect(run, label, "layer", f"{place}/layer", limits_of(f"{place}/interval"), BAND))
+    criterion = "KL criterion: first exit layer whose divergence from the full model is at most η"
+    yield RunFinding(run, criterion, effects=effects, curve="/kl")
+
+
+def first_extreme(values: Sequence[float | None], sign: int) -> int | None:
+    """Where the smallest (`sign` 1) or largest (-1) known value stands first; None where none is known.
+
+    Example:
+        >>> first_extreme([2.0, None, 1.0, 1.0], 1)
+        2
+    """
+    known = [index for index, value in enumerate(values) if value is not None]
+    return min(known, key=lambda index: sign * float(values[index] or 0.0)) if known else None
+
+
+def _knockout(run: FinishedRun) -> Iterator[RunFinding]:
+    """For each path that was cut, the window that changes most answers."""
+    for name in run.value("/overall/effects") or {}:
+        place = pointer("overall", "effects", name)
+        worst = first_extreme(run.value(f"{place}/agreement_points/mean") or [], 1)
+        if worst is None:
+            continue
+        start, stop = run.value("/windows")[worst]
+        yield RunFinding(
+            run,
+            f"Cutting {name.replace('->', ' → ')} matters most in layers {start} to {stop - 1}",
+            effects=[
+                band_effect(run, "change in answers, percentage points", "plain", f"{place}/agreement_points", worst),
+                band_effect(run, "change of the answer's log probability, nats", "plain", f"{place}/nats", worst),
+            ],
+            curve=f"{place}/agreement_points/mean",
+        )
+
+
+def _stage_table(run: FinishedRun) -> Iterator[RunFinding]:
+    """Each stage by attention and by cause."""
+    for index, row in enumerate(run.value("/rows") or []):
+        where = f"layers {row['first_layer']} to {row['last_layer']}"
+        for key, by in (("attention", "by attention"), ("cause", "by cause")):
+            yield RunFinding(
                 run,
-                f"K* at η = {each['eta']:g} nats",
-                "layer",
-                f"/k_star_details/{index}/layer",
-                limits_of(f"/k_star_details/{index}/interval"),
-                BAND,
+                f"Stage {row['stage']}, {where}, {by}",
+                pointer("rows", index, f"by_{key}"),
+                [each for each in (row[f"{key}_numbers"], row["note"]) if each],
             )
-            for index, each in enumerate(thresholds)
-        ],
-        curve="/kl",
-    )
+
+
+def _lens(run: FinishedRun) -> Iterator[RunFinding]:
+    """From which layer on the answer is read at the prompt's end, and what patches say of their objects."""
+    for name in run.value("/answer") or {}:
+        place = pointer("answer", name, "is_answer")
+        shares = run.value(f"{place}/mean") or []
+        last = first_extreme(shares, -1)
+        if last is not None:
+            yield RunFinding(
+                run,
+                f"The answer at the prompt's end, read by the {name} lens",
+                effects=[band_effect(run, f"is the likeliest token after layer {last}", "share", place, last)],
+                curve=f"{place}/mean",
+            )
+    for attribute in run.value("/patches") or {}:
+        place = pointer("patches", attribute)
+        best = first_extreme(run.value(f"{place}/share/mean") or [], -1)
+        if best is not None:
+            yield RunFinding(
+                run,
+                f"Patches of an object name its {attribute} most often after layer {best}",
+                effects=[
+                    band_effect(run, "patches that do", "share", f"{place}/share", best),
+                    band_effect(run, "by chance", "share", f"{place}/control", best),
+                ],
+                curve=f"{place}/share/mean",
+            )
 
 
 def _costs(run: FinishedRun) -> list[list[Cell]]:
@@ -191,44 +244,24 @@ def _evaluate(run: FinishedRun) -> Iterator[RunFinding]:
 def _tables(run: FinishedRun) -> Iterator[RunFinding]:
     for index, verdict in enumerate(run.value("/verdicts") or []):
         where = "all questions" if verdict["on"] == "accuracy" else "questions that need the image"
-        tied = verdict["not_told_apart"]
-        if tied:
-            text = f"no clear winner; not told apart from {', '.join(map(policy_label, tied))}"
-        else:
-            text = "ahead of all others"
+        place = pointer("verdicts", index, "lead")
+        tied = ", ".join(map(policy_label, verdict["not_told_apart"]))
+        text = f"no clear winner; not told apart from {tied}" if tied else "ahead of all others"
         yield RunFinding(
             run,
             f"Most accurate at {verdict['budget']:g} of the FLOPs, {where}: {policy_label(verdict['ahead'])}",
             reasons=[text],
             effects=[
-                _triple(
-                    run,
-                    f"its lead over {policy_label(other)}",
-                    "points",
-                    pointer("verdicts", index, "lead", other),
-                    TOGETHER,
-                )
+                _triple(run, f"its lead over {policy_label(other)}", "points", f"{place}{pointer(other)}", TOGETHER)
                 for other in verdict["lead"]
             ],
         )
-    rows = [
-        (index, row)
-        for index, row in enumerate(run.value("/rows") or [])
-        if "prefill_ratio" in row and row["method"] != "none"
-    ]
-    if rows:
-        yield RunFinding(
-            run,
-            f"Time of the prefill (full model = 1), on {run.value('/device')} with {run.value('/threads')} threads",
-            effects=[
-                effect(
-                    run,
-                    f"{policy_label(row['method'])}, batch {row['batch_size']}",
-                    "ratio",
-                    pointer("rows", index, "prefill_ratio"),
-                    (pointer("rows", index, "prefill_ratio_q25"), pointer("rows", index, "prefill_ratio_q75")),
-                    QUARTILES,
-                )
-                for index, row in rows
-            ],
-        )
+    effects = []
+    for index, row in enumerate(run.value("/rows") or []):
+        if "prefill_ratio" in row and row["method"] != "none":
+            place = pointer("rows", index, "prefill_ratio")
+            label = f"{policy_label(row['method'])}, batch {row['batch_size']}"
+            effects.append(effect(run, label, "ratio", place, (f"{place}_q25", f"{place}_q75"), QUARTILES))
+    if effects:
+        machine = f"on {run.value('/device')} with {run.value('/threads')} threads"
+        yield RunFinding(run, f"Time of the prefill (full model = 1), {machine}", effects=effects)

@@ -29,19 +29,14 @@ def owned_runs(found: Owned) -> dict[str, list[FinishedRun]]:
 
 def sections_of_models(found: Owned, folder: RunFolder) -> Iterator[Section]:
     """One a step."""
-    runs = {step: _one_a_model(found, step) for step in ("stages", "exits")}
-    yield Section.of(
-        "stages",
-        list(_draw_stages(runs["stages"], folder)),
-        [_stages_table(runs["stages"])],
-        beside=_beside(found, "stages"),
-    )
-    yield Section.of(
-        "exits",
-        list(_draw_exits(runs["exits"], folder)),
-        [_exits_table(runs["exits"])],
-        beside=_beside(found, "exits"),
-    )
+    runs = {
+        step: {model: run for model, own in found.items() for run in own if run.step == step}
+        for step in ("stages", "exits")
+    }
+    drawn = {"stages": _draw_stages, "exits": _draw_exits}
+    tabled = {"stages": _stages_table, "exits": _exits_table}
+    for step, own in runs.items():
+        yield Section.of(step, list(drawn[step](own, folder)), [tabled[step](own)], beside=_beside(own))
     policies = {model: [run for run in own if run.step == "evaluate"] for model, own in found.items()}
     tables = [(model, policies_table(own)) for model, own in policies.items() if own]
     rows = [[words_cell(model), *row] for model, table in tables for row in table.rows]
@@ -49,14 +44,10 @@ def sections_of_models(found: Owned, folder: RunFolder) -> Iterator[Section]:
     yield Section.of("evaluate", [], shared)
 
 
-def _one_a_model(found: Owned, step: str) -> dict[str, FinishedRun]:
-    return {model: run for model, own in found.items() for run in own if run.step == step}
-
-
-def _beside(found: Owned, step: str) -> list[tuple[str, list[PageFigure]]]:
+def _beside(runs: Mapping[str, FinishedRun]) -> list[tuple[str, list[PageFigure]]]:
     """The figures of a step that every model may have: for each its caption and one figure a model."""
     rows: dict[str, list[PageFigure]] = {}
-    for model, run in _one_a_model(found, step).items():
+    for model, run in runs.items():
         maps = [file.stem for file in run.figures() if file.stem.startswith("map_")]
         for figure in figures_of(run, leave_out=maps):
             rows.setdefault(figure.caption, []).append(replace(figure, caption=model))

@@ -12,10 +12,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ..statistics.verdicts import verdict_in_words, verdict_word
+from ..statistics.verdicts import image_use_in_words, stages_held_in_words, verdict_in_words, verdict_word
 from .cells import Cell, PageTable, RunFinding, spaced, words_cell, written
 from .figures import PageFigure, course
-from .opening import Opening
 from .runs import FinishedRun, settings_in
 from .samples import Samples, palette
 
@@ -39,6 +38,33 @@ SECTIONS = {
     "cost": ("Measured cost", "Time and memory; these depend on the machine."),
 }
 """Step -> heading of its section, and the sentence under it."""
+
+
+LOOKING = "Attention says where the model looks, not what its answers use: python -m analysis.knockout asks that."
+"""Stands behind a verdict on attention where no stage table gives the other half."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The top of a page.
+
+    Attributes:
+        sentences: of all models.
+        figure: the one that shows most of it; None where no run has left one.
+    """
+
+    sentences: Sequence[str] = ()
+    figure: PageFigure | None = None
+
+
+def opening_sentences(runs: Sequence[FinishedRun]) -> list[str]:
+    """Until which layer one model uses its image, what leaving costs, which stages hold; of the runs that are there."""
+    by_step = {run.step: run for run in runs}
+    sentences = image_use_in_words(by_step["exits"].summary) if "exits" in by_step else []
+    if "stage_table" in by_step and (rows := by_step["stage_table"].value("/rows")):
+        return [*sentences, stages_held_in_words(rows)]
+    stages = by_step["stages"].value("/stages") if "stages" in by_step else None
+    return [*sentences, f"{verdict_in_words(stages)} {LOOKING}"] if stages else sentences
 
 
 @dataclass(frozen=True)
@@ -175,9 +201,7 @@ def verdict_table(findings: Sequence[RunFinding], owners: Mapping[str, str]) -> 
 
 def _finding(finding: RunFinding) -> dict[str, Any]:
     run = finding.run
-    columns = (
-        ["effect", "estimate", "interval"] if any(row[2].text for row in finding.effects) else ["effect", "estimate"]
-    )
+    columns = ["effect", "estimate", *(["interval"] if any(row[2].text for row in finding.effects) else [])]
     return {
         "run": run.name,
         "title": finding.title,
@@ -202,12 +226,8 @@ def small_curve(values: Sequence[float | None] | None) -> dict[str, Any] | None:
     low, high = min(value for _, value in known), max(value for _, value in known)
     across, up = CURVE_WIDTH / known[-1][0], CURVE_HEIGHT / ((high - low) or 1.0)
     points = " ".join(f"{index * across:.1f},{CURVE_HEIGHT - (value - low) * up:.1f}" for index, value in known)
-    return {
-        "points": points,
-        "width": CURVE_WIDTH,
-        "height": CURVE_HEIGHT,
-        "words": course("Curve", list(values or ())),
-    }
+    words = course("Curve", list(values or ()))
+    return {"points": points, "width": CURVE_WIDTH, "height": CURVE_HEIGHT, "words": words}
 
 
 def size_of(run: FinishedRun) -> str:
@@ -223,12 +243,11 @@ def sample_table(samples: Samples) -> PageTable:
     rows = []
     for record in samples.records:
         most = max(range(len(record["mass"])), key=record["mass"].__getitem__)
+        question = f"{record['question']} ({record['part']})" if record["part"] else record["question"]
+        words = (question, spaced(record["kind"]), record["answer"], record["reference"])
         rows.append(
             [
-                words_cell(f"{record['question']} ({record['part']})" if record["part"] else record["question"]),
-                words_cell(spaced(record["kind"])),
-                words_cell(record["answer"]),
-                words_cell(record["reference"]),
+                *map(words_cell, words),
                 Cell(written(record["exit_layer"], "layer"), record["exit_layer"]),
                 words_cell(record["exit_answer"]),
                 Cell(written(record["exit_depth"], "layer"), record["exit_depth"]),

@@ -104,10 +104,10 @@ class FinishedRun:
     @property
     def command(self) -> str | None:
         """The command that made it, as one would type it; None where the run folder does not say."""
+        if self.overrides is None:
+            return None
         (step,) = (each for each in REPORT_STEPS if each.name == self.step)
-        return (
-            None if self.overrides is None else " ".join(["python -m", step.module, *map(shlex.quote, self.overrides)])
-        )
+        return " ".join(["python -m", step.module, *map(shlex.quote, self.overrides)])
 
     @property
     def weights(self) -> str | None:

@@ -32,7 +32,7 @@ from dyvte.runs.store import model_fingerprint
 from ..measuring.attention import QUERIES, attention_maps, choose_samples
 from ..measuring.lens import patch_words
 from ..plots.attention import darkest, relative_maps
-from .figures import data_address
+from ..plots.style import data_url
 from .runs import FinishedRun
 
 MAX_NEW_TOKENS = 64
@@ -79,7 +79,7 @@ def look_at_samples(cfg: DictConfig, runs: Sequence[FinishedRun]) -> Samples:
     if others:
         notes.append(
             f"The maps show the model as it is now (weights {weights}); it has changed since these runs: "
-            f"{', '.join(others)}. FinishedRun them again."
+            f"{', '.join(others)}. Run them again."
         )
     source, policy = gates_for(cfg, by_step.get("train")), None
     if source is not None:
@@ -112,13 +112,8 @@ def look_at(mllm: MLLM, sample: Sample, query: str, policy: DynamicExit | None) 
     found = attention_maps(mllm, sample, query)
     if not found:
         return []
-    of_sample: dict[str, Any] = {
-        "exit_depth": depth_of(mllm, sample),
-        "exit_layer": None,
-        "exit_answer": None,
-        "gates": {},
-        "answers": {},
-    }
+    of_sample: dict[str, Any] = {"exit_depth": depth_of(mllm, sample), "answers": {}}
+    of_sample |= {"exit_layer": None, "exit_answer": None, "gates": {}}
     of_sample |= {} if policy is None else under_gates(mllm, sample, policy)
     words = words_of(mllm, sample)
     return [content_of(*each) | said | of_sample for each, said in zip(found, words, strict=True)]
@@ -143,7 +138,7 @@ def png_of(image: npt.NDArray[Any]) -> str:
     """An image `[height, width, 3]` from 0 to 1 as a `data:` address."""
     buffer = io.BytesIO()
     Image.fromarray((255 * np.clip(image, 0, 1)).round().astype(np.uint8)).save(buffer, format="png", optimize=True)
-    return data_address(buffer.getvalue())
+    return data_url(buffer.getvalue())
 
 
 def words_of(mllm: MLLM, sample: Sample) -> list[dict[str, Any]]:
