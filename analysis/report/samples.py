@@ -35,7 +35,7 @@ from ..plots.attention import darkest, relative_maps
 from ..plots.style import data_url
 from .runs import FinishedRun
 
-MAX_NEW_TOKENS = 64
+MAX_NEW_TOKENS, COLOURS = 64, 32
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Samples:
     notes: list[str]
 
 
-def palette(steps: int = 32) -> list[str]:
+def palette() -> list[str]:
     """Colours from no attention to much, those of the figures."""
-    return [to_hex(each) for each in sns.color_palette("rocket_r", steps)]
+    return [to_hex(each) for each in sns.color_palette("rocket_r", COLOURS)]
 
 
 def look_at_samples(cfg: DictConfig, runs: Sequence[FinishedRun]) -> Samples:

@@ -30,7 +30,7 @@ from .exits import ExitFinding, contribution_stops, settled_layer
 
 QUESTIONS, CAPTIONS, TEXT_ONLY = "questions", "captions", "text_only"
 """Parts of the data: findings are about questions on images; captions and questions without image are kept apart."""
-LEVEL = 0.95
+LEVEL, LEAST_ANSWERS = 0.95, 10
 EXIT_MEASURES = {"accuracy": "correct", "agreement": "agree", "kl": "kl", "kl_reverse": "kl_reverse", "nll": "nll"}
 """What is reported for every exit and group of questions, with its column in the table `exits`."""
 RATES = ("accuracy", "agreement")
@@ -176,17 +176,17 @@ def token_depths(tokens: pd.DataFrame) -> pd.DataFrame:
     return first[["id", "part", "image_id", "token"]].assign(depth=depth).reset_index(drop=True)
 
 
-def token_summary(depths: pd.DataFrame, cfg: DictConfig, least: int = 10) -> dict[str, Any]:
+def token_summary(depths: pd.DataFrame, cfg: DictConfig) -> dict[str, Any]:
     """Mean depth by index of the answer token for questions and captions, and how far their whole answers differ.
 
-    Indices that fewer than `least` answers reach are left out, and captions if there are fewer.
+    Indices that fewer than `LEAST_ANSWERS` reach are left out, and captions if there are fewer.
     """
     summary: dict[str, Any] = {}
     first_tokens = depths.loc[depths["token"] == 0, "part"].value_counts()
-    parts = [part for part in (QUESTIONS, CAPTIONS) if first_tokens.get(part, 0) >= least]
+    parts = [part for part in (QUESTIONS, CAPTIONS) if first_tokens.get(part, 0) >= LEAST_ANSWERS]
     for part in parts:
         of_part = depths[depths["part"] == part]
-        of_index = {index: rows for index, rows in of_part.groupby("token") if len(rows) >= least}
+        of_index = {index: rows for index, rows in of_part.groupby("token") if len(rows) >= LEAST_ANSWERS}
         bands = [
             mean_band(rows["depth"], rows["image_id"].to_numpy(), LEVEL, cfg.bootstrap, cfg.seed)
             for rows in of_index.values()

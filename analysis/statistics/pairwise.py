@@ -81,12 +81,10 @@ def pairs_of(contests: Sequence[Contest]) -> int:
     return sum(len(each.methods) * (len(each.methods) - 1) // 2 for each in contests)
 
 
-def standings(
-    contests: Sequence[Contest], images: Sequence[Any], n_boot: int, seed: int, level: float = LEVEL
-) -> list[Standing]:
+def standings(contests: Sequence[Contest], images: Sequence[Any], n_boot: int, seed: int) -> list[Standing]:
     """Compare the methods of every contest.
 
-    The intervals of all differences in all contests hold together with probability `level` (sup-t band), so a method
+    The intervals of all differences in all contests hold together with probability `LEVEL` (sup-t band), so a method
     may be called ahead after looking at the numbers.
 
     Args:
@@ -106,7 +104,7 @@ def standings(
         largest = np.maximum(largest, (np.abs(deviation) / error).max(1))
         means.append(mean)
         errors.append(error)
-    critical = float(np.quantile(largest, level))
+    critical = float(np.quantile(largest, LEVEL))
     found = []
     for contest, mean, error in zip(contests, means, errors, strict=True):
         margin = np.zeros((len(mean), len(mean)))

@@ -93,7 +93,7 @@ def loss_limits(changed: Array, images: Clusters, level: float = LEVEL) -> Tripl
     return 100 * float(mean), 100 * float(low), 100 * float(high)
 
 
-def difference_limits(points: Array, images: Clusters, level: float = LEVEL) -> tuple[Array, Array, Array]:
+def difference_limits(points: Array, images: Clusters) -> tuple[Array, Array, Array]:
     """Mean of paired differences `points [n, ...]` with one-sided limits: Student's t, images as clusters.
 
     A question with NaN is left out where it is NaN. Limits are infinite for fewer than two images. Where all images
@@ -110,8 +110,8 @@ def difference_limits(points: Array, images: Clusters, level: float = LEVEL) -> 
     clusters = (counts > 0).sum(0)
     with np.errstate(divide="ignore", invalid="ignore"):
         error = np.sqrt((sums**2).sum(0) * clusters / (clusters - 1)) / counts.sum(0)
-        half = np.where(clusters > 1, t.ppf(level, np.maximum(clusters - 1, 1)) * error, np.inf)
-    unseen = np.where(half < 100 * ROUNDING, wilson_limits(0.0, clusters, 2 * level - 1)[1], 0.0)
+        half = np.where(clusters > 1, t.ppf(LEVEL, np.maximum(clusters - 1, 1)) * error, np.inf)
+    unseen = np.where(half < 100 * ROUNDING, wilson_limits(0.0, clusters, 2 * LEVEL - 1)[1], 0.0)
     low, high = mean - half - unseen * (100 + mean), mean + half + unseen * (100 - mean)
     shape = points.shape[1:]
     return mean.reshape(shape), low.reshape(shape), high.reshape(shape)
@@ -196,24 +196,23 @@ def _reasoning(losses: Losses, images: Clusters) -> StageEvidence:
     return StageEvidence(STAGES[2], _verdict(conditions, used[2] <= USE_POINTS), conditions, numbers)
 
 
-def attention_stages(contrasts: Mapping[str, Any] | None, min_effect: float = MIN_EFFECT) -> list[StageEvidence]:
+def attention_stages(contrasts: Mapping[str, Any] | None) -> list[StageEvidence]:
     """The three stages by attention.
 
     Args:
         contrasts: `SplitContrasts` as stored in a stages run, in log enrichment; None where there are too few layers or
             images for any.
-        min_effect: what counts.
     """
     if contrasts is None:
         return [StageEvidence(stage, UNDETERMINED, {}, {}, "too few layers or images") for stage in STAGES]
 
     def change(stage: str, name: str) -> StageEvidence:
         _, low, high = limits = tuple(contrasts[name])
-        verdict = CONFIRMED if low > min_effect else REFUTED if high <= min_effect else UNDETERMINED
-        return StageEvidence(stage, verdict, {name: low > min_effect}, {name: limits})
+        verdict = CONFIRMED if low > MIN_EFFECT else REFUTED if high <= MIN_EFFECT else UNDETERMINED
+        return StageEvidence(stage, verdict, {name: low > MIN_EFFECT}, {name: limits})
 
     parts = {name: tuple(contrasts[name]) for name in ("visual_in", "visual_out") if contrasts[name] is not None}
-    conditions = {name: limits[1] > min_effect for name, limits in parts.items()}
+    conditions = {name: limits[1] > MIN_EFFECT for name, limits in parts.items()}
     peaks = len(parts) == 2 and all(conditions.values())
     visual = StageEvidence(STAGES[1], CONFIRMED if peaks else NOT_TESTED, conditions, parts)
     return [change(STAGES[0], "fall"), visual, change(STAGES[2], "rise")]

@@ -300,6 +300,7 @@ def _reasons(valley: str, shape: str, at_best: bool, rival: str, gain: float) ->
 
 
 MIN_RUNS, MIN_RUNS_FOR_STAGES = 3, 5
+T_TEST_ERROR = 0.05
 SHARE_OF_RUNS = 0.8
 BOUNDARY_SPREAD = 1 / 8
 """Share of the layers by which a run's boundary may be off the median of the runs."""
@@ -322,16 +323,12 @@ class RecipeVerdict:
     num_three_stage: int
 
 
-def recipe_verdict(
-    runs: Sequence[Mapping[str, Any]], *, min_effect: float = MIN_EFFECT, level: float = 0.95
-) -> RecipeVerdict:
+def recipe_verdict(runs: Sequence[Mapping[str, Any]]) -> RecipeVerdict:
     """Claim 3 from independently seeded runs of one depth.
 
     Args:
         runs: `StageVerdict.to_dict()` of each (`stages` of its summary). The seeds must be of everything that was
             trained, the vision tower included.
-        min_effect: as in :func:`stage_verdict`.
-        level: one less the error of each t-test.
     """
     known = [each for each in runs if each["registered"] is not None]
     p_fall = p_rise = None
@@ -339,11 +336,11 @@ def recipe_verdict(
     if len(known) >= MIN_RUNS:
         p_fall, p_rise = (
             float(
-                stats.ttest_1samp([each["registered"][name][0] for each in known], min_effect, alternative="greater")[1]
+                stats.ttest_1samp([each["registered"][name][0] for each in known], MIN_EFFECT, alternative="greater")[1]
             )
             for name in ("fall", "rise")
         )
-        levels = FOUND if max(p_fall, p_rise) <= 1 - level else NOT_FOUND
+        levels = FOUND if max(p_fall, p_rise) <= T_TEST_ERROR else NOT_FOUND
     found = [each for each in known if each["boundaries"] is not None]
     agreeing = 0
     if found:

@@ -16,6 +16,7 @@ from dyvte.gates.metrics import half_width, mixture_cost, mixture_hull, wilson_l
 
 from ..bands import Array, Clusters, cluster_bootstrap
 
+LEVEL = 0.95
 PRICES = np.geomspace(1e-2, 1e4, 120)
 """What a changed answer may cost, in full prefills: each price gives one choice of constants."""
 TEXT_WEIGHT = 4.0
@@ -42,7 +43,7 @@ def verdict(estimate: Estimate, claim: float, above: bool = True) -> str:
     return "confirmed" if low > bound else "refuted" if high <= bound else "undetermined"
 
 
-def mean_estimate(values: Array, clusters: Clusters, level: float = 0.95) -> Estimate:
+def mean_estimate(values: Array, clusters: Clusters, level: float = LEVEL) -> Estimate:
     """Mean of [n] values; normal interval with the variance between totals of clusters."""
     mean = float(values.mean())
     half = half_width((values - mean) / len(values), clusters, level)
@@ -53,7 +54,7 @@ def mean_estimate(values: Array, clusters: Clusters, level: float = 0.95) -> Est
 
 
 def within_group_auc(
-    scores: Array, labels: npt.NDArray[np.bool_], groups: Sequence[Any], clusters: Clusters, level: float = 0.95
+    scores: Array, labels: npt.NDArray[np.bool_], groups: Sequence[Any], clusters: Clusters
 ) -> tuple[Estimate, int]:
     """How often a positive outranks a negative of the same group at the same gate.
 
@@ -94,8 +95,8 @@ def within_group_auc(
     auc = float(total / count)
     if auc in (0, 1):
         in_pairs = np.asarray(clusters).astype(str)[pairs > 0]
-        return Estimate(auc, *(float(each) for each in wilson_limits(auc, len(np.unique(in_pairs)), level))), int(count)
-    half = half_width((won - auc * pairs) / count, clusters, level)
+        return Estimate(auc, *(float(each) for each in wilson_limits(auc, len(np.unique(in_pairs))))), int(count)
+    half = half_width((won - auc * pairs) / count, clusters, LEVEL)
     return Estimate(auc, auc - half, auc + half), int(count)
 
 
@@ -109,7 +110,7 @@ def slope_of(values: Array) -> Array:
     return slope
 
 
-def dose_response(values: Array, clusters: Clusters, level: float = 0.95) -> dict[str, Any]:
+def dose_response(values: Array, clusters: Clusters) -> dict[str, Any]:
     """Mean at every dose, the slope, and the steps between doses with simultaneous (Bonferroni) intervals.
 
     Args:
@@ -117,10 +118,10 @@ def dose_response(values: Array, clusters: Clusters, level: float = 0.95) -> dic
         clusters: length n.
     """
     steps = np.diff(values, axis=1)
-    simultaneous = 1 - (1 - level) / steps.shape[1]
+    simultaneous = 1 - (1 - LEVEL) / steps.shape[1]
     return {
-        "means": [mean_estimate(each, clusters, level) for each in values.T],
-        "slope": mean_estimate(slope_of(values), clusters, level),
+        "means": [mean_estimate(each, clusters) for each in values.T],
+        "slope": mean_estimate(slope_of(values), clusters),
         "steps": [mean_estimate(each, clusters, simultaneous) for each in steps.T],
     }
 
@@ -189,7 +190,6 @@ def compare_with_constants(
     clusters: Clusters,
     bootstrap: int = 2000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> CostComparison:
     """The gates' cost over that of constants mixed so that they agree as often; paired bootstrap over images.
 
@@ -214,7 +214,7 @@ def compare_with_constants(
 
     price, found = ratio(values.mean(0))
     draws = [ratio(each)[1] for each in cluster_bootstrap(values, clusters, bootstrap, seed)]
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return CostComparison(price, Estimate(found, float(low), float(high)))
 
 

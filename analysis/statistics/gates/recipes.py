@@ -27,7 +27,6 @@ def cost_differences(
     wanted: Sequence[float],
     n_boot: int = 1000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> dict[str, Band]:
     """Mean cost at equal agreement of every recipe less that of one of them, with intervals that hold all at once.
 
@@ -61,6 +60,5 @@ def cost_differences(
     band = simultaneous_band(
         [estimates[name] - estimates[base] for name in others],
         np.stack([replicates[name] - replicates[base] for name in others], axis=1),
-        level,
     )
     return {name: band[index] for index, name in enumerate(others)}
