@@ -22,8 +22,7 @@ from dyvte.runs.config import command
 from dyvte.runs.store import RunFolder, versions, write_atomic, write_json
 
 from ..measuring.runs import read_summary
-from .draw import figures_of_step
-from .figures import PageFigure, describe_figure, figures_of
+from .figures import PageFigure, describe_figure, figures_of, figures_of_step
 from .findings import findings_of
 from .models import COMPARED_STEPS, owned_runs, sections_of_models
 from .page import SECTIONS, MissingRun, Opening, Page, Section, opening_sentences, render_page

@@ -37,7 +37,6 @@ class PageTable:
 
     Attributes:
         title: what its rows are.
-        columns: headings.
         rows: as many cells each.
         note: how to read it.
     """
@@ -53,7 +52,6 @@ class RunFinding:
     """What one run says about one question.
 
     Attributes:
-        run: where it is from.
         title: the question, or what was measured.
         verdict: JSON pointer of the verdict, None where there is nothing to decide.
         reasons: why the verdict is what it is.
@@ -73,7 +71,6 @@ def number_cell(run: FinishedRun, unit: str, place: str, limits: Limits | None =
     """A number of a summary, with its limits in brackets where there are some.
 
     Args:
-        run: whose.
         unit: how it is written: `share`, `points`, `layer`, `log`, `ratio`, `count`, `nats` or `plain`.
         place: JSON pointer.
         limits: JSON pointers.

@@ -10,8 +10,7 @@ from dyvte.runs.store import RunFolder
 from ..plots.attention import draw_attention_scores
 from ..plots.compare import draw_attention_by_depth, draw_exits_by_depth
 from .cells import Cell, PageTable, banded_cell, number_cell, words_cell
-from .draw import keep_figure
-from .figures import PageFigure, course, figures_of
+from .figures import PageFigure, course, figures_of, keep_figure
 from .page import Section
 from .runs import FinishedRun
 from .tables import BANDED, policies_table

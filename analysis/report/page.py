@@ -72,7 +72,6 @@ class MissingRun:
     """Results that the page would show if they were there.
 
     Attributes:
-        name: of the step.
         gives: what it would add.
         command: what makes them.
         unfinished: folders of runs that were stopped.
@@ -90,7 +89,6 @@ class Section:
 
     Attributes:
         id: its anchor.
-        title: its heading.
         text: a sentence or two under it.
         pictures, tables: in this order.
         more: pictures that are folded away, with what opens them.
@@ -121,7 +119,6 @@ class Page:
     """Everything on a page.
 
     Attributes:
-        title: its heading.
         lead: what it is about, in a sentence or two.
         opening: what was found, in a sentence, with one figure.
         warnings: what a reader must know before the numbers.
