@@ -141,17 +141,9 @@ class KnockoutMeasurement:
     @classmethod
     def of(cls, mllm: MLLM, cfg: DictConfig, objects: bool = False) -> KnockoutMeasurement:
         """The measurement that a configuration asks for; `objects` if the data know what answers rest on."""
-        windows = windows_to_cut(cfg, mllm.num_layers)
-        return cls(
-            mllm,
-            cuts_of(cfg, objects),
-            windows,
-            splits_of(cfg, mllm.num_layers),
-            cfg.entry_exit,
-            cfg.max_new_tokens,
-            cfg.branch_tokens,
-            cfg.seed,
-        )
+        windows, cuts = windows_to_cut(cfg, mllm.num_layers), cuts_of(cfg, objects)
+        splits = splits_of(cfg, mllm.num_layers)
+        return cls(mllm, cuts, windows, splits, cfg.entry_exit, cfg.max_new_tokens, cfg.branch_tokens, cfg.seed)
 
     @property
     def of_equal_mass(self) -> bool:
@@ -166,22 +158,19 @@ class KnockoutMeasurement:
         text = self.mllm.decode([[token for token in row if token >= 0] for row in answers.tolist()])
         ids = [sample.id for sample in samples]
         equal = self._equal_mass(ids, batch, answers)
+        right = [
+            None if sample.answer is None else exact_match(answer, sample.answer)
+            for answer, sample in zip(text, samples, strict=True)
+        ]
+        of_samples = {
+            **columns_of(samples, "id", "image_id", "kind", "question"),
+            "reference": [sample.answer for sample in samples],
+            "answer": text,
+            "right": pd.array(right, dtype="boolean"),
+            "visual_tokens": batch.layout.visual.sum(1).tolist(),
+        }
         found = {
-            "samples": pd.DataFrame(
-                {
-                    **columns_of(samples, "id", "image_id", "kind", "question"),
-                    "reference": [sample.answer for sample in samples],
-                    "answer": text,
-                    "right": pd.array(
-                        [
-                            None if sample.answer is None else exact_match(answer, sample.answer)
-                            for answer, sample in zip(text, samples, strict=True)
-                        ],
-                        dtype="boolean",
-                    ),
-                    "visual_tokens": batch.layout.visual.sum(1).tolist(),
-                }
-            ),
+            "samples": pd.DataFrame(of_samples),
             "knockouts": self._knockouts(samples, batch, answers, {name: each.keys for name, each in equal.items()}),
         }
         if equal:
@@ -211,19 +200,9 @@ class KnockoutMeasurement:
         ids, images = columns_of(samples, "id", "image_id").values()
         number = {image_id: index for index, image_id in enumerate(images)}
         donors = find_donors(batch.layout, images) if mode == "swap" else None
-        found = knockout(
-            self.mllm,
-            batch,
-            answers,
-            paths,
-            windows,
-            mode=mode,
-            donors=donors,
-            shared_image=[number[image_id] for image_id in images],
-            keep_logits=False,
-            branch_tokens=self.branch_tokens,
-            **how,
-        ).up_to_ties()
+        how |= {"shared_image": [number[image_id] for image_id in images], "branch_tokens": self.branch_tokens}
+        how |= {"mode": mode, "donors": donors, "keep_logits": False}
+        found = knockout(self.mllm, batch, answers, paths, windows, **how).up_to_ties()
         effects = {
             "agree": found.agree.cpu(),
             "nats": found.log_probability_change.float().cpu(),

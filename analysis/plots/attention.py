@@ -172,6 +172,7 @@ def draw_attention_map(record: Mapping[str, Any], image: npt.NDArray[Any]) -> Fi
         height, width = image.shape[:2]
         pale = 0.5 * image + 0.5 * image.mean(2, keepdims=True)  # objects as light as what is behind them stay visible
         pale = 0.25 + 0.65 * pale / max(float(pale.max()), 1e-9)  # white stays apart from no attention
+        scale = plt.cm.ScalarMappable(plt.Normalize(0, top), "rocket_r")
         for axis in axes.flat:
             axis.set_axis_off()
         axes.flat[0].imshow(image)
@@ -180,21 +181,14 @@ def draw_attention_map(record: Mapping[str, Any], image: npt.NDArray[Any]) -> Fi
         for layer in range(num_layers):
             axis = axes.flat[layer + 1]
             axis.imshow(pale, extent=(0, width, height, 0), vmin=0, vmax=1)
-            axis.imshow(
-                relative[layer],
-                extent=(0, width, height, 0),
-                cmap="rocket_r",
-                alpha=np.clip(relative[layer] / top, 0, 1) ** 0.75,
-                vmin=0,
-                vmax=top,
-                interpolation="nearest",
-            )
+            alpha = np.clip(relative[layer] / top, 0, 1) ** 0.75
+            shown = {"alpha": alpha, "extent": (0, width, height, 0), "interpolation": "nearest"}
+            axis.imshow(relative[layer], "rocket_r", scale.norm, **shown)
             axis.set_title(f"layer {layer}: {record['mass'][layer]:.0%}", fontsize=8.5)
             if "sinks" in record:
                 down, across = np.nonzero(np.asarray(record["sinks"][layer]))
                 tall, wide = height / relative.shape[1], width / relative.shape[2]
                 axis.plot((across + 0.5) * wide, (down + 0.5) * tall, "x", color="#2a9d8f", markersize=6)
-        scale = plt.cm.ScalarMappable(plt.Normalize(0, top), "rocket_r")
         bar = figure.colorbar(scale, ax=axes, shrink=0.75, pad=0.015, aspect=30)
         bar.set_label("attention per patch,\ntimes even spread (= 1)", fontsize=8)
         characters = int(11 * figure.get_figwidth())

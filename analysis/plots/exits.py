@@ -121,15 +121,10 @@ def draw_text_entropy(summary: style.Summary) -> Figure:
         left.set_ylabel("entropy of text self-attention (nats)")
         left.set_title("under some exits")
         limit = max(float(np.nanmax(np.abs(difference[:-1]))), 1e-6)
-        sns.heatmap(
-            difference[:-1],
-            ax=right,
-            cmap="cividis",  # dark to light, so that signs survive a black-and-white print
-            vmin=-limit,
-            vmax=limit,
-            cbar_kws={"label": "change from the full model (nats)"},
-            square=True,
-        )
+        # dark to light, so that signs survive a black-and-white print
+        colours = {"cmap": "cividis", "vmin": -limit, "vmax": limit}
+        label = {"label": "change from the full model (nats)"}
+        sns.heatmap(difference[:-1], ax=right, square=True, cbar_kws=label, **colours)
         ticks = np.arange(0, num_layers, max(1, math.ceil(num_layers / 12)))
         right.set_xticks(ticks + 0.5, ticks.astype(str), rotation=0)
         right.set_yticks(ticks + 0.5, ticks.astype(str), rotation=0)
@@ -199,16 +194,9 @@ def draw_exit_layer_map(groups: Mapping[str, ExitLayers], xlabel: str, title: st
     labels = [style.wrapped(f"{name.replace('_', ' ')} ({groups[name][0].sum():,})", 28) for name in names]
     lines = [line for label in labels for line in label.split("\n")]
     with style.new_figure(figsize=(5.4 + 0.07 * max(map(len, lines)), 0.34 * len(lines) + 2.1)) as (figure, axis):
-        sns.heatmap(
-            shares,
-            ax=axis,
-            cmap="Greys",
-            vmin=0,
-            vmax=max(float(shares.max()), 0.01),
-            cbar_kws={"label": "share of questions", "format": PercentFormatter(1.0, decimals=0)},
-            linewidths=0.5,
-            linecolor="white",
-        )
+        colours = {"cmap": "Greys", "vmin": 0, "vmax": max(float(shares.max()), 0.01)}
+        bar = {"label": "share of questions", "format": PercentFormatter(1.0, decimals=0)}
+        sns.heatmap(shares, ax=axis, cbar_kws=bar, linewidths=0.5, linecolor="white", **colours)
         mean, low, high = np.array([list(groups[name][1].to_dict().values()) for name in names]).T
         known = np.isfinite(low).any()
         error, label = (np.stack([mean - low, high - mean]), "mean and its 95% interval") if known else (None, "mean")
