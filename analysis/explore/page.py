@@ -236,21 +236,15 @@ class Page:
 
     def _emptied(self, image: Image.Image, notice: str = "") -> dict[Any, Any]:
         """Every panel without an answer: what an earlier one left must not stand beside another question or image."""
+        nothing = (self.answer, self.bars, self.left, self.thinned, self.was_cut, self.saved, self.link, self.json)
         return {
+            **dict.fromkeys(nothing, ""),
             self.reading: None,
             self.notice: _told(notice),
             self.view: markup.plain_image(image),
-            self.answer: "",
-            self.bars: "",
             self.heads: ASK_FIRST,
             self.exit_layer: self.explorer.mllm.num_layers,
-            self.left: "",
             self.write_out: gr.update(visible=False),
-            self.thinned: "",
-            self.was_cut: "",
-            self.saved: "",
-            self.link: "",
-            self.json: "",
         }
 
     # ----------------------------------------------------------------------- a question
