@@ -92,9 +92,6 @@ def cost(cfg: DictConfig) -> dict[str, Any]:
     )
 
 
-# -------------------------------------------------------------------------- measuring
-
-
 @torch.no_grad()
 def measure(
     mllm: MLLM, batch: Batch, policies: dict[str, Policy], repeats: int, new_tokens: int, seed: int
@@ -188,9 +185,6 @@ def constant(mllm: MLLM, batch: Batch, policy: Policy) -> dict[str, float]:
         "kv_cache_bytes": kv_cache_bytes(cache) / rows,
         "peak_memory_bytes": memory.bytes,
     }
-
-
-# ---------------------------------------------------------------------------- summary
 
 
 def summarize(repeats: pd.DataFrame, constants: pd.DataFrame, new_tokens: int) -> pd.DataFrame:

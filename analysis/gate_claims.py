@@ -89,9 +89,6 @@ def findings(cfg: DictConfig, labels: LabelSet, tested: Mapping[str, Gates]) -> 
     return dict(plain(json.loads(json.dumps(found, default=float))))
 
 
-# --------------------------------------------------------------------------- the page
-
-
 def page(found: Mapping[str, Any]) -> str:
     """The whole page."""
     lines = [

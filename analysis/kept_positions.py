@@ -88,9 +88,6 @@ def kept_positions(cfg: DictConfig) -> dict[str, Any] | None:
     return report(cfg, mllm, folder, grid, len(chosen))
 
 
-# -------------------------------------------------------------------------- measuring
-
-
 @torch.no_grad()
 def kept_by_layer(mllm: MLLM, batch: Batch, policy: Policy) -> list[Tensor]:
     """Of every row [L, V]: whether layer l sees visual token v."""
@@ -185,9 +182,6 @@ def places(
                 }
                 rows.append({"id": sample.id, "image_id": sample.image_id, **place})
     return rows
-
-
-# ----------------------------------------------------------------------------- report
 
 
 def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, grid: View, num_questions: int) -> dict[str, Any]:

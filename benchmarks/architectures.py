@@ -66,9 +66,6 @@ def architecture(name: str) -> Architecture:
     return Architecture(name, **settings)
 
 
-# ------------------------------------------------------------------------- building
-
-
 def build_config(settings: dict[str, Any]) -> Any:
     """A transformers config from the fields of its `config.json`."""
     settings = copy.deepcopy(settings)

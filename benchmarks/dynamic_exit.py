@@ -159,9 +159,6 @@ def flops_saved(mllm: MLLM) -> float:
         return 1 - prefill_flops(mllm, one).total / full
 
 
-# ------------------------------------------------------------------------- deciding
-
-
 def never_firing(mllm: MLLM) -> DynamicExit:
     """Gates that are all asked and let no row go."""
     return DynamicExit(Gates(mllm.num_layers, mllm.hidden_size, bias=True), threshold=NEARLY_NEVER)

@@ -80,9 +80,6 @@ def write_out_exit(mllm: MLLM, batch: Batch, exit_layer: int, max_new_tokens: in
         return mllm.generate_ids(batch, max_new_tokens=max_new_tokens)[0]
 
 
-# --------------------------------------------------------------------------- knock-out
-
-
 @dataclass(frozen=True)
 class CutAnswer:
     """The answer with a path cut.
@@ -182,9 +179,6 @@ def _decode(
             if new != old or new in end_ids:
                 break
     return settled
-
-
-# ----------------------------------------------------------------------------- methods
 
 
 def known_methods() -> list[str]:

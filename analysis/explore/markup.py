@@ -173,9 +173,6 @@ def layer_bars(reading: Reading, state: ViewState) -> str:
     )
 
 
-# ------------------------------------------------------------------- the altered model
-
-
 def _spoken(words: Sequence[str], answer: AlteredAnswer) -> str:
     parts = []
     for place, word in enumerate(words):

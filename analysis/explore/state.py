@@ -224,9 +224,6 @@ def _checked(key: str, value: Any) -> Any:
     raise ConfigError(f"the view's {key!r} is {str(value)[:60]!r}; give {kind}")
 
 
-# ----------------------------------------------------------------------------- images
-
-
 def read_upload(address: str, max_bytes: int, max_pixels: int) -> Image.Image:
     """The image in a `data:` address, as RGB; its size is checked before it is decoded.
 

@@ -229,9 +229,6 @@ def logit_change(logits: Tensor) -> Tensor:
     return (change / spread.clamp_min(torch.finfo(torch.float32).tiny)).float()
 
 
-# --------------------------------------------------------------------------- command
-
-
 def measurement(mllm: MLLM, dataset: Dataset, cfg: DictConfig) -> Measurement:
     """The measurement that a configuration asks for.
 

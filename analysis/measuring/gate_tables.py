@@ -146,9 +146,6 @@ def exits_of(gates: Gates, asked: LabelSet) -> pd.DataFrame:
     )
 
 
-# ----------------------------------------------------------------------------- report
-
-
 def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, asked: LabelSet) -> dict[str, Any]:
     """One row a set of gates, the full model first: accuracy with its interval, exit layer, cost; and by kind."""
     exits, about = folder.read_table("exits"), folder.read_table("gates")

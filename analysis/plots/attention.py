@@ -139,9 +139,6 @@ def draw_attention_scores(summaries: Sequence[style.Summary]) -> Figure:
         return figure
 
 
-# ----------------------------------------------------------- maps over the image
-
-
 def relative_maps(maps: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """Attention on each patch `[L, rows, columns]` relative to its even spread over the image (1)."""
     maps = np.asarray(maps, dtype=np.float64)
