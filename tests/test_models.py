@@ -26,7 +26,7 @@ from torch import Tensor
 
 import dyvte
 from benchmarks import architectures
-from docs.tooling import models, zoo
+from docs.tooling import models
 from dyvte.convert import convert
 from dyvte.cost.flops import FlopCount
 from dyvte.errors import ModelError
@@ -592,8 +592,8 @@ def test_only_safetensors_are_read(tmp_path: Path) -> None:
 
 
 def test_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zoo, "VERDICTS", {name: VERDICTS[name] for name in ("llava", "mllama")})
-    monkeypatch.setattr(zoo, "VARIANTS", {})
+    monkeypatch.setattr(models, "VERDICTS", {name: VERDICTS[name] for name in ("llava", "mllama")})
+    monkeypatch.setattr(models, "VARIANTS", {})
     text = models.render(["llava7b"])
     assert "**1 of 2** image-text-to-text architectures" in text
     assert "| `llava7b` | Hub | llava | 32 | 576 | 7.1 |" in text
