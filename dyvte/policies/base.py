@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from dyvte.cost.flops import overhead
-from dyvte.errors import UnsupportedError
+from dyvte.errors import ConfigError, UnsupportedError
 from dyvte.instrument.cache import KeptLayer
 from dyvte.instrument.hooks import (
     LayerCall,
@@ -115,6 +115,12 @@ class Policy:
 
     def check(self, mllm: MLLM) -> None:
         """Refuse a model that the settings do not fit; called when the block is entered."""
+
+    def check_layer(self, layer: int, mllm: MLLM, first: int = 0) -> None:
+        """Refuse a decoder layer outside of `first`..L-1."""
+        if not first <= layer < mllm.num_layers:
+            last, name = mllm.num_layers - 1, type(self).__name__
+            raise ConfigError(f"{name}: layer must be {first}..{last} for this model, got {layer}")
 
     def before_layer(self, layer: int, prefill: Prefill) -> None:
         """Decide what leaves before decoder layer `layer` (0-based) runs.

@@ -204,10 +204,7 @@ class ScorerPolicy(Policy):
         """Refuse stages outside of the decoder and positions that the model has no exact meaning for."""
         stages = self.stages(mllm)
         for layer in stages:
-            if not 0 <= layer < mllm.num_layers:
-                raise ConfigError(
-                    f"{type(self).__name__}: acts before layer {layer}, this model has 0..{mllm.num_layers - 1}"
-                )
+            self.check_layer(layer, mllm)
         check_positions(type(self).__name__, self.positions, mllm)
         if self.positions == "contiguous" and 0 not in stages:
             raise ConfigError(f"{type(self).__name__}: positions='contiguous' is for what leaves before layer 0")

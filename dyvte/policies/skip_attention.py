@@ -51,11 +51,8 @@ class SkipAttention(Policy):
         """Refuse layers that the model does not have."""
         if self.layers is None:
             raise ConfigError("SkipAttention: name the layers: policy.layers=[4,7]")
-        wrong = [layer for layer in self.layers if not 0 <= layer < mllm.num_layers]
-        if wrong:
-            raise ValueError(
-                f"SkipAttention: layers must be in 0..{mllm.num_layers - 1} for this model, got {wrong[0]}"
-            )
+        for layer in self.layers:
+            self.check_layer(layer, mllm)
 
     def hooks(self, mllm: MLLM, run: PolicyRun) -> AbstractContextManager[None]:
         """Skip the attention."""

@@ -43,10 +43,7 @@ class UniformDrop(Policy):
 
     def check(self, mllm: MLLM) -> None:
         """Refuse a layer outside 0..L-1."""
-        if not 0 <= self.layer < mllm.num_layers:
-            raise ValueError(
-                f"{type(self).__name__}: layer must be in 0..{mllm.num_layers - 1} for this model, got {self.layer}"
-            )
+        self.check_layer(self.layer, mllm)
 
     def shares(self, mllm: MLLM) -> list[float]:
         """All up to `layer`, then `keep`."""

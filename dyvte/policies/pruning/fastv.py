@@ -80,12 +80,8 @@ class FastV(LastTokenPruning):
         check_share("FastV: keep", self.keep)
 
     def check(self, mllm: MLLM) -> None:
-        """Refuse a layer outside 1..L-1."""
-        if not 1 <= self.layer < mllm.num_layers:
-            raise ValueError(
-                f"FastV: layer must be in 1..{mllm.num_layers - 1} for this model (a layer has to attend first), "
-                f"got {self.layer}"
-            )
+        """Refuse a layer outside 1..L-1: one has to attend first."""
+        self.check_layer(self.layer, mllm, first=1)
 
     def left_before(self, num_layers: int) -> dict[int, float]:
         """`keep` before `layer`."""

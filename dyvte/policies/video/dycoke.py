@@ -75,8 +75,7 @@ class DyCoke(Policy):
 
     def check(self, mllm: MLLM) -> None:
         """Refuse a layer that has none before it, and positions that the model has no exact meaning for."""
-        if not 1 <= self.layer < mllm.num_layers:
-            raise ConfigError(f"DyCoke: layer must be 1..{mllm.num_layers - 1} for this model, got {self.layer}")
+        self.check_layer(self.layer, mllm, first=1)
         check_positions("DyCoke", self.positions, mllm)
 
     @classmethod

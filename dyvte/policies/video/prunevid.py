@@ -86,8 +86,7 @@ class PruneVid(Policy):
     def check(self, mllm: MLLM) -> None:
         """Refuse a layer that has none before it, or attention without projections of its own."""
         layer = self.layer_of(mllm)
-        if not 1 <= layer < mllm.num_layers:
-            raise ConfigError(f"PruneVid: layer must be 1..{mllm.num_layers - 1} for this model, got {layer}")
+        self.check_layer(layer, mllm, first=1)
         projection_of(mllm, layer - 1, "q_proj")
 
     @classmethod
