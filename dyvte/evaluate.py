@@ -20,7 +20,7 @@ from dyvte.batch import Batch
 from dyvte.calibrate import build_policy, calibrated_policy, calibration_of, open_settings
 from dyvte.cost.flops import FlopCount, prefill_flops
 from dyvte.cost.measure import measure_generation, peak_memory_bytes
-from dyvte.data.base import Dataset, Sample, build_dataset
+from dyvte.data.base import Dataset, Sample, build_dataset, sample_columns
 from dyvte.data.metrics import correctness
 from dyvte.gates.controls import control_exits, exits_by_hops
 from dyvte.gates.features import QUESTION
@@ -202,24 +202,16 @@ def evaluate_batch(
         exit_layers = under.exit_layers.tolist()
     answers = mllm.decode(ids)
     flops = _flops(mllm, policy, samples, batch, exit_layers, counted)
-    rows = [
-        {
-            "id": sample.id,
-            "image_id": sample.image_id,
-            "kind": sample.kind,
-            "metadata": json.dumps(sample.metadata, sort_keys=True),
-            "question": sample.question,
-            "reference": sample.answer,
-            "answer": answer,
-            "correct": correctness(answer, sample.answer),
-            "exit_layer": exit_layer,
-            "new_tokens": len(tokens),
-            "flops_total": count.total,
-            "flops_decoder": count.decoder,
-            "kv_cache_bytes": cost.kv_cache_bytes / len(samples),
-        }
-        for sample, answer, exit_layer, tokens, count in zip(samples, answers, exit_layers, ids, flops, strict=True)
-    ]
+    table = {
+        **sample_columns(samples),
+        "answer": answers,
+        "correct": [correctness(answer, sample.answer) for answer, sample in zip(answers, samples, strict=True)],
+        "exit_layer": exit_layers,
+        "new_tokens": [len(tokens) for tokens in ids],
+        "flops_total": [count.total for count in flops],
+        "flops_decoder": [count.decoder for count in flops],
+        "kv_cache_bytes": cost.kv_cache_bytes / len(samples),
+    }
     batches = {
         "samples": len(samples),
         "prefill_seconds": cost.prefill_seconds,
@@ -227,7 +219,7 @@ def evaluate_batch(
         "decode_steps": len(cost.decode_seconds),
         "peak_memory_bytes": peak_memory_bytes(mllm.device),
     }
-    return {"answers": pd.DataFrame(rows), "batches": pd.DataFrame([batches])}
+    return {"answers": pd.DataFrame(table), "batches": pd.DataFrame([batches])}
 
 
 def _flops(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -145,6 +146,18 @@ def image_numbers(samples: Sequence[Sample]) -> list[int]:
         key = (row,) if image is None else (sample.image_id, image.size, hashlib.sha256(image.tobytes()).digest())
         numbers.append(seen.setdefault(key, len(seen)))
     return numbers
+
+
+def sample_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
+    """What every table of samples says of them: ids, kind, metadata (as JSON), question and reference answer."""
+    return {
+        "id": [sample.id for sample in samples],
+        "image_id": [sample.image_id for sample in samples],
+        "kind": [sample.kind for sample in samples],
+        "metadata": [json.dumps(sample.metadata, sort_keys=True) for sample in samples],
+        "question": [sample.question for sample in samples],
+        "reference": [sample.answer for sample in samples],
+    }
 
 
 def unique_ids(ids: Iterable[str]) -> list[str]:

@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from dyvte.batch import Batch
-from dyvte.data.base import Dataset, Sample, image_numbers
+from dyvte.data.base import Dataset, Sample, image_numbers, sample_columns
 from dyvte.data.metrics import correctness
 from dyvte.errors import ConfigError, DataError
 from dyvte.gates.every_exit import ExitCosts, answers_by_exit, sweep_answers
@@ -152,21 +152,14 @@ def label_batch(
         exits["answer"] = np.array([answer for row in by_exit for answer in row], dtype=object)
         pairs = ((each or "", sample.answer) for row, sample in zip(by_exit, samples, strict=True) for each in row)
         exits["correct"] = np.array([correctness(*pair) for pair in pairs])
-    table = pd.DataFrame(
-        {
-            "id": [sample.id for sample in samples],
-            "image_id": [sample.image_id for sample in samples],
-            "kind": [sample.kind for sample in samples],
-            "metadata": [json.dumps(sample.metadata, sort_keys=True) for sample in samples],
-            "question": [sample.question for sample in samples],
-            "reference": [sample.answer for sample in samples],
-            "answer": answers,
-            "correct": correct,
-            "answer_tokens": _flat(sweep.answer_valid.sum(1)),
-            "text_tokens": _flat(batch.layout.text.sum(1)),
-            "visual_tokens": _flat(batch.layout.visual.sum(1)),
-        }
-    )
+    table = {
+        **sample_columns(samples),
+        "answer": answers,
+        "correct": correct,
+        "answer_tokens": _flat(sweep.answer_valid.sum(1)),
+        "text_tokens": _flat(batch.layout.text.sum(1)),
+        "visual_tokens": _flat(batch.layout.visual.sum(1)),
+    }
     # [b, L, P * d] -> one [b, L - 1, d] a part, in the model's own precision
     pieces = sweep.text_status[:, :-1].to("cpu", mllm.dtype).chunk(len(parts), dim=-1) if parts else ()
     status = {part: piece.contiguous() for part, piece in zip(parts, pieces, strict=True)}
@@ -174,7 +167,7 @@ def label_batch(
         last = sweep.exit_status[:, [*settings.exits, *blind].index(0), -1, mllm.hidden_size :]
         status[QUESTION] = last[:, None].to("cpu", mllm.dtype).contiguous()
     made: dict[str, pd.DataFrame | dict[str, Tensor]] = {
-        "samples": table,
+        "samples": pd.DataFrame(table),
         "exits": pd.DataFrame(exits),
         "status": status,
     }
