@@ -61,19 +61,15 @@ def tower_config(source: Source) -> Any:
     if model_type in ("intern_vit_6b", "intern_vit"):
         if abs(given.get("layer_norm_eps", 1e-6) - 1e-6) > 1e-12 and given.get("qk_normalization", True):
             raise ModelError(f"{source.tower_folder}: layer_norm_eps of InternViT must be 1e-6 to be converted")
-        patch_size = given["patch_size"]
+        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
         return CONFIG_MAPPING["internvl_vision"](
-            hidden_size=given["hidden_size"],
-            num_hidden_layers=given["num_hidden_layers"],
-            num_attention_heads=given["num_attention_heads"],
-            intermediate_size=given["intermediate_size"],
+            **{name: given[name] for name in sizes},
             attention_bias=given.get("qkv_bias", False),
             use_qk_norm=given.get("qk_normalization", True),
             hidden_act=given.get("hidden_act", "gelu"),
             norm_type=given.get("norm_type", "rms_norm"),
             layer_norm_eps=given.get("layer_norm_eps", 1e-6),
-            image_size=tower_image_size(source, patch_size),
-            patch_size=patch_size,
+            image_size=tower_image_size(source, given["patch_size"]),
         )
     known = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
     model_type = known.get(model_type, model_type)

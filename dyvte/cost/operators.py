@@ -6,10 +6,11 @@ it wait for the queue of kernels. Both are the same on every machine, and the sa
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,13 +40,10 @@ class Work:
     synchronisations: int = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(*(mine + its for mine, its in zip(self._values(), other._values(), strict=True)))
+        return Work(*map(operator.add, astuple(self), astuple(other)))
 
     def __sub__(self, other: Work) -> Work:
-        return Work(*(mine - its for mine, its in zip(self._values(), other._values(), strict=True)))
-
-    def _values(self) -> tuple[int, ...]:
-        return self.operators, self.kernels, self.output_bytes, self.synchronisations
+        return Work(*map(operator.sub, astuple(self), astuple(other)))
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 from dyvte.errors import ModelError
 from dyvte.gates.features import GATE_PARTS, QUESTION, width_of
 from dyvte.instrument.states import TEXT_STATUS
-from dyvte.runs.locks import one_at_a_time, write_atomic
+from dyvte.runs.locks import locked, write_atomic
 from dyvte.runs.store import write_json
 from dyvte.stored_files import check_safetensors, read_json, reason_of, short
 
@@ -192,17 +192,9 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
 
     def config(self) -> dict[str, Any]:
         """What `config.json` holds: the arguments of the constructor."""
-        return {
-            "num_layers": self.num_layers,
-            "hidden_size": self.hidden_size,
-            "status": list(self.status),
-            "width": self.width,
-            "bias": self.inner_bias is not None,
-            "threshold": self.threshold,
-            "facts": self.facts,
-            "shared": self.shared,
-            "cumulative": self.cumulative,
-        }
+        names = ("num_layers", "hidden_size", "width", "threshold", "facts", "shared", "cumulative")
+        own = {name: getattr(self, name) for name in names}
+        return {**own, "status": list(self.status), "bias": self.inner_bias is not None}
 
     def _save_pretrained(self, save_directory: Path) -> None:
         weights = {name: _compact(tensor.detach().cpu().contiguous()) for name, tensor in self.state_dict().items()}
@@ -214,7 +206,7 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
     def save_pretrained(self, save_directory: str | Path, **settings: Any) -> str | None:
         """Write the gates into a folder, or push them to the Hub (see `huggingface_hub.ModelHubMixin`)."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        with one_at_a_time(Path(save_directory)):  # or the weights of one could end beside the config of another
+        with locked(Path(save_directory), inside=False):  # or the weights of one could end beside the config of another
             return super().save_pretrained(save_directory, **settings)
 
     @classmethod

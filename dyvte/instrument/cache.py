@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -70,13 +70,17 @@ class KeptLayer(DynamicLayer):
     # ------------------------------------------------------------- what policies use
 
     @contextmanager
-    def prefilling(self, selection: Selection, key_bias: Tensor | None) -> Iterator[None]:
-        """While active, `update` stores keys and values of the positions in `selection`."""
-        self._writing = (selection, key_bias)
+    def _while(self, **state: Any) -> Iterator[None]:
+        before = {name: getattr(self, name) for name in state}
+        self.__dict__.update(state)
         try:
             yield
         finally:
-            self._writing = None
+            self.__dict__.update(before)
+
+    def prefilling(self, selection: Selection, key_bias: Tensor | None) -> AbstractContextManager[None]:
+        """While active, `update` stores keys and values of the positions in `selection`."""
+        return self._while(_writing=(selection, key_bias))
 
     def finish_prefill(self, length: int) -> None:
         """All groups of rows are stored. The prompt had `length` positions."""
@@ -106,15 +110,9 @@ class KeptLayer(DynamicLayer):
         make = table.added_mask if added else table.mask
         return make(mask, self._prompt_length, self.length - self._prompt_length + num_queries, dtype)
 
-    @contextmanager
-    def attending_apart(self) -> Iterator[None]:
+    def attending_apart(self) -> AbstractContextManager[None]:
         """While active, `update` hands new keys and values back as they are, for `take` to store."""
-        self._reading = self._apart_reading = True
-        try:
-            yield
-        finally:
-            self._reading = self._apart_reading = False
-            self._pending = None
+        return self._while(_reading=True, _apart_reading=True, _pending=None)
 
     def take(self, key: Tensor, value: Tensor) -> GroupStore | None:
         """Store what the last `update` was given, if the attention function got just that.
@@ -158,14 +156,9 @@ class KeptLayer(DynamicLayer):
         for group in groups:
             self._write(group.keys, group.values)
 
-    @contextmanager
-    def decoding(self) -> Iterator[None]:
+    def decoding(self) -> AbstractContextManager[None]:
         """While active, `update` appends new tokens; the caller passes the mask that `mask` made to the layer."""
-        self._reading = True
-        try:
-            yield
-        finally:
-            self._reading = False
+        return self._while(_reading=True)
 
     def mask(self, mask: Tensor | None, num_queries: int, dtype: torch.dtype) -> Tensor | None:
         """Attention mask of new tokens for the keys of the table.

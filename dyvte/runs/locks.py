@@ -7,7 +7,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -67,26 +67,20 @@ def replace_folder(new: Path, final: Path, overwrite: bool = True) -> None:
 
 
 @contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Like `locked`, for folders that must hold no file of ours: the folder itself is locked."""
-    handle = os.open(folder, os.O_RDONLY) if fcntl is not None else None
-    try:
-        with suppress(OSError):
-            if handle is not None:
+def locked(folder: Path, inside: bool = True) -> Iterator[None]:
+    """One process after the other goes through the block; file systems without locks let all through.
+
+    Args:
+        folder: what the block works on.
+        inside: lock a file in the folder; else the folder itself, for one that must hold no file of ours.
+    """
+    with ExitStack() as stack:
+        if fcntl is not None:
+            file, flags = (folder / ".lock", os.O_CREAT | os.O_RDWR) if inside else (folder, os.O_RDONLY)
+            handle = os.open(file, flags, 0o666)
+            stack.callback(os.close, handle)
+            with suppress(OSError):
                 fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process after the other goes through the block; file systems without locks let all through."""
-    with (folder / ".lock").open("a") as file:
-        with suppress(OSError):
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
