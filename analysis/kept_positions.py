@@ -1,11 +1,11 @@
 """``python -m analysis.kept_positions``: which places of the image each method keeps.
 
-Methods get settings of the same cost (`dyvte.policies.method`) and run on the same questions. A map says in which
-share of the questions, and of the layers that a method has thinned, a place is still seen. Places are numbered in the
-order of the visual tokens; their mean number, 0 for the first and 1 for the last, is 0.5 for a method that has no
-preference; twice that less one is the position bias, -1 for the first token alone and 1 for the last. Ranking by
-attention is known to favour late places, whose tokens are nearest to the question. A matrix says how far every two
-methods keep the same tokens.
+Methods get settings of the same cost (`dyvte.policies.method`) and run on the same questions; one that cannot meet it
+runs as its paper or its defaults have it, and is marked. A map says in which share of the questions, and of the layers
+that a method has thinned, a place is still seen. Places are numbered in the order of the visual tokens; their mean
+number, 0 for the first and 1 for the last, is 0.5 for a method that has no preference; twice that less one is the
+position bias, -1 for the first token alone and 1 for the last. Ranking by attention is known to favour late places,
+whose tokens are nearest to the question. A matrix says how far every two methods keep the same tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -21,6 +22,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -31,6 +33,7 @@ from dyvte.errors import ConfigError, DataError
 from dyvte.instrument.views import View, view
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy
+from dyvte.policies.method import Calibration
 from dyvte.policies.registry import labels, methods
 from dyvte.runs import distributed
 from dyvte.runs.config import command, load_model
@@ -41,6 +44,10 @@ from .measuring.methods import ALL, describe, encoded, known_methods, load_calib
 from .measuring.runs import run_facts
 from .plots.style import figure_style
 from .statistics.bands import cluster_bootstrap, cluster_mean, percentile_band
+
+COLUMNS = 5
+BRIGHTEST = 2.0
+"""Where maps are white: a place that is seen this many times as often as the method's mean place, or more."""
 
 
 @command("kept_positions")
@@ -61,8 +68,8 @@ def kept_positions(cfg: DictConfig) -> dict[str, Any] | None:
         DataError: no question shows an image whose visual tokens lie on a grid.
     """
     mllm, dataset = load_model(cfg), build_dataset(cfg.data)
-    names = known_methods(cfg.methods, "methods")
-    cfg.methods = [name for name in names if methods()[name].acts == "thins"] if cfg.methods == ALL else names
+    thinning = [name for name, method in methods().items() if method.acts == "thins"]
+    cfg.methods = thinning if cfg.methods == ALL else known_methods(cfg.methods, "methods")
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     settings = {key: plain[key] for key in ("methods", "budget", "calibration")}
     folder = RunFolder.open(cfg.output_dir, fingerprint(mllm, dataset, cfg, **settings), cfg, cfg.overwrite)
@@ -76,9 +83,12 @@ def kept_positions(cfg: DictConfig) -> dict[str, Any] | None:
             continue
         started = time.perf_counter()
         policy = methods()[name].at_cost(calibration, cfg.budget)
+        at_budget = policy is not None
+        policy = policy or own_setting(methods()[name], calibration)
         rows = [] if policy is None else places(mllm, policy, batches, chosen)
-        setting = "cannot" if policy is None else describe(policy)
-        tables = {"settings": pd.DataFrame([{"method": name, "setting": setting}])}
+        described = "cannot" if policy is None else describe(policy)
+        setting = {"method": name, "setting": described, "at_budget": at_budget}
+        tables: dict[str, Any] = {"settings": pd.DataFrame([setting])}
         if rows:
             mean = np.stack([json.loads(each["share"]) for each in rows]).mean(0)
             tables["places"] = pd.DataFrame(rows).assign(method=name)
@@ -86,6 +96,16 @@ def kept_positions(cfg: DictConfig) -> dict[str, Any] | None:
         folder.write_shard(index, tables, num_samples=len(rows), seconds=time.perf_counter() - started)
     folder.merge()
     return report(cfg, mllm, folder, grid, len(chosen))
+
+
+def own_setting(method: type[Policy], calibration: Calibration) -> Policy | None:
+    """A thinning method as its paper or else its defaults have it; None for an exit, or where a setting has neither."""
+    if method.acts != "thins":
+        return None
+    if (published := method.published(calibration)) is not None:
+        return published
+    complete = all(each.default is not MISSING or each.default_factory is not MISSING for each in fields(method))
+    return method() if complete else None
 
 
 @torch.no_grad()
@@ -190,9 +210,9 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, grid: View, num_quest
     Raises:
         ConfigError: none does.
     """
-    settings = folder.read_table("settings").set_index("method")["setting"]
+    settings = folder.read_table("settings").set_index("method")
     if not (folder.path / "places.parquet").is_file():
-        raise ConfigError(f"no method can meet budget={cfg.budget} on these questions, or none thins a layer")
+        raise ConfigError(f"at budget={cfg.budget} no method lets a layer see some and not all visual tokens")
     table, maps = folder.read_table("places"), folder.read_table("maps")
     found = []
     for name in cfg.methods:
@@ -205,7 +225,8 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, grid: View, num_quest
         found.append(
             {
                 "method": name,
-                "setting": settings[name],
+                "setting": settings.loc[name, "setting"],
+                "at_budget": bool(settings.loc[name, "at_budget"]),
                 "questions": len(rows),
                 "kept": float(rows["kept"].mean()),
                 "mean_place": float(band.mean),
@@ -218,7 +239,9 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, grid: View, num_quest
     names = [each["method"] for each in found]
     shared = overlaps(table, names)
     folder.write_table("overlap", pd.DataFrame(shared, columns=names).assign(method=names)[["method", *names]])
-    note = f"{num_questions} questions; mean place: 0 first, 1 last visual token, intervals 95%, bootstrap over images"
+    note = (
+        f"{num_questions} questions; bias: -1 the first visual token, 1 the last; intervals 95%, bootstrap over images"
+    )
     with figure_style():
         path = folder.save_figure("kept_positions", figure(found, f"{cfg.model.name} on {cfg.data.name}, {note}"))
         matrix = folder.save_figure("overlap", overlap_figure([labels()[name] for name in names], shared))
@@ -234,7 +257,7 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, grid: View, num_quest
         low, high = each["mean_place_ci"]
         print(
             f"{labels()[each['method']]:>20}  keeps {100 * each['kept']:3.0f}%, mean place {each['mean_place']:.3f} "
-            f"[{low:.3f}, {high:.3f}]: {each['preference']}"
+            f"[{low:.3f}, {high:.3f}]: {each['preference']}{'' if each['at_budget'] else ' (at a cost of its own)'}"
         )
     print(f"overlap: {matrix}\nfigure: {path}")
     return summary
@@ -280,24 +303,27 @@ def places_in_words(found: Sequence[Mapping[str, Any]]) -> str:
 
 def figure(found: Sequence[dict[str, Any]], title: str) -> Figure:
     """One map a method: how often a place is seen, relative to the method's own mean."""
-    columns = min(4, len(found))
+    columns = min(COLUMNS, len(found))
     lines = -(-len(found) // columns)
-    size = (2.3 * columns + 0.9, 2.55 * lines + 0.5)
-    drawing, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    maps = [np.asarray(each["map"]) / np.mean(each["map"]) for each in found]
-    scale = plt.Normalize(0, max(float(each.max()) for each in maps))
+    drawing, axes = plt.subplots(
+        lines, columns, figsize=(2.2 * columns + 0.2, 2.5 * lines + 0.9), squeeze=False, layout="constrained"
+    )
     for axis in axes.flat:
         axis.set_axis_off()
-    for axis, each, values in zip(axes.flat, found, maps, strict=False):
-        axis.imshow(values, cmap="gray", norm=scale, interpolation="nearest")
-        low, high = each["mean_place_ci"]
+    for axis, each in zip(axes.flat, found, strict=False):
+        values = np.asarray(each["map"]) / np.mean(each["map"])
+        shown = axis.imshow(values, cmap="gray", vmin=0, vmax=BRIGHTEST, interpolation="nearest")
+        axis.add_patch(Rectangle((0, 0), 1, 1, transform=axis.transAxes, fill=False, clip_on=False, edgecolor="gray"))
+        low, high = (2 * place - 1 for place in each["mean_place_ci"])
         axis.set_title(
-            f"{labels()[each['method']]}, keeps {100 * each['kept']:.0f}%\n"
-            f"mean place {each['mean_place']:.2f} [{low:.2f}, {high:.2f}]",
+            f"{labels()[each['method']]}{'' if each['at_budget'] else '*'}, keeps {100 * each['kept']:.0f}%\n"
+            f"bias {each['position_bias']:+.2f} [{low:+.2f}, {high:+.2f}]",
             fontsize=8,
         )
-    shades = plt.cm.ScalarMappable(scale, "gray")
-    drawing.colorbar(shades, ax=axes, shrink=0.8, label="how often a place is seen (mean of the method = 1)")
+    label = "how often a place is seen (mean of the method = 1)"
+    drawing.colorbar(shown, ax=axes, location="bottom", shrink=0.5, aspect=50, extend="max", label=label)
+    if not all(each["at_budget"] for each in found):
+        title += "; * at a cost of its own"
     drawing.suptitle(title, fontsize=8)
     return drawing
 

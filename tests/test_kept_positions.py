@@ -55,10 +55,11 @@ def test_the_command_draws_every_method(tmp_path: Path) -> None:
     build_processor(sizes.patch_size).save_pretrained(tmp_path / "model")
     settings = ["model=hf", f"model.path={tmp_path}/model", "device=cpu", "data.limit=9", "bootstrap=20", "budget=0.9"]
     settings += [f"output_dir={tmp_path}/run", "calibration.data.limit=6"]
-    cfg = compose("kept_positions", [*settings, "methods=[fastv,uniform,random]"])
+    cfg = compose("kept_positions", [*settings, "methods=[fastv,uniform,random,average_pool]"])
     summary = kept_positions(cfg)
     assert summary is not None
-    assert [each["method"] for each in summary["methods"]] == ["fastv", "uniform", "random"]
+    assert [each["method"] for each in summary["methods"]] == ["fastv", "uniform", "random", "average_pool"]
+    assert [each["at_budget"] for each in summary["methods"]] == [True, True, True, False]
     rows, columns = summary["grid"]
     for each in summary["methods"]:
         assert torch.tensor(each["map"]).shape == (rows, columns)

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 import dyvte
 import dyvte.policies
+from docs.tooling.site import deviations
 from dyvte.batch import Batch
 from dyvte.calibrate import build_policy
 from dyvte.data.shapes import ShapesDataset
@@ -64,6 +65,17 @@ def test_a_method_says_everything_about_itself(name: str) -> None:
     rows = [row for row in pages.splitlines() if row.startswith("|") and re.search(rf"`{name}\b", row)]
     assert rows, f"no table of docs/ has {name}"
     assert any(all(need in row for need in method.needs) for row in rows), f"no row of {name} says what it needs"
+
+
+@pytest.mark.parametrize("name", [name for name, method in methods().items() if method.source.paper])
+def test_a_method_says_where_it_is_not_its_papers(name: str) -> None:
+    """In its file, and so on docs/deviations.md."""
+    said = deviations.differences(methods()[name])
+    assert any(not each.startswith("Unverified") for each in said), f"no paragraph of {deviations.KINDS}"
+
+
+def test_the_page_of_deviations_is_what_the_files_say() -> None:
+    assert (ROOT / deviations.PAGE).read_text() == deviations.page(), f"run {deviations.COMMAND}"
 
 
 def test_labels_tell_methods_apart() -> None:

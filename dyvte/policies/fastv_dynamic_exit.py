@@ -1,4 +1,7 @@
-"""FastV thins visual tokens out, gates let the rest go: the DyVTE+FastV of arXiv 2411.19628, Table 5."""
+"""FastV thins visual tokens out, gates let the rest go: the DyVTE+FastV of arXiv 2411.19628, Table 5.
+
+Deviations: those of the two.
+"""
 
 from __future__ import annotations
 

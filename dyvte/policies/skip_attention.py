@@ -1,8 +1,9 @@
 """Layers without their attention: how much of it is redundant.
 
-Efficient Attention Skipping (arXiv 2403.15226) leaves out the attention of layers that matter least. Here the model is
-left as it is otherwise (the paper's adapter takes training), and redundancy is the divergence of the next token's
-distribution from the full model's.
+Efficient Attention Skipping (arXiv 2403.15226) leaves out the attention of layers that matter least.
+
+Deviations: the model is left as it is otherwise (the paper's adapter takes training), and redundancy is the divergence
+of the next token's distribution from the full model's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`make test-lmms-eval`: lmms-eval itself runs the shipped model, and its answers are compared with dyvte's own.
 
 Three methods answer four tasks in batches: an image, several turns, two images with text between, a broken image. Every
-other method of `conf/policy/` answers two questions about two images, and two processes share a run from the command
+other method of `conf/policy/` answers two questions in several turns, and two processes share a run from the command
 line. dyvte's own answers are those to one question at a time. Not collected by pytest: lmms-eval brings packages along
 that nothing else here needs; `tests/test_lmms_eval.py` tests the plug-in without it.
 """
@@ -95,7 +95,7 @@ def compare(mllm: MLLM, folder: Path, rows: list[dict[str, Any]], pretrained: st
     Raises:
         AssertionError: an answer is another, or a request is missing in the log.
     """
-    tasks, limit = (TASKS, QUESTIONS) if policy in THREE else (("two_images",), FEW)
+    tasks, limit = (TASKS, QUESTIONS) if policy in THREE else (("two_turns",), FEW)
     own_folder, log = folder / policy, folder / policy / "lmms_eval" / "log.jsonl"
     log.parent.mkdir(parents=True)
     results = simple_evaluate(

@@ -122,7 +122,8 @@ def places_section(method: type[Policy], found: Mapping[str, Any]) -> list[str]:
         "",
         f"Lighter: a place of the image that more layers see, in more of the questions. It keeps {found['kept']:.0%} "
         f"of the tokens; their mean place is {found['mean_place']:.2f} [{low:.2f}, {high:.2f}], from 0 for the first "
-        f"to 1 for the last: {found['preference']}. From `{found['command']}`.",
+        f"to 1 for the last: {found['preference']}.{'' if found['at_budget'] else ' At a cost of its own.'} From "
+        f"`{found['command']}`.",
         "",
     ]
 

@@ -2,6 +2,9 @@
 
 DyVTE, arXiv 2411.19628, Section 4: a gate after every layer looks at the status of the text tokens and removes all
 visual tokens once they have given what the answer needs.
+
+Deviations: labels and recipe of the gates that ship are not the paper's, which are `recipe=paper` (docs/gates.md says
+what differs and why); a threshold may be chosen on validation data, and exits may be bounded to some layers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """All visual tokens leave at one fixed layer.
 
 VTW (arXiv 2405.05803) withdraws them at a calibrated layer; DyVTE (arXiv 2411.19628, Fig. 3) tries every layer by hand.
+
+Deviations: none.
 """
 
 from __future__ import annotations

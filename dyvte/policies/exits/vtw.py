@@ -2,6 +2,9 @@
 
 VTW (arXiv 2405.05803, Section 3.3): the first layer whose KL divergence to the full model, averaged over a few samples,
 is under a threshold eta.
+
+Deviations: at a budget any eta is allowed, and two of the layers that it then chooses are mixed over the questions; the
+paper has one eta a model.
 """
 
 from __future__ import annotations

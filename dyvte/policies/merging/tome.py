@@ -1,10 +1,12 @@
 """Similar visual tokens are merged.
 
-ToMe (arXiv 2210.09461) merges tokens of a vision transformer by bipartite soft matching. Inside a causal decoder this
-is an adaptation: tokens merge within one image only, by the keys (mean over heads, before rotary positions) of the
-layer before, and the token that takes another in keeps its own place and position id. As in the paper a merged token
+ToMe (arXiv 2210.09461) merges tokens of a vision transformer by bipartite soft matching, by their keys. A merged token
 counts as many times as tokens are in it (Section 3, proportional attention): the log of its size is added to the scores
 of its key in all later layers, for generated tokens too.
+
+Deviations: tokens merge before the layers of a causal decoder, where the paper has a vision transformer's; within one
+image only, by the keys (mean over heads, before rotary positions) of the layer before; the token that takes another in
+keeps its own place and position id.
 """
 
 from __future__ import annotations

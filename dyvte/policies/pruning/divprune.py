@@ -1,6 +1,8 @@
 """The most diverse visual tokens stay, the others never enter the decoder.
 
 DivPrune (arXiv 2503.02175): token selection as a max-min diversity problem on the visual features.
+
+Deviations: several images of a prompt share one count and are kept apart from each other too.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 FastV (arXiv 2403.06764, Section 4.1): with filtering layer K and filtering ratio R, tokens are ranked by the attention
 they receive in layer K and the lowest R of them are left out of all later layers.
+
+Deviations: several images of a prompt share one count, by one ranking.
 """
 
 from __future__ import annotations

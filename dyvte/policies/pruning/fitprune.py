@@ -4,9 +4,9 @@ FitPrune (arXiv 2409.10197): for every layer, the attention that visual tokens r
 the text (cross), the largest over heads; tokens are deletable as long as what remains of either distribution is at
 least 1 - alpha of it; the smallest alpha that meets a budget of FLOPs is found by bisection.
 
-Here the statistics come from one pass of the full model over a few samples; what tokens that left in an earlier layer
-would have received counts as lost. The paper's code runs the model again under every alpha. It also deletes between
-attention and MLP of a layer, we delete before the next layer.
+Deviations: the statistics come from one pass of the full model over a few samples; what tokens that left in an earlier
+layer would have received counts as lost. The paper's code runs the model again under every alpha. It also deletes
+between attention and MLP of a layer, we delete before the next layer. Several images of a prompt share one count.
 """
 
 from __future__ import annotations

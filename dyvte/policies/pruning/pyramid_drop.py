@@ -2,6 +2,9 @@
 
 PyramidDrop (arXiv 2410.17247, Section 3.2): the decoder is split into stages, and a share lambda of the visual tokens
 survives the end of every stage but the last.
+
+Deviations: several images of a prompt share one count, by one ranking; the count behind n stages is lambda^n of all
+visual tokens, rounded once. To meet a budget lambda is solved for.
 """
 
 from __future__ import annotations
