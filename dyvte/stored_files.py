@@ -90,20 +90,23 @@ def indexed_files(index: Path) -> list[Path]:
     return files
 
 
-def check_safetensors(path: Path) -> dict[str, tuple[str, list[int]]]:
+def check_safetensors(
+    path: Path, kind: type[DyvteError] = ModelError, remedy: str = "copy or download it again"
+) -> dict[str, tuple[str, list[int]]]:
     """Type and shape of every tensor of a file; nothing else is read.
 
+    Args:
+        path, kind, remedy: as for `read_json`.
+
     Raises:
-        ModelError: the file is damaged.
+        DyvteError: of the kind asked for: the file is damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {name: (each.get_dtype(), list(each.get_shape())) for name, each in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{path}: not a safetensors file that can be read ({reason_of(error)}); copy or download it again"
-        ) from None
+        raise kind(f"{path}: not a safetensors file that can be read ({reason_of(error)}); {remedy}") from None
 
 
 def check_model_folder(folder: Path) -> None:

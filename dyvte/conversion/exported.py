@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -29,6 +29,7 @@ from dyvte.conversion.source import checkpoint_folder, read_language_model
 from dyvte.conversion.tokenizer import read_tokenizer
 from dyvte.data.base import Dataset, Sample, check_limit, text_fingerprint, unique_ids
 from dyvte.errors import BrokenSample, DataError, ModelError
+from dyvte.stored_files import check_safetensors
 
 PROMPT_KINDS = ("image", "text", "answer")
 _LINE_KEYS = ("id", "question", "answer", "kind", "image_id", "prompt", "embeddings")
@@ -156,12 +157,7 @@ def _read_shard(file: Path, width: int) -> list[dict[str, Any]]:
                 raise ValueError(f"line {number + 1} has no text as {(wrong or ['prompt'])[0]!r}")
     except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{text}: damaged ({' '.join(str(error).split())}); delete it and export again") from error
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            found = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-            shapes = {name: (each.get_dtype(), each.get_shape()) for name, each in found.items()}
-    except SafetensorError as error:
-        raise DataError(f"{file}: damaged ({' '.join(str(error).split())}); delete it and export again") from error
+    shapes = check_safetensors(file, DataError, "delete it and export again")
     for line in lines:
         number, embeddings = line["number"], shapes.get(str(line["embeddings"]), ("missing", []))
         positions = shapes.get(f"{number}.visual_positions", ("missing", []))
