@@ -28,8 +28,8 @@ from .measuring.key_sets import knows_targets
 from .measuring.knockout import KnockoutMeasurement
 from .measuring.runs import closing_line, finish_run, measure_dataset, run_facts
 from .plots import causal as plots
-from .statistics.bands import MIN_CLUSTERS, count_images
-from .statistics.causal import LEVEL, CausalGroup, mass_reached, over_control, sample_effects
+from .statistics.bands import MIN_CLUSTERS, Band, bands_to_dict, count_images
+from .statistics.causal import LEVEL, effect_bands, mass_reached, over_control, sample_effects
 
 
 @command("knockout")
@@ -85,17 +85,26 @@ def summarise(cfg: DictConfig, folder: store.RunFolder, measure: KnockoutMeasure
         entry_exit = sample_effects(table.assign(window=places), ids, "window")
     names = [cut.name for cut in measure.cuts]
 
-    def group(mask: Any) -> CausalGroup:
-        of_cuts, of_map = ({name: values[mask] for name, values in each.items()} for each in (effects, entry_exit))
-        return CausalGroup.of(of_cuts, of_map, images[mask], cfg.bootstrap, cfg.seed)
-
     kinds = samples["kind"].astype(str).to_numpy()
-    groups = {"all": group(np.ones(len(samples), bool))}
-    # A bootstrap over a few images means nothing: such kinds are left out. Data without kinds call theirs "all".
-    named = sorted(set(kinds) - {"all"})
-    groups |= {kind: group(kinds == kind) for kind in named if count_images(images[kinds == kind]) >= MIN_CLUSTERS}
-    folder.write_table("curves", curves_table(groups, names, measure.windows))
-    summary_of = {name: each.summary(names) for name, each in groups.items()}
+    masks = {"all": np.ones(len(samples), bool)} | {kind: kinds == kind for kind in sorted(set(kinds) - {"all"})}
+    bands, groups = {}, {}
+    for name, mask in masks.items():
+        # A bootstrap over a few images means nothing: such kinds are left out. Data without kinds call theirs "all".
+        if name != "all" and count_images(images[mask]) < MIN_CLUSTERS:
+            continue
+        bands[name], of_map = (
+            effect_bands({key: each[mask] for key, each in values.items()}, images[mask], cfg.bootstrap, cfg.seed)
+            for values in (effects, entry_exit)
+        )
+        groups[name] = {
+            "num_samples": int(mask.sum()),
+            "num_images": count_images(images[mask]),
+            "effects": {
+                cut: bands_to_dict({key: band[i] for key, band in bands[name].items()}) for i, cut in enumerate(names)
+            },
+            "entry_exit": bands_to_dict(of_map) or None,
+        }
+    folder.write_table("curves", curves_table(bands, names, measure.windows))
     content = store.plain(
         {
             **run_facts(cfg, measure.mllm),
@@ -107,8 +116,8 @@ def summarise(cfg: DictConfig, folder: store.RunFolder, measure: KnockoutMeasure
             "windows": measure.windows,
             "splits": measure.splits,
             "entry_exit_windows": windows if cfg.entry_exit else None,
-            "overall": summary_of.pop("all"),
-            "kinds": summary_of,
+            "overall": groups.pop("all"),
+            "kinds": groups,
             "over_control": over_control(effects, names, images, cfg.bootstrap, cfg.seed),
             "mass_reached": mass_reached(folder.read_table("equal_mass"), ids) if measure.of_equal_mass else {},
             "settings": {"level": LEVEL, "bootstrap": cfg.bootstrap},
@@ -124,14 +133,16 @@ def counted_samples(folder: store.RunFolder, only_right: bool) -> pd.DataFrame:
     return samples[counted & samples["right"].fillna(False).astype(bool) if only_right else counted]
 
 
-def curves_table(groups: Mapping[str, CausalGroup], names: list[str], windows: list[tuple[int, int]]) -> pd.DataFrame:
+def curves_table(
+    groups: Mapping[str, Mapping[str, Band]], names: list[str], windows: list[tuple[int, int]]
+) -> pd.DataFrame:
     """One row a group, path, window and measure."""
     return pd.DataFrame(
         [
             {"group": group_name, "name": name, "start": start, "stop": stop, "measure": measure}
             | band[cut, window].to_dict()
             for group_name, group in groups.items()
-            for measure, band in group.effects.items()
+            for measure, band in group.items()
             for cut, name in enumerate(names)
             for window, (start, stop) in enumerate(windows)
         ]

@@ -48,14 +48,15 @@ def random_llava(
 ) -> MLLM:
     """A LLaVA of this depth and width with random weights."""
     heads = hidden // head_size
-    sizes = {"hidden_size": hidden, "intermediate_size": int(hidden * INTERMEDIATE_RATIO), "num_hidden_layers": layers}
-    text = transformers.LlamaConfig(
-        vocab_size=vocabulary, num_attention_heads=heads, num_key_value_heads=heads, **sizes
+    text = {"vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": int(hidden * INTERMEDIATE_RATIO)}
+    text |= {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": vision_layers, "num_attention_heads": 1}
+    vision |= {"patch_size": PATCH_SIZE, "image_size": PATCH_SIZE * PATCHES_PER_SIDE}
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**text),
+        vision_config=transformers.CLIPVisionConfig(**vision),
+        image_token_index=IMAGE_TOKEN,
     )
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": vision_layers, "num_attention_heads": 1}
-    image = {"patch_size": PATCH_SIZE, "image_size": PATCH_SIZE * PATCHES_PER_SIDE}
-    vision = transformers.CLIPVisionConfig(**sizes, **image)
-    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN)
     torch.manual_seed(0)
     model = transformers.AutoModelForImageTextToText.from_config(
         config, attn_implementation=attn_implementation, dtype=dtype

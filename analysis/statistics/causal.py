@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from dyvte.gates.metrics import wilson_limits
@@ -16,7 +14,6 @@ from .bands import (
     Array,
     Band,
     Clusters,
-    bands_to_dict,
     cluster_bootstrap,
     cluster_mean,
     count_images,
@@ -67,50 +64,10 @@ def effect_band(
     return Band(mean, np.maximum(low, least), np.minimum(high, largest))
 
 
-@dataclass(frozen=True)
-class CausalGroup:
-    """A group of questions: all, or one kind.
-
-    Attributes:
-        effects: name -> band `[cuts, windows]`.
-        entry_exit: name -> band `[L(L+1)/2]`; empty where it was not measured.
-    """
-
-    num_samples: int
-    num_images: int
-    effects: dict[str, Band]
-    entry_exit: dict[str, Band]
-
-    @classmethod
-    def of(
-        cls,
-        effects: dict[str, Array],
-        entry_exit: dict[str, Array],
-        images: npt.NDArray[Any],
-        n_boot: int,
-        seed: int,
-    ) -> CausalGroup:
-        """Bands of these samples."""
-
-        def bands(values: dict[str, Array]) -> dict[str, Band]:
-            return {
-                name: effect_band(each, images, n_boot, seed, (-100.0, 0.0) if name == "agreement_points" else None)
-                for name, each in values.items()
-            }
-
-        return cls(len(images), count_images(images), bands(effects), bands(entry_exit))
-
-    def summary(self, names: Sequence[str]) -> dict[str, Any]:
-        """What `summary.json` says about it."""
-        return {
-            "num_samples": self.num_samples,
-            "num_images": self.num_images,
-            "effects": {
-                cut: {measure: band[index].to_dict() for measure, band in self.effects.items()}
-                for index, cut in enumerate(names)
-            },
-            "entry_exit": bands_to_dict(self.entry_exit) or None,
-        }
+def effect_bands(values: Mapping[str, Array], images: Clusters, n_boot: int, seed: int) -> dict[str, Band]:
+    """`effect_band` of each of `MEASURES`; agreement, in points, is at most what it was."""
+    limits = {"agreement_points": (-100.0, 0.0)}
+    return {name: effect_band(each, images, n_boot, seed, limits.get(name)) for name, each in values.items()}
 
 
 def over_control(
