@@ -48,7 +48,10 @@ smol-stages: smol ## Layer-by-layer attention of llava_smol
 smol-report: smol-stages stages ## What llava_smol shows, and the small model beside it, on one page
 	$(BIN)/python -m analysis.report 'compare=[llava_smol@english,llava_shapes]'
 
-test: stages lint types pytest ## The main job, then every check; what CI runs
+# The main job and the type checker take one core each, so they run beside each other.
+test: $(STAMP) ## The main job, then every check; what CI runs
+	$(MAKE) --no-print-directory --jobs $(WORKERS) stages lint types
+	$(MAKE) --no-print-directory pytest
 
 lint: $(STAMP) ## Check format and style
 	$(BIN)/ruff format --check .
