@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from families import random_batch
@@ -13,6 +13,19 @@ from dyvte.policies.base import Policy
 
 EXACT = 1e-4
 IMAGES = (1, 2, 0)
+
+
+def in_turn(names: Iterable[str], families: Sequence[str], each: int = 2) -> list[tuple[str, str]]:
+    """Every name with so many of the families, which take turns: each family comes equally often, up to one.
+
+    For generation under methods that only leave positions out: what they leave out is tested in every family with every
+    method, and that generated tokens see what stayed does not depend on how it was chosen.
+    """
+    return [
+        (name, families[(index * each + turn) % len(families)])
+        for index, name in enumerate(names)
+        for turn in range(each)
+    ]
 
 
 def mixed_batch(mllm: MLLM, side: str = "left", seed: int = 1) -> Batch:

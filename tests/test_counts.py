@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -116,18 +117,27 @@ def test_counts_are_the_same_in_every_run() -> None:
 LAYERS, EXIT = 8, 3
 
 
-def counts_of(name: str, batch_size: int, mllm: MLLM, padded: bool = False) -> tuple[counts.Count, counts.Count]:
+@cache
+def model() -> MLLM:
+    return counts.counted_model(LAYERS)
+
+
+@cache
+def counts_of_the_model(batch_size: int) -> counts.Count:
+    return counts.count_generation(model(), counts.prompts(model(), batch_size))
+
+
+def counts_of(name: str, batch_size: int) -> tuple[counts.Count, counts.Count]:
     """The unchanged model's counts and those of a policy of the page."""
-    batch = counts.prompts(mllm, batch_size, padded)
-    return counts.count_generation(mllm, batch), counts.count_generation(
-        mllm, batch, counts.policies(mllm)[name](batch)
-    )
+    batch = counts.prompts(model(), batch_size)
+    policy = counts.policies(model())[name](batch)
+    return counts_of_the_model(batch_size), counts.count_generation(model(), batch, policy)
 
 
 @pytest.mark.parametrize("name", ["fixed exit", "dynamic exit, all rows at once", "FastV", "uniform"])
 @pytest.mark.parametrize("batch_size", [1, counts.ROWS])
 def test_decoding_dispatches_no_more_than_the_plain_model(name: str, batch_size: int) -> None:
-    plain, count = counts_of(name, batch_size, counts.counted_model(LAYERS))
+    plain, count = counts_of(name, batch_size)
     for own, step in zip(plain.steps, count.steps, strict=True):
         assert step.operators <= own.operators
         assert step.output_bytes < own.output_bytes
@@ -148,7 +158,7 @@ def test_decoding_of_rows_that_left_at_different_layers(padded: bool) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, counts.ROWS])
 def test_an_exit_in_the_prefill(batch_size: int) -> None:
-    plain, count = counts_of("fixed exit", batch_size, counts.counted_model(LAYERS))
+    plain, count = counts_of("fixed exit", batch_size)
     extra = [own - other for own, other in zip(count.prefill.layers, plain.prefill.layers, strict=True)]
     assert count.leaving == [LAYERS // 2]
     assert {each.operators for each in extra[: LAYERS // 2]} == {0}
@@ -159,7 +169,7 @@ def test_an_exit_in_the_prefill(batch_size: int) -> None:
 @pytest.mark.parametrize("thresholds", ["all stay", "all leave", "ruled out"])
 def test_gates_make_the_host_wait_only_where_a_row_may_leave(thresholds: str) -> None:
     """One transfer a layer decides for the batch; none where no row sees its image, or the threshold decides alone."""
-    mllm = counts.counted_model(LAYERS)
+    mllm = model()
     batch = counts.prompts(mllm, counts.ROWS)
     undecided = counts.NEARLY_NEVER
     of_gates = {
@@ -168,7 +178,7 @@ def test_gates_make_the_host_wait_only_where_a_row_may_leave(thresholds: str) ->
         "ruled out": [1.0] * (EXIT - 1) + [-1.0] + [undecided] * (LAYERS - 1 - EXIT),
     }[thresholds]
     policy = DynamicExit(Gates(LAYERS, mllm.hidden_size), threshold=of_gates)
-    plain, count = counts.count_generation(mllm, batch), counts.count_generation(mllm, batch, policy)
+    plain, count = counts_of_the_model(counts.ROWS), counts.count_generation(mllm, batch, policy)
     waits = [
         (own - other).synchronisations for own, other in zip(count.prefill.layers, plain.prefill.layers, strict=True)
     ]

@@ -42,10 +42,12 @@ QUICK_FIGURES = f"""
 import sys
 sys.path.append({str(Path(__file__).parent)!r})
 import quick_figures
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 sys.path.pop()
 quick_figures.quick().__enter__()
+ConstrainedLayoutEngine.execute = lambda self, figure: None
 """
-"""The kernel runs this first: what commands write is drawn quickly, what a notebook shows as it is."""
+"""The kernel runs this first: figures are drawn, without finding places for their panels."""
 
 by_name = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 

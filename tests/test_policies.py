@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from naive import with_generated
 from policy_properties import (
     check_it_changes_prompts_with_an_image_only,
     check_rows_do_not_depend_on_their_batch_or_padding,
+    in_turn,
 )
 from torch import Tensor
 
@@ -169,11 +171,15 @@ def test_equals_the_full_model_with_the_dropped_keys_hidden(name: str, family: s
     assert (visual[-1, :2] < visual[0, :2]).all() or (visual[0, :2] < batch.layout.visual.sum(1)[:2]).all()
 
 
-@pytest.mark.parametrize("family", BACKBONES)
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        *in_turn(DROPPING, BACKBONES),
+        *itertools.product(CHANGING, BACKBONES),
+        *((name, family) for name in GRID for family in BACKBONES if family not in WITHOUT_SQUARE_GRID),
+    ],
+)
 def test_generated_tokens_attend_to_what_stayed_and_the_cache_is_smaller(name: str, family: str) -> None:
-    if name in GRID and family in WITHOUT_SQUARE_GRID:
-        pytest.skip("no square grid")
     mllm = model(family)
     batch = batch_of(mllm)
     plain = generated_plainly(family)
@@ -194,8 +200,8 @@ def test_generated_tokens_attend_to_what_stayed_and_the_cache_is_smaller(name: s
     if family != "gemma3":  # layers with a sliding window store little anyway
         assert kv_cache_bytes(cached.past_key_values) < kv_cache_bytes(plain.past_key_values)
     assert pristine(mllm)
-    after = generate(mllm, batch)
-    assert torch.equal(torch.stack(plain.logits), torch.stack(after.logits)), "the model is as it was"
+    after = generate(mllm, batch, max_new_tokens=2)
+    assert torch.equal(torch.stack(plain.logits[:2]), torch.stack(after.logits)), "the model is as it was"
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from naive import with_generated
 from policy_properties import (
     check_it_changes_prompts_with_an_image_only,
     check_rows_do_not_depend_on_their_batch_or_padding,
+    in_turn,
 )
 from test_policies import (
     EXACT,
@@ -98,13 +100,6 @@ MERGING: dict[str, Callable[[], Policy]] = {
 """Methods that change the states of what stays."""
 
 METHODS = {**DROPPING, **MERGING}
-SQUARE: set[str] = set()
-"""Methods that need a square grid."""
-
-
-def fits(name: str, family: str) -> None:
-    if name in SQUARE and family in ("llava_next", "qwen2_5_vl"):
-        pytest.skip("no square grid")
 
 
 # -------------------------------------------------------------------------- the matrix
@@ -113,7 +108,6 @@ def fits(name: str, family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", DROPPING)
 def test_equals_the_full_model_with_the_dropped_keys_hidden(name: str, family: str) -> None:
-    fits(name, family)
     mllm = model(family)
     batch = batch_of(mllm)
     logits, kept = kept_under(DROPPING[name](), mllm, batch)
@@ -125,10 +119,8 @@ def test_equals_the_full_model_with_the_dropped_keys_hidden(name: str, family: s
     assert (left[:2] > 0).all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "family"), [*in_turn(DROPPING, FAMILIES), *itertools.product(MERGING, FAMILIES)])
 def test_generated_tokens_attend_to_what_stayed_and_the_cache_is_smaller(name: str, family: str) -> None:
-    fits(name, family)
     mllm = model(family)
     batch = batch_of(mllm)
     plain = generated_plainly(family)
@@ -149,8 +141,8 @@ def test_generated_tokens_attend_to_what_stayed_and_the_cache_is_smaller(name: s
         assert kv_cache_bytes(cached.past_key_values) < kv_cache_bytes(plain.past_key_values)
     assert pristine(mllm)
     assert "get_image_features" not in mllm.model.base_model.__dict__
-    after = generate(mllm, batch)
-    assert torch.equal(torch.stack(plain.logits), torch.stack(after.logits)), "the model is as it was"
+    after = generate(mllm, batch, max_new_tokens=2)
+    assert torch.equal(torch.stack(plain.logits[:2]), torch.stack(after.logits)), "the model is as it was"
 
 
 @pytest.mark.parametrize("name", METHODS)
