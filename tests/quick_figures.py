@@ -23,7 +23,7 @@ DPI = 40
 _AS_USERS_GET_THEM = RunFolder.save_figure
 
 
-def _save(self: RunFolder, name: str, figure: Figure) -> Path:
+def save_quickly(self: RunFolder, name: str, figure: Figure) -> Path:
     """Like `RunFolder.save_figure`, with a small PNG alone and all panels where they were put first."""
     path = self.path / "figures" / f"{name}.png"
     path.parent.mkdir(exist_ok=True)
@@ -38,7 +38,7 @@ def _save(self: RunFolder, name: str, figure: Figure) -> Path:
 @contextmanager
 def quick() -> Iterator[None]:
     """Within the block commands save figures quickly."""
-    with mock.patch.object(RunFolder, "save_figure", _save):
+    with mock.patch.object(RunFolder, "save_figure", save_quickly):
         yield
 
 

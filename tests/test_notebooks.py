@@ -41,13 +41,14 @@ LESS_DATA = {
 QUICK_FIGURES = f"""
 import sys
 sys.path.append({str(Path(__file__).parent)!r})
-import quick_figures
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from quick_figures import RunFolder, save_quickly
 sys.path.pop()
-quick_figures.quick().__enter__()
+RunFolder.save_figure = save_quickly
 ConstrainedLayoutEngine.execute = lambda self, figure: None
 """
-"""The kernel runs this first: figures are drawn, without finding places for their panels."""
+"""Figures are drawn, without finding places for their panels."""
+INSTEAD = LESS_DATA | {"make_experiments_importable()  #": f"{QUICK_FIGURES}make_experiments_importable()  #"}
 
 by_name = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
@@ -165,11 +166,9 @@ def kernel() -> Iterator[AsyncKernelManager]:
 def test_it_runs_as_committed_on_less_data(file: Path, tmp_path: Path, kernel: AsyncKernelManager) -> None:
     small = any(old in text(cells(read(file), "code")[0]) for old in LESS_DATA)
     assert small or file.stem in OF_ONE_QUESTION, "this notebook runs on all its data"
-    startup = tmp_path / ".ipython" / "profile_default" / "startup"  # read when the first notebook starts the kernel
-    startup.mkdir(parents=True)
-    (startup / "quick_figures.py").write_text(QUICK_FIGURES)
-    notebook = execute(file, tmp_path, LESS_DATA, kernel)
+    notebook = execute(file, tmp_path, INSTEAD, kernel)
     assert pictures(notebook) == pictures(read(file))
+    assert not list(tmp_path.rglob("figures/*.pdf")), "figures are drawn quickly"
     runs = list((tmp_path / "outputs" / "notebooks").rglob("summary.json"))
     assert bool(runs) == (file.stem not in OF_ONE_QUESTION), "runs go where the first cell says"
     assert not list((tmp_path / "notebooks").iterdir())
