@@ -313,7 +313,7 @@ def test_without_references_agreement_is_not_evidence():
     agree = (correct == correct[:, -1:]).astype(float)
     finding = exit_statistics.contribution_stops(np.full_like(correct, np.nan), agree, CHANGE, images, n_boot=100)
     assert finding.verdict == "undetermined"
-    assert "reference answers" in finding.reasons[0]
+    assert "no references" in finding.reasons[0]
     assert finding.estimates["answers_settle"][0] == 5
 
 
