@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from test_exits import random_model
 
 from analysis import knockout
 from analysis.measuring.key_sets import target_keys
-from analysis.measuring.knockout import cuts_of, windows_to_cut
+from analysis.measuring.knockout import KnockoutMeasurement, cuts_of, windows_to_cut
 from analysis.statistics.causal import effect_band
 from dyvte.data.english import EnglishDataset
 from dyvte.data.shapes import ShapesDataset
@@ -83,6 +84,15 @@ def test_tables_summary_and_figures(tmp_path: Path) -> None:
     knockout.run(config(tmp_path / "b"), mllm, dataset)
     for name in ("samples", "knockouts", "equal_mass", "entry_exit", "curves"):
         assert (tmp_path / f"b/{name}.csv").read_bytes() == (tmp_path / f"a/{name}.csv").read_bytes()
+
+
+def test_images_of_one_image_id_are_cut_each_for_itself(tmp_path: Path) -> None:
+    mllm, samples = random_model(), [sample for sample in ShapesDataset("test", 12) if sample.image is not None]
+    measure = KnockoutMeasurement.of(mllm, config(tmp_path, "paths=[[visual,visual]]", "replace=[]"))
+    merged = [replace(sample, image_id="patient 7") for sample in samples]
+    expected, found = (measure(each)["knockouts"]["nats"].to_numpy() for each in (samples, merged))
+    assert np.ptp(expected) > 1e-4
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_bands_have_a_width_where_all_agree() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dyvte.batch import Batch
 from dyvte.data import Sample
+from dyvte.data.base import image_numbers
 from dyvte.data.metrics import exact_match
 from dyvte.errors import ConfigError
 from dyvte.instrument.causal import GROUPS, all_windows, find_donors, knockout, windows_of_width
@@ -197,10 +198,9 @@ class KnockoutMeasurement:
 
         Samples that have no other image to swap with are left out, as their rows would say nothing.
         """
-        ids, images = columns_of(samples, "id", "image_id").values()
-        number = {image_id: index for index, image_id in enumerate(images)}
-        donors = find_donors(batch.layout, images) if mode == "swap" else None
-        how |= {"shared_image": [number[image_id] for image_id in images], "branch_tokens": self.branch_tokens}
+        ids = [sample.id for sample in samples]
+        donors = find_donors(batch.layout, [sample.image_id for sample in samples]) if mode == "swap" else None
+        how |= {"shared_image": image_numbers(samples), "branch_tokens": self.branch_tokens}
         how |= {"mode": mode, "donors": donors, "keep_logits": False}
         found = knockout(self.mllm, batch, answers, paths, windows, **how).up_to_ties()
         effects = {
