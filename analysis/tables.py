@@ -18,6 +18,7 @@ from dyvte.data.base import build_dataset
 from dyvte.errors import ConfigError
 from dyvte.evaluate import policy_digest, reference_labels
 from dyvte.gates.labels import LabelSet
+from dyvte.instrument.vision_tower import ImageMemory
 from dyvte.mllm import MLLM
 from dyvte.policies.exits.dynamic_exit import DynamicExit
 from dyvte.policies.registry import labels
@@ -26,7 +27,7 @@ from dyvte.runs.config import command, load_model
 from dyvte.runs.store import RunFolder, fingerprint
 from dyvte.runs.terminal import progress
 
-from .measuring.methods import encoded, gates_of, load_calibration, plan, run_job
+from .measuring.methods import REMEMBERED_BYTES, encoded, gates_of, load_calibration, plan, run_job
 from .plots.methods import draw_methods_at_cost
 from .plots.style import figure_style
 from .statistics.markdown import write_table_page
@@ -86,11 +87,12 @@ def tables(cfg: DictConfig) -> dict[str, Any] | None:
     if todo:
         batches = list(encoded(mllm, dataset, cfg.batch_size))
         calibration = load_calibration(mllm, cfg, gates, experiment.counted)
+        memory = ImageMemory(REMEMBERED_BYTES)
         settings_of_bar = {"initial": len(mine) - len(todo), "disable": not distributed.is_main()}
         with progress(experiment.name, "settings of methods", len(mine), **settings_of_bar) as bar:
             for index in todo:
                 started = time.perf_counter()
-                found = run_job(jobs[index], calibration, batches, cfg.max_new_tokens)
+                found = run_job(jobs[index], calibration, batches, cfg.max_new_tokens, memory)
                 folder.write_shard(index, found, num_samples=len(dataset), seconds=time.perf_counter() - started)
                 bar.update()
     distributed.barrier()

@@ -47,6 +47,7 @@ from dyvte.data.shapes import ShapesDataset
 from dyvte.errors import ConfigError
 from dyvte.gates.metrics import best_mixture, mixture_cost
 from dyvte.gates.module import Gates
+from dyvte.instrument.vision_tower import ImageMemory
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy
 from dyvte.policies.exits.vtw import kl_layers, mean_divergence
@@ -243,7 +244,7 @@ def test_calibration_says_how_often_every_exit_keeps_the_answer() -> None:
                 kept[k] += sum(a == b for a, b in zip(mllm.generate_ids(batch, max_new_tokens=2), full, strict=True))
     calibration = Calibration(mllm, batches)
     assert exit_agreement(calibration, 2).tolist() == pytest.approx(kept / 5)
-    table = run_job(Job(CALIBRATION, None), calibration, [], 2)[CALIBRATION]
+    table = run_job(Job(CALIBRATION, None), calibration, [], 2, ImageMemory(0))[CALIBRATION]
     assert table["agreement"].tolist() == pytest.approx(kept / 5)
     assert table["kl"].tolist() == pytest.approx(mean_divergence(mllm, batches).tolist())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.vision_patches import PATCHES
-from dyvte.instrument.vision_tower import TowerNeeds, TowerTokens, VisionTower
+from dyvte.instrument.vision_tower import ImageMemory, TowerNeeds, TowerTokens, VisionTower, remember_images
 from dyvte.loading import wrap
 from dyvte.mllm import MLLM
 
@@ -301,3 +302,39 @@ def test_what_is_not_mapped_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) 
     tokens, _ = seen(model("gemma3"), inputs_of(model("gemma3")))
     with pytest.raises(UnsupportedError, match="no class token"):
         tokens.class_query_attention(0)
+
+
+@pytest.mark.parametrize("family", SEEN)
+@torch.no_grad()
+def test_images_are_encoded_once_and_what_is_seen_of_the_tower_is_the_same(family: str) -> None:
+    mllm = model(family)
+    batches = [random_batch(mllm, torch.Generator().manual_seed(seed), (1, 2, 0)) for seed in (3, 4)]
+    tower, runs = VisionTower(mllm), []
+
+    def results() -> list[Any]:
+        found = []
+        for batch in batches:
+            for needs in (ALL, None, TowerNeeds(features=(0,)), ALL, None):
+                with tower.watch(needs) if needs else nullcontext() as watch:
+                    found.append(mllm.model(**batch).logits)
+                    if watch is not None:
+                        kept = (watch.tokens.attentions, watch.tokens.all_keys, watch.tokens.states)
+                        found += [value for values in kept for value in values.values()]
+        return found
+
+    plain = results()
+    with tower.layers[0].register_forward_hook(lambda *_: runs.append(1)):
+        once = mllm.model(**batches[0]).logits
+        (a_run, runs[:]) = (len(runs), [])
+        with remember_images(mllm, ImageMemory(2**30)):
+            remembered = results()
+            assert len(runs) == 2 * 3 * a_run  # two batches, three kinds of looking
+            with torch.enable_grad():
+                mllm.model(**batches[0])
+            assert len(runs) == 7 * a_run
+        with remember_images(mllm, ImageMemory(0)):
+            assert torch.equal(mllm.model(**batches[0]).logits, once)
+            assert torch.equal(mllm.model(**batches[0]).logits, once)
+        assert len(runs) == 9 * a_run
+    assert all(map(torch.equal, plain, remembered))
+    assert "get_image_features" not in mllm.model.base_model.__dict__

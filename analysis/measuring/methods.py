@@ -19,6 +19,7 @@ from dyvte.data.metrics import exact_match
 from dyvte.errors import ConfigError, DataError
 from dyvte.gates.module import Gates, load_gates
 from dyvte.instrument.sweep import exit_sweep, greedy_answer_ids
+from dyvte.instrument.vision_tower import ImageMemory, remember_images
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy
 from dyvte.policies.compose import Compose
@@ -35,6 +36,8 @@ CALIBRATION = "calibration"
 ALL = "all"
 UNPUBLISHED_BUDGET = 0.5
 """Cost, as a share of the full model's, of methods that have no published setting to fall back on."""
+REMEMBERED_BYTES = 2**30
+"""What encoded images may take, so that every method is asked about them without encoding them again."""
 DECIDING_PROMPTS = 8
 """Calibration prompts on which the operations of deciding are counted: counts differ by length alone."""
 
@@ -150,25 +153,29 @@ def run_job(
     calibration: Calibration,
     batches: Sequence[tuple[list[Sample], Batch]],
     max_new_tokens: int,
+    memory: ImageMemory,
 ) -> dict[str, pd.DataFrame]:
     """Tables of a run: `answers`, one row a question (none where the budget cannot be met), and `settings`.
 
     Of `CALIBRATION`: what the layers of fixed exits and VTW, whose answers are there already, are chosen by.
+    What is made of images goes to `memory`, for the runs that follow.
     """
+    mllm = calibration.mllm
     if job.method == CALIBRATION:
-        kl = mean_divergence(calibration.mllm, calibration.batches).tolist()
-        agreement = exit_agreement(calibration, max_new_tokens).tolist()
+        with remember_images(mllm, memory):
+            kl = mean_divergence(mllm, calibration.batches).tolist()
+            agreement = exit_agreement(calibration, max_new_tokens).tolist()
         return {CALIBRATION: pd.DataFrame({"exit_layer": range(len(kl)), "kl": kl, "agreement": agreement})}
-    policy = policy_at(job.method, job.budget, calibration)
-    if isinstance(policy, RandomDrop):
-        policy.seed = job.seed
+    with remember_images(mllm, memory):
+        policy = policy_at(job.method, job.budget, calibration)
     label = {"method": job.method, "budget": job.budget, "seed": job.seed}
     if policy is None:
         columns = [*label, "id", "answer", "correct", "flops_decoder", "visual_tokens", "exit_layer"]
         return {"answers": pd.DataFrame(columns=columns), "settings": pd.DataFrame([{**label, "setting": "cannot"}])}
-    rows = [
-        row for samples, batch in batches for row in answer(calibration.mllm, policy, samples, batch, max_new_tokens)
-    ]
+    if isinstance(policy, RandomDrop):
+        policy.seed = job.seed
+    with remember_images(mllm, memory):
+        rows = [row for samples, batch in batches for row in answer(mllm, policy, samples, batch, max_new_tokens)]
     deciding = deciding_cost(calibration, policy) if job.seed == 0 else 0.0
     return {
         "answers": pd.DataFrame(rows).assign(**label)[[*label, *rows[0]]],

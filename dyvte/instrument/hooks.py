@@ -300,8 +300,8 @@ class _Override:
     """Stands in for a method of one object; a deep copy of the object gets the method of its class back."""
 
     def __init__(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, getattr(owner, name))  # also takes over what an override below holds
         self.owner, self.name, self.function = owner, name, function
-        functools.update_wrapper(self, getattr(owner, name))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)

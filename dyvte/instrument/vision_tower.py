@@ -7,10 +7,14 @@ merger, pooling or packing of tiles.
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextvars import ContextVar
+from dataclasses import dataclass, field, is_dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -191,7 +195,7 @@ class VisionTower:
         original = self.owner.get_image_features
         parameters = inspect.signature(original)
 
-        def get_image_features(*args: Any, **kwargs: Any) -> Any:
+        def look(*args: Any, **kwargs: Any) -> tuple[Any, TowerTokens]:
             record = _Record(self, wanted)
             with record.recording():
                 output = original(*args, **kwargs)
@@ -199,9 +203,12 @@ class VisionTower:
             arguments.apply_defaults()
             named = arguments.arguments
             with overhead(), torch.no_grad():
-                watch.tokens = self._tokens(record, {**named, **named.get("kwargs", {})}, output)
+                return output, self._tokens(record, {**named, **named.get("kwargs", {})}, output)
+
+        def get_image_features(*args: Any, **kwargs: Any) -> Any:
+            output, watch.tokens = _remembered(tuple(wanted.items()), look, args, kwargs)
             watch.seen = getattr(output, "last_hidden_state", None)
-            return output
+            return copy.copy(output)
 
         with override_method(self.owner, "get_image_features", get_image_features):
             yield watch
@@ -240,6 +247,91 @@ class VisionTower:
             num_heads=record.num_heads,
             num_layers=self.num_layers,
         )
+
+
+@dataclass
+class ImageMemory:
+    """What `remember_images` keeps of images, by a digest of what the tower was given and by what was looked at.
+
+    Attributes:
+        left: bytes that more images may take.
+        made: what is kept.
+    """
+
+    left: int
+    made: dict[Hashable, Any] = field(default_factory=dict)
+
+    def recall(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What is kept under a key, else what `make` gives, to be kept where there is room."""
+        if key not in self.made:
+            found = make()
+            size = sum(each.nbytes for each in _tensors(found))
+            if size > self.left:
+                return found
+            self.left -= size
+            self.made[key] = found
+        return self.made[key]
+
+
+_MEMORY: ContextVar[ImageMemory | None] = ContextVar("_MEMORY", default=None)
+
+
+@contextmanager
+def remember_images(mllm: MLLM, memory: ImageMemory) -> Iterator[None]:
+    """Within the block an image is encoded once, however many policies are asked about it.
+
+    What a policy sees of the tower is kept too. Nothing is kept of passes that track gradients. FLOPs and times that are
+    counted within the block lack the tower where its output is remembered.
+
+    Example:
+        >>> from dyvte.instrument.vision_tower import ImageMemory, remember_images
+        >>> with torch.no_grad(), remember_images(mllm, ImageMemory(left=2**20)):
+        ...     first, second = (mllm(**batch).logits for _ in range(2))  # the second runs the decoder alone
+        >>> bool(torch.equal(first, second))
+        True
+    """
+    owner: Any = mllm.model.base_model
+    if not hasattr(owner, "get_image_features"):  # this family encodes images elsewhere
+        yield
+        return
+    original = owner.get_image_features
+
+    def get_image_features(*args: Any, **kwargs: Any) -> Any:
+        return copy.copy(_remembered((), original, args, kwargs))  # some models write into what they are given
+
+    token = _MEMORY.set(memory)
+    try:
+        with override_method(owner, "get_image_features", get_image_features):
+            yield
+    finally:
+        _MEMORY.reset(token)
+
+
+def _remembered(looked_at: Hashable, make: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    memory = _MEMORY.get()
+    if memory is None or torch.is_grad_enabled():
+        return make(*args, **kwargs)
+    digest = hashlib.sha256(repr((args, kwargs)).encode())
+    for tensor in _tensors((args, kwargs)):
+        digest.update(repr((tensor.shape, tensor.dtype)).encode())
+        digest.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+    token = _MEMORY.set(None)  # what looks at the tower runs it
+    try:
+        return memory.recall((looked_at, digest.digest()), partial(make, *args, **kwargs))
+    finally:
+        _MEMORY.reset(token)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _tensors(each)
+    elif is_dataclass(value):
+        yield from _tensors(vars(value))
 
 
 @dataclass
