@@ -280,8 +280,8 @@ _MEMORY: ContextVar[ImageMemory | None] = ContextVar("_MEMORY", default=None)
 def remember_images(mllm: MLLM, memory: ImageMemory) -> Iterator[None]:
     """Within the block an image is encoded once, however many policies are asked about it.
 
-    What a policy sees of the tower is kept too. Nothing is kept of passes that track gradients. FLOPs and times that are
-    counted within the block lack the tower where its output is remembered.
+    What a policy sees of the tower is kept too, nothing of passes that track gradients. FLOPs and times counted within
+    the block lack the tower where its output is remembered.
 
     Example:
         >>> from dyvte.instrument.vision_tower import ImageMemory, remember_images
