@@ -14,7 +14,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, is_dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -208,7 +207,7 @@ class VisionTower:
         def get_image_features(*args: Any, **kwargs: Any) -> Any:
             output, watch.tokens = _remembered(tuple(wanted.items()), look, args, kwargs)
             watch.seen = getattr(output, "last_hidden_state", None)
-            return copy.copy(output)
+            return output
 
         with override_method(self.owner, "get_image_features", get_image_features):
             yield watch
@@ -261,16 +260,19 @@ class ImageMemory:
     left: int
     made: dict[Hashable, Any] = field(default_factory=dict)
 
-    def recall(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What is kept under a key, else what `make` gives, to be kept where there is room."""
-        if key not in self.made:
-            found = make()
-            size = sum(each.nbytes for each in _tensors(found))
+    def recall(self, looked_at: Hashable, digest: bytes, look: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+        """The output of the tower and what was seen of it: as kept, or made by `look` and kept where there is room."""
+        keys: tuple[Hashable, Hashable] = (digest, (looked_at, digest))
+        if not all(key in self.made for key in keys):
+            found = look()
+            new = {key: each for key, each in zip(keys, found, strict=True) if key not in self.made}
+            size = sum(each.nbytes for each in _tensors(list(new.values())))
             if size > self.left:
                 return found
             self.left -= size
-            self.made[key] = found
-        return self.made[key]
+            self.made |= new
+        output, seen = (self.made[key] for key in keys)
+        return copy.copy(output), seen  # some models write into what they are given
 
 
 _MEMORY: ContextVar[ImageMemory | None] = ContextVar("_MEMORY", default=None)
@@ -297,7 +299,7 @@ def remember_images(mllm: MLLM, memory: ImageMemory) -> Iterator[None]:
     original = owner.get_image_features
 
     def get_image_features(*args: Any, **kwargs: Any) -> Any:
-        return copy.copy(_remembered((), original, args, kwargs))  # some models write into what they are given
+        return _remembered((), lambda *args, **kwargs: (original(*args, **kwargs), None), args, kwargs)[0]
 
     token = _MEMORY.set(memory)
     try:
@@ -307,17 +309,25 @@ def remember_images(mllm: MLLM, memory: ImageMemory) -> Iterator[None]:
         _MEMORY.reset(token)
 
 
-def _remembered(looked_at: Hashable, make: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _remembered(looked_at: Hashable, look: Callable[..., tuple[Any, Any]], args: Any, kwargs: Any) -> tuple[Any, Any]:
     memory = _MEMORY.get()
     if memory is None or torch.is_grad_enabled():
-        return make(*args, **kwargs)
+        return look(*args, **kwargs)
     digest = hashlib.sha256(repr((args, kwargs)).encode())
     for tensor in _tensors((args, kwargs)):
         digest.update(repr((tensor.shape, tensor.dtype)).encode())
         digest.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+
+    def look_anew() -> tuple[Any, Any]:
+        output, seen = look(*args, **kwargs)
+        for name in ("hidden_states", "attentions"):  # of every layer, which no decoder reads
+            if getattr(output, name, None) is not None:
+                output[name] = None
+        return output, seen
+
     token = _MEMORY.set(None)  # what looks at the tower runs it
     try:
-        return memory.recall((looked_at, digest.digest()), partial(make, *args, **kwargs))
+        return memory.recall(looked_at, digest.digest(), look_anew)
     finally:
         _MEMORY.reset(token)
 
