@@ -115,7 +115,7 @@ def exit_mixture(
     """Exits after two fixed layers, mixed at random over the questions so that they cost the budget on average.
 
     Of all pairs of layers it is the best on the calibration prompts (`dyvte.gates.metrics.best_mixture`). What layers
-    cost is that on the questions that are asked, as for the threshold of gates; their answers play no part in it.
+    cost is that on the questions that are asked, which the reference holds; their answers play no part in it.
 
     Args:
         reference: answers of every exit.
