@@ -114,6 +114,16 @@ FIGURES: dict[str, Callable[[str], Figure]] = {
 }
 
 
+def test_no_panel_of_exits_is_empty() -> None:
+    summary = exits_summary("a")
+    unknown = summary["overall"]["bands"]["accuracy"]
+    without = {key: [None] * len(value) for key, value in unknown.items() if isinstance(value, list)}
+    summary["overall"]["bands"]["accuracy"] = {**unknown, **without}
+    (panel,) = draw_exits_by_depth({"a": summary}).axes
+    assert panel.get_title() == "same answer as the full model"
+    assert len(draw_exits_by_depth({"a": exits_summary("a")}).axes) == 2
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", FIGURES)
 def test_text_is_shown_as_it_is_and_whole(kind: str, name: str) -> None:

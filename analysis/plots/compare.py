@@ -42,18 +42,23 @@ def draw_attention_by_depth(summaries: Mapping[str, style.Summary]) -> Figure:
 
 def draw_exits_by_depth(summaries: Mapping[str, style.Summary]) -> Figure:
     """Agreement and accuracy under exits at each depth, one line a model (model -> summary of exits)."""
-    with style.new_figure(1, 2, figsize=(9.6, 4.0), sharey=True) as (figure, axes):
-        titles = {"agreement": "same answer as the full model", "accuracy": "right answer"}
-        for axis, (name, title) in zip(axes, titles.items(), strict=True):
+    bands = {model: summary["overall"]["bands"] for model, summary in summaries.items()}
+    titles = {"agreement": "same answer as the full model", "accuracy": "right answer"}
+    known = [
+        name for name in titles if any(np.isfinite(Band.from_dict(each[name]).mean).any() for each in bands.values())
+    ]
+    size = (4.8 * len(known), 4.0)
+    with style.new_figure(1, len(known), figsize=size, sharey=True, squeeze=False) as (figure, ((*axes,),)):
+        for axis, name in zip(axes, known, strict=True):
             for index, (model, summary) in enumerate(summaries.items()):
-                band = Band.from_dict(summary["overall"]["bands"][name])
+                band = Band.from_dict(bands[model][name])
                 share = np.arange(len(band.mean)) / summary["num_layers"]
                 style.draw_band(
                     axis, share, band, style.CYCLE[index % len(style.CYCLE)].named(_model_label(model, summary))
                 )
             style.share_axis(axis)
             depth_axis(axis, "share of the layers that see the image (k / L)")
-            axis.set_title(title)
+            axis.set_title(titles[name])
         axes[0].set_ylabel("share of questions")
         style.add_legend(figure, axes[0], style.BANDS_NOTE, columns=2)
         return figure

@@ -205,7 +205,7 @@ def _matches(pattern: str) -> list[tuple[Path, list[str]]]:
 def disagreements(runs: Sequence[FinishedRun]) -> list[str]:
     """Sentences on runs that are not of the same weights or the same data and so cannot be read together."""
     notes = []
-    for what, attribute in (("weights of the model", "weights"), ("questions", "data")):
+    for what, attribute in (("weights of the model, or model.dtype", "weights"), ("questions", "data")):
         groups: dict[str, list[str]] = {}
         for run in runs:
             digest = getattr(run, attribute)
