@@ -12,7 +12,7 @@ export PYTHONDONTWRITEBYTECODE :=
 export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/pycache
 
 .DEFAULT_GOAL := help
-.PHONY: help install stages explore smol smol-eval smol-stages smol-report test lint format types pytest zoo notebooks figures comparison testbed-eval site test-lmms-eval clean
+.PHONY: help install stages explore smol smol-eval smol-stages smol-report test lint format types pytest zoo notebooks figures comparison testbed-eval site test-transformers test-lmms-eval clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +71,13 @@ pytest: $(STAMP) ## Run the tests (WORKERS=2 processes)
 zoo: $(STAMP) ## Every check on a small model of every architecture of transformers (CI runs the quick ones)
 	OMP_NUM_THREADS=1 DYVTE_ZOO=all $(BIN)/python -m pytest -q -n $(WORKERS) tests/zoo tests/test_models.py
 
+# Beside the version in constraints.txt: TRANSFORMERS=5.24.0 make test-transformers
+OTHER   := .venv-transformers
+test-transformers: $(STAMP) ## Run the engine's tests with another version of transformers (TRANSFORMERS=)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OTHER) transformers==$(TRANSFORMERS)
+	PYTHONPATH=$(OTHER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal tests \
+		--ignore-glob '*test_docs*' --ignore-glob '*test_notebooks*' --ignore-glob '*test_packaging*' --ignore-glob '*test_gallery*'
+
 # In an environment of its own: lmms-eval brings many packages along, among them a wandb that wants an older protobuf.
 # torchvision's wheel needs the CUDA build of torch, and lmms-eval starts without it.
 LMMS    := .venv-lmms-eval
@@ -99,4 +106,4 @@ testbed-eval: $(STAMP) ## Accuracy and controls of the shipped model, and its mo
 	$(BIN)/python -m docs.tooling.testbed
 
 clean: ## Remove .venv and caches; results under outputs/ stay
-	rm -rf $(VENV) $(LMMS) $(EXPLORE) site .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(OTHER) $(LMMS) $(EXPLORE) site .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -191,6 +191,8 @@ def small_settings(known: Architecture) -> dict[str, Any]:
     }.items():
         if key in vision:
             vision[key] = value
+    if settings["model_type"] == "minicpmv4_6":
+        settings["insert_layer_id"] = 1  # the layer of the tower behind which patches merge
     if "audio_config" in settings:
         settings["audio_config"] |= {"hidden_size": 32, "conf_num_hidden_layers": 1}
     if "projection_hidden_size" in settings:

@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 from dyvte.data.video import Video
 from dyvte.errors import DyvteWarning, UnsupportedError
 from dyvte.layout import PADDING, TokenLayout
+from dyvte.model_parts import CACHE_NAMES
 
 IGNORE_INDEX = -100
 """Padding of answer ids and labels, as in `torch.nn.CrossEntropyLoss`."""
@@ -88,23 +89,30 @@ class Batch(dict[str, Any]):
             return value[at]
         if value.ndim == 3 and value.shape[1:] == shape:  # positions in several dimensions
             return value[:, at]
-        parts = self._lines_of_rows(value) if value.ndim else None
+        axis = self._image_axis(value)
+        parts = self._lines_of_rows(value, axis) if value.ndim else None
         if parts is None:
             raise UnsupportedError(
                 f"rows of a batch cannot be taken: which of the {tuple(value.shape)} of {name} belong to which row is "
                 "unknown; encode the rows with MLLM.encode"
             )
-        lines = value.split(parts)
-        return torch.cat([lines[row] for row in chosen.tolist()]) if len(chosen) else value[:0]
+        lines = value.split(parts, axis)
+        return torch.cat([lines[row] for row in chosen.tolist()], axis) if len(chosen) else value.narrow(axis, 0, 0)
+
+    def _image_axis(self, value: Tensor) -> int:
+        """Where images follow each other: of MiniCPM-V's patches [1, channels, size, size * patches] along the last."""
+        sizes = self.get("target_sizes")
+        packed = sizes is not None and value.ndim == 4 and value.shape[3] == value.shape[2] * int(sizes.prod(1).sum())
+        return 3 if packed else 0
 
     def _images_of_rows(self) -> list[int]:
         """Images of each row: as it was encoded, else its stretches of visual tokens."""
         starts = self.layout.visual & ~torch.nn.functional.pad(self.layout.visual, (1, 0))[:, :-1]
         return list(self.images) if self.images is not None else starts.sum(1).tolist()
 
-    def _lines_of_rows(self, value: Tensor) -> list[int] | None:
-        """How many of an input's lines belong to each row; None if that cannot be told."""
-        visual, length, images = self.layout.visual, len(value), self._images_of_rows()
+    def _lines_of_rows(self, value: Tensor, axis: int) -> list[int] | None:
+        """How many of an input's lines along an axis belong to each row; None if that cannot be told."""
+        visual, length, images = self.layout.visual, value.shape[axis], self._images_of_rows()
         stacked = value.ndim > 4 and value.shape[:2] == (len(visual), max(images)) and "image_sizes" not in self
         if stacked:  # [B, images, ...], as Idefics and SmolVLM have them
             return [1] * length
@@ -139,7 +147,8 @@ class Batch(dict[str, Any]):
             first, shape = owners[0][name], owners[0]["input_ids"].shape
             positions = isinstance(first, Tensor) and first.ndim == 3 and first.shape[1:] == shape
             values = [batch[name] for batch in owners]
-            inputs[name] = torch.cat(values, dim=1 if positions else 0) if isinstance(first, Tensor) else first
+            axis = 1 if positions else owners[0]._image_axis(first) if isinstance(first, Tensor) else 0
+            inputs[name] = torch.cat(values, axis) if isinstance(first, Tensor) else first
         images = [batch.images for batch in batches]
         known = None if any(each is None for each in images) else [count for each in images for count in each or ()]
         return cls(inputs, TokenLayout(torch.cat([batch.layout.roles for batch in padded])), known)
@@ -173,7 +182,7 @@ class Batch(dict[str, Any]):
 
     def without_cache(self, model: Any) -> dict[str, Any]:
         """Inputs of one pass of a model whose states, not logits, are looked at: as few logits as it can make."""
-        inputs = {name: value for name, value in self.items() if name not in ("labels", "past_key_values")}
+        inputs = {name: value for name, value in self.items() if name not in ("labels", *CACHE_NAMES)}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             inputs["logits_to_keep"] = 1
         return {**inputs, "use_cache": False}

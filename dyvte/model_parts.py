@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -206,6 +206,15 @@ def runs_together(attention: nn.Module | None) -> bool:
 def needs_all_tokens(attention: nn.Module | None) -> bool:
     """Whether a layer cannot run on some tokens with the keys of earlier ones at hand: it builds on all of them."""
     return runs_together(attention) or type(indexer_of(attention)).__name__ in INDEXERS_BY_VISIBLE_BLOCK
+
+
+CACHE_NAMES = ("past_key_values", "cache")
+"""What the KV cache is called among a forward call's arguments and results: by transformers before 5.24, and since."""
+
+
+def cache_among(values: Mapping[str, Any]) -> Any:
+    """The KV cache among a forward call's arguments or results by name; None without one."""
+    return next((values[name] for name in CACHE_NAMES if values.get(name) is not None), None)
 
 
 def inner_models(model: Any) -> list[Any]:

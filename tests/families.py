@@ -329,7 +329,9 @@ def _merge_images(mllm: MLLM, images: list[list[dict[str, Tensor]]]) -> dict[str
             for column, image in enumerate(of_row):
                 pixels[row, column] = image["pixel_values"][0]
         return {"pixel_values": pixels}
-    return {name: torch.cat([image[name] for image in flat]) for name in flat[0]}
+    packed = mllm.model.config.model_type.startswith("minicpm")  # patches of all images side by side
+    axes = {"pixel_values": 3 if packed else 0}
+    return {name: torch.cat([image[name] for image in flat], dim=axes.get(name, 0)) for name in flat[0]}
 
 
 # -------------------------------------------------------------------- processors

@@ -18,6 +18,7 @@ from dyvte.errors import UnsupportedError
 from dyvte.instrument.cache import KeptLayer
 from dyvte.instrument.sweep.frames import Keys
 from dyvte.mllm import MLLM
+from dyvte.model_parts import cache_among
 
 _MARK = "dyvte_planted_visual"
 """Keyword by which every decoder layer hands the roles of its positions to its attention module.
@@ -69,7 +70,7 @@ class _Plant:
         if id(module) not in self.modules:
             return
         inputs = _by_name(module, args, kwargs)
-        cache = inputs.get("past_key_values")
+        cache = cache_among(inputs)
         if cache is None or cache.get_seq_length() == 0:
             self.prompt_visual = self.mllm.layout(inputs["input_ids"], inputs.get("attention_mask")).visual
 
@@ -92,7 +93,7 @@ class _Plant:
         mask = inputs.get("attention_mask")
         if mask is not None and mask.ndim != 4:
             raise UnsupportedError("a planted model needs sdpa or eager attention")
-        visual_keys = self._visual_keys(visual_queries, inputs.get("past_key_values"), module)
+        visual_keys = self._visual_keys(visual_queries, cache_among(inputs), module)
         if mask is not None:  # a sliding window sees the last keys, a static cache has room for more
             visual_keys = visual_keys[:, -mask.shape[3] :]
             visual_keys = nn.functional.pad(visual_keys, (0, mask.shape[3] - visual_keys.shape[1]))

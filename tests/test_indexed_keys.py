@@ -68,7 +68,7 @@ def blind_indexers(mllm: MLLM, batch: Batch, exits: list[int]) -> Iterator[None]
     def chooser(index: int, indexer: nn.Module) -> Any:
         hidden_keys = batch.layout.visual & (torch.tensor(exits) <= index)[:, None]
 
-        def choose(states: Tensor, rotary: Any, past_key_values: Any, position_ids: Tensor) -> Tensor:
+        def choose(states: Tensor, rotary: Any, cache: Any, position_ids: Tensor) -> Tensor:
             seen: dict[str, Tensor] = {}
 
             def matmul(query: Tensor, key: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def blind_indexers(mllm: MLLM, batch: Batch, exits: list[int]) -> Iterator[None]
 
             plain = type(indexer).forward
             with mock.patch.object(torch, "matmul", matmul):
-                plain(indexer, states, rotary, past_key_values, position_ids)
+                plain(indexer, states, rotary, cache, position_ids)
             scores, size = seen["scores"], indexer.block_size
             rows, heads, length, _ = scores.shape
             places = position_ids.expand(rows, -1)

@@ -21,6 +21,7 @@ from dyvte.instrument.causal import GROUPS, Knockout, all_windows, windows_of_wi
 from dyvte.instrument.causal.branches import STATES_A_TOKEN, Branches
 from dyvte.instrument.causal.strands import NOTHING, TRUNK, Tree
 from dyvte.mllm import MLLM
+from dyvte.model_parts import CACHE_NAMES
 
 EXACT = 1e-4
 LAYERS = 4
@@ -259,7 +260,8 @@ def replaced(mllm: MLLM, whole: Batch, layers: list[int], mode: str, donors: lis
 
     def mix(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         assert not args
-        other = type(module).forward(module, **{**kwargs, "past_key_values": Other()})
+        given = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+        other = type(module).forward(module, **given, past_key_values=Other())
         return (torch.where(queries[:, :, None], other[0], output[0]), *output[1:])
 
     handles = [mllm.attentions[layer].register_forward_hook(mix, with_kwargs=True) for layer in layers]

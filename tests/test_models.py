@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ ASKED_IN_CI = (
 HYBRID = ("lfm25_vl_1b6", "minicpmv46", "qwen35_9b")
 """With layers that carry a state, for which hiding keys is not leaving tokens out (`tests/zoo/reference.py` does)."""
 COMPARED = CONFIGS if os.environ.get("DYVTE_ZOO") == "all" else tuple(n for n in CONFIGS if n not in ASKED_IN_CI)
-QUICK = ("eagle_x5_7b", "glm41v_9b", "llava7b", "smolvlm2")
+QUICK = ("eagle_x5_7b", "glm41v_9b", "lfm25_vl_1b6", "llava7b", "smolvlm2")
 """One of each way in, and a type that has no family of its own here; `make zoo` takes all."""
 
 
@@ -286,15 +287,23 @@ class StandInProcessor:
             ]
         )
         inputs = {"input_ids": input_ids, "attention_mask": (input_ids != PAD).long()}
-        family = self.mllm.model.config.model_type
-        if family == "gemma3":
+        draws = _merge_images(self.mllm, of_rows)
+        if self.mllm.model.config.model_type == "gemma3":
             inputs["token_type_ids"] = (input_ids == self.image_token_id).long()
-        if family.startswith(("qwen", "glm")):
+        if "mm_token_type_ids" in inspect.signature(self.mllm.model.forward).parameters and "image_grid_thw" in draws:
             inputs["mm_token_type_ids"] = (input_ids == self.image_token_id).int()
-        return {**inputs, **_merge_images(self.mllm, of_rows)}
+        return {**inputs, **draws}
 
     def _pixels(self, image: Image.Image) -> dict[str, Tensor]:
         return self.draw(int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:4], "big"))
+
+
+def drawn(known: architectures.Architecture, seed: int) -> dict[str, Tensor]:
+    """Inputs of one random image, as `_merge_images` takes them."""
+    inputs = architectures.image_inputs(known, seed)
+    if known.config["model_type"] == "smolvlm":  # [rows, images, ...]: the images are put into rows later
+        inputs["pixel_values"] = inputs["pixel_values"][0]
+    return inputs
 
 
 def run_every_command(
@@ -390,21 +399,33 @@ def test_every_command_runs(family: str, tmp_path: Path, monkeypatch: pytest.Mon
 def test_every_command_runs_on_a_small_copy(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mllm, known = small(name)
 
-    def draw(seed: int) -> dict[str, Tensor]:
-        inputs = architectures.image_inputs(known, seed)
-        if known.config["model_type"] == "smolvlm":  # [rows, images, ...]: the images are put into rows later
-            inputs["pixel_values"] = inputs["pixel_values"][0]
-        return inputs
-
     chosen = [f"model={name}", "model.path=somewhere"]
     if "exported" in compose("base", [f"model={name}"]).model:
         chosen.append("model.exported=somewhere")
-    summaries = run_every_command(mllm, draw, chosen, tmp_path, monkeypatch)
+    summaries = run_every_command(mllm, partial(drawn, known), chosen, tmp_path, monkeypatch)
     layers = mllm.num_layers
     assert all(summary["num_layers"] == layers and summary["model"] == name for summary in summaries.values())
     assert len(summaries["exits"]["kl"]) == layers + 1
     assert len(summaries["stages"]["curves"]["cross"]) == layers
     assert summaries["evaluate"]["mean_exit_layer"] == 1
+
+
+@pytest.mark.parametrize("name", CONFIGS if os.environ.get("DYVTE_ZOO") == "all" else [*QUICK, "minicpmv46"])
+@torch.no_grad()
+def test_rows_of_a_batch_are_the_batch_of_the_rows(name: str) -> None:
+    """However the processor lays images out: `Batch` finds those of its rows, and joins them again."""
+    mllm, known = small(name)
+    mllm = dyvte.wrap(mllm.model, StandInProcessor(mllm, partial(drawn, known)))
+    images = [Image.new("RGB", (8, 8), color) for color in ("red", "green", "blue")]
+    questions = ["what color is this ?", "is the square left of the circle ?", "what ?"]
+    batch = mllm.encode(images, questions)
+    expected = mllm(**batch).logits[torch.arange(3), batch.layout.last_prompt]
+    swapped = batch[[2, 0]]
+    joined = dyvte.Batch.cat([batch[1:], batch[:1]])
+    for rows, chosen in ([2, 0], swapped), ([1, 2, 0], joined):
+        found = mllm(**chosen).logits[torch.arange(len(rows)), chosen.layout.last_prompt]
+        torch.testing.assert_close(found, expected[rows], atol=1e-4, rtol=1e-4)
+    assert (expected[0] - expected[1]).abs().max() > 1e-2
 
 
 # --------------------------------------------------------------- devices and weights

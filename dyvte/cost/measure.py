@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dyvte.instrument.cache import KeptLayer
+from dyvte.model_parts import cache_among
 
 if TYPE_CHECKING:
     from dyvte.mllm import MLLM
@@ -57,7 +58,7 @@ def measure_generation(mllm: MLLM) -> Iterator[GenerationCost]:
         _synchronize(mllm.device)
         cost.forward_seconds.append(time.perf_counter() - started)
         if len(cost.forward_seconds) == 1:
-            cost.kv_cache_bytes = kv_cache_bytes(output.past_key_values)
+            cost.kv_cache_bytes = kv_cache_bytes(cache_among(output))
 
     with mllm.model.register_forward_pre_hook(start), mllm.model.register_forward_hook(stop):
         yield cost
@@ -69,7 +70,7 @@ def kv_cache_bytes(cache: Any) -> int:
     for layer in cache.layers:
         if isinstance(layer, KeptLayer):
             total += layer.nbytes
-        elif layer.keys is not None:
+        elif getattr(layer, "keys", None) is not None:  # linear attention holds a state instead
             total += layer.keys.nbytes + layer.values.nbytes
     return total
 

@@ -33,7 +33,7 @@ from dyvte.instrument.role_attention import (
 from dyvte.instrument.running_state import over_all_layers
 from dyvte.layout import INSTRUCTION, ROLES, VISUAL, TokenLayout
 from dyvte.mllm import MLLM, as_mllm
-from dyvte.model_parts import VISUAL_MARKS, inner_models
+from dyvte.model_parts import VISUAL_MARKS, cache_among, inner_models
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -372,7 +372,7 @@ class AttentionProbe:
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = inspect.signature(type(self.mllm.model).forward).parameters
         inputs = dict(zip(list(names)[1:], args, strict=False)) | kwargs
-        cache = inputs.get("past_key_values")
+        cache = cache_among(inputs)
         self._skip = cache is not None and cache.get_seq_length() > 0
         self._pass = None
         if self._skip:

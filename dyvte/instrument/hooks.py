@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.role_attention import added_to_scores
-from dyvte.model_parts import DRIVEN_INDEXERS, indexer_of, layer_kinds, self_attention_of, undrivable
+from dyvte.model_parts import CACHE_NAMES, DRIVEN_INDEXERS, indexer_of, layer_kinds, self_attention_of, undrivable
 
 if TYPE_CHECKING:
     from dyvte.mllm import MLLM
@@ -186,7 +186,7 @@ class LayerCall:
 
     Attributes:
         hidden: [B, N, d] input states.
-        arguments: everything else that the layer got, by name.
+        arguments: everything else that the layer got, by name; the KV cache as `past_key_values` in any case.
     """
 
     index: int
@@ -371,6 +371,12 @@ class Streams:
         return states.unflatten(2, (self.number, -1)).movedim(2, self.axis).contiguous()
 
 
+def _renamed(arguments: dict[str, Any], name: str, new_name: str) -> dict[str, Any]:
+    if name in arguments:
+        arguments[new_name] = arguments.pop(name)
+    return arguments
+
+
 @contextmanager
 def drive_layers(mllm: MLLM, run: Callable[[LayerCall], Any]) -> Iterator[None]:
     """Within the block, calling decoder layer i runs `run(call)` instead; `run` must return what the layer would.
@@ -384,15 +390,19 @@ def drive_layers(mllm: MLLM, run: Callable[[LayerCall], Any]) -> Iterator[None]:
     def driven(index: int, layer: nn.Module) -> Callable[..., Any]:
         forward = layer.forward
         names = list(inspect.signature(forward).parameters)
+        own_name = next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
+
+        def layer_itself(states: Tensor, **arguments: Any) -> Any:
+            return forward(states, **_renamed(arguments, CACHE_NAMES[0], own_name))
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            arguments = dict(zip(names, args, strict=False)) | kwargs
+            arguments = _renamed(dict(zip(names, args, strict=False)) | kwargs, own_name, CACHE_NAMES[0])
             hidden = arguments.pop(names[0])
             if hidden.ndim == 3:
-                return run(LayerCall(index, forward, hidden, arguments, uses_flash))
+                return run(LayerCall(index, layer_itself, hidden, arguments, uses_flash))
 
             def side_by_side(states: Tensor, **arguments: Any) -> Any:
-                output = forward(streams.apart(states), **arguments)
+                output = layer_itself(streams.apart(states), **arguments)
                 return with_states(output, streams.together(output_states(output)))
 
             streams = Streams.of(hidden, mllm)

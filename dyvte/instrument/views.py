@@ -54,9 +54,10 @@ def view(mllm: MLLM, batch: Batch) -> View | None:
     num_visual = int(batch.layout.visual.sum())
     grid = batch.get("image_grid_thw")
     if grid is not None and len(grid) == 1:
-        merge = mllm.model.config.vision_config.spatial_merge_size
-        rows, columns = int(grid[0, 1]) // merge, int(grid[0, 2]) // merge
-        return View(rows, columns, None) if rows * columns == num_visual else None
+        frames, rows, columns = grid[0].tolist()
+        merge = math.isqrt(rows * columns // max(num_visual, 1))  # patches on a side of what becomes one token
+        whole = merge and frames == 1 and rows // merge * (columns // merge) == num_visual
+        return View(rows // merge, columns // merge, None) if whole else None
     side = math.isqrt(num_visual)
     config = mllm.model.config
     by_column = config.model_type == "llava_downsample" or bool(getattr(config, "visual_tokens_by_column", False))

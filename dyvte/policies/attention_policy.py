@@ -17,6 +17,7 @@ from dyvte.instrument.cache import KeptLayer
 from dyvte.instrument.hooks import Selection
 from dyvte.instrument.role_attention import MAP_ENTRIES, allowed_pairs
 from dyvte.mllm import MLLM
+from dyvte.model_parts import cache_among
 from dyvte.policies.base import Policy, PolicyRun, Prefill
 from dyvte.policies.token_scores import attention_rows
 
@@ -174,7 +175,7 @@ def watch_steps(mllm: MLLM, layer: int, see: Callable[[Tensor], None]) -> Iterat
         if module is not owner:  # of a deep copy
             return
         hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        cache, new, index = kwargs.get("past_key_values"), hidden.shape[1], getattr(owner, "layer_idx", layer)
+        cache, new, index = cache_among(kwargs), hidden.shape[1], getattr(owner, "layer_idx", layer)
         known = cache.layers[index] if cache is not None and index < len(cache.layers) else None
         stored = None
         if known is not None and known.get_seq_length():

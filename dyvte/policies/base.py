@@ -47,7 +47,7 @@ from dyvte.instrument.keys.shared import PrefillSharing, borrows_keys
 from dyvte.instrument.running_state import packed_arguments
 from dyvte.layout import TokenLayout
 from dyvte.mllm import as_mllm
-from dyvte.model_parts import VISUAL_MARKS, inner_models, runs_together
+from dyvte.model_parts import VISUAL_MARKS, cache_among, inner_models, runs_together
 from dyvte.policies.decoding import Decoding, without_keys
 from dyvte.policies.generation import check_generation, same_settings
 from dyvte.policies.method import Calibration, Need, Source
@@ -267,7 +267,7 @@ class _Engine:
             return
         names = list(inspect.signature(module.forward).parameters)
         inputs = dict(zip(names, args, strict=False)) | kwargs
-        input_ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+        input_ids, cache = inputs.get("input_ids"), cache_among(inputs)
         if input_ids is None and module is not self.mllm.model:  # a wrapper's generate gives embeddings
             input_ids = self._prompt.get("input_ids")
         if input_ids is None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dyvte.errors import ConfigError, UnsupportedError
 from dyvte.mllm import MLLM
+from dyvte.model_parts import cache_among
 from dyvte.policies.base import PolicyRun, Prefill
 
 POSITIONS = ("kept", "contiguous")
@@ -64,7 +65,7 @@ def shifted_decoding(mllm: MLLM, run: PolicyRun) -> Iterator[None]:
 
     def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         nonlocal decoding
-        cache = kwargs.get("past_key_values")
+        cache = cache_among(kwargs)
         decoding = module is model and cache is not None and cache.get_seq_length() > 0
 
     def shift(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

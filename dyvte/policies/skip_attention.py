@@ -23,6 +23,7 @@ from dyvte.errors import ConfigError, DataError, UnsupportedError
 from dyvte.instrument.hooks import LayerCall, drive_layers, is_driven, output_states, override_method, with_states
 from dyvte.instrument.sweep.criteria import kl_to_full
 from dyvte.mllm import MLLM
+from dyvte.model_parts import cache_among
 from dyvte.policies.base import Policy, PolicyRun, Prefill
 from dyvte.policies.method import Source
 
@@ -79,7 +80,7 @@ def _nothing(module: Any) -> Any:
     def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         inputs = dict(zip(names, args, strict=False)) | kwargs
         hidden = inputs["hidden_states"]
-        cache = inputs.get("past_key_values")
+        cache = cache_among(inputs)
         if cache is not None:
             count = hidden.new_zeros(len(hidden), 1, hidden.shape[1], 1)
             cache.update(count, count, module.layer_idx)

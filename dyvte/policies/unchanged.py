@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dyvte.layout import TokenLayout
 from dyvte.mllm import MLLM, as_mllm
+from dyvte.model_parts import cache_among
 from dyvte.policies.base import Policy, PolicyRun, Prefill
 from dyvte.policies.method import Calibration, Source
 
@@ -64,7 +65,7 @@ class _Watched(PolicyRun):
         """Keep the ids of a call that starts a prompt."""
         if module is self._mllm.model:
             inputs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
-            cache = inputs.get("past_key_values")
+            cache = cache_among(inputs)
             if cache is None or cache.get_seq_length() == 0:
                 self._inputs = {name: inputs.get(name) for name in ("input_ids", "attention_mask")}
 

@@ -12,24 +12,28 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
 import dyvte
 from dyvte.errors import DyvteError, DyvteWarning
 from tests.zoo.checks import CAUSES, CHECKS, QUICK, TOLERANCE, Subject, outcome
 from tests.zoo.specimens import NAMES, build_model, random_rows
-from tests.zoo.verdicts import VARIANTS, VERDICTS, Verdict
+from tests.zoo.verdicts import BROKEN, NOT_EXAMINED, VARIANTS, VERDICTS, Verdict
 
 CHOSEN = CAUSES | (CHECKS if os.environ.get("DYVTE_ZOO") == "all" else {name: CHECKS[name] for name in QUICK})
 
 
 def test_every_architecture_of_transformers_has_a_verdict() -> None:
-    assert sorted(VERDICTS) == sorted(NAMES)
+    assert sorted(VERDICTS) == sorted(set(NAMES) - set(NOT_EXAMINED))
 
 
 @pytest.mark.parametrize("name", [*VERDICTS, *VARIANTS])
 def test_verdict(name: str) -> None:
     verdict = {**VERDICTS, **VARIANTS}[name]
-    model = build_model(verdict.architecture or name, **verdict.changes)
+    architecture = verdict.architecture or name
+    if architecture in BROKEN.get(transformers.__version__, ()):
+        pytest.skip(f"{architecture} of transformers {transformers.__version__} does not run by itself")
+    model = build_model(architecture, **verdict.changes)
     if verdict.refused:
         with pytest.raises(DyvteError, match=re.escape(verdict.refused)) as refusal:
             dyvte.wrap(model)

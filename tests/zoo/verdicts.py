@@ -23,6 +23,11 @@ class Verdict:
     changes: dict[str, Any] = field(default_factory=dict)
 
 
+NOT_EXAMINED = ("apertus1p5", "hy_v4_vl", "inkling2_loop")
+"""Architectures that came with transformers 5.24."""
+BROKEN = {"5.24.0": ("llama4",)}
+"""Architectures whose own forward call raises in some version of transformers."""
+
 WORKS = Verdict()
 ENCODER_DECODER = Verdict(refused="encoder-decoder")
 NO_IMAGE_TOKEN = Verdict(refused="input_ids have no position for them")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dyvte.batch import Batch
 from dyvte.errors import ConfigError, UnsupportedError
 from dyvte.instrument.causal.readout import LOGITS_AT_ONCE, read_out
-from dyvte.instrument.hooks import Selection, check_model, is_driven, layer_states
+from dyvte.instrument.hooks import Selection, check_model, every_position, is_driven, layer_states
 from dyvte.mllm import MLLM
 
 Positions = Literal["visual", "last"]
@@ -151,6 +151,7 @@ def _states(
         template[:] = [output]
 
     with ExitStack() as stack:
+        stack.enter_context(every_position(mllm))
         stack.enter_context(mllm.layers[0].register_forward_pre_hook(enters, with_kwargs=True))
         for layer in mllm.layers:
             stack.enter_context(layer.register_forward_hook(leaves))
