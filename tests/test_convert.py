@@ -26,7 +26,7 @@ import dyvte
 from dyvte.conversion.checkpoint import VICUNA_SYSTEM, convert
 from dyvte.conversion.downsample import join_neighbours
 from dyvte.conversion.tokenizer import read_tokenizer
-from dyvte.conversion.weights import Entry, WeightFile, write_shards
+from dyvte.conversion.weights import Entry, StoredTensor, WeightFile, write_shards
 from dyvte.convert import name_positional
 from dyvte.errors import ConfigError, ModelError
 from dyvte.instrument.views import view
@@ -115,7 +115,7 @@ def test_types_shards_and_memory(tmp_path: Path) -> None:
     assert len(files) > 3
     assert {file.name for file in files} == set(index["weight_map"].values())
     assert index["metadata"]["total_size"] == sum(
-        WeightFile(file).read(name).nbytes for file in files for name in WeightFile(file).names()
+        WeightFile(file).read(name).nbytes for file in files for name in WeightFile(file).tensors()
     )
     assert dyvte.load(target, device="cpu").dtype == torch.bfloat16
 
@@ -135,7 +135,8 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
             return tensor
 
     file = Counted(tmp_path / "none")
-    entries = [Entry(f"t{i}", (1000,), torch.float32, file, lambda i=i: file.read(str(i))) for i in range(20)]
+    stored = [StoredTensor(file, str(i), (1000,), torch.float32) for i in range(20)]
+    entries = [Entry(f"t{each.name}", each.shape, each.dtype, each) for each in stored]
     assert sum(write_shards(tmp_path, entries, 10_000)) == 20 * 4000
     assert alive[1] == 1
     with safe_open(tmp_path / "model-00007-of-00010.safetensors", framework="pt") as out:

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, LlavaImageProcessorPil, LlavaProcessor, image_utils
 
 from dyvte.conversion.source import Source, checkpoint_folder, read_source
-from dyvte.conversion.target import plan, target_config
+from dyvte.conversion.target import plan, side_of, target_config
 from dyvte.conversion.tokenizer import IMAGE_TOKEN, add_image_token, read_tokenizer
 from dyvte.conversion.weights import write_shards
 from dyvte.errors import ConfigError, ModelError
@@ -146,8 +146,7 @@ def _template(path: str | None, source: Source) -> str:
 def build_processor(source: Source, config: Any, tokenizer: Any, chat_template: str) -> Any:
     """A `LlavaProcessor` that prepares images and prompts as the code base does."""
     vision = config.vision_config
-    size = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
-    patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
+    size, patch = side_of(vision.image_size), side_of(vision.patch_size)
     mean, std = _normalisation(source, vision.model_type)
     square = {"height": size, "width": size}
     ratio = source.config.get("image_aspect_ratio")

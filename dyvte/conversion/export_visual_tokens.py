@@ -31,9 +31,8 @@ import re
 import struct
 import sys
 import uuid
-from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -48,7 +47,17 @@ IMAGE = "<image>"
 THUMBNAIL = 336
 SHARD_NAME = re.compile(r"[0-9]{5,}(-[0-9a-f]+)?$")
 SUFFIXES = (".jsonl", ".safetensors")
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What the safetensors format calls types of numbers."""
 
 Record = Dict[str, Any]
 
@@ -224,7 +233,8 @@ def export(
             done = min((number + 1) * shard_size, len(questions))
             print("{} of {} samples".format(done, len(questions)), flush=True)
     replaced = shards_of(output)
-    write_json(output / "export.json", {**about, "shards": names})
+    text = json.dumps({**about, "shards": names}, indent=1, ensure_ascii=False)
+    write(output / "export.json", [text.encode(), b"\n"])
     for name in replaced:
         if name not in names:
             for suffix in SUFFIXES:
@@ -244,8 +254,8 @@ def write_shard(
         line["embeddings"] = share(tensors, sample.pop("visual_embeddings"), number)
         tensors.update({"{}.{}".format(number, key): value for key, value in sample.items()})
         lines.append(json.dumps(line, ensure_ascii=False))
-    write(shards / (name + ".jsonl"), partial(write_text, text="\n".join(lines) + "\n"))
-    write(shards / (name + ".safetensors"), partial(write_safetensors, tensors=tensors))
+    write(shards / (name + ".jsonl"), ["\n".join(lines).encode(), b"\n"])
+    write(shards / (name + ".safetensors"), safetensors(tensors))
 
 
 def is_there(shards: Path, name: str) -> bool:
@@ -366,44 +376,35 @@ def expand(model: Any, ids: torch.Tensor, images: Any, picture: Any) -> Tuple[Op
 # ---------------------------------------------------------------------------- writing
 
 
-def write_json(path: Path, content: Record) -> None:
-    """Write JSON, complete or not at all."""
-    write(path, partial(write_text, text=json.dumps(content, indent=1, ensure_ascii=False) + "\n"))
-
-
-def write(path: Path, fill: Callable[[Any], Any]) -> None:
-    """Write a file under a temporary name, then rename it."""
+def write(path: Path, parts: Iterable[Any]) -> None:
+    """Write a file, complete or not at all: under a temporary name, then rename it."""
     temporary = path.with_name(".tmp-" + uuid.uuid4().hex)
     try:
         with temporary.open("wb") as out:
-            fill(out)
+            out.writelines(parts)
         os.replace(str(temporary), str(path))
     finally:
         if temporary.exists():
             temporary.unlink()
 
 
-def write_text(out: Any, text: str) -> None:
-    """Text as UTF-8."""
-    out.write(text.encode())
+def safetensors(tensors: Record) -> Iterator[Any]:
+    """The bytes of a safetensors file. Needs no package that a fork may not have."""
+    described = ((name, each.dtype, each.shape, each.numel() * each.element_size()) for name, each in tensors.items())
+    yield safetensors_header(described)
+    yield from map(bytes_of, tensors.values())
 
 
-def write_safetensors(out: Any, tensors: Record) -> None:
-    """The safetensors format: length of the header, header, data. Needs no package that a fork may not have."""
-    header, offset = {}, 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
+def safetensors_header(tensors: Iterable[Tuple[str, torch.dtype, Sequence[int], int]]) -> bytes:
+    """What stands before the data: name, type, shape and bytes of every tensor, after the length of all that."""
+    header: Record = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape, size in tensors:
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    out.write(struct.pack("<Q", len(text)) + text)
-    for tensor in tensors.values():
-        out.write(bytes_of(tensor))
+    return struct.pack("<Q", len(text)) + text
 
 
 def bytes_of(tensor: torch.Tensor) -> Any:

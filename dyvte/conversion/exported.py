@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -20,16 +20,17 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
-from dyvte.conversion.export_visual_tokens import FORMAT, IMAGE, IMAGE_SENTINEL, SHARD_NAME, SUFFIXES, shards_of
+from dyvte.conversion.export_visual_tokens import FORMAT, IMAGE, IMAGE_SENTINEL, SHARD_NAME, is_there, shards_of
 from dyvte.conversion.source import checkpoint_folder, read_language_model
 from dyvte.conversion.tokenizer import read_tokenizer
 from dyvte.data.base import Dataset, Sample, check_limit, text_fingerprint, unique_ids
 from dyvte.errors import BrokenSample, DataError, ModelError
-from dyvte.stored_files import check_safetensors
+from dyvte.stored_files import check_safetensors, read_json, reason_of
 
 PROMPT_KINDS = ("image", "text", "answer")
 _LINE_KEYS = ("id", "question", "answer", "kind", "image_id", "prompt", "embeddings")
@@ -64,7 +65,7 @@ class Export:
         self.about = _read_about(self.folder)
         self.lines: list[dict[str, Any]] = []
         for name in shards_of(self.folder):
-            if all((self.folder / "shards" / (name + suffix)).is_file() for suffix in SUFFIXES):
+            if is_there(self.folder / "shards", name):
                 self.lines += _read_shard(self.folder / "shards" / f"{name}.safetensors", self.hidden_size)
         if len(self.lines) != self.about["num_samples"]:
             raise DataError(
@@ -101,22 +102,12 @@ class Export:
 
 def _read_about(folder: Path) -> dict[str, Any]:
     file = folder / "export.json"
-    try:
-        about = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        unfinished = next((folder / "shards").glob("*"), None) is not None
-        raise DataError(
-            f"{folder} holds no export.json: "
-            + (
-                "the export was interrupted; run it again to continue"
-                if unfinished
-                else "give the folder that dyvte/conversion/export_visual_tokens.py wrote"
-            )
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: not JSON ({' '.join(str(error).split())}); run the export again") from error
-    if not isinstance(about, dict):
-        raise DataError(f"{file}: not an export; give the folder that dyvte/conversion/export_visual_tokens.py wrote")
+    if not file.is_file():
+        hint = "give the folder that dyvte/conversion/export_visual_tokens.py wrote"
+        if any((folder / "shards").glob("*")):
+            hint = "the export was interrupted; run it again to continue"
+        raise DataError(f"{folder} holds no export.json: {hint}")
+    about = read_json(file, DataError, "run the export again")
     if about.get("format") != FORMAT:
         raise DataError(f"{folder}: export format {about.get('format')!r}, this dyvte reads {FORMAT}")
     prompt = about.get("prompt")
@@ -156,7 +147,7 @@ def _read_shard(file: Path, width: int) -> list[dict[str, Any]]:
             if wrong or not all(lines[-1][key] for key in ("prompt", "embeddings")):
                 raise ValueError(f"line {number + 1} has no text as {(wrong or ['prompt'])[0]!r}")
     except (ValueError, TypeError, RecursionError) as error:
-        raise DataError(f"{text}: damaged ({' '.join(str(error).split())}); delete it and export again") from error
+        raise DataError(f"{text}: damaged ({reason_of(error)}); delete it and export again") from error
     shapes = check_safetensors(file, DataError, "delete it and export again")
     for line in lines:
         number, embeddings = line["number"], shapes.get(str(line["embeddings"]), ("missing", []))
@@ -268,13 +259,11 @@ class ExportedProcessor:
             rows.append(self._ids(prompt, tokens))
             if tokens is not None:
                 visual.append(tokens.embeddings)
-        length = max(map(len, rows))
-        input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id or 0)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, ids in enumerate(rows):
-            columns = slice(length - len(ids), None) if padding_side == "left" else slice(len(ids))
-            input_ids[row, columns], attention_mask[row, columns] = ids, 1
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        pad = partial(pad_sequence, batch_first=True, padding_side=padding_side)
+        inputs: dict[str, Any] = {
+            "input_ids": pad(rows, padding_value=self.tokenizer.pad_token_id or 0),
+            "attention_mask": pad([torch.ones_like(ids) for ids in rows]),
+        }
         if visual:
             inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=visual)}
         return inputs

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import CONFIG_MAPPING
 
-from dyvte.conversion.weights import WeightFile, weight_files
+from dyvte.conversion.weights import StoredTensor, weight_files
 from dyvte.errors import ModelError
 from dyvte.stored_files import read_json
 
@@ -24,16 +23,6 @@ EXPORT_HINT = "export its visual tokens instead (docs/how_to_llava_forks.md)"
 
 _TOWER_PREFIXES = ("model.vision_tower.vision_tower.", "model.vision_tower.", "vision_tower.vision_tower.")
 _PROJECTOR_PREFIXES = ("model.mm_projector.", "mm_projector.", "model.multi_modal_projector.")
-
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """A tensor of the checkpoint: which file holds it, under which name there."""
-
-    file: WeightFile
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 @dataclass
@@ -57,12 +46,12 @@ class Source:
     config: dict[str, Any]
     text_config: Any
     tokenizer_folder: Path
-    text: dict[str, SourceTensor] = field(default_factory=dict)
+    text: dict[str, StoredTensor] = field(default_factory=dict)
     tower_config: dict[str, Any] = field(default_factory=dict)
-    tower: dict[str, SourceTensor] = field(default_factory=dict)
+    tower: dict[str, StoredTensor] = field(default_factory=dict)
     tower_folder: Path | None = None
     projector_type: str = ""
-    projector: dict[str, SourceTensor] = field(default_factory=dict)
+    projector: dict[str, StoredTensor] = field(default_factory=dict)
 
     @property
     def select_layer(self) -> int:
@@ -118,16 +107,16 @@ def read_source(folder: Path, vision_tower: str | None = None) -> Source:
     _refuse_what_has_no_conversion(folder, config)
     if (folder / "llm").is_dir():
         source.tower_folder = folder / "vision_tower"
-        source.tower = _without_prefix(_tensors(source.tower_folder), "")
+        source.tower = _tensors(source.tower_folder)
         projector_config = _read_json(folder / "mm_projector" / "config.json")
-        source.projector = _without_prefix(_tensors(folder / "mm_projector"), "")
+        source.projector = _tensors(folder / "mm_projector")
         source.projector_type = str(projector_config.get("mm_projector_type", ""))
     else:
         everything = _tensors(folder)
         source.projector = _part(everything, _PROJECTOR_PREFIXES)
         source.projector_type = str(config.get("mm_projector_type", "linear"))
         source.tower_folder = _tower_folder(folder, config, vision_tower)
-        source.tower = _part(everything, _TOWER_PREFIXES) or _without_prefix(_tensors(source.tower_folder), "")
+        source.tower = _part(everything, _TOWER_PREFIXES) or _tensors(source.tower_folder)
     source.tower_config = _read_json(source.tower_folder / "config.json")
     source.tower_config = source.tower_config.get("vision_config") or source.tower_config
     source.tower = {name.removeprefix("vision_model."): each for name, each in source.tower.items()}
@@ -232,26 +221,22 @@ def tower_image_size(source: Source, patch_size: int) -> int:
     return math.isqrt(table.shape[-2]) * patch_size  # one more for a class token does not change the root
 
 
-def _tensors(folder: Path) -> dict[str, SourceTensor]:
+def _tensors(folder: Path) -> dict[str, StoredTensor]:
     if not folder.is_dir():
         raise ModelError(f"{folder} is missing; download the checkpoint again")
-    found: dict[str, SourceTensor] = {}
+    found: dict[str, StoredTensor] = {}
     for file in weight_files(folder):
-        found |= {name: SourceTensor(file, name, *each) for name, each in file.names().items()}
+        found |= file.tensors()
         file.close()
     return found
 
 
-def _part(tensors: dict[str, SourceTensor], prefixes: tuple[str, ...]) -> dict[str, SourceTensor]:
+def _part(tensors: dict[str, StoredTensor], prefixes: tuple[str, ...]) -> dict[str, StoredTensor]:
     for prefix in prefixes:
-        found = _without_prefix(tensors, prefix)
+        found = {name[len(prefix) :]: each for name, each in tensors.items() if name.startswith(prefix)}
         if found:
             return found
     return {}
-
-
-def _without_prefix(tensors: dict[str, SourceTensor], prefix: str) -> dict[str, SourceTensor]:
-    return {name[len(prefix) :]: each for name, each in tensors.items() if name.startswith(prefix)}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

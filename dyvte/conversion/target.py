@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +13,9 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, LlavaConfig
 
 from dyvte.conversion.downsample import LlavaDownsampleConfig
-from dyvte.conversion.source import EXPORT_HINT, Source, SourceTensor, tower_image_size
-from dyvte.conversion.weights import Entry
+from dyvte.conversion.source import EXPORT_HINT, Source, tower_image_size
+from dyvte.conversion.weights import Entry, StoredTensor
 from dyvte.errors import ModelError
-
-Made = tuple[str, tuple[int, ...], SourceTensor, Callable[[], Tensor]]
-"""Name, shape, source and computation of a target tensor."""
 
 
 def target_config(source: Source, image_token_id: int, vocabulary: int) -> LlavaConfig:
@@ -89,14 +88,15 @@ def tower_config(source: Source) -> Any:
 
 def num_visual_tokens(source: Source, vision: Any) -> int:
     """Visual tokens of one image."""
-    side = _pair(vision.image_size) // _pair(vision.patch_size)
+    side = side_of(vision.image_size) // side_of(vision.patch_size)
     if source.projector_type == "mlp_downsample":
-        return int(-(-side // 2)) ** 2
+        return ((side + 1) // 2) ** 2
     has_class_token = vision.model_type != "siglip_vision_model"
-    return int(side**2 + (source.keeps_class_token and has_class_token))
+    return side**2 + (source.keeps_class_token and has_class_token)
 
 
-def _pair(size: Any) -> Any:
+def side_of(size: Any) -> int:
+    """The side of a square that a config gives as a number or as height and width."""
     return size[0] if isinstance(size, (tuple, list)) else size
 
 
@@ -118,36 +118,34 @@ def plan(source: Source, config: LlavaConfig, dtype: torch.dtype | None) -> list
         }
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight", None)
-    made = {
-        name: (shape, origin, make)
-        for name, shape, origin, make in _all(source, config)
-        if name in expected  # towers come with poolers, heads and buffers that LLaVA does not use
-    }
+    # Towers come with poolers, heads and buffers that LLaVA does not use.
+    made = {each.name: each for each in _all(source, config) if each.name in expected}
     missing = sorted(set(expected) - set(made))
     if missing:
         raise ModelError(f"{source.folder}: {len(missing)} tensors are not in the checkpoint, the first: {missing[0]}")
-    for name, (shape, origin, _) in made.items():
-        if shape != expected[name]:
+    for name, entry in made.items():
+        origin = entry.origin
+        if entry.shape != expected[name]:
             raise ModelError(
                 f"{origin.file.path}: {origin.name} has shape {origin.shape}; the configs ask for {expected[name]} "
                 f"({name})"
             )
-    order = {id(origin.file): origin.file.path.name for _, origin, _ in made.values()}
-    entries = []
-    for name, (shape, origin, make) in sorted(
-        made.items(), key=lambda item: (order[id(item[1][1].file)], str(item[1][1].file.path), item[1][1].name, item[0])
-    ):
-        kept = dtype if dtype is not None and origin.dtype.is_floating_point else origin.dtype
-        entries.append(Entry(name, shape, kept, origin.file, make))
-    return entries
+        if dtype is not None and entry.dtype.is_floating_point:
+            made[name] = replace(entry, dtype=dtype)
+
+    def place(entry: Entry) -> tuple[str, ...]:
+        file = entry.origin.file.path
+        return file.name, str(file), entry.origin.name, entry.name
+
+    return sorted(made.values(), key=place)
 
 
-def _all(source: Source, config: LlavaConfig) -> Iterator[Made]:
+def _all(source: Source, config: LlavaConfig) -> Iterator[Entry]:
     for name, origin in source.text.items():
         target = name if name.startswith("lm_head.") else name.replace("model.", "model.language_model.", 1)
         if name in ("lm_head.weight", "model.embed_tokens.weight"):
             rows = config.text_config.vocab_size
-            yield target, (rows, *origin.shape[1:]), origin, _with_mean_rows(origin, rows)
+            yield Entry(target, (rows, *origin.shape[1:]), origin.dtype, origin, partial(_with_mean_rows, rows))
         else:
             yield _as_is(target, origin)
     if config.vision_config.model_type == "internvl_vision":
@@ -158,21 +156,16 @@ def _all(source: Source, config: LlavaConfig) -> Iterator[Made]:
     yield from _projector(source)
 
 
-def _as_is(target: str, origin: SourceTensor) -> Made:
-    return target, origin.shape, origin, lambda: origin.file.read(origin.name)
+def _as_is(target: str, origin: StoredTensor) -> Entry:
+    return Entry(target, origin.shape, origin.dtype, origin)
 
 
-def _with_mean_rows(origin: SourceTensor, rows: int) -> Callable[[], Tensor]:
+def _with_mean_rows(rows: int, weight: Tensor) -> Tensor:
     """New rows are the mean of the old ones: the logit of a placeholder is a mean of logits, never the largest."""
-
-    def make() -> Tensor:
-        weight = origin.file.read(origin.name)
-        if rows <= len(weight):
-            return weight
-        mean = weight.mean(0, keepdim=True, dtype=torch.float32).to(weight.dtype)
-        return torch.cat([weight, mean.expand(rows - len(weight), -1)])
-
-    return make
+    if rows <= len(weight):
+        return weight
+    mean = weight.mean(0, keepdim=True, dtype=torch.float32).to(weight.dtype)
+    return torch.cat([weight, mean.expand(rows - len(weight), -1)])
 
 
 _INTERN_VIT = (
@@ -188,14 +181,14 @@ _INTERN_VIT = (
 )
 
 
-def _intern_vit(tower: dict[str, SourceTensor]) -> Iterator[Made]:
+def _intern_vit(tower: dict[str, StoredTensor]) -> Iterator[Entry]:
     for name, origin in tower.items():
         joint = re.fullmatch(r"encoder\.layers\.(\d+)\.attn\.qkv\.(weight|bias)", name)
         if joint:
-            size = origin.shape[0] // 3
+            shape = (origin.shape[0] // 3, *origin.shape[1:])
             for part, letter in enumerate("qkv"):
                 target = f"model.vision_tower.encoder.layer.{joint[1]}.attention.{letter}_proj.{joint[2]}"
-                yield target, (size, *origin.shape[1:]), origin, _rows(origin, part * size, size)
+                yield Entry(target, shape, origin.dtype, origin, partial(_third, part))
             continue
         for pattern, replacement in _INTERN_VIT:
             if re.match(pattern, name):
@@ -203,8 +196,9 @@ def _intern_vit(tower: dict[str, SourceTensor]) -> Iterator[Made]:
                 break
 
 
-def _rows(origin: SourceTensor, start: int, count: int) -> Callable[[], Tensor]:
-    return lambda: origin.file.read(origin.name)[start : start + count]
+def _third(part: int, joint: Tensor) -> Tensor:
+    size = len(joint) // 3
+    return joint[part * size : (part + 1) * size]
 
 
 _PROJECTOR_LAYERS = {
@@ -213,7 +207,7 @@ _PROJECTOR_LAYERS = {
 }
 
 
-def _projector(source: Source) -> Iterator[Made]:
+def _projector(source: Source) -> Iterator[Entry]:
     prefix = "model.multi_modal_projector."
     if source.projector_type != "linear":
         layers = _PROJECTOR_LAYERS[source.projector_type]
@@ -226,7 +220,9 @@ def _projector(source: Source) -> Iterator[Made]:
         kind = name.removeprefix("0.")
         size = origin.shape[0]
         yield _as_is(f"{prefix}linear_1.{kind}", origin)
-        if kind == "weight":
-            yield f"{prefix}linear_2.weight", (size, size), origin, lambda size=size: torch.eye(size)  # type: ignore[misc]
-        else:
-            yield f"{prefix}linear_2.bias", (size,), origin, lambda size=size: torch.zeros(size)  # type: ignore[misc]
+        make = _identity if kind == "weight" else torch.zeros_like
+        yield Entry(f"{prefix}linear_2.{kind}", (size,) * len(origin.shape), origin.dtype, origin, make)
+
+
+def _identity(weight: Tensor) -> Tensor:
+    return torch.eye(len(weight))

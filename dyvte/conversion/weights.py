@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from dyvte.conversion.export_visual_tokens import DTYPES, safetensors_header
 from dyvte.errors import ModelError
 from dyvte.stored_files import check_safetensors, indexed_files
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_STORED_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class WeightFile:
@@ -37,19 +27,22 @@ class WeightFile:
         self.path = path
         self._tensors: dict[str, Tensor] | None = None
 
-    def names(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and type of every tensor.
+    def tensors(self) -> dict[str, StoredTensor]:
+        """What the file holds, by name.
 
         Raises:
             ModelError: the file is damaged, or holds other things than tensors.
         """
         if self.path.suffix != ".safetensors":
-            return {name: (tuple(each.shape), each.dtype) for name, each in self._load().items()}
+            return {name: StoredTensor(self, name, tuple(t.shape), t.dtype) for name, t in self._load().items()}
         found = check_safetensors(self.path)
-        unknown = [f"{name} is {dtype}" for name, (dtype, _) in found.items() if dtype not in _DTYPES]
+        unknown = [f"{name} is {dtype}" for name, (dtype, _) in found.items() if dtype not in _STORED_DTYPES]
         if unknown:
             raise ModelError(f"{self.path}: numbers of a type that is not known here ({unknown[0]})")
-        return {name: (tuple(shape), _DTYPES[dtype]) for name, (dtype, shape) in found.items()}
+        return {
+            name: StoredTensor(self, name, tuple(shape), _STORED_DTYPES[dtype])
+            for name, (dtype, shape) in found.items()
+        }
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
@@ -78,6 +71,16 @@ class WeightFile:
         return self._tensors
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file of weights, not read yet."""
+
+    file: WeightFile
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 def weight_files(folder: Path) -> list[WeightFile]:
     """The weight files of a folder in Hub layout, safetensors where there are both kinds.
 
@@ -95,18 +98,13 @@ def weight_files(folder: Path) -> list[WeightFile]:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor to write.
-
-    Attributes:
-        source: file whose content `make` needs; files are opened one after the other.
-        make: computes the tensor when its turn comes.
-    """
+    """One tensor to write: what `make` makes of a stored one when its turn comes, by default itself."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    source: WeightFile
-    make: Callable[[], Tensor]
+    origin: StoredTensor
+    make: Callable[[Tensor], Tensor] = lambda stored: stored
 
     @property
     def nbytes(self) -> int:
@@ -127,12 +125,12 @@ def write_shards(folder: Path, entries: Iterable[Entry], shard_bytes: int) -> It
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         index |= {entry.name: name for entry in shard}
         with (folder / name).open("wb") as out:
-            _write_header(out, shard)
+            out.write(safetensors_header((each.name, each.dtype, each.shape, each.nbytes) for each in shard))
             for entry in shard:
-                if opened is not None and opened is not entry.source:
+                if opened is not None and opened is not entry.origin.file:
                     opened.close()
-                opened = entry.source
-                tensor = entry.make().to(entry.dtype).contiguous()
+                opened = entry.origin.file
+                tensor = entry.make(opened.read(entry.origin.name)).to(entry.dtype).contiguous()
                 if tuple(tensor.shape) != entry.shape:
                     raise ModelError(f"{entry.name} came out as {tuple(tensor.shape)}, not {entry.shape}")
                 out.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -144,19 +142,3 @@ def write_shards(folder: Path, entries: Iterable[Entry], shard_bytes: int) -> It
         size = sum(entry.nbytes for shard in shards for entry in shard)
         content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=1) + "\n")
-
-
-def _write_header(out: BinaryIO, entries: list[Entry]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for entry in entries:
-        end = offset + entry.nbytes
-        header[entry.name] = {
-            "dtype": _DTYPE_NAMES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    content = json.dumps(header, separators=(",", ":")).encode()
-    content += b" " * (-len(content) % 8)
-    out.write(struct.pack("<Q", len(content)) + content)
