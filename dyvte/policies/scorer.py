@@ -25,7 +25,7 @@ from dyvte.mllm import MLLM
 from dyvte.policies.attention_policy import LayerAttention, watch_prefill
 from dyvte.policies.base import Policy, PolicyRun, Prefill
 from dyvte.policies.positions import check_positions, make_contiguous, shifted_decoding
-from dyvte.policies.token_scores import grid_sides, images
+from dyvte.policies.token_scores import images
 
 
 @dataclass
@@ -59,31 +59,13 @@ class VisualTokens:
     earlier: Tensor | None = None
 
     @property
-    def grid(self) -> tuple[Tensor, Tensor, int, int]:
-        """Row [n] and column [n] of every token, and height and width: a square where the size is one.
-
-        Raises:
-            UnsupportedError: the image has no square grid.
-        """
-        height, width = grid_sides(self.size)
-        if height == 1 < width:
-            raise UnsupportedError(
-                f"this method needs images with a square grid of visual tokens; one has {self.size} in a row"
-            )
-        return self.place // width, self.place % width, height, width
-
-    @property
     def view(self) -> Tensor:
         """[n] number of the tile that a token is of, -1 for separators; all 0 where the tower was not looked at."""
         return torch.zeros_like(self.place) if self.tower is None else self.tower.view
 
     @property
     def question(self) -> str:
-        """The text after the row's last image, without special tokens.
-
-        Raises:
-            UnsupportedError: the model has no tokenizer.
-        """
+        """The text after the row's last image, without special tokens."""
         if self.mllm.tokenizer is None:
             raise UnsupportedError("this method reads the question: load the model with its processor")
         return self.mllm.tokenizer.decode(self.text_ids, skip_special_tokens=True)
@@ -291,11 +273,7 @@ class ScorerPolicy(Policy):
 
 
 def check_budget(name: str, keep: float) -> None:
-    """Refuse what is neither a share 0..1 nor a number of tokens.
-
-    Raises:
-        ConfigError: out of range.
-    """
+    """Refuse what is neither a share 0..1 nor a number of tokens."""
     number = isinstance(keep, (int, float)) and not isinstance(keep, bool)
     if not number or keep < 0 or (isinstance(keep, float) and keep > 1):
         raise ConfigError(f"{name} is a share 0..1 (with a decimal point) or a number of tokens, got {keep}")

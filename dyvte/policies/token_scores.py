@@ -1,8 +1,4 @@
-"""What visual tokens receive in attention, and which of them to drop: pure functions of tensors.
-
-B samples, H query heads, N positions. Everything works a row at a time on masks over positions, so rows may hold any
-number of images and padding on either side.
-"""
+"""What visual tokens receive in attention, and which of them to drop, in B rows of any images and padding."""
 
 from __future__ import annotations
 
@@ -11,24 +7,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dyvte.errors import UnsupportedError
 from dyvte.instrument.role_attention import MAP_ENTRIES
 
 
 def attention_rows(
     query: Tensor, key: Tensor, allowed: Tensor, scale: float, bias: Tensor | None = None, softcap: float | None = None
 ) -> Tensor:
-    """Attention of some queries in float32.
+    """Attention [B, H, Q, K] in float32; zeros for a query that may see no key.
 
     Args:
-        query: [B, H, Q, head size], rotary embedding applied.
-        key: [B, H_kv, K, head size], H a multiple of H_kv (grouped-query attention).
+        query, key: [B, H, Q, head size] and [B, H_kv, K, head size], H a multiple of H_kv (grouped-query attention).
         allowed: [B, Q, K] which keys a query may see.
         scale: factor on the scores.
-        bias: [B, 1 or H, Q, K] added to the scores, or None.
-        softcap: scores s become softcap * tanh(s / softcap), as in Gemma 2; None leaves them.
-
-    Returns:
-        [B, H, Q, K] probabilities; zeros for a query that may see no key.
+        bias: [B, 1 or H, Q, K] added to the scores.
+        softcap: scores s become softcap * tanh(s / softcap), as in Gemma 2.
     """
     rows, heads, count, size = query.shape
     grouped = (query.float() * scale).reshape(rows, key.shape[1], -1, size)
@@ -43,20 +36,15 @@ def attention_rows(
 def received_head_max(
     rows: Callable[[slice], Tensor], weights: Tensor, num_heads: int, num_keys: int, entries: int = MAP_ENTRIES
 ) -> Tensor:
-    """Attention that every key receives from groups of queries, the largest over heads for every pair.
+    """Attention [B, G, K] that every key receives in G sums over queries, the largest over heads for every pair.
 
-    The maximum over heads is taken pair by pair, before the sum over queries, so the matrix is made a few queries at a
-    time and never kept.
+    The matrix is made a few queries at a time, of `entries` at most, and never kept.
 
     Args:
         rows: gives the attention [B, H, q, K] of a slice of the Q queries.
-        weights: [B, G, Q] weight of every query in each of G sums.
-        num_heads: H.
-        num_keys: K.
-        entries: largest number of matrix entries made at once.
-
-    Returns:
-        [B, G, K].
+        weights: [B, G, Q] of every query in each sum.
+        num_heads, num_keys: H and K.
+        entries: made at once.
     """
     batch, groups, length = weights.shape
     at_once = max(1, entries // (batch * num_heads * num_keys))
@@ -73,16 +61,7 @@ def keep_count(share: float | Tensor, candidates: Tensor) -> Tensor:
 
 
 def drop_lowest(scores: Tensor, candidates: Tensor, keep: Tensor) -> Tensor:
-    """The candidates that are not among the `keep` highest of their row; of equal ones the earlier stays.
-
-    Args:
-        scores: [B, N].
-        candidates: [B, N] positions to choose from.
-        keep: [B] how many stay.
-
-    Returns:
-        [B, N] boolean.
-    """
+    """The candidates [B, N] that are not among the `keep` [B] highest of their row; of equal ones the earlier stays."""
     order = scores.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
     # Places are counted among candidates only, as a candidate may score -inf itself.
     place = torch.zeros_like(order).scatter_(1, order, candidates.gather(1, order).long().cumsum(1))
@@ -90,19 +69,17 @@ def drop_lowest(scores: Tensor, candidates: Tensor, keep: Tensor) -> Tensor:
 
 
 def images(visual: Tensor) -> Tensor:
-    """Number each image's positions: 0, 1, ... for the images of a row in order, -1 where there is none.
+    """[B, N] number of the image in its row that each visual position is of: 0, 1, ...; -1 elsewhere.
 
     An image is a run of visual positions without text in between (families that put a separator between the tiles of an
     image have as many runs as tiles).
-
-    Args:
-        visual: [B, N] visual positions.
-
-    Returns:
-        [B, N].
     """
-    starts = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
-    return torch.where(visual, starts.cumsum(1) - 1, -1)
+    return torch.where(visual, image_starts(visual).cumsum(1) - 1, -1)
+
+
+def image_starts(visual: Tensor) -> Tensor:
+    """[B, N] whether an image begins at a position."""
+    return visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
 
 
 def tokens_in_image(image: Tensor, counted: Tensor) -> Tensor:
@@ -114,13 +91,9 @@ def tokens_in_image(image: Tensor, counted: Tensor) -> Tensor:
 
 
 def place_in_image(visual: Tensor) -> tuple[Tensor, Tensor]:
-    """Place of every visual position within its image in raster order, and the image's size: both [B, N].
-
-    Places are -1 and sizes 0 where there is no image.
-    """
+    """[B, N] place of every visual position in its image in raster order (else -1), and the image's size (else 0)."""
     image, number = images(visual), visual.cumsum(1)
-    starts = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
-    first = torch.where(starts, number, 0).cummax(1).values
+    first = torch.where(image_starts(visual), number, 0).cummax(1).values
     return torch.where(visual, number - first, -1), tokens_in_image(image, visual)
 
 
@@ -128,6 +101,15 @@ def grid_sides(size: int) -> tuple[int, int]:
     """Height and width of an image of `size` tokens: square where it can be, else one row."""
     side = int(size**0.5 + 0.5)
     return (side, side) if side * side == size else (1, size)
+
+
+def check_square(method: str, sizes: Tensor) -> None:
+    """Refuse images whose sizes are no square numbers."""
+    for size in sizes.unique().tolist():
+        if size > 1 and grid_sides(size)[0] == 1:
+            raise UnsupportedError(
+                f"{method} needs images with a square grid of visual tokens; one has {size} in a row"
+            )
 
 
 def evenly_spaced(size: int, keep: int) -> Tensor:
@@ -141,11 +123,7 @@ def random_subset(size: int, keep: int, generator: torch.Generator) -> Tensor:
 
 
 def stratified_subset(size: int, keep: int, generator: torch.Generator) -> Tensor:
-    """One random token from each of `keep` compact regions of the image's grid; ascending.
-
-    The tokens are put along a Z-order curve, which stays within a quadrant before it goes to the next, and cut into
-    runs of equal length.
-    """
+    """One random token from each of `keep` compact regions of the image's grid, runs of a Z-order curve; ascending."""
     height, width = grid_sides(size)
     rows, columns = torch.arange(size) // width, torch.arange(size) % width
     code = torch.zeros(size, dtype=torch.long)
@@ -158,18 +136,10 @@ def stratified_subset(size: int, keep: int, generator: torch.Generator) -> Tenso
 
 
 def most_diverse(features: Tensor, candidates: Tensor, keep: Tensor) -> Tensor:
-    """Choose tokens that are far from each other: greedy max-min diversity.
+    """Of the candidates [B, N] those that are not among the `keep` [B] most diverse by their features [B, N, d].
 
-    DivPrune (arXiv 2503.02175, Section 3): the distance is one minus the cosine similarity; the first token is the one
-    farthest from its nearest neighbour, every further one the farthest from all chosen so far.
-
-    Args:
-        features: [B, N, d].
-        candidates: [B, N] tokens to choose from.
-        keep: [B] how many to choose.
-
-    Returns:
-        [B, N] the candidates that were not chosen.
+    Greedy max-min diversity (DivPrune, arXiv 2503.02175, Section 3): the distance is one minus the cosine; the first
+    token is the one farthest from its nearest neighbour, every further one the farthest from all chosen so far.
     """
     unit = torch.nn.functional.normalize(features.float(), dim=-1)
     distance = 1 - unit @ unit.transpose(1, 2)

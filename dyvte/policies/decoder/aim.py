@@ -67,10 +67,7 @@ class AIM(ScorerPolicy):
 def walk(attention: LayerAttention, steps: int, temperature: float) -> Tensor:
     """[b, n] root of the mean square over heads of a walk's distribution, uniform at first, after some steps.
 
-    Args:
-        attention: of a layer, with n positions; rows are made a few at a time and never kept.
-        steps: of the walk.
-        temperature: that scores are divided by before the softmax.
+    The temperature is what scores are divided by before the softmax; rows are made a few at a time and never kept.
     """
     index, valid = attention.selection.index, attention.selection.valid
     rows, length = index.shape

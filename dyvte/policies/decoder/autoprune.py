@@ -90,12 +90,9 @@ class AutoPrune(ScorerPolicy):
 
 
 def information(attention: Tensor, text: Tensor, visual: Tensor) -> Tensor:
-    """[b] mutual information in bits of text and visual tokens, summed over heads.
+    """[b] mutual information in bits of text and visual tokens, summed over heads, from attention [b, H, q, n].
 
-    Args:
-        attention: [b, H, q, n].
-        text: [b, q] boolean, queries that count.
-        visual: [b, n] boolean, keys that count.
+    Of the queries `text` [b, q] and the keys `visual` [b, n] count.
 
     Example:
         >>> attention = torch.tensor([[[[0.3, 0.1], [0.1, 0.3]]]])
@@ -125,14 +122,9 @@ def curve_at(layer: Tensor, steep: Tensor) -> Tensor:
 
 
 def shares_by_layer(told: Tensor, keep: float, num_layers: int) -> Tensor:
-    """[b, L] share of the visual tokens that each layer sees, with a mean over layers of `keep`.
+    """[b, L] share of the visual tokens that each layer sees: by the information [b], the mean over layers is `keep`.
 
     The first layers see all of them; where that alone is more than the budget, no other layer sees any.
-
-    Args:
-        told: [b] information.
-        keep: the mean.
-        num_layers: L.
     """
     layer = torch.arange(num_layers, dtype=torch.float64, device=told.device) * DEPTH / num_layers
     curve = curve_at(layer, steepness(told.double())[:, None])

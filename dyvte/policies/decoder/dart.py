@@ -85,14 +85,10 @@ class DART(ScorerPolicy):
 
 
 def least_alike(states: Tensor, taken: Tensor, pivots: list[int], text: Tensor, number: int) -> Tensor:
-    """[n] boolean: `number` tokens, those `taken` and, pivot by pivot, the ones of lowest cosine to it.
+    """[n] boolean: `number` of the states [n, d], those `taken` [n] and, pivot by pivot, those of lowest cosine to it.
 
-    Args:
-        states: [n, d].
-        taken: [n] boolean, what stays already.
-        pivots: tokens whose turn comes first.
-        text: [t, d] further pivots.
-        number: how many stay in all; shared out over the pivots, the first ones get what is left over.
+    What is not taken is shared out over the pivots, those of the text [t, d] after the others; the first ones get what
+    is left over.
     """
     stay, around = taken.clone(), torch.cat([states[pivots], text])
     alike = nn.functional.normalize(states.float(), dim=1) @ nn.functional.normalize(around.float(), dim=1).T

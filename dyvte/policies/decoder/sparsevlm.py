@@ -90,12 +90,7 @@ class SparseVLM(StagedScorer):
 
 
 def raters(embeddings: Tensor, visual: Tensor, text: Tensor) -> Tensor:
-    """[B, N] boolean: text tokens whose share in the image's softmax over the text is above the mean; all if none is.
-
-    Args:
-        embeddings: [B, N, d] the decoder's input.
-        visual, text: [B, N] positions.
-    """
+    """[B, N] boolean: text tokens whose share in the image's softmax over the text is above the mean, else all."""
     found = torch.zeros_like(text)
     for row in (visual.any(1) & text.any(1)).nonzero().flatten().tolist():
         words = text[row].nonzero().flatten()

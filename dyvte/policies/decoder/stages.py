@@ -106,7 +106,7 @@ def keep_projections(policy: Policy, mllm: MLLM, run: PolicyRun, layers: Iterabl
 def projected(policy: Policy, prefill: Prefill, layer: int, name: str, normed: bool = True) -> Tensor:
     """[B, heads, N, head size] queries or keys of a layer that has run, before rotary positions.
 
-    With `normed` after the norm that some families apply to every head.
+    `normed` is after the norm that some families apply to every head.
     """
     attention: Any = prefill.mllm.attention_of(layer)
     heads: Tensor = prefill.state.pop((id(policy), name)).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
@@ -115,11 +115,7 @@ def projected(policy: Policy, prefill: Prefill, layer: int, name: str, normed: b
 
 
 def projection_of(mllm: MLLM, layer: int, name: str) -> nn.Module:
-    """A projection of a layer's attention.
-
-    Raises:
-        UnsupportedError: the attention has none of that name, as where queries, keys and values are projected at once.
-    """
+    """A projection of a layer's attention; refused where queries, keys and values are projected at once."""
     found = getattr(mllm.attention_of(layer), name, None)
     if not isinstance(found, nn.Module):
         kind = type(mllm.attention_of(layer)).__name__

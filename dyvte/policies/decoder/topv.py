@@ -72,10 +72,7 @@ class TopV(StagedScorer):
 def importance(inputs: Tensor, outputs: Tensor, place: Tensor, size: int) -> Tensor:
     """[n] what each token receives under the plan, in which every token gives 1 / n.
 
-    Args:
-        inputs, outputs: [n, d] states before and after a layer.
-        place: [n] in raster order.
-        size: tokens of the whole image.
+    From the states [n, d] before and after a layer, and the tokens' places [n] in the whole image.
     """
     rms = [
         each / each.square().mean(1, keepdim=True).sqrt().clamp(min=1e-6) for each in (inputs.float(), outputs.float())

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyvte.errors import ConfigError, UnsupportedError
+from dyvte.errors import ConfigError
 from dyvte.instrument.hooks import Selection
 from dyvte.instrument.role_attention import allowed_pairs
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy, PolicyRun, Prefill
 from dyvte.policies.method import Source
-from dyvte.policies.token_scores import grid_sides, images, place_in_image
+from dyvte.policies.token_scores import check_square, images, place_in_image
 
 
 @dataclass
@@ -66,9 +66,7 @@ class YOPO(Policy):
     def before_layer(self, layer: int, prefill: Prefill) -> None:
         """Refuse images without a grid; leave at the exit."""
         if layer == 0:
-            for size in place_in_image(prefill.layout.visual)[1].unique().tolist():
-                if size > 1 and grid_sides(size)[0] == 1:
-                    raise UnsupportedError(f"YOPO needs images with a square grid of visual tokens; one has {size}")
+            check_square("YOPO", place_in_image(prefill.layout.visual)[1])
         if layer == self.exit_layer(prefill.mllm):
             prefill.drop(prefill.layout.visual)
 

@@ -122,14 +122,8 @@ def _loud(late: float) -> float:
 def value_contributions(attention: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """What each key adds to one query's attention output, heads side by side and before the output projection.
 
-    With o the output and c_v the part of key v: cosine of o - c_v and o, and the length of c_v. No c_v is stored.
-
-    Args:
-        attention: [b, H, n] of the query.
-        values: [b, H_kv, n, size], H a multiple of H_kv.
-
-    Returns:
-        [b, n] cosines and [b, n] lengths.
+    With o the output and c_v the part of key v: [b, n] cosine of o - c_v and o, and [b, n] length of c_v, from the
+    query's attention [b, H, n] and values [b, H_kv, n, size], H a multiple of H_kv. No c_v is stored.
 
     Example:
         >>> attention, values = torch.tensor([[[0.5, 0.5]]]), torch.tensor([[[[6.0, 0.0], [0.0, 8.0]]]])

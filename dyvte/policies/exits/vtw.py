@@ -68,11 +68,7 @@ class VTW(FixedExit):
 
 
 def mean_divergence(mllm: MLLM, batches: Iterable[Batch]) -> Tensor:
-    """[L + 1] mean KL of every exit to the full model over some prompts.
-
-    Raises:
-        DataError: no prompts.
-    """
+    """[L + 1] mean KL of every exit to the full model over some prompts."""
     found = [kl_to_full(exit_sweep(mllm, batch, entropy=False).logits) for batch in batches]
     if not found:
         raise DataError("VTW.calibrate needs at least one batch of prompts")

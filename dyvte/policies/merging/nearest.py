@@ -23,13 +23,9 @@ def unit(features: Tensor) -> Tensor:
 
 
 def with_nearest(features: Tensor, compared: Tensor, targets: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums [n, c] of the features that each target takes in, and their number [n, 1]: each goes to one target.
+    """Sums [n, c] of the features [n, c] that each target takes in, and their number [n, 1].
 
-    Args:
-        features: [n, c].
-        compared: [n, k] whose cosine says which target is nearest.
-        targets: [t] indices.
-        others: [m] indices of those that are taken in.
+    Each of the `others` (indices, as `targets`) goes to the target of largest cosine of what is `compared` [n, k].
     """
     sums, count = torch.zeros_like(features), torch.zeros_like(features[:, :1])
     if len(targets) and len(others):
@@ -40,9 +36,9 @@ def with_nearest(features: Tensor, compared: Tensor, targets: Tensor, others: Te
     return sums, count
 
 
-def merging_needs(mllm: MLLM, needs: TowerNeeds) -> TowerNeeds:
-    """`needs` and what `merging_space` takes."""
-    return TowerNeeds(needs.attention, needs.keys, [*needs.features, shown_layer(mllm)])
+def merging_needs(mllm: MLLM, layer: int) -> TowerNeeds:
+    """Attention and keys of an encoder layer, and what `merging_space` takes."""
+    return TowerNeeds(attention=(layer,), keys=(layer,), features=(shown_layer(mllm),))
 
 
 def merging_space(tokens: VisualTokens) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

@@ -14,19 +14,15 @@ from dyvte.errors import UnsupportedError
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy, PolicyRun, Prefill
 from dyvte.policies.method import Source
-from dyvte.policies.token_scores import images, place_in_image
+from dyvte.policies.token_scores import check_square, images, place_in_image
 
 
 def block_of(place: Tensor, size: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """The block of the grid that a visual token belongs to, and whether it is the block's first token.
+    """[B, N] block of its image that a visual token belongs to (else -1), and whether it is the block's first token.
 
     Args:
-        place: [B, N] place of the token in its image, in raster order, -1 for none.
-        size: [B, N] tokens of the image, a square number.
+        place, size: of `place_in_image`; sizes are square numbers.
         block: side of a block in tokens; blocks at the right and lower edge may be smaller.
-
-    Returns:
-        [B, N] number of the block within the image (-1 for none), and [B, N] boolean.
     """
     side = size.sqrt().round().long().clamp(min=1)
     row, column = place.div(side, rounding_mode="floor"), place % side
@@ -83,11 +79,7 @@ class AveragePool(Policy):
 
     def _blocks(self, prefill: Prefill) -> tuple[Tensor, Tensor]:
         place, size = place_in_image(prefill.layout.visual)
-        for tokens in size.unique().tolist():
-            if round(tokens**0.5) ** 2 != tokens:
-                raise UnsupportedError(
-                    f"{type(self).__name__} needs images with a square grid of visual tokens; one has {tokens} in a row"
-                )
+        check_square(type(self).__name__, size)
         return block_of(place, size.double(), self.block)
 
 

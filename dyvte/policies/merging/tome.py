@@ -27,19 +27,15 @@ from dyvte.policies.token_scores import images, tokens_in_image
 
 
 def bipartite_soft_matching(metric: Tensor, group: Tensor, merges: Tensor) -> tuple[Tensor, Tensor]:
-    """Which tokens merge into which (ToMe, arXiv 2210.09461, Section 3, "Bipartite Soft Matching").
+    """[B, N] whether a token leaves, and [B, N] the place of the one that takes it in, else its own.
 
-    The tokens of a group are dealt out alternately to two sets; every token of the first draws an edge to the most
-    similar one (cosine) of the second; the most similar pairs merge.
+    ToMe, arXiv 2210.09461, Section 3, "Bipartite Soft Matching": the tokens of a group are dealt out alternately to two
+    sets; every token of the first draws an edge to the most similar one of the second; the most similar pairs merge.
 
     Args:
-        metric: [B, N, c] what similarity is measured on.
+        metric: [B, N, c] whose cosine is similarity.
         group: [B, N] number of the group (image) of a token, -1 for tokens that take no part.
         merges: [B, N] how many pairs merge in the token's group; at most half of a group can.
-
-    Returns:
-        leaves: [B, N] boolean, the tokens that are taken in by others.
-        into: [B, N] by which token; their own place for tokens that do not leave.
     """
     position = torch.arange(group.shape[1], device=group.device)
     member = group >= 0
@@ -58,15 +54,9 @@ def bipartite_soft_matching(metric: Tensor, group: Tensor, merges: Tensor) -> tu
 
 
 def merge(features: Tensor, size: Tensor, leaves: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
-    """Average every token with those that it takes in, each weighted by its size.
+    """Features [B, N, d] and sizes [B, N] (original tokens in a token) after each took others in, weighted by size.
 
-    Args:
-        features: [B, N, d].
-        size: [B, N] number of original tokens in a token.
-        leaves, into: of `bipartite_soft_matching`.
-
-    Returns:
-        The features [B, N, d] and sizes [B, N]; tokens that left keep theirs.
+    `leaves` and `into` are of `bipartite_soft_matching`; tokens that left keep what they had.
     """
     taken = torch.where(leaves, size, 0.0)
     new_size = size.scatter_add(1, into, taken)

@@ -96,10 +96,6 @@ class FastV(LastTokenPruning):
 
 
 def check_share(name: str, share: float) -> None:
-    """Refuse what is no share 0..1.
-
-    Raises:
-        ConfigError: it is none.
-    """
+    """Refuse what is no share 0..1."""
     if not isinstance(share, (int, float)) or not 0 <= share <= 1:
         raise ConfigError(f"{name} is a share of the visual tokens, 0..1, got {share}")

@@ -41,10 +41,7 @@ TOLERANCE = 0.01
 
 
 def self_and_cross(attention: LayerAttention, layout: TokenLayout) -> Tensor:
-    """Head-max attention that every position receives: [b, 2, n], from visual tokens and from the text after the image.
-
-    Each is the mean over the queries of its kind.
-    """
+    """[b, 2, n] head-max attention that every position receives: mean over visual tokens, over text after the image."""
     selection = attention.selection
     groups = torch.stack([layout.visual, layout.text_status_positions], dim=1)[selection.rows]
     weights = groups.gather(2, selection.index[:, None].expand(-1, 2, -1)).float()
@@ -71,11 +68,7 @@ class Statistics:
     @classmethod
     @torch.no_grad()
     def collect(cls, mllm: MLLM, batches: Iterable[Batch]) -> Statistics:
-        """Run the full model once over some prompts; those without an image are left out.
-
-        Raises:
-            DataError: no prompt shows an image.
-        """
+        """Run the full model once over some prompts; those without an image are left out, and one is needed."""
         received, visual, text = [], [], []
         for batch in batches:
             rows = batch.layout.has_image.nonzero().flatten()
@@ -109,15 +102,12 @@ def _received(mllm: MLLM, batch: Batch, rows: Tensor) -> Tensor:
 
 
 def deletable(received: Tensor, remaining: Tensor, alpha: float) -> Tensor:
-    """Tokens whose loss leaves both distributions at least 1 - alpha of their mass.
+    """[n, V] tokens whose loss leaves both distributions at least 1 - alpha of their mass: among the lowest in both.
 
     Args:
-        received: [n, 2, V] attention received in one layer of the full model, from visual tokens and from text.
-        remaining: [n, V] tokens still there.
-        alpha: share of each distribution that may be lost, counting tokens that left before.
-
-    Returns:
-        [n, V] boolean: the lowest tokens of either distribution, and of those the ones that both have in common.
+        received: [n, 2, V] of `Statistics`, in one layer.
+        remaining: [n, V] tokens still there; what the others received is lost already.
+        alpha: share of each distribution that may be lost.
     """
     left = received * remaining[:, None]
     ordered, order = left.masked_fill(~remaining[:, None], -1.0).sort(dim=-1, stable=True)
@@ -194,11 +184,7 @@ class Recipe:
 
     @classmethod
     def of(cls, content: Any) -> Recipe:
-        """From its fields.
-
-        Raises:
-            ConfigError: some are missing, unknown or wrong.
-        """
+        """From its fields, refusing missing, unknown and wrong ones."""
         names = [each.name for each in fields(cls)]
         if not isinstance(content, Mapping) or sorted(map(str, content)) != sorted(names):
             raise ConfigError(f"a FitPrune recipe has {', '.join(names)}, not {short(content)}")
@@ -212,18 +198,10 @@ def _is_share(value: Any, most: float = 1) -> bool:
 def fit_recipe(
     mllm: MLLM, statistics: Statistics, budget: float, cost_of: Callable[[Sequence[float]], float] | None = None
 ) -> Recipe:
-    """The recipe of the smallest alpha whose decoder FLOPs are within the budget.
+    """The recipe of the smallest alpha whose cost, over the full model's, is within the budget.
 
-    Deletion stops at the first layer behind which the budget holds without any more of it.
-
-    Args:
-        mllm: the model.
-        statistics: attention that visual tokens receive.
-        budget: cost over the full model's.
-        cost_of: cost of the share of tokens that every layer sees; by default `plan`, decoder FLOPs.
-
-    Raises:
-        ConfigError: the budget is less than text alone costs, or more than the full model.
+    Deletion stops at the first layer behind which the budget holds without any more of it. `cost_of` says what the
+    shares of tokens that the layers see cost, by default `plan`.
     """
     if not 0 < budget <= 1:
         raise ConfigError(f"FitPrune: budget is decoder FLOPs over the full model's, above 0 and up to 1, got {budget}")

@@ -12,10 +12,7 @@ def clips(frames: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Row and positions [T, n] of every clip: frames of a row that follow each other and have n tokens each.
 
     A still image is a clip of one frame. Images of one size in one prompt are a clip of several, which is how families
-    without a video processor are shown a video.
-
-    Args:
-        frames: [B, N] from `Prefill.frames`.
+    without a video processor are shown a video. `frames` [B, N] are those of `Prefill.frames`.
 
     Example:
         >>> [(row, places.tolist()) for row, places in clips(torch.tensor([[-1, 0, 0, 1, 1, 2]]))]

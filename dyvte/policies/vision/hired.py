@@ -23,7 +23,7 @@ from dyvte.instrument.vision_tower import TowerNeeds
 from dyvte.mllm import MLLM
 from dyvte.policies.method import Source
 from dyvte.policies.scorer import VisualTokens, top
-from dyvte.policies.vision.tiles import ClassAttention, full_view, shared_out, with_spare_separators
+from dyvte.policies.vision.tiles import ClassAttention, full_view, shared_out, top_of_each, with_spare_separators
 
 
 @dataclass
@@ -59,10 +59,7 @@ class HiRED(ClassAttention):
         low = tokens.of_tower().attention(self.count_layer)[full]
         quotas = [first, *shared_out(number - first, self._in_strips(low, len(others)), room[1:])]
         quotas[0] = min(number - sum(quotas[1:]), len(full))  # what the tiles have no room for
-        scores, stay = self.score(tokens), torch.zeros_like(tokens.view, dtype=torch.bool)
-        for inside, quota in zip(views, quotas, strict=True):
-            stay[inside[top(scores[inside], quota)]] = True
-        return with_spare_separators(stay, tokens.view, number)
+        return with_spare_separators(top_of_each(self.score(tokens), views, quotas), tokens.view, number)
 
     def _in_strips(self, scores: Tensor, strips: int) -> Tensor:
         """[strips] how many of the most attended patches [n] of the full view each strip of it has."""

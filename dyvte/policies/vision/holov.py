@@ -22,8 +22,8 @@ from torch import Tensor
 
 from dyvte.policies.merging.nearest import unit
 from dyvte.policies.method import Source
-from dyvte.policies.scorer import VisualTokens, top
-from dyvte.policies.vision.tiles import ClassAttention, shared_out, with_spare_separators
+from dyvte.policies.scorer import VisualTokens
+from dyvte.policies.vision.tiles import ClassAttention, shared_out, top_of_each, with_spare_separators
 
 
 @dataclass
@@ -49,13 +49,12 @@ class HoloV(ClassAttention):
     def choose(self, tokens: VisualTokens, number: int) -> Tensor:
         """[n] the most attended of every strip, by the strips' budgets; separators stay if nothing else can."""
         patches = (tokens.view >= 0).nonzero().flatten()
-        scores, stay = self.score(tokens), torch.zeros_like(tokens.view, dtype=torch.bool)
+        scores = self.score(tokens)
         parts = list(patches.tensor_split(min(self.strips, len(patches))))
         weights = [holistic(scores[part], tokens.hidden[part], self.variety).mean() for part in parts]
         room = torch.tensor([len(part) for part in parts])
-        for part, quota in zip(parts, shared_out(number, torch.stack(weights).cpu(), room), strict=True):
-            stay[part[top(scores[part], quota)]] = True
-        return with_spare_separators(stay, tokens.view, number)
+        quotas = shared_out(number, torch.stack(weights).cpu(), room)
+        return with_spare_separators(top_of_each(scores, parts, quotas), tokens.view, number)
 
 
 SMALL = 1e-6
@@ -65,8 +64,7 @@ SMALL = 1e-6
 def holistic(attention: Tensor, features: Tensor, variety: float) -> Tensor:
     """Scores [n] of the tokens of a strip from their attention [n] and features [n, c].
 
-    Mean and variance are over the cosines with the other tokens, the zero of the token itself being among what
-    deviates, as in the code.
+    Of the cosines with the others; among what deviates from their mean is the token's own zero, as in the code.
     """
     alike = (unit(features) @ unit(features).T).fill_diagonal_(0)
     others = max(len(alike) - 1, 1)

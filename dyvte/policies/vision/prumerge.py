@@ -69,16 +69,13 @@ class PruMerge(PerTile):
 
     def tower_needs(self, mllm: MLLM) -> TowerNeeds:
         """The class token's query, keys and attention of one layer, and what is merged."""
-        return merging_needs(mllm, TowerNeeds(attention=(self.encoder_layer,), keys=(self.encoder_layer,)))
+        return merging_needs(mllm, self.encoder_layer)
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """[n] attention of the class token, all heads as one."""
         tower = tokens.of_tower()
-        return (
-            tower.class_query_attention(self.encoder_layer)
-            if tower.class_queries
-            else (tower.attention(self.encoder_layer))
-        )
+        attention = tower.class_query_attention if tower.class_queries else tower.attention
+        return attention(self.encoder_layer)
 
     def choose(self, tokens: VisualTokens, number: int) -> Tensor:
         """[n] the tokens that stay as themselves, without the extra one."""

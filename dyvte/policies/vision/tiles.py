@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,18 +11,13 @@ from torch import Tensor
 
 from dyvte.instrument.vision_tower import TowerNeeds
 from dyvte.mllm import MLLM
-from dyvte.policies.scorer import ScorerPolicy, VisualTokens
+from dyvte.policies.scorer import ScorerPolicy, VisualTokens, top
 
 
 def shared_out(number: int, weights: Tensor, room: Tensor) -> list[int]:
-    """Split a number in proportion to weights: floors, then one more each for the largest weights.
+    """Split a number in proportion to weights [G], none negative: floors, then one more each for the largest weights.
 
-    Nobody gets more than there is room for; what finds none goes to the others by the same rule.
-
-    Args:
-        number: what to split.
-        weights: [G], none negative.
-        room: [G] most that each can take.
+    Nobody gets more than its room [G]; what finds none goes to the others by the same rule.
     """
     quota = torch.zeros_like(room)
     while number > 0 and bool((quota < room).any()):
@@ -38,14 +34,14 @@ def shared_out(number: int, weights: Tensor, room: Tensor) -> list[int]:
     return quota.tolist()
 
 
-def tiles(view: Tensor, number: int) -> list[tuple[Tensor, int]]:
-    """Indices and budget of every tile that gets one; budgets are in proportion to the tiles' sizes.
+def views_of(view: Tensor) -> list[Tensor]:
+    """Indices of the tokens of every view, by the number of each token's [n], -1 for separators."""
+    return [(view == each).nonzero().flatten() for each in view.unique().tolist() if each >= 0]
 
-    Args:
-        view: [n] number of the tile of every token, -1 for separators.
-        number: tokens that stay in all tiles together.
-    """
-    inside = [(view == each).nonzero().flatten() for each in view.unique().tolist() if each >= 0]
+
+def tiles(view: Tensor, number: int) -> list[tuple[Tensor, int]]:
+    """Indices of every tile that gets a budget, and the budget: of `number` in proportion to the tiles' sizes."""
+    inside = views_of(view)
     sizes = torch.tensor([len(each) for each in inside])
     quotas = shared_out(number, sizes, sizes)
     return [(each, quota) for each, quota in zip(inside, quotas, strict=True) if quota]
@@ -56,9 +52,17 @@ def full_view(tokens: VisualTokens) -> tuple[Tensor, list[Tensor]]:
 
     LLaVA's families put it first, InternVL last. An image of one view has no tiles.
     """
-    views = [(tokens.view == each).nonzero().flatten() for each in tokens.view.unique().tolist() if each >= 0]
+    views = views_of(tokens.view)
     full = views.pop(-1 if tokens.mllm.model.config.model_type == "internvl" else 0)
     return full, views
+
+
+def top_of_each(scores: Tensor, parts: Sequence[Tensor], quotas: Iterable[int]) -> Tensor:
+    """[n] boolean: of each part (indices into the scores [n]) as many of the highest as its quota says."""
+    stay = torch.zeros_like(scores, dtype=torch.bool)
+    for inside, quota in zip(parts, quotas, strict=True):
+        stay[inside[top(scores[inside], quota)]] = True
+    return stay
 
 
 def with_spare_separators(stay: Tensor, view: Tensor, number: int) -> Tensor:
@@ -75,12 +79,9 @@ def grid_of_tile(tokens: VisualTokens) -> tuple[Tensor, Tensor, int, int]:
 
 @dataclass
 class PerTile(ScorerPolicy):
-    """A method that is asked tile by tile, each with its share of the image's budget.
+    """A method whose `score`, `choose` or `reduce_tile` is asked tile by tile, each with its share of the budget.
 
-    Override `score`, `choose` or `reduce_tile`.
-
-    An image that a family does not cut into tiles is one tile. Separators stay where the budget is larger than the
-    number of patches.
+    An image that is not cut into tiles is one. Separators stay where the budget is larger than the number of patches.
     """
 
     needs = ("vision tower",)
@@ -112,9 +113,7 @@ class PerTile(ScorerPolicy):
 
 @dataclass
 class ClassAttention(ScorerPolicy):
-    """Keep the tokens with most attention of the class token in one encoder layer.
-
-    Where the tower has no class token, with most attention received from the mean query.
+    """Keep the tokens with most attention of the class token, or, where there is none, of the mean query.
 
     Attributes:
         encoder_layer: layer of the vision tower that ranks; negative counts from the last, -1.

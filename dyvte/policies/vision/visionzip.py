@@ -47,7 +47,7 @@ class VisionZip(ByClassAttention):
 
     def tower_needs(self, mllm: MLLM) -> TowerNeeds:
         """Attention and keys of one layer, and what is merged."""
-        return merging_needs(mllm, TowerNeeds(attention=(self.encoder_layer,), keys=(self.encoder_layer,)))
+        return merging_needs(mllm, self.encoder_layer)
 
     def reduce_tile(self, tokens: VisualTokens, number: int) -> tuple[Tensor, Tensor | None]:
         """Dominant tokens and targets, which take in the rest."""

@@ -25,7 +25,7 @@ from dyvte.mllm import MLLM
 from dyvte.policies.merging.nearest import with_nearest
 from dyvte.policies.method import Source
 from dyvte.policies.scorer import VisualTokens, top
-from dyvte.policies.vision.tiles import ByClassAttention, grid_of_tile
+from dyvte.policies.vision.tiles import ByClassAttention, grid_of_tile, top_of_each, views_of
 
 LOW = 5 / 24
 """The low layer, of the tower's depth."""
@@ -65,11 +65,8 @@ class VScan(ByClassAttention):
         row, column, height, width = grid_of_tile(tokens)
         window = (row * SIDE).div(height, rounding_mode="floor") * SIDE + (column * SIDE) // width
         low = tokens.of_tower().attention(self._low(tokens.mllm))
-        windows, stay = window.unique(), torch.zeros_like(tokens.view, dtype=torch.bool)
-        each = int(number * self.local) // len(windows)
-        for index in windows.tolist():
-            inside = (window == index).nonzero().flatten()
-            stay[inside[top(low[inside], each)]] = True
+        windows = views_of(window)
+        stay = top_of_each(low, windows, [int(number * self.local) // len(windows)] * len(windows))
         high = self.score(tokens).masked_fill(stay, -torch.inf)
         return stay | top(high, number - int(stay.sum()))
 
