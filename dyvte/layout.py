@@ -74,9 +74,9 @@ class TokenLayout:
             roles.masked_fill_(in_answer, ANSWER)
         layout = cls(roles.masked_fill_(~valid, PADDING))
         no_prompt = ((layout.roles == PADDING) | (layout.roles == ANSWER)).all(1)
-        empty = no_prompt.nonzero().flatten().tolist() if no_prompt.any() else []
-        if empty:
-            raise ValueError(f"row {empty[0]} of the batch has no prompt token: its attention_mask is 0 everywhere")
+        if no_prompt.any():
+            row = int(no_prompt.int().argmax())
+            raise ValueError(f"row {row} of the batch has no prompt token: its attention_mask is 0 everywhere")
         return layout
 
     @property

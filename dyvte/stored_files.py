@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +33,7 @@ def short(value: Any) -> str:
 def read_json(
     path: Path, kind: type[DyvteError] = ModelError, remedy: str = "copy or download it again"
 ) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Args:
-        path: the file.
-        kind: error to raise.
-        remedy: what the error says to do.
-
-    Raises:
-        DyvteError: of the kind asked for: the file is missing, damaged or holds something else.
+    """The JSON object in a file; a file that is missing, damaged or holds something else is an error of some kind.
 
     Example:
         >>> read_json(Path("nowhere.json"))
@@ -62,12 +53,9 @@ def read_json(
 
 
 def file_inside(folder: Path, name: Any, said_by: Path) -> Path:
-    """The file of a folder that another file of it names.
+    """The file of a folder that another file of it names; a name that leads out of the folder is refused.
 
     Links are followed: those in a folder are its owner's (the cache of the Hub consists of them).
-
-    Raises:
-        ModelError: the name leads out of the folder.
     """
     path = Path(os.path.normpath(name)) if isinstance(name, str) and "\0" not in name else Path()
     if path.is_absolute() or not path.parts or path.parts[0] == "..":
@@ -76,11 +64,7 @@ def file_inside(folder: Path, name: Any, said_by: Path) -> Path:
 
 
 def indexed_files(index: Path) -> list[Path]:
-    """The weight files that an index in Hub layout names, sorted.
-
-    Raises:
-        ModelError: the index is damaged, or names a file that is missing or outside of its folder.
-    """
+    """The weight files that an index in Hub layout names, sorted; each must be there, within the folder."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ModelError(f"{index} is damaged (no weight_map): copy or download it again")
@@ -93,14 +77,7 @@ def indexed_files(index: Path) -> list[Path]:
 def check_safetensors(
     path: Path, kind: type[DyvteError] = ModelError, remedy: str = "copy or download it again"
 ) -> dict[str, tuple[str, list[int]]]:
-    """Type and shape of every tensor of a file; nothing else is read.
-
-    Args:
-        path, kind, remedy: as for `read_json`.
-
-    Raises:
-        DyvteError: of the kind asked for: the file is damaged.
-    """
+    """Type and shape of every tensor of a file, and nothing else, is read; errors are those of `read_json`."""
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -110,21 +87,13 @@ def check_safetensors(
 
 
 def check_model_folder(folder: Path) -> None:
-    """Check the files of a model in Hub layout before transformers reads them.
-
-    Raises:
-        ModelError: the first that is damaged, or that names something outside of the folder.
-    """
-    for file in _present(folder, MODEL_FILES):
-        read_json(file)
+    """Check the files of a model in Hub layout before transformers reads them; the first damaged one is an error."""
+    for name in MODEL_FILES:
+        if (folder / name).is_file():
+            read_json(folder / name)
+    weights = [file for file in [folder / "model.safetensors"] if file.is_file()]
     for index in folder.glob("*.index.json"):
-        indexed_files(index)
-    for file in _present(folder, ("model.safetensors",)):
+        named = indexed_files(index)
+        weights += named if index.name == "model.safetensors.index.json" else []
+    for file in weights:
         check_safetensors(file)
-    for index in _present(folder, ("model.safetensors.index.json",)):
-        for file in indexed_files(index):
-            check_safetensors(file)
-
-
-def _present(folder: Path, names: tuple[str, ...]) -> Iterator[Path]:
-    return (folder / name for name in names if (folder / name).is_file())

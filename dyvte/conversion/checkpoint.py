@@ -55,24 +55,7 @@ def convert(
 ) -> Path:
     """Turn a checkpoint of the LLaVA code base into a transformers folder with processor.
 
-    The folder appears complete or not at all.
-
-    Args:
-        source: folder or Hub id of the checkpoint.
-        target: folder to write.
-        revision: branch, tag or commit of a Hub id.
-        vision_tower: folder or Hub id of the vision tower where the checkpoint does not hold it.
-        chat_template: Jinja file; None for the template of Vicuna 1.1.
-        dtype: "float16", "bfloat16", "float32"; None keeps what is stored.
-        shard_gigabytes: size of a weight file.
-        overwrite: replace `target`.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ModelError: the checkpoint cannot be converted, with the reason.
-        ConfigError: a setting is wrong.
+    The folder appears complete or not at all. Settings are explained in `conf/convert.yaml`.
     """
     folder = Path(target).expanduser()
     _check_target(folder, overwrite)

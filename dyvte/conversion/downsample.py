@@ -15,14 +15,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText, LlavaConfig, L
 
 
 def join_neighbours(features: Tensor) -> Tensor:
-    """Join each square of 2 x 2 patches to one.
+    """Join each square of 2 x 2 patches to one: [images, side ** 2, size] -> [images, ceil(side / 2) ** 2, 4 * size].
 
-    Args:
-        features: [images, side * side, size], row by row. An odd side gets a last row and column of zeros.
-
-    Returns:
-        [images, ceil(side / 2) ** 2, 4 * size]. As VILA orders them: squares column by column, and within a square
-        upper left, upper right, lower left, lower right.
+    Patches are in order row by row; an odd side gets a last row and column of zeros. As VILA orders them: squares
+    column by column, and within a square upper left, upper right, lower left, lower right.
     """
     images, count, size = features.shape
     side = math.isqrt(count)

@@ -196,13 +196,10 @@ def export(
 
     Args:
         model: the fork's model, with `prepare_inputs_labels_for_multimodal`.
-        questions: `id`, `question`, `answer`, `kind`, `image`, `image_id` of each sample.
+        questions: `id`, `question`, `answer`, `kind`, `image` (in the image folder), `image_id` of each sample.
         prepare: gives `prompt`, `input_ids` (1-D, -200 for an image), `images` (pixels as the model takes them, or
             None) and `picture` (PIL image, or None) of a question.
-        output: folder to write.
         describe: goes into `export.json`.
-        shard_size: samples a file.
-        image_folder: where `image` of a question lies: a shard of images that have changed is made again.
     """
     if not hasattr(model, "prepare_inputs_labels_for_multimodal"):
         wrong = "has no prepare_inputs_labels_for_multimodal, so it is not of the LLaVA code base"

@@ -54,11 +54,7 @@ class VisualTokens:
 
 
 class Export:
-    """A folder that `dyvte/conversion/export_visual_tokens.py` wrote.
-
-    Raises:
-        DataError: it is no such folder, the export is not finished, or a file of it is damaged.
-    """
+    """A folder that `dyvte/conversion/export_visual_tokens.py` wrote: finished, and its files undamaged."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
@@ -66,17 +62,12 @@ class Export:
         self.lines: list[dict[str, Any]] = []
         for name in shards_of(self.folder):
             if is_there(self.folder / "shards", name):
-                self.lines += _read_shard(self.folder / "shards" / f"{name}.safetensors", self.hidden_size)
+                self.lines += _read_shard(self.folder / "shards" / f"{name}.safetensors", self.about["hidden_size"])
         if len(self.lines) != self.about["num_samples"]:
             raise DataError(
                 f"{self.folder} holds {len(self.lines)} of {self.about['num_samples']} samples: the export was "
                 "interrupted; run it again to continue"
             )
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the visual tokens."""
-        return int(self.about["hidden_size"])
 
     def tokens(self, index: int) -> tuple[VisualTokens, Image.Image | None]:
         """Visual tokens and thumbnail of sample `index`."""
@@ -111,17 +102,13 @@ def _read_about(folder: Path) -> dict[str, Any]:
     if about.get("format") != FORMAT:
         raise DataError(f"{folder}: export format {about.get('format')!r}, this dyvte reads {FORMAT}")
     prompt = about.get("prompt")
-    wrong = [
-        key
-        for key, right in (
-            ("hidden_size", isinstance(about.get("hidden_size"), int)),
-            ("num_samples", isinstance(about.get("num_samples"), int)),
-            ("prompt", isinstance(prompt, Mapping) and all(_is_pair(prompt.get(kind)) for kind in PROMPT_KINDS)),
-            ("text_embeddings", isinstance(about.get("text_embeddings", {}), Mapping)),
-        )
-        if not right
-    ]
-    if wrong:
+    right = {
+        "hidden_size": isinstance(about.get("hidden_size"), int),
+        "num_samples": isinstance(about.get("num_samples"), int),
+        "prompt": isinstance(prompt, Mapping) and all(_is_pair(prompt.get(kind)) for kind in PROMPT_KINDS),
+        "text_embeddings": isinstance(about.get("text_embeddings", {}), Mapping),
+    }
+    if wrong := [key for key, fits in right.items() if not fits]:
         raise DataError(f"{file}: {wrong[0]!r} is missing or wrong; run the export again")
     for name in about.get("shards") or ():
         if not isinstance(name, str) or not SHARD_NAME.match(name):
@@ -134,11 +121,7 @@ def _is_pair(value: Any) -> bool:
 
 
 def _read_shard(file: Path, width: int) -> list[dict[str, Any]]:
-    """The lines of a shard, its tensors checked by name, type and shape; what is in them is not read.
-
-    Raises:
-        DataError: one of its two files is damaged, or they do not belong together.
-    """
+    """The lines of a shard, its tensors checked by name, type and shape; what is in them is not read."""
     lines, text = [], file.with_suffix(".jsonl")
     try:
         for number, row in enumerate(text.read_text(encoding="utf-8").split("\n")[:-1]):
@@ -165,12 +148,7 @@ def _read_shard(file: Path, width: int) -> list[dict[str, Any]]:
 
 
 class ExportedDataset(Dataset):
-    """The samples of an export; their images are thumbnails that carry the visual tokens.
-
-    Args:
-        path: folder that `dyvte/conversion/export_visual_tokens.py` wrote.
-        limit: the first so many samples; None for all.
-    """
+    """The samples of an export, or the first so many; their images are thumbnails that carry the visual tokens."""
 
     def __init__(self, path: str, limit: int | None = None) -> None:
         check_limit(limit)
@@ -288,26 +266,18 @@ _STAND_INS = ("model.vision_tower.", "model.multi_modal_projector.")
 def load_language_model(
     path: str, exported: str | Path, *, revision: str | None = None, token: str | bool | None = None, **settings: Any
 ) -> tuple[Any, ExportedProcessor]:
-    """The language model of a LLaVA-lineage checkpoint as a model that takes exported visual tokens.
+    """The language model of a checkpoint (folder or Hub id) as one that takes the visual tokens exported from it.
 
-    Args:
-        path: folder or Hub id of the checkpoint that was exported.
-        exported: folder of the export.
-        revision: branch, tag or commit of a Hub id.
-        token: Hub token.
-        **settings: passed to `from_pretrained`.
-
-    Raises:
-        ModelError: the checkpoint holds no language model, or another one than the export is for.
+    `settings` go to `from_pretrained`.
     """
     export = Export(exported)
     folder = checkpoint_folder(path, revision, token)
     source = read_language_model(folder)
     text_config = source.text_config
-    if text_config.hidden_size != export.hidden_size:
+    if text_config.hidden_size != (width := export.about["hidden_size"]):
         raise ModelError(
-            f"{path} has hidden size {text_config.hidden_size}, the visual tokens in {exported} have "
-            f"{export.hidden_size}: they are of another model ({export.about.get('model_path')})"
+            f"{path} has hidden size {text_config.hidden_size}, the visual tokens in {exported} have {width}: they are "
+            f"of another model ({export.about.get('model_path')})"
         )
     tokenizer = read_tokenizer(source.tokenizer_folder)
     rows = source.text["model.embed_tokens.weight"].shape[0]

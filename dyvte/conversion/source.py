@@ -65,11 +65,7 @@ class Source:
 
 
 def checkpoint_folder(name: str | Path, revision: str | None = None, token: str | bool | None = None) -> Path:
-    """The folder of a checkpoint: itself, or a Hub id downloaded to the cache (safetensors where there are any).
-
-    Raises:
-        ModelError: there is no such folder, and it cannot be downloaded.
-    """
+    """The folder of a checkpoint: itself, or a Hub id downloaded to the cache (safetensors where there are any)."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -94,13 +90,8 @@ def checkpoint_folder(name: str | Path, revision: str | None = None, token: str 
 def read_source(folder: Path, vision_tower: str | None = None) -> Source:
     """Find the parts of a checkpoint and check that they can be converted.
 
-    Args:
-        folder: of the checkpoint.
-        vision_tower: folder or Hub id of the vision tower, where the checkpoint does not hold it (LLaVA-1.5 does not);
-            None takes what the checkpoint's config names.
-
-    Raises:
-        ModelError: with what is missing or not supported, and what to do.
+    The vision tower, a folder or Hub id, is given where the checkpoint does not hold it (LLaVA-1.5 does not) and its
+    config does not name it.
     """
     source = read_language_model(folder)
     config = source.config
@@ -131,11 +122,7 @@ def read_source(folder: Path, vision_tower: str | None = None) -> Source:
 
 
 def read_language_model(folder: Path) -> Source:
-    """The language model of a checkpoint alone.
-
-    Raises:
-        ModelError: the folder is no such checkpoint.
-    """
+    """The language model of a checkpoint alone."""
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder: give the folder of a downloaded checkpoint")
     config = _read_json(folder / "config.json")

@@ -19,13 +19,7 @@ from dyvte.errors import ModelError
 
 
 def target_config(source: Source, image_token_id: int, vocabulary: int) -> LlavaConfig:
-    """Config of the transformers model.
-
-    Args:
-        source: the checkpoint.
-        image_token_id: id of the image placeholder.
-        vocabulary: rows of the embedding, image placeholder included.
-    """
+    """Config of the transformers model; the vocabulary counts rows of the embedding, image placeholder included."""
     text = source.text_config
     text.vocab_size = vocabulary
     vision = tower_config(source)
@@ -50,11 +44,7 @@ def target_config(source: Source, image_token_id: int, vocabulary: int) -> Llava
 
 
 def tower_config(source: Source) -> Any:
-    """Config of the vision tower, as transformers knows it.
-
-    Raises:
-        ModelError: transformers has no such tower.
-    """
+    """Config of the vision tower, as transformers knows it."""
     given = source.tower_config
     model_type = str(given.get("model_type", ""))
     if model_type in ("intern_vit_6b", "intern_vit"):
@@ -103,13 +93,7 @@ def side_of(size: Any) -> int:
 def plan(source: Source, config: LlavaConfig, dtype: torch.dtype | None) -> list[Entry]:
     """Every tensor of the target, in an order that opens each source file once.
 
-    Args:
-        source: the checkpoint.
-        config: of the target.
-        dtype: floating-point type to convert to; None keeps each tensor's.
-
-    Raises:
-        ModelError: source tensors are missing or of another size than the configs say.
+    A floating-point type converts those of another; source tensors must be there, of the sizes that the configs say.
     """
     with torch.device("meta"):
         expected = {

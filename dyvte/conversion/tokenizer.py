@@ -17,11 +17,7 @@ IMAGE_TOKEN = "<image>"
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint, able to pad: `tokenizer.json`, else the SentencePiece model of Llama.
-
-    Raises:
-        ModelError: there is neither.
-    """
+    """The tokenizer of a checkpoint, able to pad: `tokenizer.json`, else the SentencePiece model of Llama."""
     if (folder / "tokenizer.json").is_file():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     elif (folder / "tokenizer.model").is_file():

@@ -28,11 +28,7 @@ class WeightFile:
         self._tensors: dict[str, Tensor] | None = None
 
     def tensors(self) -> dict[str, StoredTensor]:
-        """What the file holds, by name.
-
-        Raises:
-            ModelError: the file is damaged, or holds other things than tensors.
-        """
+        """What the file holds, by name; nothing but tensors of known types is accepted."""
         if self.path.suffix != ".safetensors":
             return {name: StoredTensor(self, name, tuple(t.shape), t.dtype) for name, t in self._load().items()}
         found = check_safetensors(self.path)
@@ -82,11 +78,7 @@ class StoredTensor:
 
 
 def weight_files(folder: Path) -> list[WeightFile]:
-    """The weight files of a folder in Hub layout, safetensors where there are both kinds.
-
-    Raises:
-        ModelError: there are none, or some that the index names are missing or outside of the folder.
-    """
+    """The weight files of a folder in Hub layout, safetensors where there are both kinds."""
     for index in [*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")]:
         return [WeightFile(file) for file in indexed_files(index)]
     for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin", "*.bin"):

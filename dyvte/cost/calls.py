@@ -26,9 +26,7 @@ was not measured."""
 def together_is_cheaper(mllm: MLLM, groups: Sequence[Sequence[int]]) -> bool:
     """Whether one call of a decoder layer for all rows takes less time than one for each group.
 
-    Args:
-        mllm: the model.
-        groups: positions that the rows of every group run on.
+    A group is given by the positions that each of its rows runs on.
 
     Example:
         >>> from dyvte.cost.calls import together_is_cheaper

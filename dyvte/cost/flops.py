@@ -140,10 +140,7 @@ def plan_decoder_flops(mllm: MLLM, lengths: Sequence[int]) -> int:
     Every layer costs `a n + b n^2` for n positions; `a` and `b` come from counting the decoder at two lengths, once a
     model, so the plan knows nothing about the kind of decoder and is in the counter's own unit.
 
-    Args:
-        mllm: The model.
-        lengths: Positions that each of the L layers runs on. A visual-token exit at layer k of V visual and T text
-            tokens is `[V + T] * k + [T] * (L - k)`.
+    A visual-token exit at layer k of V visual and T text tokens is `[V + T] * k + [T] * (L - k)`.
 
     Raises:
         UnsupportedError: the decoder's cost is not of that form to 1% (recurrent layers that work in chunks), or cannot

@@ -13,16 +13,10 @@ from dyvte.errors import ConfigError
 
 
 def read_chat(messages: Sequence[Any], where: str, max_num_frames: int) -> list[dict[str, Any]]:
-    """Messages of a task in the form of `dyvte.data.chat.Chat`, their pictures and videos read.
+    """Messages of a task in the form of `dyvte.data.chat.Chat`, their pictures and evenly spread frames of videos read.
 
-    Args:
-        messages: in lmms-eval's protocol, whose media are named `url`; a video may have a start and an end in seconds.
-        where: what they belong to, for errors.
-        max_num_frames: the most frames that are taken of a video, evenly spread.
-
-    Raises:
-        ConfigError: sound, or a picture of a kind that nobody knows.
-        BrokenSample: a picture or a video that cannot be read.
+    They are in lmms-eval's protocol, whose media are named `url`; a video may have a start and an end in seconds.
+    Errors say `where` they are from.
     """
     chat = []
     for message in messages:

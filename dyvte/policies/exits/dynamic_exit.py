@@ -49,6 +49,7 @@ class DynamicExit(Policy):
             training chose on validation data and stored with the gates.
         min_layer: no exit layer k below this one; 1 at the least, as the first gate follows the first layer.
         max_layer: rows still there leave at this exit layer at the latest. None lets them stay to the end (k = L).
+        thresholds: the threshold of every gate.
 
     Example:
         >>> with dyvte.DynamicExit("llava_shapes")(mllm) as run:
@@ -67,13 +68,13 @@ class DynamicExit(Policy):
     threshold: float | Sequence[float] | Literal["auto"] = "auto"
     min_layer: int = 1
     max_layer: int | None = None
-    _thresholds: list[float] = field(init=False, repr=False, compare=False)
+    thresholds: list[float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.gates = load_gates(self.gates)
         if isinstance(self.threshold, str) and self.threshold != "auto":
             raise ValueError(f'DynamicExit: threshold must be a number, one a gate, or "auto", got {self.threshold!r}')
-        self._thresholds = self.gates.thresholds(None if isinstance(self.threshold, str) else self.threshold)
+        self.thresholds = self.gates.thresholds(None if isinstance(self.threshold, str) else self.threshold)
         if QUESTION in self.gates.status:
             raise UnsupportedError("gates that look at the question alone are a control; they cannot run in a policy")
 
@@ -118,7 +119,7 @@ class DynamicExit(Policy):
         said = prefill.state.setdefault(PROBABILITIES, {})
         probability = self.gates.exit_probability(self._status(prefill), layer - 1, said.get(layer - 1))
         said[layer] = probability
-        threshold = self._thresholds[layer - 1]
+        threshold = self.thresholds[layer - 1]
         if layer < self.min_layer or threshold >= 1:  # no row may leave, so the host need not wait
             return
         prefill.drop_image(None if threshold < 0 else probability > threshold)
@@ -136,8 +137,9 @@ class DynamicExit(Policy):
         read = [part for part in STATUS_PARTS if part in parts or (part == TEXT_LAST and LENS in parts)]
         hidden, size = prefill.hidden, prefill.mllm.hidden_size
         hidden = hidden if hidden.shape[-1] == size else hidden[..., :size]  # of several streams the first
-        if (weights := state.get(self._key)) is None:
-            weights = state[self._key] = status_weights(prefill.layout, read).to(hidden.device, hidden.dtype)
+        key = "status weights", self.gates.status
+        if (weights := state.get(key)) is None:
+            weights = state[key] = status_weights(prefill.layout, read).to(hidden.device, hidden.dtype)
         status = token_status(hidden, weights.to(hidden.device))
         if tuple(read) == self.gates.status:
             return status.to(self.gates.inner.device)
@@ -147,16 +149,6 @@ class DynamicExit(Policy):
             now[LENS] = lens_features(prefill.mllm, now[TEXT_LAST]).to(hidden.dtype)
         before, state[BASES] = state.get(BASES), now
         return at_layer(self.gates.status, now, before).to(self.gates.inner.device)
-
-    @property
-    def thresholds(self) -> list[float]:
-        """The threshold of every gate."""
-        return list(self._thresholds)
-
-    @property
-    def _key(self) -> tuple[str, tuple[str, ...]]:
-        assert isinstance(self.gates, Gates)
-        return "status weights", self.gates.status
 
 
 def exit_probabilities(run: PolicyRun) -> dict[int, Tensor]:
@@ -180,15 +172,9 @@ def _gates_of(calibration: Calibration) -> Gates:
 
 
 def threshold_at_cost(calibration: Calibration, budget: float, before: Policy | None = None) -> float | None:
-    """The largest threshold within the budget: what gates say does not depend on it, so one pass is enough.
+    """The largest threshold within the budget, if any: what gates say does not depend on it, so one pass is enough.
 
-    Args:
-        calibration: the prompts, and the gates.
-        budget: see `Calibration.counted`.
-        before: a policy that thins first; the gates decide from the layer after its own on.
-
-    Returns:
-        None where no threshold is within the budget.
+    Where a policy thins `before`, the gates decide from the layer after its own on.
     """
     gates, mllm = _gates_of(calibration), calibration.mllm
     shares = [1.0] * mllm.num_layers if before is None else before.shares(mllm)
