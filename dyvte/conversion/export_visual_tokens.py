@@ -252,7 +252,7 @@ def write_shard(
         tensors.update({"{}.{}".format(number, key): value for key, value in sample.items()})
         lines.append(json.dumps(line, ensure_ascii=False))
     write(shards / (name + ".jsonl"), ["\n".join(lines).encode(), b"\n"])
-    write(shards / (name + ".safetensors"), safetensors(tensors))
+    write(shards / (name + ".safetensors"), safetensors_file(tensors))
 
 
 def is_there(shards: Path, name: str) -> bool:
@@ -385,7 +385,7 @@ def write(path: Path, parts: Iterable[Any]) -> None:
             temporary.unlink()
 
 
-def safetensors(tensors: Record) -> Iterator[Any]:
+def safetensors_file(tensors: Record) -> Iterator[Any]:
     """The bytes of a safetensors file. Needs no package that a fork may not have."""
     described = ((name, each.dtype, each.shape, each.numel() * each.element_size()) for name, each in tensors.items())
     yield safetensors_header(described)

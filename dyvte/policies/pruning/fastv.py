@@ -11,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from dyvte.errors import ConfigError
+from dyvte.layout import TokenLayout
 from dyvte.mllm import MLLM
 from dyvte.policies.attention_policy import AttentionPolicy, LayerAttention
 from dyvte.policies.base import Policy, Prefill
@@ -20,8 +23,8 @@ from dyvte.policies.token_scores import drop_lowest, keep_count
 
 
 @dataclass
-class LastTokenPruning(AttentionPolicy):
-    """A policy that drops, before some layers, what the last prompt token attends to least in the layer before each."""
+class AttentionPruning(AttentionPolicy):
+    """A policy that drops, before some layers, what is attended to least in the layer before each."""
 
     acts = "thins"
 
@@ -39,9 +42,13 @@ class LastTokenPruning(AttentionPolicy):
         """Each layer before one of these."""
         return [layer - 1 for layer in self.left_before(mllm.num_layers)]
 
+    def rank(self, layout: TokenLayout, attention: LayerAttention) -> Tensor:
+        """[b, n] by which visual tokens are ranked: by default the last prompt token's row, mean over heads."""
+        return attention.row(layout.last_prompt).mean(1)
+
     def see(self, layer: int, prefill: Prefill, attention: LayerAttention) -> None:
-        """Rank by the last prompt token's row, mean over heads."""
-        scores = attention.unpacked(attention.row(prefill.layout.last_prompt).mean(1), prefill.kept)
+        """Rank."""
+        scores = attention.unpacked(self.rank(prefill.layout, attention), prefill.kept)
         prefill.state[id(self)] = scores + prefill.state.get(id(self), 0.0)
 
     def before_layer(self, layer: int, prefill: Prefill) -> None:
@@ -54,7 +61,7 @@ class LastTokenPruning(AttentionPolicy):
 
 
 @dataclass
-class FastV(LastTokenPruning):
+class FastV(AttentionPruning):
     """Keep a share of the visual tokens from decoder layer `layer` on.
 
     Tokens are ranked once, at prefill, by the attention (mean over heads) that the last prompt token pays them in layer

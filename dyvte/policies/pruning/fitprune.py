@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
@@ -29,10 +29,11 @@ from dyvte.instrument.attention_calls import AttentionCall, watch_attention
 from dyvte.instrument.hooks import Selection
 from dyvte.layout import TokenLayout
 from dyvte.mllm import MLLM
-from dyvte.policies.attention_policy import AttentionPolicy, LayerAttention
-from dyvte.policies.base import Policy, Prefill
+from dyvte.policies.attention_policy import LayerAttention
+from dyvte.policies.base import Policy
 from dyvte.policies.method import Calibration, Source
-from dyvte.policies.token_scores import drop_lowest, keep_count, received_head_max
+from dyvte.policies.pruning.fastv import AttentionPruning
+from dyvte.policies.token_scores import received_head_max
 from dyvte.runs.store import write_json
 from dyvte.stored_files import reason_of, short
 
@@ -233,7 +234,7 @@ def fit_recipe(
 
 
 @dataclass
-class FitPrune(AttentionPolicy):
+class FitPrune(AttentionPruning):
     """Prune visual tokens after a fitted recipe.
 
     After every layer the visual tokens with the lowest product of self- and cross-attention leave, as many as the
@@ -252,7 +253,6 @@ class FitPrune(AttentionPolicy):
     label = "FitPrune"
     source = Source("2409.10197", "ywh187/FitPrune")
     needs = ("calibration prompts",)
-    acts = "thins"
 
     recipe: Recipe | Mapping[str, Any] | str | Path
     _keep: list[float] = field(init=False, repr=False, compare=False)
@@ -284,10 +284,6 @@ class FitPrune(AttentionPolicy):
         if len(self._keep) != mllm.num_layers:
             raise ConfigError(f"FitPrune: the recipe is for {len(self._keep)} layers, this model has {mllm.num_layers}")
 
-    def shares(self, mllm: MLLM) -> list[float]:
-        """The recipe's."""
-        return list(self._keep)
-
     @classmethod
     def at_cost(cls, calibration: Calibration, budget: float) -> Policy | None:
         """The recipe of the smallest alpha within the budget."""
@@ -297,18 +293,11 @@ class FitPrune(AttentionPolicy):
         except ConfigError:  # less than one layer with the image costs
             return None
 
-    def watched_layers(self, mllm: MLLM) -> Collection[int]:
-        """The layers after which tokens leave."""
-        return [layer - 1 for layer in range(1, mllm.num_layers) if self._keep[layer] < self._keep[layer - 1]]
+    def left_before(self, num_layers: int) -> dict[int, float]:
+        """The recipe's shares, where they fall."""
+        keep = self._keep
+        return {layer: keep[layer] for layer in range(1, num_layers) if keep[layer] < keep[layer - 1]}
 
-    def see(self, layer: int, prefill: Prefill, attention: LayerAttention) -> None:
+    def rank(self, layout: TokenLayout, attention: LayerAttention) -> Tensor:
         """Product of self- and cross-attention."""
-        scores = self_and_cross(attention, prefill.layout).prod(1)
-        prefill.state[id(self)] = prefill.state.get(id(self), 0.0) + attention.unpacked(scores, prefill.kept)
-
-    def before_layer(self, layer: int, prefill: Prefill) -> None:
-        """Drop the lowest."""
-        if id(self) in prefill.state:
-            visual = prefill.layout.visual
-            keep = keep_count(self._keep[layer], visual)
-            prefill.drop(drop_lowest(prefill.state.pop(id(self)), prefill.kept & visual, keep))
+        return self_and_cross(attention, layout).prod(1)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 from dyvte.mllm import MLLM
 from dyvte.policies.method import Source
-from dyvte.policies.pruning.fastv import LastTokenPruning, check_share
+from dyvte.policies.pruning.fastv import AttentionPruning, check_share
 
 
 @dataclass
-class PyramidDrop(LastTokenPruning):
+class PyramidDrop(AttentionPruning):
     """Keep the share `keep` of the visual tokens at the end of every stage, ranked by the stage's last layer.
 
     Attributes:
