@@ -20,11 +20,7 @@ def text_config_of(model: nn.Module) -> Any:
 
 
 def check_nature(model: nn.Module) -> None:
-    """Refuse an architecture whose decoder does not hold the image in its sequence, by what it is.
-
-    Raises:
-        ModelError: an encoder-decoder, a model that generates by diffusion, or a reader by cross-attention.
-    """
+    """Refuse an architecture whose decoder does not hold the image in its sequence, by what it is."""
     config: Any = model.config
     name, wanted = type(model).__name__, "dyvte needs visual tokens in the sequence of the decoder"
     parts = [config, *(getattr(config, part, None) for part in ("text_config", "decoder"))]
@@ -95,8 +91,8 @@ def visual_token_ids_of(model: nn.Module, processor: Any) -> tuple[int, ...]:
 def find_decoder(model: nn.Module, text_config: Any) -> tuple[nn.Module, nn.ModuleList]:
     """The text decoder stack and its layers.
 
-    `get_decoder()` may return the stack, a causal LM around it, or the whole model with its vision tower, so the list
-    of `num_hidden_layers` decoder layers is looked for below it, first where the config is the decoder's.
+    `get_decoder()` may return the stack, a causal LM around it, or the whole model with its vision tower, so the layers
+    are looked for below it, first where the config is the decoder's.
     """
     get_decoder = getattr(model, "get_decoder", None)
     root = get_decoder() if get_decoder is not None else model

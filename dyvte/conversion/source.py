@@ -54,11 +54,6 @@ class Source:
     projector: dict[str, StoredTensor] = field(default_factory=dict)
 
     @property
-    def select_layer(self) -> int:
-        """Index into the hidden states of the vision tower."""
-        return int(self.config.get("mm_vision_select_layer", -2))
-
-    @property
     def keeps_class_token(self) -> bool:
         """Whether all tokens of the tower are used, its class token too if there is one."""
         return self.config.get("mm_vision_select_feature", "patch") == "cls_patch"

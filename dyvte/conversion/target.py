@@ -33,7 +33,7 @@ def target_config(source: Source, image_token_id: int, vocabulary: int) -> Llava
         image_seq_length=num_visual_tokens(source, vision),
         # A single linear layer is the two-layer projector with no activation and the identity as its second layer.
         projector_hidden_act="linear" if source.projector_type == "linear" else "gelu",
-        vision_feature_layer=source.select_layer,
+        vision_feature_layer=int(source.config.get("mm_vision_select_layer", -2)),
         vision_feature_select_strategy="full" if keep else "default",
         multimodal_projector_bias=True,
         tie_word_embeddings=bool(text.tie_word_embeddings),
@@ -181,8 +181,7 @@ def _intern_vit(tower: dict[str, StoredTensor]) -> Iterator[Entry]:
 
 
 def _third(part: int, joint: Tensor) -> Tensor:
-    size = len(joint) // 3
-    return joint[part * size : (part + 1) * size]
+    return joint.chunk(3)[part]
 
 
 _PROJECTOR_LAYERS = {
@@ -204,9 +203,5 @@ def _projector(source: Source) -> Iterator[Entry]:
         kind = name.removeprefix("0.")
         size = origin.shape[0]
         yield _as_is(f"{prefix}linear_1.{kind}", origin)
-        make = _identity if kind == "weight" else torch.zeros_like
+        make = torch.zeros_like if kind == "bias" else lambda weight: torch.eye(len(weight))
         yield Entry(f"{prefix}linear_2.{kind}", (size,) * len(origin.shape), origin.dtype, origin, make)
-
-
-def _identity(weight: Tensor) -> Tensor:
-    return torch.eye(len(weight))

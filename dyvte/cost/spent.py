@@ -14,11 +14,7 @@ from dyvte.policies.method import Calibration
 
 @dataclass
 class SeenPositions(Policy):
-    """Changes nothing; notes which positions every layer runs on. Enter it after the policy that is watched.
-
-    Attributes:
-        masks: [B, N] of every layer, in the last prefill.
-    """
+    """Changes nothing; notes which positions [B, N] every layer runs on. Enter it after the policy that is watched."""
 
     masks: list[Tensor] = field(default_factory=list, repr=False)
 

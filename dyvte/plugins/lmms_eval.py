@@ -128,11 +128,7 @@ class Dyvte(lmms):
         return self.mllm.device
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answer; requests with the same generation settings share a batch.
-
-        Raises:
-            ConfigError: none of the first requests can be answered, and why the first one cannot.
-        """
+        """Answer; requests with the same generation settings share a batch."""
         results: dict[int, GenerationResult] = {}
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
@@ -189,11 +185,7 @@ class Dyvte(lmms):
         return results
 
     def _encode(self, requests: Sequence[Instance]) -> Batch:
-        """The requests' conversations as a batch.
-
-        Raises:
-            BrokenSample: one of them cannot be read, by its task, by us or by the model's processor.
-        """
+        """The requests' conversations as a batch; one may not be readable by its task, us or the model's processor."""
         where, chats = _where(requests[0]), []
         try:
             for request in requests:

@@ -137,7 +137,12 @@ class ScorerPolicy(Policy):
     positions: str = "kept"
 
     def __post_init__(self) -> None:
-        check_budget(f"{type(self).__name__}: keep", self.keep)
+        number = isinstance(self.keep, (int, float)) and not isinstance(self.keep, bool)
+        if not number or self.keep < 0 or (isinstance(self.keep, float) and self.keep > 1):
+            name = type(self).__name__
+            raise ConfigError(
+                f"{name}: keep is a share 0..1 (with a decimal point) or a number of tokens, got {self.keep}"
+            )
 
     # ------------------------------------------------------------------ what a method is
 
@@ -270,13 +275,6 @@ class ScorerPolicy(Policy):
                 "pixel_values, without videos or beams"
             )
         return tokens
-
-
-def check_budget(name: str, keep: float) -> None:
-    """Refuse what is neither a share 0..1 nor a number of tokens."""
-    number = isinstance(keep, (int, float)) and not isinstance(keep, bool)
-    if not number or keep < 0 or (isinstance(keep, float) and keep > 1):
-        raise ConfigError(f"{name} is a share 0..1 (with a decimal point) or a number of tokens, got {keep}")
 
 
 @contextmanager

@@ -136,11 +136,7 @@ class SGL(StagedScorer):
 
 @dataclass
 class _Received(AttentionPolicy):
-    """Changes nothing; adds up what every position gets, in all layers, from the text after the image and the answer.
-
-    Attributes:
-        received: [B, N], mean over heads.
-    """
+    """Changes nothing; adds up what every position [B, N] gets, in all layers, from text after the image and answer."""
 
     received: Tensor | None = field(default=None, repr=False)
 

@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -207,11 +208,13 @@ def fit_recipe(
     if not 0 < budget <= 1:
         raise ConfigError(f"FitPrune: budget is decoder FLOPs over the full model's, above 0 and up to 1, got {budget}")
 
+    cost_of = cost_of or partial(plan, mllm, statistics)
+
     def recipe_of(alpha: float) -> Recipe | None:
         shares = counts_for(statistics, alpha).double().mean(0).tolist()
         keep = [1.0] * mllm.num_layers
         for layer in range(mllm.num_layers):
-            cost = plan(mllm, statistics, keep) if cost_of is None else cost_of(keep)
+            cost = cost_of(keep)
             if cost <= budget:
                 return Recipe(keep, alpha, budget, cost, len(statistics.received))
             if layer + 1 < mllm.num_layers:
@@ -220,8 +223,7 @@ def fit_recipe(
 
     low, high, best = 0.0, 1.0, recipe_of(1.0)
     if best is None:
-        only_one = [1.0, *[0.0] * (mllm.num_layers - 1)]
-        least = plan(mllm, statistics, only_one) if cost_of is None else cost_of(only_one)
+        least = cost_of([1.0, *[0.0] * (mllm.num_layers - 1)])
         raise ConfigError(f"FitPrune: a budget of {budget:g} cannot be met; one layer with the image costs {least:.3f}")
     while high - low > TOLERANCE:
         middle = (low + high) / 2
