@@ -82,24 +82,18 @@ class StagedScorer(ScorerPolicy):
 @contextmanager
 def keep_projections(policy: Policy, mllm: MLLM, run: PolicyRun, layers: Iterable[int], *names: str) -> Iterator[None]:
     """Within the block what `q_proj` or `k_proj` of some layers gave is put where `projected` finds it."""
+    name_of = {projection_of(mllm, layer, name): name for layer in layers for name in names}
 
-    def hook(name: str, owner: nn.Module) -> Any:
-        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-            prefill = run.prefill
-            if module is owner and prefill is not None and prefill.running is not None:
-                known = prefill.state.get((id(policy), name))
-                if known is None:
-                    known = output.new_zeros(*prefill.kept.shape, output.shape[-1])
-                    prefill.state[id(policy), name] = known
-                prefill.running.put_back(known, output.detach())
-
-        return keep
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        prefill, key = run.prefill, (id(policy), name_of.get(module))  # none of a deep copy
+        if module in name_of and prefill is not None and prefill.running is not None:
+            if (known := prefill.state.get(key)) is None:
+                known = prefill.state[key] = output.new_zeros(*prefill.kept.shape, output.shape[-1])
+            prefill.running.put_back(known, output.detach())
 
     with ExitStack() as stack:
-        for layer in layers:
-            for name in names:
-                projection = projection_of(mllm, layer, name)
-                stack.callback(projection.register_forward_hook(hook(name, projection)).remove)
+        for projection in name_of:
+            stack.enter_context(projection.register_forward_hook(keep))
         yield
 
 

@@ -73,17 +73,11 @@ class YOPO(Policy):
     @contextmanager
     def hooks(self, mllm: MLLM, run: PolicyRun) -> Iterator[None]:
         """Give the layers before the exit a mask with the window."""
-        with ExitStack() as stack:
-            for attention in mllm.attentions[: self.exit_layer(mllm)]:
-                if attention is not None:
-                    hide = self._hide(attention, run)
-                    stack.enter_context(attention.register_forward_pre_hook(hide, with_kwargs=True))
-            yield
+        windowed = {each for each in mllm.attentions[: self.exit_layer(mllm)] if each is not None}
 
-    def _hide(self, owner: nn.Module, run: PolicyRun) -> Any:
         def hide(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             prefill = run.prefill
-            if module is not owner or prefill is None or prefill.running is None:
+            if module not in windowed or prefill is None or prefill.running is None:  # a deep copy is not in it
                 return None
             hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             window = getattr(module, "sliding_window", None)
@@ -96,7 +90,10 @@ class YOPO(Policy):
             mask = mask.masked_fill(~(allowed & seen), torch.finfo(hidden.dtype).min)
             return args, {**kwargs, "attention_mask": mask[:, None]}
 
-        return hide
+        with ExitStack() as stack:
+            for attention in windowed:
+                stack.enter_context(attention.register_forward_pre_hook(hide, with_kwargs=True))
+            yield
 
 
 def within_window(visual: Tensor, selection: Selection, radius: int) -> Tensor:

@@ -42,13 +42,13 @@ class AttentionPruning(AttentionPolicy):
         """Each layer before one of these."""
         return [layer - 1 for layer in self.left_before(mllm.num_layers)]
 
-    def rank(self, layout: TokenLayout, attention: LayerAttention) -> Tensor:
+    def rank_by(self, layout: TokenLayout, attention: LayerAttention) -> Tensor:
         """[b, n] by which visual tokens are ranked: by default the last prompt token's row, mean over heads."""
         return attention.row(layout.last_prompt).mean(1)
 
     def see(self, layer: int, prefill: Prefill, attention: LayerAttention) -> None:
         """Rank."""
-        scores = attention.unpacked(self.rank(prefill.layout, attention), prefill.kept)
+        scores = attention.unpacked(self.rank_by(prefill.layout, attention), prefill.kept)
         prefill.state[id(self)] = scores + prefill.state.get(id(self), 0.0)
 
     def before_layer(self, layer: int, prefill: Prefill) -> None:

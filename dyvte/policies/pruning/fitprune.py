@@ -300,6 +300,6 @@ class FitPrune(AttentionPruning):
         keep = self._keep
         return {layer: keep[layer] for layer in range(1, num_layers) if keep[layer] < keep[layer - 1]}
 
-    def rank(self, layout: TokenLayout, attention: LayerAttention) -> Tensor:
+    def rank_by(self, layout: TokenLayout, attention: LayerAttention) -> Tensor:
         """Product of self- and cross-attention."""
         return self_and_cross(attention, layout).prod(1)
