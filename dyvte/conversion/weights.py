@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,11 @@ class WeightFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._tensors: dict[str, Tensor] | None = None
 
     def tensors(self) -> dict[str, StoredTensor]:
         """What the file holds, by name; nothing but tensors of known types is accepted."""
         if self.path.suffix != ".safetensors":
-            return {name: StoredTensor(self, name, tuple(t.shape), t.dtype) for name, t in self._load().items()}
+            return {name: StoredTensor(self, name, tuple(t.shape), t.dtype) for name, t in self._loaded.items()}
         found = check_safetensors(self.path)
         unknown = [f"{name} is {dtype}" for name, (dtype, _) in found.items() if dtype not in _STORED_DTYPES]
         if unknown:
@@ -43,28 +43,27 @@ class WeightFile:
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
         if self.path.suffix != ".safetensors":
-            return self._load()[name]
+            return self._loaded[name]
         with safe_open(self.path, framework="pt") as file:
             return file.get_tensor(name)
 
     def close(self) -> None:
         """Let go of what is in memory."""
-        self._tensors = None
+        vars(self).pop("_loaded", None)
 
-    def _load(self) -> dict[str, Tensor]:
-        if self._tensors is None:
+    @cached_property
+    def _loaded(self) -> dict[str, Tensor]:
+        try:
             try:
-                try:
-                    content: Any = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-                except RuntimeError:  # the format before PyTorch 1.6 cannot be mapped into memory
-                    content = torch.load(self.path, map_location="cpu", weights_only=True)
-            except Exception as error:
-                reason = " ".join(str(error).split())[:120]
-                raise ModelError(f"{self.path}: not a file of weights alone ({reason})") from error
-            if not isinstance(content, dict):
-                raise ModelError(f"{self.path}: holds a {type(content).__name__}, not weights by name")
-            self._tensors = {str(name): each for name, each in content.items() if isinstance(each, Tensor)}
-        return self._tensors
+                content: Any = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # the format before PyTorch 1.6 cannot be mapped into memory
+                content = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:120]
+            raise ModelError(f"{self.path}: not a file of weights alone ({reason})") from error
+        if not isinstance(content, dict):
+            raise ModelError(f"{self.path}: holds a {type(content).__name__}, not weights by name")
+        return {str(name): each for name, each in content.items() if isinstance(each, Tensor)}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -114,7 +114,8 @@ def number_kept(keep: float, size: int) -> int:
 class ScorerPolicy(Policy):
     """Keep the visual tokens of every image that score highest.
 
-    Override `score`, `choose` where a rank does not say who stays, or `reduce` where tokens that stay take others in.
+    Override `score` or `look`, `choose` where a rank does not say who stays, or `reduce` where tokens that stay take
+    others in.
 
     Attributes:
         keep: share (0..1, with a decimal point) or number of the tokens of an image that stay.
@@ -132,6 +133,8 @@ class ScorerPolicy(Policy):
     """
 
     acts = "thins"
+    sums_layers: ClassVar[bool] = False
+    """Whether what `look` gives adds up over the watched layers; else the last of them counts."""
 
     keep: float = 0.5
     positions: str = "kept"
@@ -161,8 +164,8 @@ class ScorerPolicy(Policy):
         return found
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        """[n] the higher, the sooner a token stays."""
-        raise NotImplementedError
+        """[n] the higher, the sooner a token stays; by default what `look` gave."""
+        return tokens.received
 
     def choose(self, tokens: VisualTokens, number: int) -> Tensor:
         """[n] boolean, which tokens stay; by default the `number` highest scores, separators after all others."""
@@ -178,8 +181,10 @@ class ScorerPolicy(Policy):
         return TowerNeeds()
 
     def watched_layers(self, mllm: MLLM) -> Collection[int]:
-        """Decoder layers whose attention the method looks at."""
-        return ()
+        """Decoder layers whose attention the method looks at; by default each before a stage, where it has a `look`."""
+        if type(self).look is ScorerPolicy.look:
+            return ()
+        return [layer - 1 for layer in self.stages(mllm) if layer]
 
     def look(self, layer: int, prefill: Prefill, attention: LayerAttention) -> Tensor:
         """[b, n] one value for every position that a watched layer runs on; becomes `VisualTokens.seen`."""
@@ -213,7 +218,7 @@ class ScorerPolicy(Policy):
         values = attention.unpacked(self.look(layer, prefill, attention), prefill.kept)
         key = (id(self), "seen")
         before = prefill.state.get(key, (layer, 0.0))
-        prefill.state[key] = (layer, values + before[1] if before[0] == layer else values)
+        prefill.state[key] = (layer, values + before[1] if self.sums_layers or before[0] == layer else values)
 
     @torch.no_grad()
     def before_layer(self, layer: int, prefill: Prefill) -> None:

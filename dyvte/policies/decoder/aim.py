@@ -11,7 +11,6 @@ mean. The schedule is in proportion to the depth, and its start moves to meet a 
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +21,7 @@ from dyvte.mllm import MLLM
 from dyvte.policies.attention_policy import LayerAttention
 from dyvte.policies.base import Prefill
 from dyvte.policies.method import Source
-from dyvte.policies.scorer import ScorerPolicy, VisualTokens
+from dyvte.policies.scorer import ScorerPolicy
 
 TEMPERATURE, STEPS = 0.1, 5
 SPAN = 8 / 28
@@ -51,17 +50,9 @@ class AIM(ScorerPolicy):
         last = min(start + span, mllm.num_layers - 1)
         return {layer: 1 - (layer - start) / span for layer in range(start + 1, last + 1)}
 
-    def watched_layers(self, mllm: MLLM) -> Collection[int]:
-        """Each layer before a stage."""
-        return [layer - 1 for layer in self.stages(mllm)]
-
     def look(self, layer: int, prefill: Prefill, attention: LayerAttention) -> Tensor:
         """Where the walk ends."""
         return walk(attention, STEPS, TEMPERATURE)
-
-    def score(self, tokens: VisualTokens) -> Tensor:
-        """How much of it."""
-        return tokens.received
 
 
 def walk(attention: LayerAttention, steps: int, temperature: float) -> Tensor:

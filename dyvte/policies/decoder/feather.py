@@ -11,7 +11,7 @@ for it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -52,10 +52,6 @@ class FEATHER(StagedScorer):
         """The share and the grid, then the square of the share of that."""
         first = self.keep + (1 - self.keep) / self.stride**2
         return [first, first * self.keep**2]
-
-    def watched_layers(self, mllm: MLLM) -> Collection[int]:
-        """None: queries and keys are taken before rotary positions."""
-        return ()
 
     @contextmanager
     def hooks(self, mllm: MLLM, run: PolicyRun) -> Iterator[None]:

@@ -55,6 +55,7 @@ class SGL(StagedScorer):
     label = "SGL"
     source = Source("2412.03324", "NUS-HPC-AI-Lab/SGL")
     paper_layers = (9,)
+    sums_layers = True
 
     keep: float = 0.3
     guide: MLLM | str | None = None
@@ -65,12 +66,8 @@ class SGL(StagedScorer):
         return range(self.layers_of(mllm)[0]) if self.guide is None else ()
 
     def look(self, layer: int, prefill: Prefill, attention: LayerAttention) -> Tensor:
-        """Attention received from the text after the image, in this layer and those before."""
-        seen, before = prefill.state.get((id(self), "seen")), (id(self), "layers before")
-        if seen is not None and seen[0] < layer:  # else the layer runs a second time, on the other rows
-            prefill.state[before] = seen[1]
-        received = attention.received(prefill.layout.text_status_positions)
-        return received + attention.selection.pack(prefill.state[before]) if before in prefill.state else received
+        """Attention received from the text after the image."""
+        return attention.received(prefill.layout.text_status_positions)
 
     @contextmanager
     def hooks(self, mllm: MLLM, run: PolicyRun) -> Iterator[None]:

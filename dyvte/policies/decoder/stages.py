@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dyvte.errors import ConfigError, UnsupportedError
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy, PolicyRun, Prefill
-from dyvte.policies.scorer import ScorerPolicy, VisualTokens
+from dyvte.policies.scorer import ScorerPolicy
 
 
 def in_proportion(layers: Sequence[int], depth: int, num_layers: int) -> list[int]:
@@ -60,14 +60,6 @@ class StagedScorer(ScorerPolicy):
     def stages(self, mllm: MLLM) -> dict[int, float]:
         """The layers with their budgets."""
         return dict(zip(self.layers_of(mllm), self.budgets(), strict=True))
-
-    def watched_layers(self, mllm: MLLM) -> Collection[int]:
-        """Each layer before a stage."""
-        return [layer - 1 for layer in self.layers_of(mllm)]
-
-    def score(self, tokens: VisualTokens) -> Tensor:
-        """[n] what `look` gave."""
-        return tokens.received
 
     def check(self, mllm: MLLM) -> None:
         """Refuse layers that have none before them, or are not as many as the method has stages."""

@@ -12,13 +12,11 @@ budget for tokens taken back; and a line in place of a grid for images without a
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dyvte.mllm import MLLM
 from dyvte.policies.base import Prefill
 from dyvte.policies.decoder.stages import StagedScorer
 from dyvte.policies.method import Source
@@ -48,10 +46,6 @@ class TopV(StagedScorer):
     paper_layers = (2,)
 
     recovered: float = 0.1
-
-    def watched_layers(self, mllm: MLLM) -> Collection[int]:
-        """None: states are enough."""
-        return ()
 
     def before_layer(self, layer: int, prefill: Prefill) -> None:
         """Put the inputs of the layer before the stage aside."""
