@@ -72,6 +72,7 @@ class Policy:
         acts: "exits" if all visual tokens leave at once, "thins" if some stay, "" for neither; says what composes.
         by_place: whether places in the whole grid of the image decide.
         meets_budgets: whether some setting trades cost for answers.
+        has_published_setting: whether its defaults are what its paper or its code has.
         watches_steps: whether it looks at the attention of generated tokens; all rows then attend together.
 
     Example:
@@ -92,6 +93,7 @@ class Policy:
     acts: ClassVar[Literal["exits", "thins", ""]] = ""
     by_place: ClassVar[bool] = False
     meets_budgets: ClassVar[bool] = True
+    has_published_setting: ClassVar[bool] = False
     watches_steps: ClassVar[bool] = False
 
     def shares(self, mllm: MLLM) -> list[float]:
@@ -111,7 +113,7 @@ class Policy:
     @classmethod
     def published(cls, calibration: Calibration) -> Policy | None:
         """The setting that its paper, or its training, made; None where there is none."""
-        return None
+        return cls() if cls.has_published_setting else None
 
     def check(self, mllm: MLLM) -> None:
         """Refuse a model that the settings do not fit; called when the block is entered."""

@@ -21,10 +21,10 @@ from torch import Tensor
 from dyvte.errors import ConfigError
 from dyvte.mllm import MLLM
 from dyvte.policies.attention_policy import AttentionPolicy, LayerAttention
-from dyvte.policies.base import Policy, Prefill
+from dyvte.policies.base import Prefill
 from dyvte.policies.decoder.stages import in_proportion
 from dyvte.policies.exits.scored_exit import NEVER, ScoredExit
-from dyvte.policies.method import Calibration, Source
+from dyvte.policies.method import Source
 
 PAPER_LAYER, DEPTH = 28, 32
 """Where the paper asks, in its model's depth."""
@@ -47,6 +47,7 @@ class ToDREExit(ScoredExit, AttentionPolicy):
 
     name = "todre_exit"
     label = "ToDRE, second stage"
+    has_published_setting = True
     source = Source("2505.18757", unverified="rows and heads of the average")
 
     threshold: float = 0.9
@@ -79,11 +80,6 @@ class ToDREExit(ScoredExit, AttentionPolicy):
         received: Tensor = prefill.state.pop((id(self), layer - 1))
         rows = prefill.layout.text_status_positions.sum(1).clamp(min=1)
         return 1 - (received * prefill.layout.visual).sum(1) / rows
-
-    @classmethod
-    def published(cls, calibration: Calibration) -> Policy | None:
-        """The paper's layer and threshold."""
-        return cls()
 
     def asking_everywhere(self) -> Self:
         """Before every layer."""

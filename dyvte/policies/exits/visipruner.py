@@ -52,6 +52,7 @@ class VisiPruner(AttentionPolicy):
 
     name = "visipruner"
     label = "VisiPruner"
+    has_published_setting = True
     source = Source("2510.17205", "EIT-NLP/VisiPruner")
     acts = "exits"
 
@@ -69,11 +70,6 @@ class VisiPruner(AttentionPolicy):
         """The smallest `loud`, for the latest filter, whose mean cost over the prompts is within the budget."""
         largest = largest_within(lambda late: measured_cost(calibration, cls(loud=_loud(late))), budget, steps=STEPS)
         return None if largest is None else cls(loud=_loud(largest))
-
-    @classmethod
-    def published(cls, calibration: Calibration) -> Policy | None:
-        """The code's thresholds."""
-        return cls()
 
     def watched_layers(self, mllm: MLLM) -> Collection[int]:
         """All from the first looked at to the last but one."""

@@ -17,8 +17,8 @@ from dyvte.errors import ConfigError
 from dyvte.layout import TokenLayout
 from dyvte.mllm import MLLM
 from dyvte.policies.attention_policy import AttentionPolicy, LayerAttention
-from dyvte.policies.base import Policy, Prefill
-from dyvte.policies.method import Calibration, Source
+from dyvte.policies.base import Prefill
+from dyvte.policies.method import Source
 from dyvte.policies.token_scores import drop_lowest, keep_count
 
 
@@ -80,6 +80,7 @@ class FastV(AttentionPruning):
 
     name = "fastv"
     label = "FastV"
+    has_published_setting = True
     source = Source("2403.06764", "pkunlp-icler/FastV")
 
     layer: int = 2
@@ -95,11 +96,6 @@ class FastV(AttentionPruning):
     def left_before(self, num_layers: int) -> dict[int, float]:
         """`keep` before `layer`."""
         return {self.layer: self.keep}
-
-    @classmethod
-    def published(cls, calibration: Calibration) -> Policy | None:
-        """K = 2, R = 50%."""
-        return cls()
 
 
 def check_share(name: str, share: float) -> None:

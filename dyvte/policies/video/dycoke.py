@@ -29,7 +29,7 @@ from dyvte.errors import ConfigError, UnsupportedError
 from dyvte.mllm import MLLM
 from dyvte.policies.attention_policy import watch_steps
 from dyvte.policies.base import Policy, PolicyRun, Prefill
-from dyvte.policies.method import Calibration, Source
+from dyvte.policies.method import Source
 from dyvte.policies.positions import check_positions, make_contiguous, shifted_decoding
 from dyvte.policies.scorer import top
 from dyvte.policies.token_scores import drop_lowest
@@ -57,6 +57,7 @@ class DyCoke(Policy):
 
     name = "dycoke"
     label = "DyCoke"
+    has_published_setting = True
     source = Source("2411.15024", "KD-TAO/DyCoke")
     acts = "thins"
     meets_budgets = False
@@ -77,11 +78,6 @@ class DyCoke(Policy):
         """Refuse a layer that has none before it, and positions that the model has no exact meaning for."""
         self.check_layer(self.layer, mllm, first=1)
         check_positions("DyCoke", self.positions, mllm)
-
-    @classmethod
-    def published(cls, calibration: Calibration) -> DyCoke:
-        """Its defaults."""
-        return cls()
 
     @contextmanager
     def hooks(self, mllm: MLLM, run: PolicyRun) -> Iterator[None]:

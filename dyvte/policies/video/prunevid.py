@@ -33,7 +33,7 @@ from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy, PolicyRun, Prefill
 from dyvte.policies.decoder.stages import in_proportion, keep_projections, projected, projection_of
 from dyvte.policies.merging.density_peaks import cluster_means, density_peaks
-from dyvte.policies.method import Calibration, Source
+from dyvte.policies.method import Source
 from dyvte.policies.scorer import number_kept, top
 from dyvte.policies.token_scores import attention_rows
 from dyvte.policies.video.clips import clips
@@ -64,6 +64,7 @@ class PruneVid(Policy):
 
     name = "prunevid"
     label = "PruneVid"
+    has_published_setting = True
     source = Source("2412.16117", "Visual-AI/PruneVid", "keys of the selecting softmax; the rounding of its share")
     acts = "thins"
     meets_budgets = False
@@ -88,11 +89,6 @@ class PruneVid(Policy):
         layer = self.layer_of(mllm)
         self.check_layer(layer, mllm, first=1)
         projection_of(mllm, layer - 1, "q_proj")
-
-    @classmethod
-    def published(cls, calibration: Calibration) -> PruneVid:
-        """Its defaults."""
-        return cls()
 
     def hooks(self, mllm: MLLM, run: PolicyRun) -> AbstractContextManager[None]:
         """Keep queries and keys of the layer before the selection."""
