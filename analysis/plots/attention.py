@@ -1,7 +1,4 @@
-"""Figures of `analysis.stages`: attention over the layers (paper, Fig. 1 and 2), and maps over the image.
-
-Functions take what `summary.json` holds and return a matplotlib figure; nothing is computed here but layout.
-"""
+"""Figures of `analysis.stages`: attention over the layers (paper, Fig. 1 and 2), and maps over the image."""
 
 from __future__ import annotations
 
@@ -29,21 +26,23 @@ MEASURE_LABELS = {
 STAGE_NAMES = ("early fusion", "intra-modality\nmodelling", "multimodal\nreasoning")
 
 
-def _draw_series(axis: Axes, curves: Mapping[str, Mapping[str, Any]]) -> None:
-    """Every series that there is, each `{mean, low, high}` of [L]."""
-    for name, series in {**style.ATTENTION_SERIES, "answer_cross": style.ANSWER_SERIES}.items():
+EVERY_SERIES = {**style.ATTENTION_SERIES, "answer_cross": style.ANSWER_SERIES}
+
+
+def _draw_series(axis: Axes, curves: Mapping[str, Any], wanted: Mapping[str, style.Series] = EVERY_SERIES) -> None:
+    """Those of the wanted series that there are, each `{mean, low, high}` of [L]."""
+    for name, series in wanted.items():
         if name in curves:
             whole = Band.from_dict(curves[name])
             known = np.flatnonzero(np.isfinite(whole.mean))  # layers that do not attend have no value
-            style.draw_band(axis, known, whole[known], series)
+            style.draw_band(axis, whole[known], series, known)
 
 
 def draw_three_stages(summary: style.Summary) -> Figure:
     """Fig. 1: cross-modal, visual and text attention over the layers, and the stages where they were found."""
     verdict, num_layers = summary["stages"], summary["num_layers"]
     with style.new_figure(figsize=(6.4, 4.1)) as (figure, axis):
-        curves = summary["bands"][summary["endpoint"]]
-        _draw_series(axis, {name: curves[name] for name in style.ATTENTION_SERIES if name in curves})
+        _draw_series(axis, summary["bands"][summary["endpoint"]], style.ATTENTION_SERIES)
         style.layer_axis(axis, num_layers)
         style.ratio_axis(axis)
         axis.set_ylabel(style.ENRICHMENT_NO_SINK)
@@ -98,9 +97,8 @@ def draw_stages_by_kind(summary: style.Summary) -> Figure:
     if len(kinds) < 2:
         raise DataError(f"the questions of {summary['data']} are of one kind: there is nothing to compare")
     columns = min(math.ceil(math.sqrt(len(kinds))), 4)
-    counts = {kind: each["num_samples"] for kind, each in kinds.items()}
     sizes = ((2.8, 2.1), 0.6, summary["num_layers"])
-    with style.kind_panels(counts, columns, *sizes, "decoder layer") as (figure, panels):
+    with style.kind_panels(kinds, columns, *sizes, "decoder layer") as (figure, panels):
         for kind, axis in panels.items():
             _draw_series(axis, kinds[kind]["bands"][summary["endpoint"]])
         for axis in panels.values():
@@ -124,8 +122,8 @@ def draw_attention_scores(summaries: Sequence[style.Summary]) -> Figure:
             axis.sharey(axes[2, 0])
         for column, summary in enumerate(summaries):
             for row, (measure, label) in enumerate(rows.items()):
-                axis, curves = axes[row, column], summary["bands"][measure]
-                _draw_series(axis, {name: curves[name] for name in style.ATTENTION_SERIES if name in curves})
+                axis = axes[row, column]
+                _draw_series(axis, summary["bands"][measure], style.ATTENTION_SERIES)
                 style.layer_axis(axis, summary["num_layers"], "decoder layer" if row == len(rows) - 1 else "")
                 if column == 0:
                     axis.set_ylabel(label)

@@ -1,7 +1,4 @@
-"""Figures of `analysis.knockout` and `analysis.stage_table`.
-
-As in `analysis.plots.exits`, functions take a summary and return a figure; nothing is computed here but layout.
-"""
+"""Figures of `analysis.knockout` and `analysis.stage_table`."""
 
 from __future__ import annotations
 
@@ -14,7 +11,6 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..statistics.bands import Band
 from ..statistics.stage_table import USE_POINTS
 from ..statistics.stages import MIN_EFFECT
 from ..statistics.verdicts import verdict_word
@@ -33,6 +29,7 @@ REPLACED = {
     "mass": "text keys of as much attention",
 }
 CONTROLS = ("random", "mass")
+OFF_THE_IMAGE = "instruction->visual"
 OF_THE_IMAGE = {"objects": "patches of the answer's objects", "other patches": "as many other patches"}
 
 
@@ -44,50 +41,46 @@ def cut_label(name: str) -> str:
     return f"{label}, {(REPLACED | OF_THE_IMAGE)[what.rstrip(')')]}" if what else label
 
 
-def _note(group: style.Summary) -> str:
-    return f"n = {group['num_samples']:,} questions on {group['num_images']:,} images; {SIMULTANEOUS}"
-
-
-def _middles(summary: style.Summary) -> Any:
-    return np.array([(start + stop - 1) / 2 for start, stop in summary["windows"]])
+def _draw_cut(axis: Axes, summary: style.Summary, effect: Mapping[str, Any], series: style.Series) -> None:
+    """A line over the middles of the windows in which a path is cut."""
+    style.draw_band(axis, effect, series, [(start + stop - 1) / 2 for start, stop in summary["windows"]])
 
 
 def _draw_lines(axis: Axes, summary: style.Summary, group: style.Summary, names: Sequence[str], measure: str) -> None:
     for series, name in zip(style.CYCLE, names, strict=False):
-        band = Band.from_dict(group["effects"][name][measure])
-        style.draw_band(axis, _middles(summary), band, series.named(cut_label(name)))
+        _draw_cut(axis, summary, group["effects"][name][measure], series.named(cut_label(name)))
     axis.axhline(0, color=style.GREY, linewidth=0.8, zorder=0)
 
 
-def _panels(summary: style.Summary, names: Sequence[str], title: str) -> Figure:
+def _draw_cuts(summary: style.Summary, names: Sequence[str], title: str) -> Figure:
+    """What the cuts change that there are, in answers and in the probability of their first token."""
+    names = [name for name in names if name in summary["overall"]["effects"]]
     with style.new_figure(1, 2, figsize=(9.6, 4.2)) as (figure, axes):
         for axis, measure in zip(axes, ("agreement_points", "first_token_percent"), strict=True):
             _draw_lines(axis, summary, summary["overall"], names, measure)
             style.layer_axis(axis, summary["num_layers"], f"middle of the {summary['width']} layers in which it is cut")
             axis.set_ylabel(LABELS[measure])
         figure.suptitle(f"{title}\n{style.title_of(summary)}")
-        style.add_legend(figure, axes[0], _note(summary["overall"]))
+        style.add_legend(figure, axes[0], style.sample_note(summary["overall"], SIMULTANEOUS))
         return figure
 
 
 def draw_knockouts(summary: style.Summary) -> Figure:
     """One line a path over the windows of layers in which it is cut."""
     names = [name for name in summary["overall"]["effects"] if " (" not in name]
-    return _panels(summary, names, "What an answer loses when a path through attention is cut")
+    return _draw_cuts(summary, names, "What an answer loses when a path through attention is cut")
 
 
 def draw_replacements(summary: style.Summary) -> Figure:
     """The image cut off, replaced by its mean, swapped, and as many random keys cut."""
-    wanted = ["instruction->visual", *(f"instruction->visual ({what})" for what in REPLACED)]
-    names = [name for name in wanted if name in summary["overall"]["effects"]]
-    return _panels(summary, names, "Cutting the image off, and putting another in its place")
+    names = [OFF_THE_IMAGE, *(f"{OFF_THE_IMAGE} ({what})" for what in REPLACED)]
+    return _draw_cuts(summary, names, "Cutting the image off, and putting another in its place")
 
 
 def draw_objects(summary: style.Summary) -> Figure:
     """The whole image cut off, the patches of the answer's objects alone, and as many other patches of the image."""
-    effects = summary["overall"]["effects"]
-    names = [n for n in ("instruction->visual", *(f"instruction->visual ({w})" for w in OF_THE_IMAGE)) if n in effects]
-    return _panels(summary, names, "Cutting off the objects that the answer rests on, and as many other patches")
+    names = [OFF_THE_IMAGE, *(f"{OFF_THE_IMAGE} ({what})" for what in OF_THE_IMAGE)]
+    return _draw_cuts(summary, names, "Cutting off the objects that the answer rests on, and as many other patches")
 
 
 def draw_controls(summary: style.Summary) -> Figure:
@@ -104,15 +97,14 @@ def draw_controls(summary: style.Summary) -> Figure:
             lines = {name: "the path"} | {f"{name} ({what})": REPLACED[what] for what in CONTROLS}
             for series, (key, label) in zip(style.CYCLE, lines.items(), strict=False):
                 if key in effects:
-                    band = Band.from_dict(effects[key]["agreement_points"])
-                    style.draw_band(axis, _middles(summary), band, series.named(label))
+                    _draw_cut(axis, summary, effects[key]["agreement_points"], series.named(label))
             axis.set_title(cut_label(name), fontsize=9)
             style.layer_axis(axis, summary["num_layers"], ticks=6)
         for axis in axes[:, 0]:
             axis.set_ylabel(LABELS["agreement_points"], fontsize=8)
         figure.suptitle(style.title_of(summary))
         fullest = max(axes.flat, key=lambda axis: len(axis.get_legend_handles_labels()[1]))
-        style.add_legend(figure, fullest, _note(summary["overall"]))
+        style.add_legend(figure, fullest, style.sample_note(summary["overall"], SIMULTANEOUS))
         return figure
 
 
@@ -120,10 +112,9 @@ def draw_knockouts_by_kind(summary: style.Summary) -> Figure:
     """The image cut off from the question and from the last token, one panel a question kind."""
     names = [name for name in ("question->visual", "last->visual") if name in summary["overall"]["effects"]]
     names = names or [next(iter(summary["overall"]["effects"]))]
-    kinds: Mapping[str, Any] = summary["kinds"]
-    counts = {kind: group["num_samples"] for kind, group in kinds.items()}
-    sizes = (min(3, len(counts)), (3.0, 1.9), 1.3, summary["num_layers"])
-    with style.kind_panels(counts, *sizes, "middle of the window") as (figure, panels):
+    kinds = summary["kinds"]
+    sizes = (min(3, len(kinds)), (3.0, 1.9), 1.3, summary["num_layers"])
+    with style.kind_panels(kinds, *sizes, "middle of the window") as (figure, panels):
         for kind, axis in panels.items():
             _draw_lines(axis, summary, kinds[kind], names, "agreement_points")
             axis.set_ylim(-105, 5)
@@ -152,10 +143,7 @@ def draw_stage_table(summary: style.Summary) -> Figure:
                 _draw_evidence(axis, evidence[side], margin)
                 axis.set_title(f"by {side}, split ({evidence['split'][0]}, {evidence['split'][1]})")
                 axis.set_xlabel(unit)
-        counts = " and ".join(
-            f"{summary[side]['num_samples']:,} questions on {summary[side]['num_images']:,} images ({side})"
-            for side, *_ in sides
-        )
+        counts = " and ".join(f"{style.size_in_words(summary[side])} ({side})" for side, *_ in sides)
         figure.suptitle(f"The three stages by attention and by cause: {style.title_of(summary)}")
         note = f"bars: one-sided limits as docs/stage_rules.md sets them; dashed: the margin; n = {counts}"
         figure.supxlabel(style.wrapped(note, 150), fontsize=8)
@@ -199,10 +187,9 @@ def draw_entry_exit(summary: style.Summary) -> Figure:
         sns.heatmap(matrix, ax=axis, cmap="cividis", square=True, **numbers, **scale)
         stair = np.arange(layers + 1)
         axis.step(stair, stair, where="post", color="#c65911", linewidth=1.8)
-        step = max(1, math.ceil(layers / 12))
-        ticks = np.arange(0, layers, step)
-        axis.set_xticks(ticks + 0.5, [str(each + 1) for each in ticks], rotation=0)
-        axis.set_yticks(ticks + 0.5, [str(each) for each in ticks], rotation=0)
+        ticks = style.cell_ticks(axis, layers)
+        axis.set_xticklabels(ticks + 1)
+        axis.set_yticks(ticks + 0.5, ticks.astype(str), rotation=0)
         axis.set(xlabel="exit: first layer that no longer sees it", ylabel="entry: first layer that sees the image")
         words = "stair: one layer only\ntop row: exits\nright column: late entry"
         axis.text(0.03, 0.05, words, transform=axis.transAxes, fontsize=8.5)

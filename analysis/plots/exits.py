@@ -1,13 +1,8 @@
-"""Figures of `analysis.exits`: accuracy and FLOPs (paper, Fig. 3), entropy (Fig. 4), KL (VTW), depths.
-
-As in `analysis.plots.attention`, functions take a summary and return a figure; nothing is computed here but layout.
-"""
+"""Figures of `analysis.exits`: accuracy and FLOPs (paper, Fig. 3), entropy (Fig. 4), KL (VTW), depths."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,14 +20,22 @@ KL_FLOOR = 1e-7
 
 
 def _means_note(group: style.Summary) -> str:
-    return f"means over n = {group['num_samples']:,} questions on {group['num_images']:,} images"
+    return f"means over n = {style.size_in_words(group)}"
 
 
-def _draw_quality(axis: Axes, curves: Mapping[str, Band]) -> None:
-    labels = {"agreement": "same answer as the full model", "accuracy": "right answer"}
-    for series, (name, label) in zip(style.CYCLE, labels.items(), strict=False):
-        if np.isfinite(curves[name].mean).any():
-            style.draw_band(axis, np.arange(len(curves[name].mean)), curves[name], series.named(label))
+QUALITY_LABELS = {"agreement": "same answer as the full model", "accuracy": "right answer"}
+"""Band of a group -> what it is the share of."""
+
+
+def known_quality(group: style.Summary) -> dict[str, Band]:
+    """Those of `QUALITY_LABELS` that have values: data without references have no accuracy."""
+    bands = {name: Band.from_dict(group["bands"][name]) for name in QUALITY_LABELS}
+    return {name: band for name, band in bands.items() if np.isfinite(band.mean).any()}
+
+
+def _draw_quality(axis: Axes, group: style.Summary) -> None:
+    for series, (name, band) in zip(style.CYCLE, known_quality(group).items(), strict=False):
+        style.draw_band(axis, band, series.named(QUALITY_LABELS[name]))
     style.share_axis(axis)
 
 
@@ -40,7 +43,7 @@ def draw_exit_curves(summary: style.Summary) -> Figure:
     """Fig. 3: accuracy and agreement against the exit layer, with the decoder's FLOPs on a second axis."""
     flops = np.asarray(summary["flops_decoder"], dtype=np.float64)
     with style.new_figure(figsize=(6.4, 3.9)) as (figure, axis):
-        _draw_quality(axis, style.bands_of(summary["overall"]["bands"]))
+        _draw_quality(axis, summary["overall"])
         right = axis.twinx()
         right.spines["right"].set_visible(True)
         line = {"color": style.GREY, "linestyle": style.CYCLE[4].linestyle, "linewidth": 1.2}
@@ -65,11 +68,10 @@ def draw_exit_curves(summary: style.Summary) -> Figure:
 def draw_exit_curves_by_kind(summary: style.Summary) -> Figure:
     """Fig. 3 for every question kind: accuracy and agreement against the exit layer."""
     groups = summary["kinds"]
-    counts = {kind: group["num_samples"] for kind, group in groups.items()}
     sizes = (min(len(groups), 5), (2.1, 2.0), 0.7, summary["num_layers"] + 1)
-    with style.kind_panels(counts, *sizes, "exit layer k") as (figure, panels):
+    with style.kind_panels(groups, *sizes, "exit layer k") as (figure, panels):
         for kind, axis in panels.items():
-            _draw_quality(axis, style.bands_of(groups[kind]["bands"]))
+            _draw_quality(axis, groups[kind])
         figure.supylabel("share of questions", fontsize=9)
         figure.suptitle(f"{style.title_of(summary)}, by question kind")
         style.add_legend(figure, axis, style.sample_note(summary["overall"]), 2)
@@ -78,15 +80,15 @@ def draw_exit_curves_by_kind(summary: style.Summary) -> Figure:
 
 def draw_kl(summary: style.Summary) -> Figure:
     """KL divergence of every exit from the full model, with the thresholds and their K* (VTW)."""
-    bands, thresholds = style.bands_of(summary["overall"]["bands"]), summary["k_star_details"]
+    thresholds = summary["k_star_details"]
+    divergence, reverse = (Band.from_dict(summary["overall"]["bands"][name]) for name in ("kl", "kl_reverse"))
     with style.new_figure(figsize=(6.4, 4.2)) as (figure, axis):
-        labels = {"kl": "KL(exit ‖ full), the criterion", "kl_reverse": "KL(full ‖ exit)"}
-        for series, (name, label) in zip(style.CYCLE, labels.items(), strict=False):
-            band = bands[name]
+        lines = {"KL(exit ‖ full), the criterion": divergence, "KL(full ‖ exit)": reverse}
+        for series, (label, band) in zip(style.CYCLE, lines.items(), strict=False):
             shown = Band(*(np.maximum(part[:-1], KL_FLOOR) for part in (band.mean, band.low, band.high)))
-            style.draw_band(axis, np.arange(len(shown.mean)), shown, series.named(label))
+            style.draw_band(axis, shown, series.named(label))
         style.plain_logarithm(axis)
-        num_exits = len(bands["kl"].mean)
+        num_exits = len(divergence.mean)
         style.layer_axis(axis, num_exits, EXIT_LAYER)
         for each in thresholds:
             eta, layer = each["eta"], each["layer"]
@@ -95,9 +97,9 @@ def draw_kl(summary: style.Summary) -> Figure:
             where = ("axes fraction", "data")
             axis.annotate(found, (1.01, eta), xycoords=where, va="center", fontsize=8, annotation_clip=False)
             if layer is not None and layer < num_exits - 1:
-                height = max(bands["kl"].mean[layer], KL_FLOOR)
+                height = max(divergence.mean[layer], KL_FLOOR)
                 axis.plot(layer, height, marker="o", markersize=9, fillstyle="none", color="black")
-        lowest = np.maximum(np.fmin(bands["kl"].low, bands["kl"].mean)[:-1], KL_FLOOR).min()
+        lowest = np.maximum(np.fmin(divergence.low, divergence.mean)[:-1], KL_FLOOR).min()
         axis.set_ylim(bottom=min([each["eta"] for each in thresholds if each["eta"] > 0] + [lowest]) / 2)
         axis.set_ylabel("KL divergence of the next token (nats)")
         axis.set_title(f"{style.title_of(summary)}\n(exit L, the full model, has divergence 0)")
@@ -125,8 +127,7 @@ def draw_text_entropy(summary: style.Summary) -> Figure:
         colours = {"cmap": "cividis", "vmin": -limit, "vmax": limit}
         label = {"label": "change from the full model (nats)"}
         sns.heatmap(difference[:-1], ax=right, square=True, cbar_kws=label, **colours)
-        ticks = np.arange(0, num_layers, max(1, math.ceil(num_layers / 12)))
-        right.set_xticks(ticks + 0.5, ticks.astype(str), rotation=0)
+        ticks = style.cell_ticks(right, num_layers)
         right.set_yticks(ticks + 0.5, ticks.astype(str), rotation=0)
         right.patch.set(facecolor="white", hatch="////", edgecolor="#bbbbbb")
         right.set(xlabel="decoder layer", ylabel="exit layer k")
@@ -138,21 +139,19 @@ def draw_text_entropy(summary: style.Summary) -> Figure:
 
 def draw_entropy_change(summary: style.Summary) -> Figure:
     """Direction and size of the entropy's change under every exit beside another image's, and its link to answers."""
-    bands = style.bands_of(summary["entropy_change"])
-    exits = np.arange(len(bands["signed"].mean))
+    change = summary["entropy_change"]
+    floor = np.array(change["floor"]["mean"], dtype=np.float64)
     with style.new_figure(1, 2, figsize=(9.6, 3.9)) as (figure, (left, right)):
-        floor = bands["floor"]
-        left.fill_between(
-            exits, -floor.mean, floor.mean, color=style.GREY, alpha=0.25, linewidth=0, label="another image"
-        )
-        style.draw_band(left, exits, bands["signed"], style.CYCLE[0].named("exit at k"))
+        span = {"color": style.GREY, "alpha": 0.25, "linewidth": 0}
+        left.fill_between(np.arange(len(floor)), -floor, floor, label="another image", **span)
+        style.draw_band(left, change["signed"], style.CYCLE[0].named("exit at k"))
         left.set_ylabel("change of text entropy\nin the layers after k (nats)")
-        style.draw_band(right, exits, bands["answers"], style.CYCLE[1].named("Spearman's correlation"))
+        style.draw_band(right, change["answers"], style.CYCLE[1].named("Spearman's correlation"))
         right.set_ylim(-1.05, 1.05)
         right.set_ylabel("rank correlation: change of\nentropy and changed answer")
         for axis in (left, right):
             axis.axhline(0, color=style.GREY, linewidth=0.8, zorder=0)
-            style.layer_axis(axis, len(exits), "exit layer k")
+            style.layer_axis(axis, len(floor), "exit layer k")
         figure.suptitle(f"What exits do to the text's entropy: {style.title_of(summary)}")
         style.add_legend(figure, left, style.sample_note(summary["overall"]))
         return figure
@@ -203,8 +202,7 @@ def draw_exit_layer_map(groups: Mapping[str, ExitLayers], xlabel: str, title: st
         look = {"fmt": "D", "color": style.CYCLE[1].color, "markeredgecolor": "white", "markersize": 6, "capsize": 3}
         axis.errorbar(mean + 0.5, rows, xerr=error, label=label, **look)
         axis.set_yticks(rows, labels, rotation=0)
-        ticks = np.arange(0, shares.shape[1], max(1, math.ceil(shares.shape[1] / 16)))
-        axis.set_xticks(ticks + 0.5, ticks.astype(str), rotation=0)
+        style.cell_ticks(axis, shares.shape[1], most=16)
         axis.set_xlabel(xlabel)
         figure.suptitle(style.wrapped(title, 70))
         style.add_legend(figure, axis, footnote)
@@ -216,9 +214,9 @@ def draw_token_depths(summary: style.Summary) -> Figure:
     labels = {"questions": "answers to questions", "captions": "captions"}
     with style.new_figure(figsize=(6.4, 3.6)) as (figure, axis):
         for series, (part, label) in zip(style.CYCLE, labels.items(), strict=False):
-            values: Mapping[str, Any] = summary["tokens"][part]
+            values = summary["tokens"][part]
             text = f"{label} ({values['num_answers'][0]:,} answers)"
-            style.draw_band(axis, values["token"], Band.from_dict(values), series.named(text))
+            style.draw_band(axis, values, series.named(text), values["token"])
         axis.set_ylim(0, summary["num_layers"])
         axis.set_xlabel("index of the answer token (teacher-forced on the full model's answer)")
         axis.set_ylabel("exit layer from which\nthe token is predicted")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..statistics.bands import Band
 from . import style
 
 CONTRIBUTION_SERIES = {
@@ -19,13 +18,11 @@ def draw_contributions(summary: style.Summary) -> Figure:
     """Attention on the image beside the image's share of what attention writes, and how much it writes."""
     found = summary["contributions"]["bands"]
     with style.new_figure(1, 3, figsize=(9.8, 3.9)) as (figure, axes):
-        for axis, bands in zip(
-            axes, (summary["bands"]["mass"], found["contribution_share"], found["contribution_norm"]), strict=True
-        ):
+        shown = (summary["bands"]["mass"], found["contribution_share"], found["contribution_norm"])
+        for axis, bands in zip(axes, shown, strict=True):
             for name, series in CONTRIBUTION_SERIES.items():
                 if name in bands:
-                    band = Band.from_dict(bands[name])
-                    style.draw_band(axis, np.arange(len(band.mean)), band, series)
+                    style.draw_band(axis, bands[name], series)
             style.layer_axis(axis, summary["num_layers"])
         style.share_axis(axes[0])
         axes[0].set_ylabel("attention on the image (looking)")
@@ -55,8 +52,7 @@ def draw_heads(summary: style.Summary) -> Figure:
         series = {"looking": style.CYCLE[0].named("look at the image more than even spread")}
         series |= {"carrying": style.CYCLE[1].named(f"fewest that carry {part} of the layer's attention on it")}
         for name, line in series.items():
-            band = Band.from_dict(heads[name])
-            style.draw_band(right, np.arange(len(band.mean)), band, line)
+            style.draw_band(right, heads[name], line)
         style.layer_axis(right, summary["num_layers"])
         style.share_axis(right)
         right.set_ylabel("share of the layer's heads")

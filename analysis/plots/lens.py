@@ -1,4 +1,4 @@
-"""Figures of `analysis.lens`: functions of a summary; nothing is computed here but layout."""
+"""Figures of `analysis.lens`."""
 
 from __future__ import annotations
 
@@ -7,19 +7,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..statistics.bands import Band
-from .style import CYCLE, Summary, add_legend, draw_band, new_figure, share_axis, title_of
+from .style import CYCLE, Summary, add_legend, draw_band, new_figure, share_axis, size_in_words, title_of
 
 SHOWN_LAYERS = 4
 DIMMEST = 0.25
-
-
-def _note(summary: Summary) -> str:
-    return f"n = {summary['num_questions']:,} questions on {summary['num_images']:,} images; bands: 95% over images"
-
-
-def _layers(summary: Summary) -> np.ndarray:
-    return np.arange(summary["num_layers"] + 1)
+AFTER_LAYER = "after layer (0: the decoder's input)"
+BANDS = "bands: 95% over images"
 
 
 def draw_answer_lens(summary: Summary) -> Figure:
@@ -31,11 +24,11 @@ def draw_answer_lens(summary: Summary) -> Figure:
         }
         for axis, (column, label) in zip(axes, labels.items(), strict=True):
             for series, (name, curves) in zip(CYCLE, summary["answer"].items(), strict=False):
-                draw_band(axis, _layers(summary), Band.from_dict(curves[column]), series.named(name))
-            axis.set(xlabel="after layer (0: the decoder's input)", ylabel=label)
+                draw_band(axis, curves[column], series.named(name))
+            axis.set(xlabel=AFTER_LAYER, ylabel=label)
             share_axis(axis)
         figure.suptitle(f"When the answer appears at the end of the prompt\n{title_of(summary)}")
-        add_legend(figure, axes[0], _note(summary))
+        add_legend(figure, axes[0], f"n = {size_in_words(summary, 'num_questions')}; {BANDS}")
         return figure
 
 
@@ -43,16 +36,12 @@ def draw_patch_lens(summary: Summary) -> Figure:
     """How often the likeliest token at a patch names the object that it shows."""
     with new_figure(figsize=(6.6, 4.0)) as (figure, axis):
         for series, (attribute, curves) in zip(CYCLE, summary["patches"].items(), strict=False):
-            draw_band(axis, _layers(summary), Band.from_dict(curves["share"]), series.named(f"its {attribute}"))
-            control = np.array(curves["control"]["mean"])
-            axis.plot(_layers(summary), control, color=series.color, linewidth=0.9, linestyle=":")
-        axis.set(
-            xlabel="after layer (0: the decoder's input)",
-            ylabel="patches of an object whose\nlikeliest token names ...",
-        )
+            draw_band(axis, curves["share"], series.named(f"its {attribute}"))
+            axis.plot(np.array(curves["control"]["mean"]), color=series.color, linewidth=0.9, linestyle=":")
+        axis.set(xlabel=AFTER_LAYER, ylabel="patches of an object whose\nlikeliest token names ...")
         share_axis(axis)
         figure.suptitle(f"What the patches say\n{title_of(summary)}")
-        note = f"{summary['num_images']:,} images; bands: 95% over images; dotted: names of the image's other objects"
+        note = f"{summary['num_images']:,} images; {BANDS}; dotted: names of the image's other objects"
         add_legend(figure, axis, note)
         return figure
 
@@ -76,10 +65,8 @@ def draw_lens_grid(image: Any, words: list[list[str]], probabilities: np.ndarray
                 row, column = divmod(place, side)
                 strength = DIMMEST + (1 - DIMMEST) * float(probabilities[layer, place])
                 shown = word if len(word) <= 6 else f"{word[:5]}\N{HORIZONTAL ELLIPSIS}"
-                axis.text(
-                    column + 0.5, row + 0.5, shown, ha="center", va="center", fontsize=72 / side, alpha=strength,
-                    parse_math=False,
-                )  # fmt: skip
+                look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 72 / side, "alpha": strength}
+                axis.text(column + 0.5, row + 0.5, shown, **look)
             axis.set_title(f"after layer {layer}" if layer else "decoder's input")
             axis.set_axis_off()
         return figure

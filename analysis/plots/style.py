@@ -127,14 +127,14 @@ def title_of(summary: Summary) -> str:
     return wrapped(f"{summary['model']} on {summary['data']}", 70)
 
 
-def bands_of(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Band]:
-    """The bands that a summary stores under some names."""
-    return {name: Band.from_dict(each) for name, each in values.items()}
+def size_in_words(group: Summary, counted: str = "num_samples") -> str:
+    """Questions and images of a group, for the line under its figure."""
+    return f"{group[counted]:,} questions on {group['num_images']:,} images"
 
 
-def sample_note(group: Summary) -> str:
+def sample_note(group: Summary, bands: str = BANDS_NOTE) -> str:
     """The sentence that every figure with bands carries."""
-    return f"n = {group['num_samples']:,} questions on {group['num_images']:,} images; {BANDS_NOTE}"
+    return f"n = {size_in_words(group)}; {bands}"
 
 
 def draw_line(axis: Axes, x: npt.ArrayLike, y: npt.ArrayLike, series: Series, markevery: int = 1) -> None:
@@ -143,9 +143,15 @@ def draw_line(axis: Axes, x: npt.ArrayLike, y: npt.ArrayLike, series: Series, ma
     axis.plot(x, y, label=series.label, markevery=markevery, markeredgecolor="white", markeredgewidth=0.5, **look)
 
 
-def draw_band(axis: Axes, x: npt.ArrayLike, band: Band, series: Series) -> None:
-    """A line with its confidence band and about twelve markers."""
-    x = np.asarray(x)
+def draw_band(axis: Axes, band: Band | Mapping[str, Any], series: Series, x: npt.ArrayLike | None = None) -> None:
+    """A line with its confidence band and about twelve markers.
+
+    Args:
+        band: [n], or what a summary stores of one.
+        x: [n]; counts from 0 by default.
+    """
+    band = band if isinstance(band, Band) else Band.from_dict(band)
+    x = np.arange(len(band.mean)) if x is None else np.asarray(x)
     axis.fill_between(x, band.low, band.high, color=series.color, alpha=0.22, linewidth=0)
     draw_line(axis, x, band.mean, series, max(1, len(x) // 12))
 
@@ -190,14 +196,21 @@ def ratio_axis(axis: Axes) -> None:
     axis.set_ylim(low, high)
 
 
+def cell_ticks(axis: Axes, cells: int, most: int = 12) -> npt.NDArray[np.int64]:
+    """Mark the columns of a heat map by their numbers, of many only some; returns those that are marked."""
+    ticks = np.arange(0, cells, max(1, math.ceil(cells / most)))
+    axis.set_xticks(ticks + 0.5, ticks.astype(str), rotation=0)
+    return ticks
+
+
 @contextmanager
 def kind_panels(
-    counts: Mapping[str, int], columns: int, size: tuple[float, float], rest: float, num_ticks: int, xlabel: str
+    kinds: Mapping[str, Summary], columns: int, size: tuple[float, float], rest: float, num_ticks: int, xlabel: str
 ) -> Iterator[tuple[Figure, dict[str, Axes]]]:
     """Empty panels on one scale, one a question kind, with `xlabel` under the last of each column; as `new_figure`.
 
     Args:
-        counts: kind -> number of questions.
+        kinds: kind -> what a summary says of it.
         columns: panels side by side.
         size: width and height of a panel in inches.
         rest: height of title and legend in inches.
@@ -207,15 +220,15 @@ def kind_panels(
     Yields:
         The figure, and kind -> panel.
     """
-    rows = math.ceil(len(counts) / columns)
+    rows = math.ceil(len(kinds) / columns)
     whole = (max(size[0] * columns, 5.0), size[1] * rows + rest)
     with new_figure(rows, columns, figsize=whole, sharex=True, sharey=True, squeeze=False) as (figure, axes):
-        for axis in axes.flat[len(counts) :]:
+        for axis in axes.flat[len(kinds) :]:
             axis.set_visible(False)
-        panels = dict(zip(counts, axes.flat, strict=False))
+        panels = dict(zip(kinds, axes.flat, strict=False))
         for index, (kind, axis) in enumerate(panels.items()):
-            last_in_column = index + columns >= len(counts)
-            name = f"{kind.replace('_', ' ')} (n = {counts[kind]:,})"
+            last_in_column = index + columns >= len(kinds)
+            name = f"{kind.replace('_', ' ')} (n = {kinds[kind]['num_samples']:,})"
             axis.set_title(wrapped(name, int(10 * size[0]), lines=3), fontsize=9)
             layer_axis(axis, num_ticks, xlabel if last_in_column else "", ticks=6)
             axis.tick_params(labelbottom=last_in_column)

@@ -314,10 +314,10 @@ def findings_figure() -> Any:
     agreement = Band.from_dict(exits["overall"]["bands"]["agreement"])
     with plots.figure_style():
         figure, (top, bottom) = plt.subplots(2, 1, figsize=(6.4, 4.6), sharex=True)
-        plots.draw_band(top, range(len(attention.mean)), attention, plots.CYCLE[0])
+        plots.draw_band(top, attention, plots.CYCLE[0])
         top.axhline(1, color="0.6", linewidth=0.8)
         top.set(ylabel="attention on the image\n(enrichment over uniform)", ylim=(0, None))
-        plots.draw_band(bottom, range(len(agreement.mean)), agreement, plots.CYCLE[1])
+        plots.draw_band(bottom, agreement, plots.CYCLE[1])
         bottom.set(
             xlabel="decoder layer; exit layer k",
             ylabel="answers kept if the\nimage leaves after k layers",

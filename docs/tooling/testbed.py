@@ -133,7 +133,7 @@ def attention_figure(runs: dict[str, dict[str, Any]], measure: str) -> Figure:
                 else:
                     for curve, values in curves[measure].items():
                         band = Band.from_dict(values)
-                        plots.draw_band(axis, np.arange(len(band.mean)), band, plots.ATTENTION_SERIES[curve])
+                        plots.draw_band(axis, band, plots.ATTENTION_SERIES[curve])
                 if row == 0:
                     axis.set_title(title)
                 if row == len(runs) - 1:
