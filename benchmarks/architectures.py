@@ -70,17 +70,13 @@ def build_config(settings: dict[str, Any]) -> Any:
     """A transformers config from the fields of its `config.json`."""
     settings = copy.deepcopy(settings)
     for key in ("text_config", "vision_config", "audio_config"):
-        if isinstance(settings.get(key), dict):
-            part = settings[key]
-            settings[key] = CONFIG_MAPPING[part["model_type"]](**_without(part, "model_type"))
-    model_type = settings["model_type"]
+        if isinstance(part := settings.get(key), dict):
+            part_type = part.pop("model_type")
+            settings[key] = CONFIG_MAPPING[part_type](**part)
+    model_type = settings.pop("model_type")
     if model_type in ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"):  # these take their parts as dictionaries only
         settings |= {key: settings[key].to_dict() for key in ("text_config", "vision_config")}
-    return CONFIG_MAPPING[model_type](**_without(settings, "model_type"))
-
-
-def _without(settings: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in names}
+    return CONFIG_MAPPING[model_type](**settings)
 
 
 TIMM_TOWERS = ("timm_wrapper", "gemma3n_vision")
@@ -88,14 +84,7 @@ TIMM_TOWERS = ("timm_wrapper", "gemma3n_vision")
 
 
 class TimmStandIn(nn.Module):
-    """In place of a tower of timm, which needs not be installed: what it gives has the published shape.
-
-    Args:
-        config: of the tower.
-    """
-
-    SIDE = 16
-    """Of the square of features."""
+    """In place of a tower of timm, which needs not be installed: what it gives has the published shape."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -103,7 +92,7 @@ class TimmStandIn(nn.Module):
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
         """Features [images, hidden size, 16, 16] of pixels [images, 3, height, width]."""
-        small = nn.functional.adaptive_avg_pool2d(pixel_values, self.SIDE)
+        small = nn.functional.adaptive_avg_pool2d(pixel_values, 16)
         return BaseModelOutputWithPooling(last_hidden_state=self.project(small))
 
 
@@ -146,6 +135,21 @@ _SMALL_PARTS: dict[str, Any] = {
     "laurel_rank": 8,
 }
 """Of a small copy's decoder, where it has them."""
+_SMALL_VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "depth": 4,
+    "num_attention_heads": 2,
+    "num_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 16,
+    "out_hidden_size": 64,
+    "deepstack_visual_indexes": [0, 2],
+    "fullatt_block_indexes": [1, 3],
+}
+"""The same of its vision tower."""
 
 
 def small_settings(known: Architecture) -> dict[str, Any]:
@@ -175,22 +179,7 @@ def small_settings(known: Architecture) -> dict[str, Any]:
         half = int(16 * rotary.get("partial_rotary_factor", 1.0)) // 2
         side = half * 3 // 8
         rotary["mrope_section"] = [half - 2 * side, side, side]
-    for key, value in {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "depth": 4,
-        "num_attention_heads": 2,
-        "num_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "global_head_dim": 16,
-        "out_hidden_size": 64,
-        "deepstack_visual_indexes": [0, 2],
-        "fullatt_block_indexes": [1, 3],
-    }.items():
-        if key in vision:
-            vision[key] = value
+    vision |= {name: value for name, value in _SMALL_VISION.items() if name in vision}
     if settings["model_type"] == "minicpmv4_6":
         settings["insert_layer_id"] = 1  # the layer of the tower behind which patches merge
     if "audio_config" in settings:

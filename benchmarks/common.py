@@ -11,8 +11,9 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,11 +26,16 @@ from dyvte.batch import Batch
 from dyvte.cost.measure import PeakMemory
 from dyvte.loading import wrap
 from dyvte.mllm import MLLM
+from dyvte.policies.base import Policy
+from dyvte.policies.unchanged import Unchanged
 from dyvte.runs.store import write_atomic
 
-PATCHES_PER_SIDE = 24  # 576 visual tokens an image, as in LLaVA-1.5
+PATCHES_PER_SIDE = 24
 VISUAL_TOKENS = PATCHES_PER_SIDE**2
+SYSTEM_TOKENS, QUESTION_TOKENS = 35, 29
+"""Tokens of a prompt; as the number of visual ones, those of LLaVA-1.5."""
 PATCH_SIZE = 2
+UNCHANGED = Unchanged()
 IMAGE_TOKEN, FIRST_TEXT = 1, 2
 Measured = TypeVar("Measured")
 INTERMEDIATE_RATIO = 11008 / 4096  # of the LLaMA decoder in LLaVA-1.5
@@ -91,7 +97,7 @@ def model_of(options: argparse.Namespace) -> MLLM:
 
 
 def model_note(options: argparse.Namespace) -> str:
-    """What was measured on what, for the page."""
+    """What was measured on what."""
     return (
         f"{machine(options.device)}, {_dtype(options)}, random weights: {options.layers} layers, hidden "
         f"{options.hidden}, heads of {options.head_size}"
@@ -105,22 +111,18 @@ def _dtype(options: argparse.Namespace) -> str:
 def random_prompts(
     mllm: MLLM,
     rows: int,
-    system: int,
-    question: int,
+    system: int = SYSTEM_TOKENS,
+    question: int = QUESTION_TOKENS,
     *,
     images: int = 1,
     same_image: bool = False,
     generator: torch.Generator | None = None,
 ) -> Batch:
-    """Prompts of `system` tokens, `images` images and `question` tokens; without a generator always the same ones.
+    """Prompts of a `random_llava`: system tokens, images, question; without a generator always the same ones.
 
     Args:
-        mllm: from `random_llava`.
-        rows: number of prompts.
-        system, question: tokens before and behind the images.
         images: of each prompt; 0 makes prompts of text alone.
         same_image: all rows have the system tokens and the images of the first.
-        generator: draws them.
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     own = 1 if same_image else rows
@@ -137,6 +139,21 @@ def random_prompts(
         pixels = torch.randn(own, images, 3, side, side, generator=generator).expand(rows, -1, -1, -1, -1)
         inputs["pixel_values"] = pixels.flatten(0, 1)
     return mllm.batch(**inputs)
+
+
+@torch.no_grad()
+def prefill(mllm: MLLM, batch: Batch, policy: Policy = UNCHANGED) -> Any:
+    """Prefill as `generate` does it. Returns the KV cache."""
+    with policy(mllm):
+        return mllm.model(**batch, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def decoding_steps(mllm: MLLM, batch: Batch, cache: Any, number: int, done: int = 0) -> Iterator[Callable[[], object]]:
+    """So many calls that each decode one token of every row, to be made in order, after `done` of them."""
+    ids, mask = batch["input_ids"][:, -1:], batch["attention_mask"]
+    for place in range(done + 1, done + 1 + number):
+        longer = torch.cat([mask, torch.ones_like(mask[:, :1]).expand(-1, place)], dim=1)
+        yield partial(mllm.model, input_ids=ids, attention_mask=longer, past_key_values=cache, use_cache=True)
 
 
 # -------------------------------------------------------------------- time and memory
@@ -229,6 +246,12 @@ def page_parser(description: str | None, page: str) -> argparse.ArgumentParser:
     file = Path("docs/benchmarks") / f"{page}.md"
     parser.add_argument("--output", type=Path, default=file, help="page to write (default: %(default)s)")
     return parser
+
+
+def paragraphs(*parts: str | Sequence[str]) -> list[str]:
+    """The lines of headings, paragraphs, and tables (given as their lines), with an empty line between them."""
+    lines = [line for part in parts for line in ("", *([part] if isinstance(part, str) else part))]
+    return lines[1:]
 
 
 def write_page(path: Path, lines: Sequence[str]) -> None:

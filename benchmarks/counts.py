@@ -13,8 +13,7 @@ import gc
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -26,23 +25,16 @@ import torch
 
 import dyvte
 from analysis.statistics.markdown import markdown_table, records_table
-from benchmarks.common import VISUAL_TOKENS, page_parser, random_llava, random_prompts, write_page
-from benchmarks.dynamic_exit import NEARLY_NEVER, QUESTION_TOKENS, ROWS, SYSTEM_TOKENS, UNCHANGED, mixed_exits
+from benchmarks import common
+from benchmarks.common import UNCHANGED, VISUAL_TOKENS, decoding_steps
+from benchmarks.dynamic_exit import ROWS, gates_firing_at, mixed_exits
 from dyvte.batch import Batch
 from dyvte.cost.operators import LayerWork, OperatorCounter, Work, count_layers
-from dyvte.gates import Gates
 from dyvte.instrument.cache import KeptLayer
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy
-from dyvte.policies.exits.dynamic_exit import DynamicExit
-from dyvte.policies.exits.fixed_exit import FixedExit
-from dyvte.policies.exits.vtw import VTW
-from dyvte.policies.fastv_dynamic_exit import FastVDynamicExit
-from dyvte.policies.merging.tome import ToMe
-from dyvte.policies.pruning.fastv import FastV
-from dyvte.policies.pruning.fitprune import FitPrune, Recipe
+from dyvte.policies.pruning.fitprune import Recipe
 from dyvte.policies.registry import methods
-from dyvte.policies.skip_attention import SkipAttention
 
 BATCH_SIZES = (1, ROWS)
 LAYERS, HIDDEN, HEAD_SIZE = 16, 64, 32
@@ -58,12 +50,12 @@ KEEP = 0.5
 
 def counted_model(layers: int = LAYERS) -> MLLM:
     """The model that is counted."""
-    return random_llava(layers, HIDDEN, HEAD_SIZE, vision_layers=VISION_LAYERS)
+    return common.random_llava(layers, HIDDEN, HEAD_SIZE, vision_layers=VISION_LAYERS)
 
 
 def prompts(mllm: MLLM, batch_size: int, padded: bool = False) -> Batch:
     """Its prompts; padded, row r lacks its first r tokens."""
-    batch = random_prompts(mllm, batch_size, SYSTEM_TOKENS, QUESTION_TOKENS)
+    batch = common.random_prompts(mllm, batch_size)
     if not padded:
         return batch
     mask = torch.ones_like(batch["attention_mask"]).triu()[:batch_size]
@@ -76,26 +68,24 @@ def policies(mllm: MLLM) -> dict[str, Callable[[Batch], Policy]]:
     half = layers // 2
     recipe = Recipe([1.0, 1.0, *[KEEP] * (layers - 2)], alpha=0.0, budget=KEEP, cost=KEEP, num_samples=1)
 
-    def gates_at(layer: int, first: int = 1) -> DynamicExit:
-        """Gates that are all asked until every row leaves at this layer."""
-        thresholds = [NEARLY_NEVER] * (layer - 1) + [0.0] + [NEARLY_NEVER] * (layers - 1 - layer)
-        return DynamicExit(Gates(layers, mllm.hidden_size), threshold=thresholds, min_layer=first)
-
     def mixed(batch: Batch) -> Policy:
-        return mixed_exits(mllm, batch) if len(batch["input_ids"]) > 1 else gates_at(half)
+        return mixed_exits(mllm, batch) if len(batch["input_ids"]) > 1 else gates_firing_at(mllm, half)
+
+    def after_fastv(batch: Batch) -> Policy:
+        return dyvte.FastVDynamicExit([dyvte.FastV(), gates_firing_at(mllm, half, first=dyvte.FastV.layer + 1)])
 
     made: dict[str, dict[str, Callable[[Batch], Policy]]] = {
         "none": {},
-        "fixed_exit": {"": lambda batch: FixedExit(half)},
-        "vtw": {"": lambda batch: VTW(half)},
-        "dynamic_exit": {", all rows at once": lambda batch: gates_at(half), ", mixed": mixed},
-        "fastv_dynamic_exit": {"": lambda batch: FastVDynamicExit([FastV(), gates_at(half, first=FastV.layer + 1)])},
-        "fitprune": {"": lambda batch: FitPrune(recipe)},
+        "fixed_exit": {"": lambda batch: dyvte.FixedExit(half)},
+        "vtw": {"": lambda batch: dyvte.VTW(half)},
+        "dynamic_exit": {", all rows at once": lambda batch: gates_firing_at(mllm, half), ", mixed": mixed},
+        "fastv_dynamic_exit": {"": after_fastv},
+        "fitprune": {"": lambda batch: dyvte.FitPrune(recipe)},
         "tome": {
-            "": lambda batch: ToMe(keep=KEEP),
-            ", every layer": lambda batch: ToMe(merges=VISUAL_TOKENS // (2 * layers)),
+            "": lambda batch: dyvte.ToMe(keep=KEEP),
+            ", every layer": lambda batch: dyvte.ToMe(merges=VISUAL_TOKENS // (2 * layers)),
         },
-        "skip_attention": {"": lambda batch: SkipAttention(layers=[half])},
+        "skip_attention": {"": lambda batch: dyvte.SkipAttention(layers=[half])},
     }
     found: dict[str, Callable[[Batch], Policy]] = {}
     for name, method in methods().items():
@@ -150,28 +140,21 @@ class Count:
 @torch.no_grad()
 def count_generation(mllm: MLLM, batch: Batch, policy: Policy = UNCHANGED) -> Count:
     """Count a prefill as `generate` does it, and `STEPS` decoding steps."""
+    run = partial(mllm.model, **batch, use_cache=True, logits_to_keep=1)
     with policy(mllm):
-        mllm.model(**batch, use_cache=True, logits_to_keep=1)  # what is made once a block is not counted
+        run()  # what is made once a block is not counted
         with count_layers(mllm) as prefill:
-            cache = mllm.model(**batch, use_cache=True, logits_to_keep=1).past_key_values
+            cache = run().past_key_values
         leaving, after = _layers_by_what_left(cache)
         steps = []
-        for step in decoding_steps(mllm, batch, cache):
+        for step in decoding_steps(mllm, batch, cache, STEPS):
             with OperatorCounter() as counter:
                 step()
             steps.append(counter.work)
-        step = next(decoding_steps(mllm, batch, cache, done=len(steps)))
+        step = next(decoding_steps(mllm, batch, cache, 1, done=STEPS))
         step_calls = python_calls(step)
-        prefill_calls = python_calls(lambda: mllm.model(**batch, use_cache=True, logits_to_keep=1))
+        prefill_calls = python_calls(run)
     return Count(prefill, leaving, after, steps, counter.by_name, prefill_calls, step_calls)
-
-
-def decoding_steps(mllm: MLLM, batch: Batch, cache: Any, done: int = 0) -> Iterator[Callable[[], object]]:
-    """Calls that each decode one token of every row, to be made in order, after `done` of them."""
-    ids, mask = batch["input_ids"][:, -1:], batch["attention_mask"]
-    for number in range(done + 1, done + 1 + STEPS):
-        longer = torch.cat([mask, torch.ones_like(mask[:, :1]).expand(-1, number)], dim=1)
-        yield partial(mllm.model, input_ids=ids, attention_mask=longer, past_key_values=cache, use_cache=True)
 
 
 def _layers_by_what_left(cache: Any) -> tuple[list[int], list[int]]:
@@ -181,31 +164,24 @@ def _layers_by_what_left(cache: Any) -> tuple[list[int], list[int]]:
     return leaving, [index for index in short if index not in leaving]
 
 
-@contextmanager
-def _counting_calls() -> Iterator[list[int]]:
-    """Number of calls of functions in dyvte's files."""
-    calls = [0]
+def python_calls(run: Callable[[], object]) -> int:
+    """Calls of dyvte's Python functions in `run()`."""
+    calls = 0
 
     def see(frame: FrameType, event: str, _: object) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
-            calls[0] += 1
+        nonlocal calls
+        calls += event == "call" and frame.f_code.co_filename.startswith(PACKAGE)
 
     collecting = gc.isenabled()
     gc.disable()  # or what it finalises counts, at any time
     sys.setprofile(see)
     try:
-        yield calls
+        run()
     finally:
         sys.setprofile(None)
         if collecting:
             gc.enable()
-
-
-def python_calls(run: Callable[[], object]) -> int:
-    """Calls of dyvte's Python functions in `run()`."""
-    with _counting_calls() as calls:
-        run()
-    return calls[0]
+    return calls
 
 
 @torch.no_grad()
@@ -278,57 +254,41 @@ def page(mllm: MLLM, batch_sizes: Sequence[int] = BATCH_SIZES) -> list[str]:
             of_instruments.append({"instrument": name, "batch": batch_size, **columns})
     full, mixed = plain.by_name, found[MIXED].by_name
     differing = [[f"`{name}`", full[name], mixed[name]] for name in sorted(mixed | full) if mixed[name] != full[name]]
-    return [
+    return common.paragraphs(
         "# What policies and instruments dispatch",
-        "",
         "Written by `python -m benchmarks.counts`. Counts, not times: the same on every machine and in every run.",
-        "",
-        f"A random LLaVA of {mllm.num_layers} layers, {SYSTEM_TOKENS} system + {VISUAL_TOKENS} visual + "
-        f"{QUESTION_TOKENS} question tokens. The unchanged model dispatches {', '.join(plain_layers)}.",
-        "",
+        f"A random LLaVA of {mllm.num_layers} layers, {common.SYSTEM_TOKENS} system + {VISUAL_TOKENS} visual + "
+        f"{common.QUESTION_TOKENS} question tokens. The unchanged model dispatches {', '.join(plain_layers)}.",
         "## Policies",
-        "",
         "Over the unchanged model. *Layers before, where tokens leave, after*: operators more in the prefill, in "
         "the layer of each kind that has the most; *prefill*: operators of all of it, as a ratio; *syncs*: host "
         "synchronisations more (see `dyvte.cost.operators`); *bytes*: what kernels write, as a ratio; *calls*: of "
         "dyvte's Python functions. *First step*: operators more in the first decoding step, which prepares the "
         "later ones; then operators, kernels and bytes of a later one, as ratios.",
-        "",
-        *records_table(sorted(of_policies, key=lambda row: names.index(row["policy"]))),
-        "",
+        records_table(sorted(of_policies, key=lambda row: names.index(row["policy"]))),
         "## What a step with mixed exits dispatches more",
-        "",
         f"Batch {batch_sizes[-1]}, operators of a later step. Two groups of rows attend one after the other in every "
         "layer that some rows have left: queries are put in the groups' order, keys are written into one store, read "
         "from it by group, and outputs are put back in order.",
-        "",
-        *markdown_table(["operator", "full model", "mixed exits"], differing),
-        "",
+        markdown_table(["operator", "full model", "mixed exits"], differing),
         "## Bounds",
-        "",
         "`tests/test_counts.py` holds them: a prefill layer before any token left "
         "dispatches nothing more, one after an exit at most 8 operators; decoding under an exit that all rows "
         "take at once, and under methods that drop tokens, no more than the full model, with mixed exits at most "
         "1.14 times, padded or not; no step waits for the device more often; gates wait once a layer at which a row "
         "may leave, and not at all where a threshold decides alone or no row sees its image. A layer that only some "
         "rows have left runs twice in the prefill, once for each group.",
-        "",
         "## Prompts that differ in length",
-        "",
         f"Batch {batch_sizes[-1]}, row r padded on the left by r tokens; over the unchanged model on the same prompts. "
         "Masks are gathered from the model's in every step, as the caller may change it; where groups of rows attend "
         "apart they are what is added to the scores, which `scaled_dot_product_attention` would make of a boolean mask "
         "in every layer.",
-        "",
-        *records_table(_padded(mllm, batch_sizes[-1])),
-        "",
+        records_table(_padded(mllm, batch_sizes[-1])),
         "## Instruments",
-        "",
         "Over one prefill of the unchanged model: operators more in the median layer, then operators and bytes as "
         "ratios, and host synchronisations more.",
-        "",
-        *records_table(of_instruments),
-    ]
+        records_table(of_instruments),
+    )
 
 
 def _padded(mllm: MLLM, batch_size: int) -> list[dict[str, str]]:
@@ -344,7 +304,7 @@ def _padded(mllm: MLLM, batch_size: int) -> list[dict[str, str]]:
 
 def main() -> None:
     """Count, print and write the page."""
-    write_page(page_parser(__doc__, "counts").parse_args().output, page(counted_model()))
+    common.write_page(common.page_parser(__doc__, "counts").parse_args().output, page(counted_model()))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,12 @@ has prefilled once; then they take turns, one step each a round, and ratios are 
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import torch
 
 from analysis.statistics.markdown import markdown_table
 from benchmarks import common
-from benchmarks.dynamic_exit import QUESTION_TOKENS, ROWS, SYSTEM_TOKENS, UNCHANGED, exits_of, mixed_exits
+from benchmarks.common import QUESTION_TOKENS, SYSTEM_TOKENS, UNCHANGED
+from benchmarks.dynamic_exit import ROWS, exits_of, mixed_exits
 from dyvte.batch import Batch
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy
@@ -30,32 +28,30 @@ WARM_UP = 2
 @torch.no_grad()
 def measure(mllm: MLLM, batch: Batch, ways: dict[str, Policy], rounds: int) -> list[dict[str, float]]:
     """Seconds of one step under every policy, round by round; the first rounds warm up and are left out."""
-    caches: dict[str, Any] = {}
-    for name, policy in ways.items():
-        with policy(mllm):
-            caches[name] = mllm.model(**batch, use_cache=True, logits_to_keep=1).past_key_values
-    mask, found = batch["attention_mask"], []
+    steps = {
+        name: common.decoding_steps(mllm, batch, common.prefill(mllm, batch, policy), WARM_UP + rounds)
+        for name, policy in ways.items()
+    }
+    found = []
     for _ in range(WARM_UP + rounds):
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         seconds = {}
         for name, policy in ways.items():
+            step = next(steps[name])
             with policy(mllm):
-                step = {"input_ids": batch["input_ids"][:, -1:], "past_key_values": caches[name], "use_cache": True}
-                seconds[name] = common.seconds_of(partial(mllm.model, attention_mask=mask, **step), mllm.device)
+                seconds[name] = common.seconds_of(step, mllm.device)
         found.append(seconds)
     return found[WARM_UP:]
 
 
 def table(images: int, rounds: list[dict[str, float]]) -> list[list[str]]:
     """Rows of the page: visual tokens, way of running, milliseconds, of the full model's step, what is required."""
-    full, *others = rounds[0]
-    rows = [
-        [f"{images * common.VISUAL_TOKENS:,}", full, common.spread((1e3 * each[full] for each in rounds), 1), "", ""]
-    ]
-    for name in others:
-        ratio = common.spread((each[name] / each[full] for each in rounds), 3)
+    full = next(iter(rounds[0]))
+    rows = []
+    for name in rounds[0]:
         times = common.spread((1e3 * each[name] for each in rounds), 1)
-        rows.append([f"{images * common.VISUAL_TOKENS:,}", name, times, ratio, REQUIRED.get(images, "")])
+        ratio = common.spread((each[name] / each[full] for each in rounds), 3)
+        compared = ["", ""] if name == full else [ratio, REQUIRED.get(images, "")]
+        rows.append([f"{images * common.VISUAL_TOKENS:,}", name, times, *compared])
     return rows
 
 
@@ -69,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[list[str]] = []
     exits: list[int] = []
     for images in options.images:
-        batch = common.random_prompts(mllm, ROWS, SYSTEM_TOKENS, QUESTION_TOKENS, images=images).to(mllm.device)
+        batch = common.random_prompts(mllm, ROWS, images=images).to(mllm.device)
         mixed = mixed_exits(mllm, batch)
         ways = {
             "full model": UNCHANGED,
@@ -78,17 +74,14 @@ def main(arguments: list[str] | None = None) -> None:
         }
         exits = exits or exits_of(mllm, batch, mixed)
         rows += table(images, measure(mllm, batch, ways, options.rounds))
-    lines = [
+    lines = common.paragraphs(
         "# A decoding step after visual tokens have left",
-        "",
         "Written by `python -m benchmarks.decoding`. What the steps dispatch: [counts](counts.md).",
-        "",
         f"{common.model_note(options)}; {ROWS} rows, {SYSTEM_TOKENS} system and {QUESTION_TOKENS} question tokens "
         f"around the images; mixed exits are at {exits} for the shorter prompts. Median of {options.rounds} rounds "
         "[quartiles].",
-        "",
-        *markdown_table(["visual tokens", "", "step, ms", "of full", "required"], rows),
-    ]
+        markdown_table(["visual tokens", "", "step, ms", "of full", "required"], rows),
+    )
     common.write_page(options.output, lines)
 
 

@@ -12,13 +12,14 @@ the meta device, and timed at a width at which matrix products fill the processo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from unittest import mock
 
 import torch
 
 from analysis.statistics.markdown import markdown_table
 from benchmarks import common
+from benchmarks.common import QUESTION_TOKENS, SYSTEM_TOKENS, UNCHANGED, paragraphs, prefill
 from dyvte.batch import Batch
 from dyvte.cost.flops import FlopCounter, plan_decoder_flops, prefill_flops
 from dyvte.cost.operators import Work, count_layers
@@ -28,75 +29,67 @@ from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy
 from dyvte.policies.exits.dynamic_exit import DynamicExit, exit_probabilities
 from dyvte.policies.exits.fixed_exit import FixedExit
-from dyvte.policies.unchanged import Unchanged
 
-SYSTEM_TOKENS, QUESTION_TOKENS = 35, 29
 ROWS = 8
 STEPS = 8
 NEARLY_NEVER = 1 - 1e-6
 """A threshold that no random gate reaches, but that the host cannot know of."""
 LLAVA = {"LLaVA-1.5-7B": (32, 4096, 128), "LLaVA-1.5-13B": (40, 5120, 128)}
 """Layers, hidden size and head size of the decoders."""
-UNCHANGED = Unchanged()
 
 
-@dataclass
-class Bench:
-    """Times prefills; the device is synchronised around each."""
+def prefill_seconds(mllm: MLLM, batch: Batch, policy: Policy = UNCHANGED) -> float:
+    """Of one prefill."""
+    return common.seconds_of(partial(prefill, mllm, batch, policy), mllm.device)
 
-    mllm: MLLM
 
-    @torch.no_grad()
-    def prefill(self, batch: Batch, policy: Policy = UNCHANGED) -> None:
-        """Prefill as `generate` does it."""
-        with policy(self.mllm):
-            self.mllm.model(**batch, use_cache=True, logits_to_keep=1)
+@torch.no_grad()
+def decode_seconds(mllm: MLLM, batch: Batch, policy: Policy = UNCHANGED) -> float:
+    """Of one decoding step, the mean over `STEPS` after a prefill."""
+    with policy(mllm):
+        cache = mllm.model(**batch, use_cache=True, logits_to_keep=1).past_key_values
 
-    def prefill_seconds(self, batch: Batch, policy: Policy = UNCHANGED) -> float:
-        """Of one prefill."""
-        return common.seconds_of(lambda: self.prefill(batch, policy), self.mllm.device)
+        def decode() -> None:
+            for step in common.decoding_steps(mllm, batch, cache, STEPS):
+                step()
 
-    @torch.no_grad()
-    def decode_seconds(self, batch: Batch, policy: Policy = UNCHANGED) -> float:
-        """Of one decoding step, the mean over `STEPS` after a prefill."""
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        with policy(self.mllm):
-            cache = self.mllm.model(**batch, use_cache=True, logits_to_keep=1).past_key_values
+        return common.seconds_of(decode, mllm.device) / STEPS
 
-            def decode() -> None:
-                nonlocal mask
-                for _ in range(STEPS):
-                    mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-                    self.mllm.model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)
 
-            return common.seconds_of(decode, self.mllm.device) / STEPS
+def layer_seconds(mllm: MLLM, batch: Batch) -> float:
+    """That all decoder layers together take in a plain prefill."""
+    marks: list[float] = []
 
-    def layer_seconds(self, batch: Batch) -> float:
-        """That all decoder layers together take in a plain prefill."""
-        marks: list[float] = []
+    def mark(*_: object) -> None:
+        marks.append(common.now(mllm.device))
 
-        def mark(*_: object) -> None:
-            marks.append(common.now(self.mllm.device))
+    handles = [layer.register_forward_pre_hook(mark) for layer in mllm.layers]
+    handles += [layer.register_forward_hook(mark) for layer in mllm.layers]
+    prefill(mllm, batch)
+    for handle in handles:
+        handle.remove()
+    return sum(marks[1::2]) - sum(marks[::2])
 
-        handles = [layer.register_forward_pre_hook(mark) for layer in self.mllm.layers]
-        handles += [layer.register_forward_hook(mark) for layer in self.mllm.layers]
-        self.prefill(batch)
-        for handle in handles:
-            handle.remove()
-        return sum(marks[1::2]) - sum(marks[::2])
 
-    def gate_seconds(self, batch: Batch, policy: DynamicExit) -> float:
-        """That the gates of one prefill take."""
-        spent = 0.0
-        decide = DynamicExit.before_layer
+def gate_seconds(mllm: MLLM, batch: Batch, policy: DynamicExit) -> float:
+    """That the gates of one prefill take."""
+    spent = 0.0
+    decide = DynamicExit.before_layer
 
-        def timed(*arguments: object) -> None:
-            nonlocal spent
-            spent += common.seconds_of(lambda: decide(*arguments), self.mllm.device)  # type: ignore[arg-type]
+    def timed(*arguments: object) -> None:
+        nonlocal spent
+        spent += common.seconds_of(lambda: decide(*arguments), mllm.device)  # type: ignore[arg-type]
 
-        with mock.patch.object(DynamicExit, "before_layer", timed):
-            self.prefill(batch, policy)
-        return spent
+    with mock.patch.object(DynamicExit, "before_layer", timed):
+        prefill(mllm, batch, policy)
+    return spent
+
+
+def gates_firing_at(mllm: MLLM, layer: int, first: int = 1) -> DynamicExit:
+    """Gates that are all asked, from layer `first` on, until every row leaves at this layer."""
+    thresholds = [NEARLY_NEVER] * (layer - 1) + [0.0] + [NEARLY_NEVER] * (mllm.num_layers - 1 - layer)
+    gates = Gates(mllm.num_layers, mllm.hidden_size).to(mllm.device)
+    return DynamicExit(gates, threshold=thresholds, min_layer=first)
 
 
 @torch.no_grad()
@@ -114,26 +107,23 @@ def mixed_exits(mllm: MLLM, batch: Batch) -> DynamicExit:
 
 def batch_of_rows(mllm: MLLM) -> Batch:
     """The batch whose rows leave at different layers."""
-    return common.random_prompts(mllm, ROWS, SYSTEM_TOKENS, QUESTION_TOKENS)
+    return common.random_prompts(mllm, ROWS)
 
 
 def measure(mllm: MLLM, mixed: DynamicExit, repeats: int) -> list[dict[str, float]]:
     """Seconds of everything that is timed, round by round."""
-    bench, layers = Bench(mllm), mllm.num_layers
-    one = common.random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
-    text = common.random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS, images=0)
+    one, text = (common.random_prompts(mllm, 1, images=images) for images in (1, 0))
     eight = batch_of_rows(mllm)
-    half = FixedExit(layers // 2)
     alone = [eight[row : row + 1] for row in range(ROWS)]
-    timed = {
-        "full": lambda: bench.prefill_seconds(one),
-        "half": lambda: bench.prefill_seconds(one, half),
-        "layers": lambda: bench.layer_seconds(one),
-        "text layers": lambda: bench.layer_seconds(text),
-        "batch": lambda: bench.prefill_seconds(eight, mixed),
-        "one by one": lambda: sum(bench.prefill_seconds(each, mixed) for each in alone),
-        "decoding": lambda: bench.decode_seconds(eight),
-        "decoding mixed": lambda: bench.decode_seconds(eight, mixed),
+    timed: dict[str, Callable[[], float]] = {
+        "full": partial(prefill_seconds, mllm, one),
+        "half": partial(prefill_seconds, mllm, one, FixedExit(mllm.num_layers // 2)),
+        "layers": partial(layer_seconds, mllm, one),
+        "text layers": partial(layer_seconds, mllm, text),
+        "batch": partial(prefill_seconds, mllm, eight, mixed),
+        "one by one": lambda: sum(prefill_seconds(mllm, each, mixed) for each in alone),
+        "decoding": partial(decode_seconds, mllm, eight),
+        "decoding mixed": partial(decode_seconds, mllm, eight, mixed),
     }
     return in_turns(timed, repeats)
 
@@ -153,7 +143,7 @@ def exits_of(mllm: MLLM, batch: Batch, policy: DynamicExit) -> list[int]:
 
 def flops_saved(mllm: MLLM) -> float:
     """Share of the prefill's FLOPs, vision tower included, that an exit at half the depth saves."""
-    one = common.random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
+    one = common.random_prompts(mllm, 1)
     full = prefill_flops(mllm, one).total
     with FixedExit(mllm.num_layers // 2)(mllm):
         return 1 - prefill_flops(mllm, one).total / full
@@ -166,12 +156,11 @@ def never_firing(mllm: MLLM) -> DynamicExit:
 
 def measure_gates(mllm: MLLM, repeats: int) -> list[dict[str, float]]:
     """Seconds of a plain prefill, of one under gates that are all asked and never fire, and of the gates in one."""
-    bench, one = Bench(mllm), common.random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
-    asked = never_firing(mllm)
-    timed = {
-        "full": lambda: bench.prefill_seconds(one),
-        "asked": lambda: bench.prefill_seconds(one, asked),
-        "gates": lambda: bench.gate_seconds(one, asked),
+    one, asked = common.random_prompts(mllm, 1), never_firing(mllm)
+    timed: dict[str, Callable[[], float]] = {
+        "full": partial(prefill_seconds, mllm, one),
+        "asked": partial(prefill_seconds, mllm, one, asked),
+        "gates": partial(gate_seconds, mllm, one, asked),
     }
     return in_turns(timed, repeats)
 
@@ -192,7 +181,7 @@ def deciding_flops(layers: int, hidden: int, head_size: int) -> tuple[int, int]:
 @torch.no_grad()
 def deciding_work(mllm: MLLM) -> tuple[Work, Work]:
     """What every gate but the first dispatches, and what a decoder layer does."""
-    one = common.random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
+    one = common.random_prompts(mllm, 1)
     found = []
     for policy in (UNCHANGED, never_firing(mllm)):
         with policy(mllm), count_layers(mllm) as work:
@@ -219,20 +208,17 @@ def deciding_page(mllm: MLLM, rounds: list[dict[str, float]]) -> list[str]:
         ("time of the gates, of the prefill", ratio("gates", 4), "below 0.01"),
         ("prefill under them, of the plain one", ratio("asked", 3), "reported"),
     ]
-    return [
+    return paragraphs(
         "# What the gates' deciding costs",
-        "",
         f"Written by `python -m benchmarks.dynamic_exit --deciding --layers {mllm.num_layers} --hidden "
         f"{mllm.hidden_size} --repeats {len(rounds)}`.",
-        "",
         "Gates that are all asked and never fire, one question. FLOPs at the sizes of LLaVA-1.5, on the meta device, "
         f"without the vision tower; operators, bytes and time on {mllm.num_layers} layers of hidden {mllm.hidden_size} "
         f"({common.machine(mllm.device)}, {str(mllm.dtype).removeprefix('torch.')}), where plain and asked prefills "
         f"take turns: median of {len(rounds)} rounds [quartiles]. A gate is not waited for where no row sees its image "
         "any longer, or where a threshold decides alone ([counts](counts.md)).",
-        "",
-        *markdown_table(["", "found", "required"], rows),
-    ]
+        markdown_table(["", "found", "required"], rows),
+    )
 
 
 def table(layers: int, rounds: list[dict[str, float]], flops: float, exits: list[int]) -> list[tuple[str, str, str]]:
@@ -287,17 +273,14 @@ def main(arguments: list[str] | None = None) -> None:
     mixed = mixed_exits(mllm, batch)
     rounds = measure(mllm, mixed, options.repeats)
     rows = table(options.layers, rounds, flops_saved(mllm), exits_of(mllm, batch, mixed))
-    lines = [
+    lines = paragraphs(
         "# What a visual-token exit saves in time",
-        "",
         "Written by `python -m benchmarks.dynamic_exit`. What the gates' deciding costs: [deciding](deciding.md).",
-        "",
         f"{common.model_note(options)}; {SYSTEM_TOKENS} system + {common.VISUAL_TOKENS} visual + {QUESTION_TOKENS} "
         f"question tokens. Median of {options.repeats} rounds [quartiles]; everything is timed in every round, and "
         "ratios are taken within a round.",
-        "",
-        *markdown_table(["", "measured", "required"], rows),
-    ]
+        markdown_table(["", "measured", "required"], rows),
+    )
     common.write_page(options.output, lines)
 
 

@@ -14,8 +14,9 @@ import torch
 
 from analysis.cost import time_generation
 from analysis.statistics.markdown import markdown_table
-from benchmarks.common import VISUAL_TOKENS, model_note, model_of, model_parser, random_prompts, write_page
-from benchmarks.dynamic_exit import QUESTION_TOKENS, ROWS, SYSTEM_TOKENS, UNCHANGED, mixed_exits
+from benchmarks import common
+from benchmarks.common import QUESTION_TOKENS, SYSTEM_TOKENS, UNCHANGED, VISUAL_TOKENS
+from benchmarks.dynamic_exit import ROWS, mixed_exits
 from dyvte.batch import Batch
 from dyvte.cost.flops import prefill_flops
 from dyvte.mllm import MLLM
@@ -31,10 +32,8 @@ FULL = "full model"
 def batches(mllm: MLLM, questions: int) -> list[Batch]:
     """Different questions about different images, by eights."""
     generator = torch.Generator().manual_seed(0)
-    return [
-        random_prompts(mllm, ROWS, SYSTEM_TOKENS, QUESTION_TOKENS, generator=generator).to(mllm.device)
-        for _ in range(questions // ROWS)
-    ]
+    numbers = range(questions // ROWS)
+    return [common.random_prompts(mllm, ROWS, generator=generator).to(mllm.device) for _ in numbers]
 
 
 def policies(mllm: MLLM, batch: Batch) -> dict[str, Policy]:
@@ -82,9 +81,7 @@ def table(measured: pd.DataFrame) -> list[list[str]]:
     )
     whole["seconds"] = whole["prefill_seconds"] + whole["decoding"]
     for tokens, of_length in whole.groupby("tokens", sort=False):
-        sums = of_length.groupby("method", sort=False)[
-            ["seconds", "vision_seconds", "prefill", "prefill_seconds", "decoding", "flops"]
-        ].sum()
+        sums = of_length.groupby("method", sort=False).sum()
         full, questions = sums.loc[FULL], ROWS * of_length["batch"].nunique()
         for method, own in sums.iterrows():
             predicted = (1 - own["flops"] / full["flops"]) * full["prefill_seconds"]
@@ -105,26 +102,23 @@ def table(measured: pd.DataFrame) -> list[list[str]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write the page."""
-    parser = model_parser(__doc__, "end_to_end", layers=16)
+    parser = common.model_parser(__doc__, "end_to_end", layers=16)
     parser.add_argument("--questions", type=int, default=64)
     parser.add_argument("--answer-tokens", type=int, nargs="+", default=list(ANSWER_TOKENS))
     options = parser.parse_args(arguments)
-    mllm = model_of(options)
+    mllm = common.model_of(options)
     measured = measure(mllm, batches(mllm, options.questions), tuple(options.answer_tokens))
     columns = ["answer, tokens", "", "questions/s", "of full", "saved, of predicted", "vision / prefill / decoding, %"]
-    lines = [
+    lines = common.paragraphs(
         "# Questions a second",
-        "",
         "Written by `python -m benchmarks.end_to_end`.",
-        "",
-        f"{model_note(options)}; {options.questions} questions of {SYSTEM_TOKENS} system, {VISUAL_TOKENS} visual and "
-        f"{QUESTION_TOKENS} question tokens in batches of {ROWS}. *Saved, of predicted*: time saved over the share of "
-        "the prefill's FLOPs saved times the full model's prefill; what decoding saves comes on top. Vision is the "
-        "tower (of one layer here), the projector and the embedding.",
-        "",
-        *markdown_table(columns, table(measured)),
-    ]
-    write_page(options.output, lines)
+        f"{common.model_note(options)}; {options.questions} questions of {SYSTEM_TOKENS} system, {VISUAL_TOKENS} "
+        f"visual and {QUESTION_TOKENS} question tokens in batches of {ROWS}. *Saved, of predicted*: time saved over "
+        "the share of the prefill's FLOPs saved times the full model's prefill; what decoding saves comes on top. "
+        "Vision is the tower (of one layer here), the projector and the embedding.",
+        markdown_table(columns, table(measured)),
+    )
+    common.write_page(options.output, lines)
 
 
 if __name__ == "__main__":

@@ -72,23 +72,17 @@ def report(options: argparse.Namespace, found: dict[str, Any]) -> list[str]:
         [f"{budget:g}", f"{seconds:.2f}", f"{each.alpha:.3f}", f"{each.cost:.3f}", f"{100 * each.keep[-1]:.0f}%"]
         for budget, (seconds, each) in fits.items()
     ]
-    return [
+    return common.paragraphs(
         "# Cost of fitting a FitPrune recipe",
-        "",
         "Written by `python -m benchmarks.fitprune`.",
-        "",
         f"{common.model_note(options)}; {SYSTEM_TOKENS} system + {common.VISUAL_TOKENS} visual + {INSTRUCTION_TOKENS} "
         f"instruction tokens; {options.samples} samples in batches of {options.batch_size}.",
-        "",
         f"Statistics and one recipe take {total:.0f} s, {verdict} the {LIMIT_SECONDS / 60:.0f} minutes that FitPrune's "
         "authors give for their search.",
-        "",
-        *markdown_table(["step", "seconds"], steps),
-        "",
-        *markdown_table([*columns, "visual tokens seen by the last layer"], recipes),
-        "",
+        markdown_table(["step", "seconds"], steps),
+        markdown_table([*columns, "visual tokens seen by the last layer"], recipes),
         "Random weights: the recipes say nothing about a trained model, the times do.",
-    ]
+    )
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil
 from analysis.measuring.runs import read_summary
 from analysis.statistics.markdown import markdown_table
 from benchmarks import architectures
-from benchmarks.common import machine, page_parser, write_page
+from benchmarks.common import machine, page_parser, paragraphs, write_page
 from dyvte.testbed.tokenizer import build_processor
 
 SEED = 0
@@ -128,21 +128,17 @@ def report(name: str, layers: int, facts: dict[str, Any], runs: list[Run]) -> li
         ]
         for run in runs
     ]
-    return [
+    return paragraphs(
         "# Full width, reduced depth",
-        "",
         "Written by `python -m benchmarks.full_width`.",
-        "",
         f"{machine()}, float32. The architecture of `{name}` with {layers} decoder layers and random weights: hidden "
         f"{facts['hidden']:,}, {facts['heads']} heads, a vision tower of {facts['vision_layers']} layers and width "
         f"{facts['vision_width']:,}, {facts['visual_tokens']} visual tokens; {facts['parameters'] / 1e9:.2f} billion "
         f"parameters, {weights / 2**30:.1f} GiB. Batches of 2, answers of at most 4 tokens.",
-        "",
-        *markdown_table([*columns, "above the weights, GiB"], rows),
-        "",
+        markdown_table([*columns, "above the weights, GiB"], rows),
         "`dyvte.train` labels its questions under every exit and trains the gates. The whole process includes starting "
         "Python and reading the weights, and for `dyvte.evaluate` the labels of every exit that it compares with.",
-    ]
+    )
 
 
 def main() -> None:

@@ -29,11 +29,21 @@ import dyvte
 from analysis.cost import measure
 from analysis.statistics.markdown import markdown_table
 from benchmarks import architectures
-from benchmarks.common import machine, page_parser, quartiles, seconds_of, spread, write_page
-from benchmarks.dynamic_exit import NEARLY_NEVER, QUESTION_TOKENS, SYSTEM_TOKENS
+from benchmarks.common import (
+    QUESTION_TOKENS,
+    SYSTEM_TOKENS,
+    machine,
+    page_parser,
+    paragraphs,
+    prefill,
+    quartiles,
+    seconds_of,
+    spread,
+    write_page,
+)
+from benchmarks.dynamic_exit import gates_firing_at
 from dyvte.batch import Batch
 from dyvte.cost.measure import PeakMemory
-from dyvte.gates import Gates
 from dyvte.mllm import MLLM
 from dyvte.policies.base import Policy
 from dyvte.runs.config import config_folder
@@ -80,15 +90,11 @@ def parts(models: tuple[str, ...] = MODELS) -> list[Part]:
 
 def policies(mllm: MLLM) -> dict[str, Policy]:
     """The policies of the paper's Table 4 by the names of the registry, and the unchanged model."""
-    layers = mllm.num_layers
-    leave = round(HALF * layers)
-    thresholds = [NEARLY_NEVER] * (layers - 1)
-    thresholds[leave - 1] = 0.0
-    gates = Gates(layers, mllm.hidden_size).to(mllm.device)
+    leave = round(HALF * mllm.num_layers)
     return {
         "none": dyvte.Unchanged(),
         "fixed_exit": dyvte.FixedExit(leave),
-        "dynamic_exit": dyvte.DynamicExit(gates, threshold=thresholds),
+        "dynamic_exit": gates_firing_at(mllm, leave),
         "fastv": dyvte.FastV(layer=2, keep=0.5),
         "tome": dyvte.ToMe(keep=0.5),
     }
@@ -161,8 +167,8 @@ def measure_policies(mllm: MLLM, batch: Batch, repeats: int, new_tokens: int) ->
     rows = []
     for name, policy in chosen.items():
         own = timed[timed["method"] == name].sort_values("repeat")
-        with PeakMemory(mllm.device) as memory, policy(mllm):
-            mllm.model(**batch, use_cache=True, logits_to_keep=1)
+        with PeakMemory(mllm.device) as memory:
+            prefill(mllm, batch, policy)
         rows.append(
             {
                 "method": name,
@@ -253,29 +259,26 @@ def _save(results: dict[str, Any], options: argparse.Namespace) -> None:
 
 def page(results: dict[str, Any], repeats: int, new_tokens: int) -> list[str]:
     """What was measured, beside the latencies of the paper's Table 4."""
-    lines = [
-        "# Policies and instruments on a GPU",
-        "",
-        "Written by `python -m benchmarks.gpu`.",
-        "",
-        *(["Dry run with tiny models: the numbers mean nothing.", ""] if results["dry_run"] else []),
-        f"{results['machine']}, bfloat16, random weights; {SYSTEM_TOKENS} system and {QUESTION_TOKENS} question tokens "
-        f"around the image; exits after half of the layers. Median of {repeats} repeats [quartiles]; ratios are taken "
-        f"within a repeat. A step is the mean of {new_tokens - 1}. Memory is what the prefill takes at most above the "
-        "weights.",
-        "",
-    ]
     measured = results["parts"].values()
     of_policies = [row for part in measured if part["kind"] == "policies" for row in _policy_rows(part)]
     of_instruments = [row for part in measured if part["kind"] == "instruments" for row in _instrument_rows(part)]
     columns = ["model", "attention", "batch", "method", "prefill, ms", "of full", "step, ms", "of full", "memory, GB"]
-    lines += ["## Policies", "", *markdown_table(columns, of_policies), ""]
-    columns = ["model", "instrument", "ms", "of plain", "memory, GB"]
-    lines += ["## Instruments, batch 1", "", *markdown_table(columns, of_instruments), ""]
-    lines += ["## The paper's Table 4", "", *_published()]
-    if results["left_out"]:
-        lines += ["", f"No time was left for: {'; '.join(results['left_out'])}."]
-    return lines
+    return paragraphs(
+        "# Policies and instruments on a GPU",
+        "Written by `python -m benchmarks.gpu`.",
+        *(["Dry run with tiny models: the numbers mean nothing."] if results["dry_run"] else []),
+        f"{results['machine']}, bfloat16, random weights; {SYSTEM_TOKENS} system and {QUESTION_TOKENS} question tokens "
+        f"around the image; exits after half of the layers. Median of {repeats} repeats [quartiles]; ratios are taken "
+        f"within a repeat. A step is the mean of {new_tokens - 1}. Memory is what the prefill takes at most above the "
+        "weights.",
+        "## Policies",
+        markdown_table(columns, of_policies),
+        "## Instruments, batch 1",
+        markdown_table(["model", "instrument", "ms", "of plain", "memory, GB"], of_instruments),
+        "## The paper's Table 4",
+        _published(),
+        *([f"No time was left for: {'; '.join(results['left_out'])}."] if results["left_out"] else []),
+    )
 
 
 def _policy_rows(part: dict[str, Any]) -> Iterator[list[str]]:

@@ -117,16 +117,14 @@ def report(options: argparse.Namespace, times: dict[str, dict[str, float]], memo
         for name, each in times.items()
     ]
     worst = max(each["difference"] for each in times.values())
-    return [
+    columns = ["what", "knock-outs", "one call", "one masked forward each"]
+    return common.paragraphs(
         f"Measured on {common.machine()}: {options.layers} layers of width {options.hidden}; {SYSTEM_TOKENS} system, "
         f"{common.VISUAL_TOKENS} visual and {QUESTION_TOKENS} question tokens. The slow side was timed on about "
         f"{options.naive} masked forwards a line and scaled up. Memory is beside that of one exit sweep, "
         f"{memory[SWEEP]:.0f} MiB. The logits of both sides differ by {worst:.0e} at most.",
-        "",
-        *markdown_table(
-            ["what", "knock-outs", "one call", "one masked forward each", "ratio", "peak memory, the sweep's = 1"], rows
-        ),
-    ]
+        markdown_table([*columns, "ratio", "peak memory, the sweep's = 1"], rows),
+    )
 
 
 def main() -> None:

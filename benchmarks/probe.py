@@ -21,7 +21,6 @@ from analysis.statistics.markdown import markdown_table
 from benchmarks import common
 from dyvte import AttentionProbe
 
-SYSTEM_TOKENS, QUESTION_TOKENS = 35, 29
 HEAD_SIZE = 128
 WAYS = {"plain": "plain sdpa", "probed": "probe", "contributions": "probe with contributions"}
 MEMORY_MODES = ("plain", "probe", "output_attentions")
@@ -34,7 +33,7 @@ def measure_time(hidden: int, num_layers: int, repeats: int) -> dict[str, Any]:
     Beside elapsed time, the ratio of processor time, which a busy machine disturbs less.
     """
     mllm = common.random_llava(num_layers, hidden, HEAD_SIZE)
-    batch = common.random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS)
+    batch = common.random_prompts(mllm, 1)
 
     ways: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
         "plain": contextlib.nullcontext,
@@ -72,8 +71,8 @@ def measure_memory(mode: str, hidden: int, num_layers: int) -> dict[str, Any]:
     """MiB that the process needs at most during one forward, above what it held before."""
     attention = "eager" if mode == "output_attentions" else "sdpa"
     mllm = common.random_llava(num_layers, hidden, HEAD_SIZE, attn_implementation=attention)
-    batch = common.random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS, images=5)
-    mllm.model(**common.random_prompts(mllm, 1, SYSTEM_TOKENS, QUESTION_TOKENS), use_cache=False)  # warm up
+    batch = common.random_prompts(mllm, 1, images=5)
+    mllm.model(**common.random_prompts(mllm, 1), use_cache=False)  # warm up
     with AttentionProbe(mllm) if mode == "probe" else contextlib.nullcontext():
         extra = common.extra_mib(
             lambda: mllm.model(**batch, use_cache=False, output_attentions=mode == "output_attentions")
@@ -83,20 +82,6 @@ def measure_memory(mode: str, hidden: int, num_layers: int) -> dict[str, Any]:
 
 def report(times: list[dict[str, Any]], memory: dict[str, dict[str, Any]]) -> list[str]:
     """The lines of the page."""
-    lines = [
-        "# Cost of AttentionProbe",
-        "",
-        "Written by `python -m benchmarks.probe`.",
-        "",
-        f"{common.machine()}, float32, random weights in LLaVA-1.5's proportions (head size {HEAD_SIZE}).",
-        "",
-        "## Time",
-        "",
-        "One forward, median [quartiles]; plain sdpa, probed forwards and such with contributions take turns in one "
-        "process, ratios are to the plain one of the same round. Processor time is less disturbed by other work on the "
-        "machine.",
-        "",
-    ]
     columns = ["hidden", "layers", "tokens", "rounds", "forward", "ms", "ratio", "of processor time"]
     rows = [
         [
@@ -108,27 +93,32 @@ def report(times: list[dict[str, Any]], memory: dict[str, dict[str, Any]]) -> li
         for row in times
         for way, label in WAYS.items()
     ]
-    lines += markdown_table(columns, rows)
     plain, probe, maps = (memory[mode]["extra_mib"] for mode in MEMORY_MODES)
     shape = memory["plain"]
-    heads, tokens = shape["hidden"] // HEAD_SIZE, 5 * common.VISUAL_TOKENS + SYSTEM_TOKENS + QUESTION_TOKENS
-    lines += [
-        "",
-        "## Memory",
-        "",
-        f"Peak resident memory during one forward of {tokens:,} tokens above that before it; hidden {shape['hidden']}, "
-        f"{shape['layers']} layers, {heads} heads. The maps alone are layers x heads x tokens^2 x 4 bytes = "
-        f"{shape['layers'] * heads * tokens**2 * 4 / 2**20:,.0f} MiB; they grow with the number of layers, what the "
-        "probe needs hardly does. One process each: the same forward took up to 100 MiB more in some processes than in "
-        "others, which is the allocator's, so a difference of that size between the first two says nothing.",
-        "",
-    ]
+    heads = shape["hidden"] // HEAD_SIZE
+    tokens = 5 * common.VISUAL_TOKENS + common.SYSTEM_TOKENS + common.QUESTION_TOKENS
     above = [
         ["plain sdpa", f"{plain:,.0f}", "", ""],
         ["with AttentionProbe", f"{probe:,.0f}", f"{probe - plain:,.0f}", f"{(probe - plain) / (maps - plain):.1%}"],
         ["`output_attentions=True` (eager)", f"{maps:,.0f}", f"{maps - plain:,.0f}", "100%"],
     ]
-    return [*lines, *markdown_table(["forward", "peak, MiB", "above plain, MiB", "share"], above)]
+    return common.paragraphs(
+        "# Cost of AttentionProbe",
+        "Written by `python -m benchmarks.probe`.",
+        f"{common.machine()}, float32, random weights in LLaVA-1.5's proportions (head size {HEAD_SIZE}).",
+        "## Time",
+        "One forward, median [quartiles]; plain sdpa, probed forwards and such with contributions take turns in one "
+        "process, ratios are to the plain one of the same round. Processor time is less disturbed by other work on the "
+        "machine.",
+        markdown_table(columns, rows),
+        "## Memory",
+        f"Peak resident memory during one forward of {tokens:,} tokens above that before it; hidden {shape['hidden']}, "
+        f"{shape['layers']} layers, {heads} heads. The maps alone are layers x heads x tokens^2 x 4 bytes = "
+        f"{shape['layers'] * heads * tokens**2 * 4 / 2**20:,.0f} MiB; they grow with the number of layers, what the "
+        "probe needs hardly does. One process each: the same forward took up to 100 MiB more in some processes than in "
+        "others, which is the allocator's, so a difference of that size between the first two says nothing.",
+        markdown_table(["forward", "peak, MiB", "above plain, MiB", "share"], above),
+    )
 
 
 def main() -> None:

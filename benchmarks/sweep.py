@@ -140,27 +140,21 @@ def report(options: argparse.Namespace, times: dict[str, Any], memory: dict[str,
         [label, f"{memory[mode]:,.0f}", f"{memory[mode] / memory['plain']:.2f}"]
         for label, mode in zip(labels, MEMORY_MODES, strict=True)
     ]
-    return [
+    return common.paragraphs(
         "# Cost of exit_sweep",
-        "",
         "Written by `python -m benchmarks.sweep`.",
-        "",
         f"{common.model_note(options)}, vocabulary {options.vocabulary:,}; {SYSTEM_TOKENS} system + "
         f"{common.VISUAL_TOKENS} visual + {INSTRUCTION_TOKENS} instruction tokens.",
-        "",
         f"{len(times['rounds'])} rounds in one process; every round runs each way, with the {options.layers + 1} runs "
         "of (a) spread between the others. Best and median are taken run by run over the rounds; (a) is the sum of its "
         "runs. The bound counts tokens times layers; attention over shorter sequences is not in it, so a ratio may "
         "exceed it.",
-        "",
-        *markdown_table([*columns, "bound"], ways),
-        "",
+        markdown_table([*columns, "bound"], ways),
         f"Largest difference between the logits of (a) and (b): {times['difference']:.1e}.",
-        "",
-        *markdown_table(
+        markdown_table(
             ["one call, in a process of its own", "peak memory above that before, MiB", "against plain"], kept
         ),
-    ]
+    )
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import torch
 from families import FAMILIES, random_batch
 
 from benchmarks import counts
+from benchmarks.dynamic_exit import NEARLY_NEVER
 from dyvte.cost.operators import OperatorCounter, Work, count_layers
 from dyvte.gates import Gates
 from dyvte.mllm import MLLM
@@ -171,7 +172,7 @@ def test_gates_make_the_host_wait_only_where_a_row_may_leave(thresholds: str) ->
     """One transfer a layer decides for the batch; none where no row sees its image, or the threshold decides alone."""
     mllm = model()
     batch = counts.prompts(mllm, counts.ROWS)
-    undecided = counts.NEARLY_NEVER
+    undecided = NEARLY_NEVER
     of_gates = {
         "all stay": [undecided] * (LAYERS - 1),
         "all leave": [undecided] * (EXIT - 1) + [0.0] + [undecided] * (LAYERS - 1 - EXIT),
