@@ -22,10 +22,9 @@ from dyvte.runs.config import command
 from dyvte.runs.store import RunFolder, versions, write_atomic, write_json
 
 from ..measuring.runs import read_summary
-from .figures import PageFigure, describe_figure, figures_of, figures_of_step
-from .findings import findings_of
+from .figures import PageFigure, figures_of, figures_of_step, stills_of
 from .models import COMPARED_STEPS, owned_runs, sections_of_models
-from .page import SECTIONS, MissingRun, Opening, Page, Section, opening_sentences, render_page
+from .page import SECTIONS, MissingRun, Page, Section, opening_sentences, render_page
 from .runs import REPORT_STEPS, FinishedRun, disagreements, find_runs, first_command
 from .samples import look_at_samples
 from .tables import policies_table, tables_of
@@ -33,8 +32,6 @@ from .tables import policies_table, tables_of
 REPORT_PAGE = "report.html"
 ON = "@"
 """Between a model and its data, where those of an entry of `compare` are others than `data`."""
-STILLS = ("map_", "grid_")
-"""Beginnings of the names of figures of single samples, which are folded away."""
 Found = tuple[list[FinishedRun], dict[str, list[Path]]]
 """Finished runs, and the folders of unfinished ones."""
 
@@ -79,7 +76,7 @@ def write_report(cfg: DictConfig) -> Path:
         "runs": {run.name: str(run.path) for run in page.runs},
         "missing": [each.name for each in missing],
         "warnings": page.warnings,
-        "opening": list(page.opening.sentences),
+        "opening": page.opening,
         "samples": [] if page.samples is None else [record["id"] for record in page.samples.records],
         "versions": versions(),
     }
@@ -173,24 +170,22 @@ def page_of_one_model(cfg: DictConfig, runs: list[FinishedRun], missing: list[Mi
     return Page(
         title=f"{cfg.model.name} on {cfg.data.name}",
         lead=page_lead([cfg.model.name]),
-        opening=Opening(opening_sentences(runs), figure),
+        opening=opening_sentences(runs),
+        figure=figure,
         warnings=warnings,
-        findings=findings_of(runs),
-        owners={},
-        samples=samples,
         sections=sections,
         runs=runs,
         missing=missing,
         command=_own_command(),
+        samples=samples,
     )
 
 
 def _sections(runs: Sequence[FinishedRun], folder: RunFolder) -> Iterator[Section]:
     for step in SECTIONS:
         own = [run for run in runs if run.step == step]
-        maps = {file: run for run in own for file in run.figures() if file.stem.startswith(STILLS)}
-        shown = [each for run in own for each in figures_of(run, leave_out=[file.stem for file in maps])]
-        stills = [PageFigure.of(file, *describe_figure(run, file.stem)) for file, run in maps.items()]
+        shown = [each for run in own for each in figures_of(run)]
+        stills = [each for run in own for each in stills_of(run)]
         tables = [table for run in own for table in tables_of(run)]
         if step == "evaluate" and own:
             tables.insert(0, policies_table(own))
@@ -213,13 +208,12 @@ def page_of_several_models(
         if any(ON in model for model in named)
         else f"{len(named)} models on {cfg.data.name}",
         lead=f"{', '.join(named)}. {page_lead(list(named))}",
-        opening=Opening(sentences, figure),
+        opening=sentences,
+        figure=figure,
         warnings=warnings,
-        findings=findings_of(runs),
-        owners={run.name: model for model, own in named.items() for run in own},
-        samples=None,
         sections=sections,
         runs=runs,
         missing=missing,
         command=_own_command(),
+        owners={run.name: model for model, own in named.items() for run in own},
     )

@@ -29,7 +29,7 @@ from ..plots.policies import (
 from ..plots.style import Summary, data_url, figure_style
 from ..statistics.verdicts import verdict_in_words, verdict_word
 from .cells import policy_label, spaced, written
-from .runs import FinishedRun
+from .runs import FinishedRun, known_values
 
 
 @dataclass(frozen=True)
@@ -61,19 +61,22 @@ class PageFigure:
             return cls(data_url(file.read_bytes()), alt, caption, *image.size)
 
 
-def figures_of(run: FinishedRun, leave_out: Sequence[str] = ()) -> list[PageFigure]:
-    """The figures in the folder of a run, those that `DESCRIPTIONS` knows first and in its order.
+STILLS = ("map_", "grid_")
+"""Beginnings of the names of figures of single samples."""
 
-    Args:
-        leave_out: names of figures.
-    """
-    files = {file.stem: file for file in run.figures() if file.stem not in leave_out}
-    known = [name for step, name in DESCRIPTIONS if step == run.step and name in files]
-    found = []
-    for name in [*known, *(name for name in files if name not in known)]:
-        alt, caption = describe_figure(run, name)
-        found.append(PageFigure.of(files[name], alt, caption))
-    return found
+
+def figures_of(run: FinishedRun) -> list[PageFigure]:
+    """The figures in the folder of a run but its stills, those that `DESCRIPTIONS` knows first and in its order."""
+    order = [name for step, name in DESCRIPTIONS if step == run.step]
+    files = [file for file in run.figures() if not file.stem.startswith(STILLS)]
+    files.sort(key=lambda file: order.index(file.stem) if file.stem in order else len(order))
+    return [PageFigure.of(file, *describe_figure(run, file.stem)) for file in files]
+
+
+def stills_of(run: FinishedRun) -> list[PageFigure]:
+    """The figures of single samples in the folder of a run."""
+    files = [file for file in run.figures() if file.stem.startswith(STILLS)]
+    return [PageFigure.of(file, *describe_figure(run, file.stem)) for file in files]
 
 
 def describe_figure(run: FinishedRun, name: str) -> tuple[str, str]:
@@ -166,7 +169,7 @@ def _draw_examples(run: FinishedRun) -> Iterator[Drawn]:
 
 def course(name: str, values: Sequence[Any], unit: str = "plain", where: str = "layer") -> str:
     """How a curve runs, in a sentence: its ends and its extremes."""
-    known = [(index, value) for index, value in enumerate(values) if value is not None]
+    known = known_values(values)
     if not known:
         return f"{name}: no values"
     (first, start), (last, end) = known[0], known[-1]

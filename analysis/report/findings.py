@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from .cells import BAND, Cell, RunFinding, band_effect, effect, policy_label
-from .runs import FinishedRun, limits_of, pointer
+from .runs import FinishedRun, known_values, limits_of, pointer
 
 TOGETHER = "95% for all differences of the table together, paired bootstrap over images"
 CLUSTERED = "95%, clustered by image"
@@ -136,8 +136,8 @@ def first_extreme(values: Sequence[float | None], sign: int) -> int | None:
         >>> first_extreme([2.0, None, 1.0, 1.0], 1)
         2
     """
-    known = [index for index, value in enumerate(values) if value is not None]
-    return min(known, key=lambda index: sign * float(values[index] or 0.0)) if known else None
+    known = known_values(values)
+    return min(known, key=lambda each: sign * each[1])[0] if known else None
 
 
 def _knockout(run: FinishedRun) -> Iterator[RunFinding]:

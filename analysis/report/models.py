@@ -11,6 +11,7 @@ from ..plots.attention import draw_attention_scores
 from ..plots.compare import draw_attention_by_depth, draw_exits_by_depth
 from .cells import Cell, PageTable, banded_cell, number_cell, words_cell
 from .figures import PageFigure, course, figures_of, keep_figure
+from .findings import first_extreme
 from .page import Section
 from .runs import FinishedRun
 from .tables import BANDED, policies_table
@@ -35,7 +36,8 @@ def sections_of_models(found: Owned, folder: RunFolder) -> Iterator[Section]:
     drawn = {"stages": _draw_stages, "exits": _draw_exits}
     tabled = {"stages": _stages_table, "exits": _exits_table}
     for step, own in runs.items():
-        yield Section.of(step, list(drawn[step](own, folder)), [tabled[step](own)], beside=_beside(own))
+        figures = list(drawn[step](own, folder)) if own else []
+        yield Section.of(step, figures, [tabled[step](own)], beside=_beside(own))
     policies = {model: [run for run in own if run.step == "evaluate"] for model, own in found.items()}
     tables = [(model, policies_table(own)) for model, own in policies.items() if own]
     rows = [[words_cell(model), *row] for model, table in tables for row in table.rows]
@@ -47,15 +49,12 @@ def _beside(runs: Mapping[str, FinishedRun]) -> list[tuple[str, list[PageFigure]
     """The figures of a step that every model may have: for each its caption and one figure a model."""
     rows: dict[str, list[PageFigure]] = {}
     for model, run in runs.items():
-        maps = [file.stem for file in run.figures() if file.stem.startswith("map_")]
-        for figure in figures_of(run, leave_out=maps):
+        for figure in figures_of(run):
             rows.setdefault(figure.caption, []).append(replace(figure, caption=model))
     return list(rows.items())
 
 
 def _draw_stages(runs: Mapping[str, FinishedRun], folder: RunFolder) -> Iterator[PageFigure]:
-    if not runs:
-        return
     curves = {model: run.summary["curves"].get("cross", []) for model, run in runs.items()}
     lines = "; ".join(f"{model}: {course('question to image', curve)}" for model, curve in curves.items())
     yield keep_figure(
@@ -79,8 +78,8 @@ def _stages_table(runs: Mapping[str, FinishedRun]) -> PageTable:
     rows = []
     for model, run in runs.items():
         place = f"/bands/{run.value('/endpoint')}/cross"
-        curve = [(value, layer) for layer, value in enumerate(run.value(f"{place}/mean") or []) if value is not None]
-        extremes = [banded_cell(run, "plain", place, each[1]) for each in (min(curve), max(curve))] if curve else []
+        layers = [first_extreme(run.value(f"{place}/mean") or [], sign) for sign in (1, -1)]
+        extremes = [Cell("–") if each is None else banded_cell(run, "plain", place, each) for each in layers]
         starts = run.value("/stages/boundaries")
         rows.append(
             [
@@ -89,7 +88,7 @@ def _stages_table(runs: Mapping[str, FinishedRun]) -> PageTable:
                 number_cell(run, "count", "/num_samples"),
                 words_cell(str(run.value("/stages/verdict")).replace("_", " ")),
                 words_cell("–" if starts is None else ", ".join(map(str, starts))),
-                *(extremes or [Cell("–")] * 2),
+                *extremes,
             ]
         )
     columns = ["model", "layers", "questions", "stages", "begin at", "lowest enrichment", "highest enrichment"]
@@ -98,8 +97,6 @@ def _stages_table(runs: Mapping[str, FinishedRun]) -> PageTable:
 
 
 def _draw_exits(runs: Mapping[str, FinishedRun], folder: RunFolder) -> Iterator[PageFigure]:
-    if not runs:
-        return
     curves = {model: run.summary["agreement"] for model, run in runs.items()}
     lines = [f"{model}: {course('same answer', curve, 'share', 'exit layer')}" for model, curve in curves.items()]
     yield keep_figure(

@@ -15,7 +15,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ..statistics.verdicts import image_use_in_words, stages_held_in_words, verdict_in_words, verdict_word
 from .cells import Cell, PageTable, RunFinding, spaced, words_cell, written
 from .figures import PageFigure, course
-from .runs import FinishedRun, settings_in
+from .findings import findings_of
+from .runs import FinishedRun, known_values, settings_in
 from .samples import Samples, palette
 
 SETTINGS_ABOVE = ("model", "data", "policy", "experiment", "recipe")
@@ -38,23 +39,8 @@ SECTIONS = {
     "cost": ("Measured cost", "Time and memory; these depend on the machine."),
 }
 """Step -> heading of its section, and the sentence under it."""
-
-
 LOOKING = "Attention says where the model looks, not what its answers use: python -m analysis.knockout asks that."
 """Stands behind a verdict on attention where no stage table gives the other half."""
-
-
-@dataclass(frozen=True)
-class Opening:
-    """The top of a page.
-
-    Attributes:
-        sentences: of all models.
-        figure: the one that shows most of it; None where no run has left one.
-    """
-
-    sentences: Sequence[str] = ()
-    figure: PageFigure | None = None
 
 
 def opening_sentences(runs: Sequence[FinishedRun]) -> list[str]:
@@ -90,16 +76,15 @@ class Section:
     Attributes:
         id: its anchor.
         text: a sentence or two under it.
-        pictures, tables: in this order.
         more: pictures that are folded away, with what opens them.
         beside: pictures of several models, side by side.
     """
 
     id: str
     title: str
-    text: str = ""
-    pictures: list[PageFigure] = field(default_factory=list)
-    tables: list[PageTable] = field(default_factory=list)
+    text: str
+    pictures: list[PageFigure]
+    tables: list[PageTable]
     more: list[PageFigure] = field(default_factory=list)
     beside: list[tuple[str, list[PageFigure]]] = field(default_factory=list)
 
@@ -120,28 +105,26 @@ class Page:
 
     Attributes:
         lead: what it is about, in a sentence or two.
-        opening: what was found, in a sentence, with one figure.
+        opening: what was found, in sentences.
+        figure: what shows most of it; None where no run has left one.
         warnings: what a reader must know before the numbers.
-        findings: verdicts and effects; `owner` of a run's name says whose, on pages of several models.
-        owners: run name -> model.
-        samples: of the layer slider; None without.
-        sections: figures and tables.
-        runs: all runs, for settings, versions and commands.
-        missing: what is not there.
+        runs: of which findings, settings, versions and commands are shown.
         command: what makes this page again.
+        samples: of the layer slider; None without.
+        owners: run name -> model, on pages of several models.
     """
 
     title: str
     lead: str
-    opening: Opening
+    opening: list[str]
+    figure: PageFigure | None
     warnings: list[str]
-    findings: list[RunFinding]
-    owners: Mapping[str, str]
-    samples: Samples | None
     sections: list[Section]
     runs: list[FinishedRun]
     missing: list[MissingRun]
     command: str
+    samples: Samples | None = None
+    owners: Mapping[str, str] = field(default_factory=dict)
 
 
 def render_page(page: Page) -> str:
@@ -154,17 +137,17 @@ def render_page(page: Page) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"verdict": verdict_word, "exact": exact}
-    samples = page.samples
+    samples, findings = page.samples, findings_of(page.runs)
     return environment.get_template("report.html").render(
         page=page,
-        findings=[_finding(each) for each in page.findings],
+        findings=[_finding(each) for each in findings],
         slider={"palette": palette(), "records": samples.records} if samples and samples.records else None,
         sample_table=sample_table(samples) if samples and samples.records else None,
         sources=sources_table(page.runs),
         versions=versions_table(page.runs),
         settings=[settings_table(run) for run in page.runs if run.config],
         commands=commands_of(page),
-        verdicts=verdict_table(page.findings, page.owners),
+        verdicts=verdict_table(findings, page.owners),
     )
 
 
@@ -217,7 +200,7 @@ CURVE_WIDTH, CURVE_HEIGHT = 240, 56
 
 def small_curve(values: Sequence[float | None] | None) -> dict[str, Any] | None:
     """A curve as the points of a small line, from its smallest to its largest value; None where two are not known."""
-    known = [(index, value) for index, value in enumerate(values or ()) if value is not None]
+    known = known_values(values or ())
     if len(known) < 2:
         return None
     low, high = min(value for _, value in known), max(value for _, value in known)

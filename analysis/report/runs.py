@@ -21,37 +21,37 @@ class ReportStep:
     """One of the commands whose results a report shows.
 
     Attributes:
-        name: key in `runs` of `conf/report.yaml`.
         module: what `python -m` runs.
-        arguments: what a first run is given beside the model and the data.
         gives: what the report shows of it.
+        arguments: what a first run is given beside the model and the data.
         own_data: the data are not those that the report is about.
     """
 
-    name: str
     module: str
-    arguments: str
     gives: str
+    arguments: str = ""
     own_data: bool = False
+
+    @property
+    def name(self) -> str:
+        """Key in `runs` of `conf/report.yaml`."""
+        return self.module.rpartition(".")[2]
 
 
 REPORT_STEPS = (
+    ReportStep("analysis.stages", "attention between image and text in every layer, and the verdict on stages"),
+    ReportStep("analysis.exits", "what happens if the image leaves at exit layer k, for every k"),
+    ReportStep("analysis.knockout", "what an answer loses when a path through attention is cut"),
+    ReportStep("analysis.stage_table", "which stages hold by attention, and which by cause"),
+    ReportStep("analysis.lens", "what each patch says after each layer, and when the answer appears"),
+    ReportStep("dyvte.train", "gates that decide for each question when the image leaves", own_data=True),
     ReportStep(
-        "stages", "analysis.stages", "", "attention between image and text in every layer, and the verdict on stages"
-    ),
-    ReportStep("exits", "analysis.exits", "", "what happens if the image leaves at exit layer k, for every k"),
-    ReportStep("knockout", "analysis.knockout", "", "what an answer loses when a path through attention is cut"),
-    ReportStep("stage_table", "analysis.stage_table", "", "which stages hold by attention, and which by cause"),
-    ReportStep("lens", "analysis.lens", "", "what each patch says after each layer, and when the answer appears"),
-    ReportStep("train", "dyvte.train", "", "gates that decide for each question when the image leaves", own_data=True),
-    ReportStep(
-        "evaluate",
         "dyvte.evaluate",
-        "--multirun policy=none,dynamic_exit",
         "what policies cost in answers and save in computation",
+        "--multirun policy=none,dynamic_exit",
     ),
-    ReportStep("tables", "analysis.tables", "", "methods at matched cost"),
-    ReportStep("cost", "analysis.cost", "", "measured latency, FLOPs and memory"),
+    ReportStep("analysis.tables", "methods at matched cost"),
+    ReportStep("analysis.cost", "measured latency, FLOPs and memory"),
 )
 OVERRIDES = "overrides.yaml"
 """File of a run folder with the words that Hydra was given, a list."""
@@ -147,6 +147,11 @@ def lookup(content: Any, pointer: str) -> Any:
     return content
 
 
+def known_values(curve: Sequence[float | None]) -> list[tuple[int, float]]:
+    """Place and value of the entries of a curve that are known."""
+    return [(index, value) for index, value in enumerate(curve) if value is not None]
+
+
 def pointer(*parts: Any) -> str:
     """The JSON pointer of a path of keys and indices."""
     return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)
@@ -221,7 +226,6 @@ def first_command(step: ReportStep, given: Sequence[str]) -> str:
     """The command that makes what is missing.
 
     Args:
-        step: what is missing.
         given: overrides that choose model and data; a step with data of its own takes those of the model.
     """
     chosen = [each for each in given if not (step.own_data and each.startswith("data"))]

@@ -10,7 +10,7 @@ from .runs import FinishedRun, limits_of, pointer
 
 
 def tables_of(run: FinishedRun) -> list[PageTable]:
-    """The tables of a run; without those that the run has no numbers for."""
+    """The tables of a run; one that the run has no numbers for has no rows."""
     of_step: dict[str, Callable[[FinishedRun], Iterator[PageTable]]] = {
         "stages": _stages,
         "exits": _exits,
@@ -19,8 +19,8 @@ def tables_of(run: FinishedRun) -> list[PageTable]:
         "tables": _methods,
         "cost": _methods,
     }
-    tables = of_step[run.step](run) if run.step in of_step else ()  # of the others findings and figures say enough
-    return [table for table in tables if table.rows]
+    # of the others findings and figures say enough
+    return list(of_step[run.step](run)) if run.step in of_step else []
 
 
 BANDED = "In brackets: 95% intervals, bootstrap over images."
@@ -117,22 +117,24 @@ def _train(run: FinishedRun) -> Iterator[PageTable]:
     )
 
 
-POLICY_COLUMNS: dict[str, tuple[str, str, bool]] = {
-    "questions": ("count", "num_questions", False),
-    "right answers": ("share", "accuracy", True),
-    "accuracy lost": ("points", "accuracy_loss", True),
-    "same answer as full model": ("share", "agreement", True),
-    "mean exit layer": ("layer", "mean_exit_layer", False),
-    "decoder FLOPs (full = 1)": ("ratio", "cost", False),
-    "fixed exits with this agreement": ("ratio", "cost_of_fixed_exits", False),
+Columns = dict[str, tuple[str, str, tuple[str, str] | None]]
+"""Heading -> unit, key, and what stands behind that key in those of its limits."""
+PAIR, QUARTILES, LIMITS = ("_ci/0", "_ci/1"), ("_q25", "_q75"), ("_low", "_high")
+POLICY_COLUMNS: Columns = {
+    "questions": ("count", "num_questions", None),
+    "right answers": ("share", "accuracy", PAIR),
+    "accuracy lost": ("points", "accuracy_loss", PAIR),
+    "same answer as full model": ("share", "agreement", PAIR),
+    "mean exit layer": ("layer", "mean_exit_layer", None),
+    "decoder FLOPs (full = 1)": ("ratio", "cost", None),
+    "fixed exits with this agreement": ("ratio", "cost_of_fixed_exits", None),
 }
 
 
-def _policy_cells(run: FinishedRun, place: str) -> list[Cell]:
-    return [
-        number_cell(run, unit, f"{place}/{key}", limits_of(f"{place}/{key}_ci") if interval else None)
-        for unit, key, interval in POLICY_COLUMNS.values()
-    ]
+def _cells_at(run: FinishedRun, place: str, columns: Columns) -> Iterator[Cell]:
+    for unit, key, tails in columns.values():
+        at = f"{place}/{key}"
+        yield number_cell(run, unit, at, None if tails is None else (at + tails[0], at + tails[1]))
 
 
 CLUSTERED = "In brackets: 95% intervals, clustered by image."
@@ -146,7 +148,7 @@ def policies_table(runs: Sequence[FinishedRun]) -> PageTable:
         [
             [
                 words_cell(policy_label(run.value("/policy"))),
-                *_policy_cells(run, ""),
+                *_cells_at(run, "", POLICY_COLUMNS),
                 number_cell(run, "plain", "/prefill_ms"),
             ]
             for run in runs
@@ -162,13 +164,14 @@ def _evaluate(run: FinishedRun) -> Iterator[PageTable]:
     yield PageTable(
         f"{policy_label(run.value('/policy'))}, by kind of question",
         ["kind", *POLICY_COLUMNS],
-        [[words_cell(spaced(kind)), *_policy_cells(run, pointer("kinds", kind))] for kind in run.value("/kinds") or {}],
+        [
+            [words_cell(spaced(kind)), *_cells_at(run, pointer("kinds", kind), POLICY_COLUMNS)]
+            for kind in run.value("/kinds") or {}
+        ],
         CLUSTERED,
     )
 
 
-Columns = dict[str, tuple[str, str, tuple[str, str] | None]]
-QUARTILES, LIMITS = ("_q25", "_q75"), ("_low", "_high")
 MEASURED: Columns = {
     "batch": ("count", "batch_size", None),
     "prefill, ms": ("plain", "prefill_ms", QUARTILES),
@@ -205,11 +208,9 @@ def _methods(run: FinishedRun) -> Iterator[PageTable]:
     settings = ["setting"] if any(row.get("setting") for row in rows) else []
     table = []
     for index, row in enumerate(rows):
-        cells = [words_cell(policy_label(row[name]) if name == "method" else row[name]) for name in names]
-        for unit, key, tails in columns.values():
-            place = pointer("rows", index, key)
-            cells.append(number_cell(run, unit, place, None if tails is None else (place + tails[0], place + tails[1])))
-        table.append([*cells, *(words_cell(row.get("setting") or "") for _ in settings)])
+        words = [words_cell(policy_label(row[name]) if name == "method" else row[name]) for name in names]
+        cells = _cells_at(run, pointer("rows", index), columns)
+        table.append([*words, *cells, *(words_cell(row.get("setting") or "") for _ in settings)])
     note = (
         "Medians of the repeats, in brackets their quartiles; ratios are taken within a repeat." if measured else BANDED
     )
