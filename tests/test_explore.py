@@ -327,7 +327,7 @@ def test_a_state_comes_back_from_its_link_and_its_file(state: ViewState) -> None
 @given(state=states, layers=st.integers(1, 8), tokens=st.integers(1, 4), side=st.integers(1, 8))
 def test_a_clipped_state_fits(state: ViewState, layers: int, tokens: int, side: int) -> None:
     limits = {"num_layers": layers, "num_heads": 4, "num_tokens": tokens, "rows": side, "columns": side}
-    found = state.clipped(limits)
+    found = state.clipped(**limits)
     assert found.layer < layers
     assert found.token < tokens
     assert found.head is None or found.head < 4
@@ -335,7 +335,7 @@ def test_a_clipped_state_fits(state: ViewState, layers: int, tokens: int, side: 
     assert found.window is not None
     assert 0 <= found.window[0] <= found.window[1] <= layers
     assert found.region is None or max(found.region) < side
-    assert found.clipped(limits) == found
+    assert found.clipped(**limits) == found
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor
 from dyvte.batch import Batch
 from dyvte.cost.spent import SeenPositions
 from dyvte.errors import ConfigError
-from dyvte.instrument.causal import GROUPS, knockout
+from dyvte.instrument.causal import GROUPS, Knockout, knockout
 from dyvte.instrument.sweep import ExitSweep
 from dyvte.mllm import MLLM
 from dyvte.policies.exits.fixed_exit import FixedExit
@@ -115,29 +115,26 @@ def cut_answer(
         answer_ids: [1, A] the full model's greedy answer.
         path: one of `QUERY_GROUPS`, one of `KEY_GROUPS`.
         window: [s, e): cut in layers s..e-1.
-        patches: numbers of the visual tokens in the region; of use where the path's keys are the region.
+        patches: numbers of the visual tokens in the region, where the path's keys are the region.
 
     Raises:
         ConfigError: an unknown group, a window that does not fit, or an empty region.
     """
     regions = {REGION: region_mask(batch, patches)} if path[1] == REGION else None
 
-    def read(ids: Tensor) -> tuple[list[int], list[int], float, float]:
-        found = knockout(mllm, batch, ids, [path], [window], key_sets=regions, keep_logits=False)
-        return (
-            found.token_argmax[0, 0, 0].tolist(),
-            found.full_token_argmax[0].tolist(),
-            float(found.log_probability_change[0, 0, 0]),
-            float(found.first_token_change[0, 0, 0]),
-        )
+    def cut(ids: Tensor) -> Knockout:
+        return knockout(mllm, batch, ids, [path], [window], key_sets=regions, keep_logits=False)
 
-    own = answer_ids[0].tolist()
-    argmax, full_argmax, change, first_change = read(answer_ids)
-    found = answer_from_argmax(own, argmax, full_argmax, end_ids)
-    if not found.complete:
-        ids = _decode(found.ids, own, lambda some: read(answer_ids.new_tensor([some]))[0], end_ids, max_new_tokens)
-        found = AlteredAnswer(ids, True, found.changed)
-    return CutAnswer(found, change, first_change)
+    def likeliest(ids: list[int]) -> list[int]:
+        return cut(answer_ids.new_tensor([ids])).token_argmax[0, 0, 0].tolist()
+
+    own, found = answer_ids[0].tolist(), cut(answer_ids)
+    argmax, full_argmax = found.token_argmax[0, 0, 0].tolist(), found.full_token_argmax[0].tolist()
+    answer = answer_from_argmax(own, argmax, full_argmax, end_ids)
+    if not answer.complete:
+        ids = _decode(answer.ids, own, likeliest, end_ids, max_new_tokens)
+        answer = AlteredAnswer(ids, True, answer.changed)
+    return CutAnswer(answer, float(found.log_probability_change[0, 0, 0]), float(found.first_token_change[0, 0, 0]))
 
 
 def region_mask(batch: Batch, patches: Sequence[int]) -> Tensor:
@@ -169,7 +166,6 @@ def _decode(
         known: tokens that are settled.
         guess: what may follow them, place for place.
         read: gives the likeliest token at each place of a teacher-forced text.
-        end_ids, max_new_tokens: when to stop.
     """
     settled = list(known)
     while len(settled) < max_new_tokens and settled[-1] not in end_ids:

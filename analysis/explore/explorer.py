@@ -63,11 +63,7 @@ def first_examples(dataset: Dataset, count: int) -> list[Example]:
 
 @dataclass
 class Explorer:
-    """Answers what the page asks. It keeps nothing of a session; the model runs for one of them at a time.
-
-    Attributes:
-        examples: images to begin with.
-    """
+    """Answers what the page asks. It keeps nothing of a session; the model runs for one of them at a time."""
 
     mllm: MLLM
     name: str
@@ -136,17 +132,10 @@ class Explorer:
 
     def fitted(self, reading: Reading, state: ViewState) -> ViewState:
         """A view that fits an answer, of the layer that looks at the image most where none is chosen."""
-        rows, columns = reading.grid.shape
+        tokens = len(reading.words)
         if state.layer == ANY_LAYER:
-            state = replace(state, layer=reading.layer_that_looks(min(state.token, len(reading.words) - 1)))
-        limits = {
-            "num_layers": reading.num_layers,
-            "num_heads": reading.num_heads,
-            "num_tokens": len(reading.words),
-            "rows": rows,
-            "columns": columns,
-        }
-        return state.clipped(limits)
+            state = replace(state, layer=reading.layer_that_looks(min(state.token, tokens - 1)))
+        return state.clipped(reading.num_layers, reading.num_heads, tokens, *reading.grid.shape)
 
     # -------------------------------------------------------------- the altered model
 
@@ -191,10 +180,9 @@ class Explorer:
             if state.region is None:
                 raise ConfigError("no region: drag over some patches of the image first")
             patches = reading.grid.patches_in(state.region)
-        path, window = (state.queries, state.keys), (start, stop)
-        asked = (self.mllm, reading.batch, reading.answer_ids, path, window, patches)
+        asked = (reading.answer_ids, (state.queries, state.keys), (start, stop), patches, reading.end_ids)
         with self._running:
-            found = cut_answer(*asked, reading.end_ids, self.max_new_tokens)
+            found = cut_answer(self.mllm, reading.batch, *asked, self.max_new_tokens)
         keys = f"{len(patches)} patches" if state.keys == REGION else state.keys
         what = f"{state.queries} \N{RIGHTWARDS ARROW} {keys} cut in {layers_text(start, stop - 1)}"
         return cut_panel(found, self.words(found.answer.ids, reading.end_ids), what)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..plots.style import data_url
 from .altered import AlteredAnswer, CutAnswer, MethodAnswer
-from .reading import PatchGrid, Reading, largest
+from .reading import Reading, largest
 from .state import ViewState, data_address
 
 PALETTE = np.array(sns.color_palette("rocket_r", 256))
@@ -40,16 +40,28 @@ def veil(kept: npt.NDArray[np.bool_]) -> Image.Image:
     return Image.fromarray(pixels, "RGBA")
 
 
+def _button(kind: str, value: Any, pressed: bool, inner: str, title: str = "") -> str:
+    """A button whose press sends `value` to the page as an event of its kind."""
+    said = f' title="{title}"' if title else ""
+    return f'<button type="button" data-{kind}="{value}" aria-pressed="{str(pressed).lower()}"{said}>{inner}</button>'
+
+
+def _under(photo: str, over: Image.Image, alt: str) -> str:
+    """The image as the model sees it, under a picture of the same shape."""
+    return (
+        f'<img class="photo" src="{photo}" alt="the image as the model sees it">'
+        f'<img class="over" src="{data_address(over)}" alt="{alt}">'
+    )
+
+
 def example_row(images: Sequence[Image.Image], chosen: int | None) -> str:
     """Thumbnails to choose from, and a file field for an image of one's own."""
     parts = ['<div class="examples" role="group" aria-label="Images">']
     for number, image in enumerate(images):
         small = image.copy()
         small.thumbnail((THUMBNAIL, THUMBNAIL))
-        parts.append(
-            f'<button type="button" data-example="{number}" aria-pressed="{str(number == chosen).lower()}">'
-            f'<img src="{data_address(small)}" alt="example {number + 1}"></button>'
-        )
+        picture = f'<img src="{data_address(small)}" alt="example {number + 1}">'
+        parts.append(_button("example", number, number == chosen, picture))
     parts.append(
         '<label class="upload">your own image<input type="file" accept="image/png,image/jpeg,image/webp"></label></div>'
     )
@@ -68,11 +80,7 @@ def token_row(words: Sequence[str], chosen: int | None) -> str:
     """The answer, a button a token."""
     if not words:
         return '<div class="answer"></div>'
-    buttons = "".join(
-        f'<button type="button" data-token="{place}" aria-pressed="{str(place == chosen).lower()}">'
-        f"{escape(word)}</button>"
-        for place, word in enumerate(words)
-    )
+    buttons = "".join(_button("token", place, place == chosen, escape(word)) for place, word in enumerate(words))
     return (
         '<p class="note">The answer: choose a token to see where the model looks when it says it.</p>'
         f'<div class="answer" role="group" aria-label="Answer, token by token">{buttons}</div>'
@@ -97,16 +105,12 @@ def patch_view(reading: Reading, state: ViewState) -> str:
         note += " Blue frames: attention sinks, to which many times an even share goes."
     if not reading.grid.placed:
         note += " Where this model's patches lie in the image is not known: they are shown in their order."
-    return _patches(reading.grid, heat(values, top), _cells(reading, state, values, sinks), note, "attention")
-
-
-def _patches(grid: PatchGrid, over: Image.Image, cells: str, note: str, what: str) -> str:
-    rows, columns = grid.shape
-    photo = data_address(Image.fromarray(grid.image))
+    rows, columns = reading.grid.shape
+    photo = data_address(Image.fromarray(reading.grid.image))
+    cells = _cells(reading, state, values, sinks)
     return (
         f'<div class="patches" data-rows="{rows}" data-columns="{columns}">'
-        f'<img class="photo" src="{photo}" alt="the image as the model sees it">'
-        f'<img class="over" src="{data_address(over)}" alt="{escape(what)} over the image">'
+        f"{_under(photo, heat(values, top), 'attention over the image')}"
         f'<div class="cells" style="grid-template:repeat({rows},1fr)/repeat({columns},1fr)">{cells}</div></div>'
         f'<p class="readout" aria-live="polite">Point at a patch to read it; drag over patches to choose a region.</p>'
         f'<p class="note">{note}</p>'
@@ -117,22 +121,18 @@ def _cells(reading: Reading, state: ViewState, values: npt.NDArray[Any], sinks: 
     words = reading.lens_words[state.layer + 1]
     probability = reading.lens.probabilities[0, state.layer + 1].cpu()
     parts = []
-    for row in range(reading.grid.shape[0]):
-        for column in range(reading.grid.shape[1]):
-            patch = int(reading.grid.numbers[row, column])
-            says = ", ".join(
-                f"“{word or ' '}” {share:.0%}"
-                for word, share in zip(words[patch], probability[patch].tolist(), strict=True)
-            )
-            sink = ", a sink" if sinks[row, column] else ""
-            text = (
-                f"Row {row}, column {column}{sink}: {values[row, column]:.2%} of the attention. "
-                f"After layer {state.layer} it says {says}."
-            )
-            kinds = [name for name, on in (("sink", sink), ("chosen", _inside(state.region, row, column))) if on]
-            parts.append(
-                f'<i data-row="{row}" data-column="{column}" class="{" ".join(kinds)}" data-says="{escape(text)}"></i>'
-            )
+    for (row, column), patch in np.ndenumerate(reading.grid.numbers):
+        said = zip(words[patch], probability[patch].tolist(), strict=True)
+        says = ", ".join(f"“{word or ' '}” {share:.0%}" for word, share in said)
+        sink = ", a sink" if sinks[row, column] else ""
+        text = (
+            f"Row {row}, column {column}{sink}: {values[row, column]:.2%} of the attention. "
+            f"After layer {state.layer} it says {says}."
+        )
+        kinds = [name for name, on in (("sink", sink), ("chosen", _inside(state.region, row, column))) if on]
+        parts.append(
+            f'<i data-row="{row}" data-column="{column}" class="{" ".join(kinds)}" data-says="{escape(text)}"></i>'
+        )
     return "".join(parts)
 
 
@@ -144,15 +144,12 @@ def head_row(reading: Reading, state: ViewState) -> str:
     """One small map a head, and one of their mean, on one scale; the chosen one is pressed."""
     found = reading.on_image(state.token)[state.layer]
     top = largest(found)
-    maps = [("", "mean", found.mean(0)), *((str(head), f"head {head}", each) for head, each in enumerate(found))]
+    maps = [(None, "mean", found.mean(0)), *((head, f"head {head}", each) for head, each in enumerate(found))]
     parts = ['<div class="heads" role="group" aria-label="Heads">']
     for head, name, values in maps:
-        pressed = (state.head is None and not head) or head == str(state.head)
         picture = data_address(heat(reading.grid.arrange(values), top))
-        parts.append(
-            f'<button type="button" data-head="{head}" aria-pressed="{str(pressed).lower()}">'
-            f'<img src="{picture}" alt=""><span>{name}</span><span>{values.sum():.0%}</span></button>'
-        )
+        inner = f'<img src="{picture}" alt=""><span>{name}</span><span>{values.sum():.0%}</span>'
+        parts.append(_button("head", "" if head is None else head, head == state.head, inner))
     return "".join([*parts, '</div><p class="note">Each head, on one scale; share of its attention on the image.</p>'])
 
 
@@ -161,16 +158,13 @@ def layer_bars(reading: Reading, state: ViewState) -> str:
     found = reading.on_image(state.token).sum(-1)
     share = found.mean(1) if state.head is None else found[:, state.head]
     most = largest(share)
-    bars = "".join(
-        f'<button type="button" data-layer="{layer}" aria-pressed="{str(layer == state.layer).lower()}" '
-        f'title="layer {layer}: {value:.1%} of the attention on the image">'
-        f'<b style="height:{100 * value / most:.1f}%"></b><span>{layer}</span></button>'
-        for layer, value in enumerate(share.tolist())
-    )
-    return (
-        f'<div class="bars" role="group" aria-label="Share of the attention on the image, by layer">{bars}</div>'
-        f'<p class="note">Share of the attention on the image in each layer; the tallest bar is {most:.1%}.</p>'
-    )
+    parts = ['<div class="bars" role="group" aria-label="Share of the attention on the image, by layer">']
+    for layer, value in enumerate(share.tolist()):
+        bar = f'<b style="height:{100 * value / most:.1f}%"></b><span>{layer}</span>'
+        said = f"layer {layer}: {value:.1%} of the attention on the image"
+        parts.append(_button("layer", layer, layer == state.layer, bar, said))
+    note = f"Share of the attention on the image in each layer; the tallest bar is {most:.1%}."
+    return "".join([*parts, f'</div><p class="note">{note}</p>'])
 
 
 def _spoken(words: Sequence[str], answer: AlteredAnswer) -> str:
@@ -187,14 +181,11 @@ def exit_panel(reading: Reading, exit_layer: int, answer: AlteredAnswer, words: 
     change = float((reading.sweep.token_nll[0, last] - reading.sweep.token_nll[0, exit_layer]).nansum())
     said = "the same answer" if answer.changed is None else "another answer"
     seen = f"{exit_layer} of {last} layers see the image"
-    if answer.complete:
-        rest = ""
-    else:
-        rest = " The sweep knows the answer up to the first token that changes; “Write it out” generates the rest."
+    rest = " The sweep knows the answer up to the first token that changes; “Write it out” generates the rest."
     return (
         f'<div class="result"><p class="spoken">{_spoken(words, answer)}</p>'
         f"<p>{seen}: {said}. log p of the full model's answer changes by {signed(change, 2)} nats; the decoder's "
-        f"prefill costs {cost:.0%} of the full one.{rest}</p></div>"
+        f"prefill costs {cost:.0%} of the full one.{'' if answer.complete else rest}</p></div>"
     )
 
 
@@ -204,8 +195,8 @@ def method_panel(reading: Reading, found: MethodAnswer, name: str, words: Sequen
     spoken = "".join(f"<span>{escape(word)}</span>" for word in words)
     photo = data_address(Image.fromarray(reading.grid.image))
     pictures = "".join(
-        f'<figure><div class="patches still"><img class="photo" src="{photo}" alt="the image as the model sees it">'
-        f'<img class="over" src="{data_address(veil(reading.grid.arrange(kept)))}" alt="white: patches that are gone">'
+        f'<figure><div class="patches still">'
+        f"{_under(photo, veil(reading.grid.arrange(kept)), 'white: patches that are gone')}"
         f"</div><figcaption>{layers_text(first, last)}: {int(kept.sum())} of {len(kept)} patches</figcaption></figure>"
         for first, last, kept in stages_of(found.kept.numpy())
     )

@@ -125,10 +125,14 @@ class Reading:
         """H."""
         return self.attention.rows.shape[1]
 
+    @property
+    def _visual(self) -> Tensor:
+        """[V] positions of the visual tokens."""
+        return self.batch.layout.visual[0].nonzero()[:, 0].cpu()
+
     def on_image(self, token: int) -> npt.NDArray[np.float32]:
         """[L, H, V] attention of an answer token on every visual token."""
-        visual = self.batch.layout.visual[0].nonzero()[:, 0].cpu()
-        return self.attention.rows[:, :, token, visual].numpy()
+        return self.attention.rows[:, :, token, self._visual].numpy()
 
     def layer_that_looks(self, token: int) -> int:
         """The layer in which an answer token has most of its attention, mean over heads, on the image."""
@@ -141,8 +145,7 @@ class Reading:
 
     def sink_map(self, layer: int) -> npt.NDArray[np.bool_]:
         """[rows, columns] which patches are sinks in a layer."""
-        visual = self.batch.layout.visual[0].nonzero()[:, 0].cpu()
-        return self.grid.arrange(self.attention.sinks[layer, visual].numpy())
+        return self.grid.arrange(self.attention.sinks[layer, self._visual].numpy())
 
     def on_first_token(self, token: int) -> npt.NDArray[np.float32]:
         """[L, H] attention of an answer token on the sequence's first position, the common sink."""

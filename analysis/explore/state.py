@@ -29,7 +29,6 @@ ANY_LAYER = -1
 QUERY_KEY = "view"
 """Name of the state in a link's query."""
 
-
 IMAGE_KEY = "image"
 """Where the JSON of a view holds an uploaded image."""
 
@@ -41,13 +40,10 @@ class ViewState:
     Attributes:
         model: its name, so that a view is not taken for that of another model.
         example: number of the example image; None for an uploaded one, which a link does not carry.
-        question: what is asked.
         token: the answer's token whose attention is shown.
-        layer: in which layer.
-        head: of which head; None for the mean.
+        head: None for the mean.
         exit_layer: k at which the image leaves; None for the full model.
-        method: how patches are thinned out.
-        budget: at which cost.
+        method, budget: how patches are thinned out, and at which cost.
         queries, keys: the path that is cut.
         window: layers [s, e) in which it is.
         region: (top, left, bottom, right) of the patches that were drawn around; None without.
@@ -106,25 +102,20 @@ class ViewState:
             raise ConfigError(f"the view has an unknown key {min(unknown)!r}; known are {', '.join(sorted(known))}")
         return cls(**{key: _checked(key, value) for key, value in content.items()})
 
-    def clipped(self, limits: Mapping[str, int]) -> ViewState:
-        """The nearest state that fits a model and an answer.
-
-        Args:
-            limits: `num_layers`, `num_heads`, `num_tokens`, `rows`, `columns`.
-        """
-        last = limits["num_layers"] - 1
+    def clipped(self, num_layers: int, num_heads: int, num_tokens: int, rows: int, columns: int) -> ViewState:
+        """The nearest state that fits a model and an answer."""
         region = self.region
-        if region is not None and (region[2] >= limits["rows"] or region[3] >= limits["columns"]):
+        if region is not None and (region[2] >= rows or region[3] >= columns):
             region = None
-        start, stop = self.window or (0, limits["num_layers"])
-        stop = min(max(stop, 0), limits["num_layers"])
+        start, stop = self.window or (0, num_layers)
+        stop = min(stop, num_layers)
         return replace(
             self,
-            token=min(self.token, limits["num_tokens"] - 1),
-            layer=min(self.layer, last),
-            head=None if self.head is None else min(self.head, limits["num_heads"] - 1),
-            exit_layer=None if self.exit_layer is None else min(self.exit_layer, limits["num_layers"]),
-            window=(min(max(start, 0), stop), stop),
+            token=min(self.token, num_tokens - 1),
+            layer=min(self.layer, num_layers - 1),
+            head=None if self.head is None else min(self.head, num_heads - 1),
+            exit_layer=None if self.exit_layer is None else min(self.exit_layer, num_layers),
+            window=(min(start, stop), stop),
             region=region,
         )
 
@@ -225,12 +216,9 @@ def _checked(key: str, value: Any) -> Any:
 
 
 def read_upload(address: str, max_bytes: int, max_pixels: int) -> Image.Image:
-    """The image in a `data:` address, as RGB; its size is checked before it is decoded.
+    """The image in a `data:` address (`data:image/png;base64,...`), as RGB.
 
-    Args:
-        address: `data:image/png;base64,...` as a browser's FileReader makes it.
-        max_bytes: of the file.
-        max_pixels: width times height, read from the header: a small file may unpack to gigabytes.
+    Its width times height is read from the header before it is decoded: a small file may unpack to gigabytes.
 
     Raises:
         ConfigError: it is too large, no image, or damaged.
