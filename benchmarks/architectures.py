@@ -36,7 +36,6 @@ class Architecture:
     Attributes:
         config: fields of its `config.json`.
         inputs: what it gets for one image, as `conf/model/_architecture/_base.yaml` says.
-        num_layers: decoder layers.
         visual_tokens: what these inputs become.
         tflops: published TFLOPs of a prefill with `text_tokens`, from and to; None where none are published.
     """

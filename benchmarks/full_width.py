@@ -35,7 +35,6 @@ class Run:
     """One command and what it took.
 
     Attributes:
-        samples: questions it worked on.
         seconds: from start to end of its process.
         work_seconds: on the samples alone, as its summary says.
         peak_bytes: most memory that the process had resident.
@@ -49,11 +48,7 @@ class Run:
 
 
 def write_model(settings: dict[str, Any], layers: int, folder: Path) -> dict[str, Any]:
-    """Save a random model of these hyper-parameters with so many decoder layers, in float32, and a processor for it.
-
-    Returns:
-        Number of parameters, and the sizes that the report names.
-    """
+    """Save a random float32 model of so many decoder layers and its processor; returns the sizes for the report."""
     config = architectures.build_config(settings)
     config.text_config.num_hidden_layers = layers
     processor = build_processor(config.vision_config.patch_size)

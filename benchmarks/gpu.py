@@ -62,11 +62,7 @@ INSTRUMENT_WINDOWS = 4
 
 @dataclass
 class Part:
-    """Some measurements on one model, saved together.
-
-    Attributes:
-        kind: "policies" or "instruments".
-    """
+    """Measurements of one kind, "policies" or "instruments", on one model, saved together."""
 
     model: str
     attention: str
@@ -212,11 +208,7 @@ def _free(device: torch.device) -> None:
 
 
 def run_parts(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Measure part by part, and save the results and the page after each.
-
-    Returns:
-        The rows of every part, and under `left_out` the parts that there was no time for.
-    """
+    """The rows of every part, saved with the page after each; `left_out`: the parts that there was no time for."""
     where = machine(device)
     results: dict[str, Any] = {"machine": where, "dry_run": options.dry_run, "parts": {}, "left_out": []}
     if options.results.is_file():

@@ -85,7 +85,6 @@ class CutAnswer:
     """The answer with a path cut.
 
     Attributes:
-        answer: what the cut model generates.
         log_probability_change: of the full model's answer, in nats; negative where the path was of use.
         first_token_change: relative change of the probability of its first token, in percent.
     """
@@ -187,9 +186,7 @@ class MethodAnswer:
     """One question under a method.
 
     Attributes:
-        setting: the method's settings in words.
         kept: [L, V] whether layer l sees visual token v.
-        ids: the answer.
         cost: decoder FLOPs of the prefill over the full model's.
     """
 

@@ -140,11 +140,7 @@ class Explorer:
     # -------------------------------------------------------------- the altered model
 
     def leave(self, reading: Reading, exit_layer: int, write_out: bool = False) -> tuple[str, bool]:
-        """The answer if the image leaves at exit layer k: read off the sweep, or generated to its end.
-
-        Returns:
-            What is shown of it, and whether it is there to its end.
-        """
+        """The answer if the image leaves at exit layer k, off the sweep or written out, and whether it is complete."""
         found = exit_answer(reading.sweep, exit_layer, reading.end_ids)
         if write_out and not found.complete:
             with self._running:

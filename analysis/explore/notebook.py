@@ -26,11 +26,7 @@ from .state import ViewState
 
 @dataclass
 class NotebookView:
-    """One question about one image, asked once; what it shows after that runs no model.
-
-    Attributes:
-        reading: everything about the question.
-    """
+    """One question about one image, asked once; what it shows after that runs no model."""
 
     explorer: Explorer
     reading: Reading

@@ -58,11 +58,7 @@ def lead(name: str) -> str:
 
 
 class Page:
-    """The components, and what each of them does.
-
-    Args:
-        cfg: `conf/explore.yaml`.
-    """
+    """The components, and what each of them does."""
 
     def __init__(self, explorer: Explorer, cfg: DictConfig) -> None:
         self.explorer, self.cfg = explorer, cfg

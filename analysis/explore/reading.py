@@ -97,10 +97,8 @@ class Reading:
     Attributes:
         answer_ids: [1, A] the full model's greedy answer, end token included where it came.
         words: the answer's tokens as text; the end token is `END`.
-        grid: of the patches.
         attention: of every answer token.
-        lens: what every patch says after each layer.
-        lens_words: [L + 1][V][LENS_TOP] its words.
+        lens, lens_words: what every patch says after each layer; its words are [L + 1][V][LENS_TOP].
         sweep: the answer under every exit.
     """
 
@@ -219,7 +217,7 @@ def read_question(mllm: MLLM, image: Image.Image, question: str, batch: Batch, i
     """Look at an answered question from every side: three passes, none of which changes the model.
 
     Args:
-        batch: the prompt, `mllm.encode([image], [question])`.
+        batch: the prompt of image and question.
         ids: the full model's greedy answer.
 
     Raises:

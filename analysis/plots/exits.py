@@ -184,7 +184,6 @@ def draw_exit_layer_map(groups: Mapping[str, ExitLayers], xlabel: str, title: st
 
     Args:
         groups: question kinds in any order, and `all`, which comes last; limits of a mean that are NaN are not drawn.
-        xlabel: whose exit layers they are.
     """
     names = sorted((name for name in groups if name != "all"), key=lambda name: float(groups[name][1].mean))
     names = [*names, "all"] if len(names) != 1 else ["all"]

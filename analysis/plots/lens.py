@@ -50,7 +50,6 @@ def draw_lens_grid(image: Any, words: list[list[str]], probabilities: np.ndarray
     """The likeliest word of every patch over the image, after some layers; None where patches form no square grid.
 
     Args:
-        image: the image, of PIL.
         words: [L + 1][V].
         probabilities: [L + 1, V]; a word is the darker the surer.
     """

@@ -39,8 +39,6 @@ def draw_methods_at_cost(
             with `_low` and `_high`; shares of 1.
         leading: (panel, budget) -> method -> whether it may be the most accurate; those that do not take part are left
             out.
-        labels: method -> its name.
-        note: what the numbers are of.
     """
     full = [row for row in rows if row["method"] == "none"]
     groups: dict[float | None, list[Mapping[str, Any]]] = {}

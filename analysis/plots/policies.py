@@ -1,7 +1,4 @@
-"""Figures of gates and policies: what gates learnt, policies against fixed exits, and single questions (paper, Fig. 6).
-
-Each is drawn from what a finished run has left on disk; nothing is computed but layout.
-"""
+"""Figures of gates and policies: what gates learnt, policies against fixed exits, single questions (paper, Fig. 6)."""
 
 from __future__ import annotations
 
@@ -39,7 +36,6 @@ def draw_gate_curves(layers: pd.DataFrame, title: str) -> Figure:
 
     Args:
         layers: table `layers` of `dyvte.train` (see :func:`dyvte.gates.metrics.layer_report`).
-        title: model and data.
     """
     with style.new_figure(figsize=(6.4, 3.8)) as (figure, axis):
         for (column, label), series in zip(GATE_CURVES.items(), style.CYCLE, strict=False):
@@ -93,7 +89,6 @@ def first_exit_examples(samples: pd.DataFrame, dataset: Dataset, images: int, qu
 
     Args:
         samples: table `samples` of `dyvte.evaluate`.
-        images, questions: how many, at most.
 
     Raises:
         KeyError: an image of the data is not in `samples`.
@@ -110,13 +105,7 @@ def first_exit_examples(samples: pd.DataFrame, dataset: Dataset, images: int, qu
 
 
 def draw_exit_examples(examples: Sequence[ExitExample], num_layers: int, title: str) -> Figure:
-    """Fig. 6: images, the questions about them, and the layer at which the visual tokens left for each question.
-
-    Args:
-        examples: from :func:`first_exit_examples`.
-        num_layers: L.
-        title: model, data and policy.
-    """
+    """Fig. 6: images, the questions about them, and the layer at which the visual tokens left for each question."""
     if not examples:
         raise DataError("no example to draw: none of the first samples has an image")
     columns = 2 if len(examples) > 1 else 1

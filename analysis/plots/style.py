@@ -211,11 +211,8 @@ def kind_panels(
 
     Args:
         kinds: kind -> what a summary says of it.
-        columns: panels side by side.
-        size: width and height of a panel in inches.
-        rest: height of title and legend in inches.
+        size, rest: width and height of a panel, and height of title and legend, in inches.
         num_ticks: the x axes count from 0 to one less.
-        xlabel: what they count.
 
     Yields:
         The figure, and kind -> panel.

@@ -18,7 +18,6 @@ class Cell:
     """A cell of a table.
 
     Attributes:
-        text: what it shows.
         order: what its column is sorted by; None sorts last.
         run, key: the run, and the place in its summary, that `order` is from; empty for words.
         limits: places of the lower and the upper limit, each with its value; empty where there are none.
@@ -33,13 +32,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class PageTable:
-    """A table.
-
-    Attributes:
-        title: what its rows are.
-        rows: as many cells each.
-        note: how to read it.
-    """
+    """A table, with a note on how to read it."""
 
     title: str
     columns: list[str]
@@ -54,7 +47,6 @@ class RunFinding:
     Attributes:
         title: the question, or what was measured.
         verdict: JSON pointer of the verdict, None where there is nothing to decide.
-        reasons: why the verdict is what it is.
         effects: the numbers behind it, a row each: what it is, the estimate with its limits, and what those are.
         curve: JSON pointer of the curve that it is about, None without.
     """
@@ -71,9 +63,8 @@ def number_cell(run: FinishedRun, unit: str, place: str, limits: Limits | None =
     """A number of a summary, with its limits in brackets where there are some.
 
     Args:
-        unit: how it is written: `share`, `points`, `layer`, `log`, `ratio`, `count`, `nats` or `plain`.
-        place: JSON pointer.
-        limits: JSON pointers.
+        unit: how it is `written`.
+        place, limits: JSON pointers.
     """
     value, text = run.value(place), written(run.value(place), unit)
     ends = () if limits is None or value is None else tuple((each, run.value(each)) for each in limits)

@@ -1,7 +1,4 @@
-"""The figures of a report: those that runs left in their folders, those drawn from their tables, and all in words.
-
-The words (`alt`) are for readers who do not see the picture: what kind of plot it is, and its course in numbers.
-"""
+"""The figures of a report, left by runs or drawn from their tables, and each in words for who does not see it."""
 
 from __future__ import annotations
 
@@ -34,14 +31,7 @@ from .runs import FinishedRun, known_values
 
 @dataclass(frozen=True)
 class PageFigure:
-    """An image in the page.
-
-    Attributes:
-        source: the image as a `data:` address.
-        alt: what it shows, in words.
-        caption: how to read it.
-        width, height: in pixels.
-    """
+    """An image in the page, as a `data:` address: in words what it shows (`alt`) and how to read it (`caption`)."""
 
     source: str
     alt: str

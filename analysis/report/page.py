@@ -55,11 +55,9 @@ def opening_sentences(runs: Sequence[FinishedRun]) -> list[str]:
 
 @dataclass(frozen=True)
 class MissingRun:
-    """Results that the page would show if they were there.
+    """Results that the page would show if they were there: what they give, and the command that makes them.
 
     Attributes:
-        gives: what it would add.
-        command: what makes them.
         unfinished: folders of runs that were stopped.
     """
 
@@ -75,7 +73,6 @@ class Section:
 
     Attributes:
         id: its anchor.
-        text: a sentence or two under it.
         more: pictures that are folded away, with what opens them.
         beside: pictures of several models, side by side.
     """
@@ -104,9 +101,8 @@ class Page:
     """Everything on a page.
 
     Attributes:
-        lead: what it is about, in a sentence or two.
-        opening: what was found, in sentences.
-        figure: what shows most of it; None where no run has left one.
+        lead: what it is about.
+        opening, figure: what was found, in sentences, and what shows most of it.
         warnings: what a reader must know before the numbers.
         runs: of which findings, settings, versions and commands are shown.
         command: what makes this page again.
@@ -157,12 +153,7 @@ def exact(value: float | str | None) -> str:
 
 
 def verdict_table(findings: Sequence[RunFinding], owners: Mapping[str, str]) -> PageTable:
-    """The page at a glance: what was found, for one model in a sentence, for several a column each.
-
-    Args:
-        findings: of all models; those without a verdict are left out.
-        owners: run name -> model; empty on the page of one model.
-    """
+    """The page at a glance: the verdicts, of one model with reasons, of several (run name -> owner) a column each."""
     models = list(dict.fromkeys(owners.values()))
     by_title: dict[str, dict[str, Cell]] = {}
     for each in findings:

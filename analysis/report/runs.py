@@ -64,10 +64,7 @@ class FinishedRun:
     Attributes:
         step: which command made it.
         name: the step, and what tells several runs of it apart: `evaluate/dynamic_exit`. Unique on a page.
-        path: its folder.
-        summary: its `summary.json`.
-        config: its `config.yaml`; empty where there is none.
-        fingerprint: what it depends on; empty where there is none.
+        config, fingerprint: its settings, and what it depends on; empty where they are not recorded.
         overrides: what its command was given; None where that is not recorded.
     """
 
@@ -167,12 +164,7 @@ def limits_of(place: str) -> Limits:
 
 
 def band_places(place: str, index: int | None = None) -> tuple[str, Limits]:
-    """Where the mean and the limits stand of what is stored as `{mean, low, high}`.
-
-    Args:
-        place: of the whole.
-        index: of an entry, where mean and limits are lists.
-    """
+    """Where mean and limits stand of what is stored as `{mean, low, high}`, or of an entry where these are lists."""
     tail = "" if index is None else f"/{index}"
     return f"{place}/mean{tail}", (f"{place}/low{tail}", f"{place}/high{tail}")
 
@@ -223,11 +215,7 @@ def disagreements(runs: Sequence[FinishedRun]) -> list[str]:
 
 
 def first_command(step: ReportStep, given: Sequence[str]) -> str:
-    """The command that makes what is missing.
-
-    Args:
-        given: overrides that choose model and data; a step with data of its own takes those of the model.
-    """
+    """The command that makes what is missing, with those of the given overrides that choose its model and data."""
     chosen = [each for each in given if not (step.own_data and each.startswith("data"))]
     return " ".join([f"python -m {step.module}", *([step.arguments] if step.arguments else []), *chosen])
 

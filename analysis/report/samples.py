@@ -43,9 +43,8 @@ class Samples:
     """What the slider shows.
 
     Attributes:
-        records: one a sample, plain data for the page.
+        records: one a sample or frame, plain data for the page.
         gates: where the gates are from; None without gates.
-        notes: what a reader must know of them.
     """
 
     records: list[dict[str, Any]]
