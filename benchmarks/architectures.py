@@ -18,8 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import dyvte
 import dyvte.conversion.downsample  # makes a model known to transformers
-from dyvte.batch import Batch
-from dyvte.mllm import MLLM
+from dyvte import MLLM, Batch
 from dyvte.runs.config import config_folder
 
 SMALL_VOCABULARY = 256

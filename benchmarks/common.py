@@ -22,12 +22,8 @@ import torch
 import transformers
 
 from analysis.statistics.markdown import replace_section
-from dyvte.batch import Batch
+from dyvte import MLLM, Batch, Policy, Unchanged, wrap
 from dyvte.cost.measure import PeakMemory
-from dyvte.loading import wrap
-from dyvte.mllm import MLLM
-from dyvte.policies.base import Policy
-from dyvte.policies.unchanged import Unchanged
 from dyvte.runs.store import write_atomic
 
 PATCHES_PER_SIDE = 24

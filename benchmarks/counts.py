@@ -28,11 +28,9 @@ from analysis.statistics.markdown import markdown_table, records_table
 from benchmarks import common
 from benchmarks.common import UNCHANGED, VISUAL_TOKENS, decoding_steps
 from benchmarks.dynamic_exit import ROWS, gates_firing_at, mixed_exits
-from dyvte.batch import Batch
+from dyvte import MLLM, Batch, Policy
 from dyvte.cost.operators import LayerWork, OperatorCounter, Work, count_layers
 from dyvte.instrument.cache import KeptLayer
-from dyvte.mllm import MLLM
-from dyvte.policies.base import Policy
 from dyvte.policies.pruning.fitprune import Recipe
 from dyvte.policies.registry import methods
 

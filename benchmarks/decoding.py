@@ -14,10 +14,7 @@ from analysis.statistics.markdown import markdown_table
 from benchmarks import common
 from benchmarks.common import QUESTION_TOKENS, SYSTEM_TOKENS, UNCHANGED
 from benchmarks.dynamic_exit import ROWS, exits_of, mixed_exits
-from dyvte.batch import Batch
-from dyvte.mllm import MLLM
-from dyvte.policies.base import Policy
-from dyvte.policies.exits.fixed_exit import FixedExit
+from dyvte import MLLM, Batch, FixedExit, Policy
 
 IMAGES = (1, 5)
 """Images of 576 tokens in a prompt: LLaVA-1.5, and about as many as LLaVA-NeXT shows."""

@@ -20,15 +20,10 @@ import torch
 from analysis.statistics.markdown import markdown_table
 from benchmarks import common
 from benchmarks.common import QUESTION_TOKENS, SYSTEM_TOKENS, UNCHANGED, paragraphs, prefill
-from dyvte.batch import Batch
-from dyvte.cost.flops import FlopCounter, plan_decoder_flops, prefill_flops
+from dyvte import MLLM, Batch, DynamicExit, FixedExit, FlopCounter, Gates, Policy, exit_probabilities
+from dyvte.cost.flops import plan_decoder_flops, prefill_flops
 from dyvte.cost.operators import Work, count_layers
-from dyvte.gates import Gates
 from dyvte.instrument.states import token_status
-from dyvte.mllm import MLLM
-from dyvte.policies.base import Policy
-from dyvte.policies.exits.dynamic_exit import DynamicExit, exit_probabilities
-from dyvte.policies.exits.fixed_exit import FixedExit
 
 ROWS = 8
 STEPS = 8

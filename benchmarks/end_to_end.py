@@ -17,13 +17,8 @@ from analysis.statistics.markdown import markdown_table
 from benchmarks import common
 from benchmarks.common import QUESTION_TOKENS, SYSTEM_TOKENS, UNCHANGED, VISUAL_TOKENS
 from benchmarks.dynamic_exit import ROWS, mixed_exits
-from dyvte.batch import Batch
+from dyvte import MLLM, Batch, FastV, FixedExit, Policy, ToMe
 from dyvte.cost.flops import prefill_flops
-from dyvte.mllm import MLLM
-from dyvte.policies.base import Policy
-from dyvte.policies.exits.fixed_exit import FixedExit
-from dyvte.policies.merging.tome import ToMe
-from dyvte.policies.pruning.fastv import FastV
 
 ANSWER_TOKENS = (4, 64)
 FULL = "full model"

@@ -21,7 +21,7 @@ import torch
 from analysis.statistics.markdown import markdown_table
 from benchmarks import common
 from benchmarks.sweep import INSTRUCTION_TOKENS, SYSTEM_TOKENS
-from dyvte.batch import Batch
+from dyvte import Batch
 from dyvte.policies.pruning.fitprune import Recipe, Statistics, fit_recipe
 
 LIMIT_SECONDS = 300

@@ -28,24 +28,11 @@ from transformers import AutoModelForImageTextToText
 import dyvte
 from analysis.cost import measure
 from analysis.statistics.markdown import markdown_table
-from benchmarks import architectures
-from benchmarks.common import (
-    QUESTION_TOKENS,
-    SYSTEM_TOKENS,
-    machine,
-    page_parser,
-    paragraphs,
-    prefill,
-    quartiles,
-    seconds_of,
-    spread,
-    write_page,
-)
+from benchmarks import architectures, common
+from benchmarks.common import QUESTION_TOKENS, SYSTEM_TOKENS
 from benchmarks.dynamic_exit import gates_firing_at
-from dyvte.batch import Batch
+from dyvte import MLLM, Batch, Policy
 from dyvte.cost.measure import PeakMemory
-from dyvte.mllm import MLLM
-from dyvte.policies.base import Policy
 from dyvte.runs.config import config_folder
 from dyvte.runs.store import write_json
 
@@ -164,7 +151,7 @@ def measure_policies(mllm: MLLM, batch: Batch, repeats: int, new_tokens: int) ->
     for name, policy in chosen.items():
         own = timed[timed["method"] == name].sort_values("repeat")
         with PeakMemory(mllm.device) as memory:
-            prefill(mllm, batch, policy)
+            common.prefill(mllm, batch, policy)
         rows.append(
             {
                 "method": name,
@@ -190,7 +177,7 @@ def measure_instruments(mllm: MLLM, batch: Batch, repeats: int) -> list[dict[str
             continue
         try:
             with PeakMemory(mllm.device) as memory:
-                seconds = seconds_of(run, mllm.device)
+                seconds = common.seconds_of(run, mllm.device)
         except torch.OutOfMemoryError:
             row["failed"] = "out of memory"
             _free(mllm.device)
@@ -209,7 +196,7 @@ def _free(device: torch.device) -> None:
 
 def run_parts(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The rows of every part, saved with the page after each; `left_out`: the parts that there was no time for."""
-    where = machine(device)
+    where = common.machine(device)
     results: dict[str, Any] = {"machine": where, "dry_run": options.dry_run, "parts": {}, "left_out": []}
     if options.results.is_file():
         before = json.loads(options.results.read_text())
@@ -246,7 +233,7 @@ def run_parts(options: argparse.Namespace, device: torch.device) -> dict[str, An
 def _save(results: dict[str, Any], options: argparse.Namespace) -> None:
     options.results.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.results, results)
-    write_page(options.output, page(results, options.repeats, options.new_tokens))
+    common.write_page(options.output, page(results, options.repeats, options.new_tokens))
 
 
 def page(results: dict[str, Any], repeats: int, new_tokens: int) -> list[str]:
@@ -255,7 +242,7 @@ def page(results: dict[str, Any], repeats: int, new_tokens: int) -> list[str]:
     of_policies = [row for part in measured if part["kind"] == "policies" for row in _policy_rows(part)]
     of_instruments = [row for part in measured if part["kind"] == "instruments" for row in _instrument_rows(part)]
     columns = ["model", "attention", "batch", "method", "prefill, ms", "of full", "step, ms", "of full", "memory, GB"]
-    return paragraphs(
+    return common.paragraphs(
         "# Policies and instruments on a GPU",
         "Written by `python -m benchmarks.gpu`.",
         *(["Dry run with tiny models: the numbers mean nothing."] if results["dry_run"] else []),
@@ -278,7 +265,7 @@ def _policy_rows(part: dict[str, Any]) -> Iterator[list[str]]:
     for row in part["rows"]:
         cells = [part["model"], part["attention"], str(part["batch_size"]), row["method"]]
         for name, digits in (("prefill_ms", 1), ("decode_ms", 2)):
-            cells += [spread(row[name], digits), _ratio(row[name], full[name])]
+            cells += [common.spread(row[name], digits), _ratio(row[name], full[name])]
         yield [*cells, f"{row['peak_bytes'] / 1e9:.2f}"]
 
 
@@ -288,12 +275,12 @@ def _instrument_rows(part: dict[str, Any]) -> Iterator[list[str]]:
         if "failed" in row:
             yield [part["model"], row["method"], row["failed"], "", ""]
             continue
-        cells = [part["model"], row["method"], spread(row["ms"], 1), _ratio(row["ms"], plain["ms"])]
+        cells = [part["model"], row["method"], common.spread(row["ms"], 1), _ratio(row["ms"], plain["ms"])]
         yield [*cells, f"{row['peak_bytes'] / 1e9:.2f}"]
 
 
 def _ratio(own: list[float], other: list[float]) -> str:
-    return f"{quartiles(one / two for one, two in zip(own, other, strict=True))[1]:.3f}"
+    return f"{common.quartiles(one / two for one, two in zip(own, other, strict=True))[1]:.3f}"
 
 
 def _published() -> list[str]:
@@ -309,7 +296,7 @@ def _published() -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write the page."""
-    parser = page_parser(__doc__, "gpu")
+    parser = common.page_parser(__doc__, "gpu")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=architectures.names())
     parser.add_argument("--minutes", type=float, default=MINUTES, help="no part is begun that would end later")
     parser.add_argument("--repeats", type=int, default=REPEATS)

@@ -18,11 +18,9 @@ import torch
 
 from analysis.statistics.markdown import markdown_table
 from benchmarks import common
-from dyvte import exit_sweep, knockout
-from dyvte.batch import Batch
+from dyvte import MLLM, Batch, exit_sweep, knockout
 from dyvte.instrument.causal import all_windows
 from dyvte.instrument.causal.groups import group_masks
-from dyvte.mllm import MLLM
 
 WIDTH, SWEEP = 4, "exit sweep"
 SYSTEM_TOKENS, QUESTION_TOKENS = 32, 32

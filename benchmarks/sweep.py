@@ -25,9 +25,7 @@ import torch
 
 from analysis.statistics.markdown import markdown_table
 from benchmarks import common
-from dyvte import FixedExit, exit_sweep
-from dyvte.batch import Batch
-from dyvte.mllm import MLLM
+from dyvte import MLLM, Batch, FixedExit, exit_sweep
 
 SYSTEM_TOKENS, INSTRUCTION_TOKENS = 32, 32
 QUESTIONS = 8

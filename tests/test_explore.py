@@ -37,7 +37,8 @@ from analysis.explore.altered import (
 )
 from analysis.explore.explorer import Explorer
 from analysis.explore.reading import PatchGrid, Reading
-from analysis.explore.state import ViewState, data_address, read_upload, read_view_file, view_file
+from analysis.explore.state import ViewState, read_upload, read_view_file, view_file
+from analysis.plots.style import data_address
 from dyvte.data import build_dataset
 from dyvte.errors import ConfigError
 from dyvte.layout import VISUAL

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import seaborn as sns
 from PIL import Image
 
-from ..plots.style import data_url
+from ..plots.style import data_address, data_url
 from .altered import AlteredAnswer, CutAnswer, MethodAnswer
 from .reading import Reading, largest
-from .state import ViewState, data_address
+from .state import ViewState
 
 PALETTE = np.array(sns.color_palette("rocket_r", 256))
 """Colours from no attention to much, those of the figures."""

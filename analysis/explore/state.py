@@ -15,7 +15,7 @@ from PIL import Image
 from dyvte.data.reading import read_image
 from dyvte.errors import BrokenSample, ConfigError
 
-from ..plots.style import data_url
+from ..plots.style import data_address
 
 LONGEST_QUESTION = 1000
 """Characters of a question."""
@@ -248,10 +248,3 @@ def read_upload(address: str, max_bytes: int, max_pixels: int) -> Image.Image:
         return read_image(raw, "upload", "upload")
     except BrokenSample as error:
         raise ConfigError(str(error)) from error
-
-
-def data_address(image: Image.Image) -> str:
-    """A picture as a PNG `data:` address."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="png")
-    return data_url(buffer.getvalue())

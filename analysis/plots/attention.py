@@ -144,6 +144,11 @@ def relative_maps(maps: npt.ArrayLike) -> npt.NDArray[np.float64]:
     return np.divide(maps, total, out=np.zeros_like(maps), where=total > 0) * maps[0].size
 
 
+def frame_in_words(record: Mapping[str, Any]) -> str:
+    """Which frame of a video a map is of; nothing for an image."""
+    return f"frame {record['frame'] + 1} of {record['frames']}" if "frame" in record else ""
+
+
 def darkest(relative: npt.NDArray[np.float64]) -> float:
     """The relative attention drawn darkest: near the largest, and at least 4, so that nearly even attention is pale."""
     return max(float(np.quantile(relative, 0.995)), 4.0)
@@ -171,7 +176,7 @@ def draw_attention_map(record: Mapping[str, Any], image: npt.NDArray[Any]) -> Fi
         for axis in axes.flat:
             axis.set_axis_off()
         axes.flat[0].imshow(image)
-        of_frame = f"frame {record['frame'] + 1} of {record['frames']}" if "frame" in record else ""
+        of_frame = frame_in_words(record)
         axes.flat[0].set_title(of_frame or "image", fontsize=8.5)
         for layer in range(num_layers):
             axis = axes.flat[layer + 1]

@@ -25,6 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
+from PIL import Image
 
 from ..statistics.bands import Band
 
@@ -115,6 +116,13 @@ def png_of(figure: Figure, dpi: int) -> bytes:
 def data_url(content: bytes, kind: str = "image/png") -> str:
     """The content of a file as an address that holds it."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def data_address(picture: Image.Image, **settings: Any) -> str:
+    """A picture as an address that holds it as PNG."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="png", **settings)
+    return data_url(buffer.getvalue())
 
 
 def wrapped(text: str, width: int, lines: int = 2) -> str:

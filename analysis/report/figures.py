@@ -16,6 +16,7 @@ from dyvte.errors import DyvteError, RunFolderError
 from dyvte.runs.store import RunFolder
 
 from ..measuring.attention import map_name
+from ..plots.attention import frame_in_words
 from ..plots.exits import draw_policy_exit_layers
 from ..plots.policies import (
     draw_exit_examples,
@@ -281,7 +282,7 @@ def _cost(summary: Summary) -> str:
 def _map(record: Summary | None) -> str:
     if record is None:
         return "Attention maps over an image, one a layer."
-    shown = f"frame {record['frame'] + 1} of {record['frames']}" if "frame" in record else "an image"
+    shown = frame_in_words(record) or "an image"
     token = f", for its token “{record['token']}”" if "token" in record else ""
     return (
         f"Attention maps over {shown}, one a layer, for the question “{record['question']}”, answered "

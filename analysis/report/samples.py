@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from matplotlib.colors import to_hex
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
+from dyvte.batch import Batch
 from dyvte.data import Sample, build_dataset
 from dyvte.data.video import Video
 from dyvte.errors import ConfigError, UnsupportedError
@@ -31,8 +31,8 @@ from dyvte.runs.store import model_fingerprint
 
 from ..measuring.attention import QUERIES, attention_maps, choose_samples
 from ..measuring.lens import patch_words
-from ..plots.attention import darkest, relative_maps
-from ..plots.style import data_url
+from ..plots.attention import darkest, frame_in_words, relative_maps
+from ..plots.style import data_address
 from .runs import FinishedRun
 
 MAX_NEW_TOKENS, COLOURS = 64, 32
@@ -111,10 +111,12 @@ def look_at(mllm: MLLM, sample: Sample, query: str, policy: DynamicExit | None) 
     found = attention_maps(mllm, sample, query)
     if not found:
         return []
-    of_sample: dict[str, Any] = {"exit_depth": depth_of(mllm, sample), "answers": {}}
-    of_sample |= {"exit_layer": None, "exit_answer": None, "gates": {}}
-    of_sample |= {} if policy is None else under_gates(mllm, sample, policy)
-    words = words_of(mllm, sample)
+    batch = mllm.encode([sample.image], [sample.question])
+    left = {"exit_layer": None, "exit_answer": None, "gates": {}}
+    if policy is not None:
+        left = under_gates(mllm, batch, policy)
+    of_sample = {"exit_depth": depth_of(mllm, batch), "answers": {}, **left}
+    words = words_of(mllm, sample, batch)
     return [content_of(*each) | said | of_sample for each, said in zip(found, words, strict=True)]
 
 
@@ -123,8 +125,8 @@ def content_of(record: Mapping[str, Any], image: npt.NDArray[Any]) -> dict[str, 
     relative = relative_maps(record["maps"])
     content = {key: record[key] for key in ("id", "kind", "question", "reference", "answer", "query")}
     return content | {
-        "part": f"frame {record['frame'] + 1} of {record['frames']}" if "frame" in record else "",
-        "image": png_of(image),
+        "part": frame_in_words(record),
+        "image": data_address(Image.fromarray((255 * np.clip(image, 0, 1)).round().astype(np.uint8)), optimize=True),
         "rows": relative.shape[1],
         "columns": relative.shape[2],
         "mass": [round(float(each), 5) for each in record["mass"]],
@@ -133,19 +135,11 @@ def content_of(record: Mapping[str, Any], image: npt.NDArray[Any]) -> dict[str, 
     }
 
 
-def png_of(image: npt.NDArray[Any]) -> str:
-    """An image `[height, width, 3]` from 0 to 1 as a `data:` address."""
-    buffer = io.BytesIO()
-    Image.fromarray((255 * np.clip(image, 0, 1)).round().astype(np.uint8)).save(buffer, format="png", optimize=True)
-    return data_url(buffer.getvalue())
-
-
-def words_of(mllm: MLLM, sample: Sample) -> list[dict[str, Any]]:
+def words_of(mllm: MLLM, sample: Sample, batch: Batch) -> list[dict[str, Any]]:
     """What each patch of each map says after each layer: `says [L + 1][rows * columns]` counts in the list `words`.
 
     Both are empty where a lens cannot be applied.
     """
-    batch = mllm.encode([sample.image], [sample.question])
     place = None if isinstance(sample.image, Video) else view(mllm, batch)
     if place is None:
         frames = frame_numbers(mllm, batch)[0, batch.layout.visual[0]]
@@ -164,9 +158,8 @@ def words_of(mllm: MLLM, sample: Sample) -> list[dict[str, Any]]:
     return found
 
 
-def depth_of(mllm: MLLM, sample: Sample) -> int | None:
+def depth_of(mllm: MLLM, batch: Batch) -> int | None:
     """First exit layer from which answer and cross-entropy stay; None where one pass cannot compute all exits."""
-    batch = mllm.encode([sample.image], [sample.question])
     try:
         sweep = exit_sweep(mllm, batch, greedy_answer_ids(mllm, batch, MAX_NEW_TOKENS), entropy=False)
     except UnsupportedError:
@@ -175,9 +168,8 @@ def depth_of(mllm: MLLM, sample: Sample) -> int | None:
     return int(exit_depth(paper_labels(sweep.agree, sweep.nll))[0])
 
 
-def under_gates(mllm: MLLM, sample: Sample, policy: DynamicExit) -> dict[str, Any]:
+def under_gates(mllm: MLLM, batch: Batch, policy: DynamicExit) -> dict[str, Any]:
     """Where the gates take the image out, what they said until then, and the answer."""
-    batch = mllm.encode([sample.image], [sample.question])
     with policy(mllm) as run:
         (answer,) = mllm.generate(batch, max_new_tokens=MAX_NEW_TOKENS)
         exit_layer = int(run.exit_layers[0])
