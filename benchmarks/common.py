@@ -11,7 +11,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -169,14 +169,16 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     return now(device) - start
 
 
+def in_turns(timed: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1) -> list[dict[str, float]]:
+    """The seconds of each run in every round; the first rounds warm up and are left out."""
+    return [{name: run() for name, run in timed.items()} for _ in range(warm_up + rounds)][warm_up:]
+
+
 def extra_mib(run: Callable[[], object], device: str = "cpu") -> float:
     """MiB needed at most while `run()` works, above what was held before it.
 
     Allocated on a GPU, resident in the process on a CPU. What earlier work of the process has left to its allocator is
     used again without being counted, so measure in a process of its own (`measured_apart`).
-
-    Raises:
-        RuntimeError: on a CPU, where the system is not Linux.
     """
     if device != "cpu":
         with PeakMemory(torch.device(device)) as memory:

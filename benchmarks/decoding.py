@@ -8,6 +8,9 @@ has prefilled once; then they take turns, one step each a round, and ratios are 
 
 from __future__ import annotations
 
+from functools import partial
+
+import pandas as pd
 import torch
 
 from analysis.statistics.markdown import markdown_table
@@ -24,31 +27,29 @@ WARM_UP = 2
 
 @torch.no_grad()
 def measure(mllm: MLLM, batch: Batch, ways: dict[str, Policy], rounds: int) -> list[dict[str, float]]:
-    """Seconds of one step under every policy, round by round; the first rounds warm up and are left out."""
+    """Seconds of one step under every policy, round by round."""
     steps = {
         name: common.decoding_steps(mllm, batch, common.prefill(mllm, batch, policy), WARM_UP + rounds)
         for name, policy in ways.items()
     }
-    found = []
-    for _ in range(WARM_UP + rounds):
-        seconds = {}
-        for name, policy in ways.items():
-            step = next(steps[name])
-            with policy(mllm):
-                seconds[name] = common.seconds_of(step, mllm.device)
-        found.append(seconds)
-    return found[WARM_UP:]
+
+    def step_seconds(name: str) -> float:
+        step = next(steps[name])
+        with ways[name](mllm):
+            return common.seconds_of(step, mllm.device)
+
+    return common.in_turns({name: partial(step_seconds, name) for name in ways}, rounds, WARM_UP)
 
 
 def table(images: int, rounds: list[dict[str, float]]) -> list[list[str]]:
     """Rows of the page: visual tokens, way of running, milliseconds, of the full model's step, what is required."""
-    full = next(iter(rounds[0]))
+    times = pd.DataFrame(rounds)
+    full = times.columns[0]
     rows = []
-    for name in rounds[0]:
-        times = common.spread((1e3 * each[name] for each in rounds), 1)
-        ratio = common.spread((each[name] / each[full] for each in rounds), 3)
+    for name, seconds in times.items():
+        ratio = common.spread(seconds / times[full], 3)
         compared = ["", ""] if name == full else [ratio, REQUIRED.get(images, "")]
-        rows.append([f"{images * common.VISUAL_TOKENS:,}", name, times, *compared])
+        rows.append([f"{images * common.VISUAL_TOKENS:,}", str(name), common.spread(1e3 * seconds, 1), *compared])
     return rows
 
 

@@ -11,10 +11,11 @@ the meta device, and timed at a width at which matrix products fill the processo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from unittest import mock
 
+import pandas as pd
 import torch
 
 from analysis.statistics.markdown import markdown_table
@@ -120,12 +121,7 @@ def measure(mllm: MLLM, mixed: DynamicExit, repeats: int) -> list[dict[str, floa
         "decoding": partial(decode_seconds, mllm, eight),
         "decoding mixed": partial(decode_seconds, mllm, eight, mixed),
     }
-    return in_turns(timed, repeats)
-
-
-def in_turns(timed: Mapping[str, Callable[[], float]], repeats: int) -> list[dict[str, float]]:
-    """The seconds of each run in every round; one more round before them warms up."""
-    return [{name: run() for name, run in timed.items()} for _ in range(repeats + 1)][1:]
+    return common.in_turns(timed, repeats)
 
 
 @torch.no_grad()
@@ -157,7 +153,7 @@ def measure_gates(mllm: MLLM, repeats: int) -> list[dict[str, float]]:
         "asked": partial(prefill_seconds, mllm, one, asked),
         "gates": partial(gate_seconds, mllm, one, asked),
     }
-    return in_turns(timed, repeats)
+    return common.in_turns(timed, repeats)
 
 
 @torch.no_grad()
@@ -187,11 +183,7 @@ def deciding_work(mllm: MLLM) -> tuple[Work, Work]:
 
 def deciding_page(mllm: MLLM, rounds: list[dict[str, float]]) -> list[str]:
     """Lines of the page."""
-
-    def ratio(name: str, digits: int) -> str:
-        return common.spread((each[name] / each["full"] for each in rounds), digits)
-
-    rows = []
+    times, rows = pd.DataFrame(rounds), []
     for name, sizes in LLAVA.items():
         gates, decoder = deciding_flops(*sizes)
         rows.append((f"FLOPs of {sizes[0] - 1} gates over the decoder's, {name}", f"{gates / decoder:.5f}", "counted"))
@@ -200,8 +192,8 @@ def deciding_page(mllm: MLLM, rounds: list[dict[str, float]]) -> list[str]:
         ("operators of a gate over those of a layer", f"{gate.operators} / {layer.operators}", "counted"),
         ("bytes that they write", f"{gate.output_bytes / layer.output_bytes:.5f}", "counted"),
         ("waits of the host, a gate that may let a row go", str(gate.synchronisations), "counted"),
-        ("time of the gates, of the prefill", ratio("gates", 4), "below 0.01"),
-        ("prefill under them, of the plain one", ratio("asked", 3), "reported"),
+        ("time of the gates, of the prefill", common.spread(times["gates"] / times["full"], 4), "below 0.01"),
+        ("prefill under them, of the plain one", common.spread(times["asked"] / times["full"], 3), "reported"),
     ]
     return paragraphs(
         "# What the gates' deciding costs",
@@ -218,37 +210,29 @@ def deciding_page(mllm: MLLM, rounds: list[dict[str, float]]) -> list[str]:
 
 def table(layers: int, rounds: list[dict[str, float]], flops: float, exits: list[int]) -> list[tuple[str, str, str]]:
     """Rows of the page: what, measured, required."""
-    leave = layers // 2
+    leave, times = layers // 2, pd.DataFrame(rounds)
+    saved = times["full"] - times["half"]
+    predicted = (layers - leave) / layers * (times["layers"] - times["text layers"])
 
-    def ms(name: str, questions: int = 1) -> str:
-        return f"{common.spread((1e3 * each[name] / questions for each in rounds), 1)} ms"
+    def ms(seconds: pd.Series) -> str:
+        return f"{common.spread(1e3 * seconds, 1)} ms"
 
-    def ratio(value: Callable[[dict[str, float]], float], digits: int = 3) -> str:
-        return common.spread(map(value, rounds), digits)
-
-    def saved(each: dict[str, float]) -> float:
-        return each["full"] - each["half"]
-
-    def predicted(each: dict[str, float]) -> float:
-        return (layers - leave) / layers * (each["layers"] - each["text layers"])
+    def ratio(part: pd.Series, whole: pd.Series) -> str:
+        return common.spread(part / whole, 3)
 
     return [
-        ("prefill of one question", ms("full"), ""),
-        (f"the same, exit after {leave} of {layers} layers", ms("half"), ""),
-        ("saved, of what timed layers predict", ratio(lambda each: saved(each) / predicted(each)), "at least 0.9"),
-        ("share of the time saved", ratio(lambda each: saved(each) / each["full"]), ""),
+        ("prefill of one question", ms(times["full"]), ""),
+        (f"the same, exit after {leave} of {layers} layers", ms(times["half"]), ""),
+        ("saved, of what timed layers predict", ratio(saved, predicted), "at least 0.9"),
+        ("share of the time saved", ratio(saved, times["full"]), ""),
         ("share of the FLOPs saved", f"{flops:.3f}", ""),
-        ("time saved over FLOPs saved", ratio(lambda each: saved(each) / each["full"] / flops), "reported"),
-        (f"batch of {ROWS}, exits {exits}, a question", ms("batch", ROWS), ""),
-        ("the same one by one, a question", ms("one by one", ROWS), ""),
-        ("batch over one by one", ratio(lambda each: each["batch"] / each["one by one"]), "at most 1"),
-        (f"decoding step of {ROWS} rows, full model", ms("decoding"), ""),
-        ("the same with these exits", ms("decoding mixed"), ""),
-        (
-            "decoding with these exits, of full",
-            ratio(lambda each: each["decoding mixed"] / each["decoding"]),
-            "reported",
-        ),
+        ("time saved over FLOPs saved", ratio(saved, flops * times["full"]), "reported"),
+        (f"batch of {ROWS}, exits {exits}, a question", ms(times["batch"] / ROWS), ""),
+        ("the same one by one, a question", ms(times["one by one"] / ROWS), ""),
+        ("batch over one by one", ratio(times["batch"], times["one by one"]), "at most 1"),
+        (f"decoding step of {ROWS} rows, full model", ms(times["decoding"]), ""),
+        ("the same with these exits", ms(times["decoding mixed"]), ""),
+        ("decoding with these exits, of full", ratio(times["decoding mixed"], times["decoding"]), "reported"),
     ]
 
 

@@ -93,11 +93,7 @@ def commands(model: Path, folder: Path, samples: int, train_samples: int) -> lis
 
 
 def run_command(module: str, samples: int, words: list[str], folder: Path) -> Run:
-    """Run one command to its end.
-
-    Raises:
-        RuntimeError: it fails, with the end of what it said.
-    """
+    """Run one command to its end."""
     log = folder / f"{module}.log"
     started = time.perf_counter()
     with log.open("wb") as out:

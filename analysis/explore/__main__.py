@@ -13,11 +13,7 @@ from .explorer import Explorer
 
 @command("explore")
 def main(cfg: DictConfig) -> None:
-    """Serve the page that `conf/explore.yaml` describes until it is interrupted.
-
-    Raises:
-        ConfigError: Gradio is not installed, or the port is taken.
-    """
+    """Serve the page that `conf/explore.yaml` describes until it is interrupted."""
     try:
         from .serving import serve
     except ModuleNotFoundError as error:

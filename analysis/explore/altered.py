@@ -137,11 +137,7 @@ def cut_answer(
 
 
 def region_mask(batch: Batch, patches: Sequence[int]) -> Tensor:
-    """[1, N] the positions of some visual tokens of one prompt.
-
-    Raises:
-        ConfigError: no patch, or one that is not there.
-    """
+    """[1, N] the positions of some visual tokens of one prompt."""
     places = batch.layout.visual[0].nonzero()[:, 0]
     if not patches:
         raise ConfigError("the region holds no patch: draw a rectangle over the image first")
@@ -202,9 +198,6 @@ def method_answer(mllm: MLLM, batch: Batch, method: str, budget: float, max_new_
 
     What a method is set by (a share of tokens, a recipe, a layer) is solved for on this very prompt, without its
     answer.
-
-    Raises:
-        ConfigError: an unknown method, or a budget outside of (0, 1].
     """
     if method not in known_methods():
         raise ConfigError(f"no method {method!r}; choose from {', '.join(known_methods())}")

@@ -1,4 +1,7 @@
-"""What the page can do, without the page: one object for the model, everything of a session in its arguments."""
+"""What the page can do, without the page: one object for the model, everything of a session in its arguments.
+
+What cannot be done is a `ConfigError`, whose sentence the page shows.
+"""
 
 from __future__ import annotations
 
@@ -43,11 +46,7 @@ class Example:
 
 
 def first_examples(dataset: Dataset, count: int) -> list[Example]:
-    """The first images of a data set, each with its first question that needs the image.
-
-    Raises:
-        ConfigError: none shows an image.
-    """
+    """The first images of a data set, each with its first question that needs the image."""
     found: dict[str, Example] = {}
     for sample in dataset.readable():
         # of the built-in tasks not the questions that are answered without looking
@@ -86,11 +85,7 @@ class Explorer:
         return ViewState(model=self.name, example=0, question=self.examples[0].question, layer=ANY_LAYER)
 
     def check(self, state: ViewState) -> ViewState:
-        """A view from outside, if it can be one of this model.
-
-        Raises:
-            ConfigError: it is of another model, or names an example, method or path that there is not.
-        """
+        """A view from outside, if it can be one of this model."""
         if state.model not in ("", self.name):
             raise ConfigError(f"the view is of model {state.model!r}; this page shows {self.name!r}")
         if state.example is not None and state.example >= len(self.examples):
@@ -150,11 +145,7 @@ class Explorer:
         return exit_panel(reading, exit_layer, found, self.words(found.ids, reading.end_ids), cost), found.complete
 
     def thin_out(self, reading: Reading, state: ViewState) -> str:
-        """Which patches a method keeps at a budget, and the answer.
-
-        Raises:
-            ConfigError: it cannot meet the budget on this prompt.
-        """
+        """Which patches a method keeps at a budget, and the answer."""
         with self._running:
             found = method_answer(self.mllm, reading.batch, state.method, state.budget, self.max_new_tokens)
         name = self.methods[state.method]
@@ -163,11 +154,7 @@ class Explorer:
         return method_panel(reading, found, name, self.words(found.ids, reading.end_ids))
 
     def cut(self, reading: Reading, state: ViewState) -> str:
-        """What becomes of the answer when the state's path is cut in its window.
-
-        Raises:
-            ConfigError: no region, where the path's keys are the region, or a window without a layer.
-        """
+        """What becomes of the answer when the state's path is cut in its window."""
         start, stop = state.window or (0, reading.num_layers)
         if start == stop:
             raise ConfigError("the window holds no layer: its end has to lie behind its start")

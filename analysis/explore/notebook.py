@@ -89,11 +89,7 @@ def notebook_explorer(cfg: DictConfig) -> Explorer:
 
 
 def explore_widget(explorer: Explorer) -> Any:
-    """Image, question, and sliders for token, layer, head and exit layer, as one widget of ipywidgets.
-
-    Raises:
-        ConfigError: ipywidgets is not installed.
-    """
+    """Image, question, and sliders for token, layer, head and exit layer, as one widget of ipywidgets."""
     try:
         import ipywidgets as widgets
     except ModuleNotFoundError as error:

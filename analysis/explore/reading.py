@@ -55,11 +55,7 @@ class PatchGrid:
         return values[..., self.numbers]
 
     def patches_in(self, rectangle: Sequence[int]) -> list[int]:
-        """Numbers of the visual tokens in a rectangle (top, left, bottom, right), its last row and column included.
-
-        Raises:
-            ConfigError: it does not lie in the grid.
-        """
+        """Numbers of the visual tokens in a rectangle (top, left, bottom, right), its last row and column included."""
         top, left, bottom, right = rectangle
         rows, columns = self.shape
         if not (0 <= top <= bottom < rows and 0 <= left <= right < columns):
@@ -71,11 +67,7 @@ class PatchGrid:
 
 
 def patch_grid(mllm: MLLM, batch: Batch, image: Image.Image) -> PatchGrid:
-    """The grid of one prompt with one image; see `dyvte.instrument.views.view` for which models' places are known.
-
-    Raises:
-        ConfigError: the prompt shows no image.
-    """
+    """The grid of one prompt with one image; see `dyvte.instrument.views.view` for which models' places are known."""
     count = int(batch.layout.visual.sum())
     if count == 0:
         raise ConfigError("the prompt holds no visual token: ask about an image")

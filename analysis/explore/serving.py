@@ -18,11 +18,7 @@ logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks itself wheth
 
 
 def serve(explorer: Explorer, cfg: DictConfig) -> gr.Blocks:
-    """Start the server; it runs until `close()`.
-
-    Raises:
-        ConfigError: the port is taken.
-    """
+    """Start the server; it runs until `close()`."""
     blocks = Page(explorer, cfg).blocks
     blocks.queue(max_size=cfg.queue, api_open=False)
     try:

@@ -1,4 +1,7 @@
-"""What a browser sends, views as JSON or links and images: nothing in it is trusted, and nothing goes to disk."""
+"""What a browser sends, views as JSON or links and images: nothing in it is trusted, and nothing goes to disk.
+
+What is none of them is a `ConfigError` that says why.
+"""
 
 from __future__ import annotations
 
@@ -73,9 +76,6 @@ class ViewState:
     def from_link(cls, value: str) -> ViewState:
         """The state that the query of a link holds (the value behind `view=`).
 
-        Raises:
-            ConfigError: it is too long or no state.
-
         Example:
             >>> state = ViewState(question="What is red?", layer=3)
             >>> ViewState.from_link(state.to_link().removeprefix("view=")) == state
@@ -92,11 +92,7 @@ class ViewState:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> ViewState:
-        """The state with these values; what is left out is as by default.
-
-        Raises:
-            ConfigError: an unknown key, or a value of another kind, each by name.
-        """
+        """The state with these values; what is left out is as by default."""
         known = {each.name for each in fields(cls)}
         if unknown := set(content) - known:
             raise ConfigError(f"the view has an unknown key {min(unknown)!r}; known are {', '.join(sorted(known))}")
@@ -127,11 +123,7 @@ def view_file(state: ViewState, image: Image.Image | None) -> str:
 
 
 def read_view_file(text: str, max_bytes: int, max_pixels: int) -> tuple[ViewState, Image.Image | None]:
-    """What `view_file` wrote, under the limits of uploads.
-
-    Raises:
-        ConfigError: it is no view, or its image is none or too large.
-    """
+    """What `view_file` wrote, under the limits of uploads."""
     content = _json_object(text)
     address = content.pop(IMAGE_KEY, None)
     if address is not None and not isinstance(address, str):
@@ -142,9 +134,6 @@ def read_view_file(text: str, max_bytes: int, max_pixels: int) -> tuple[ViewStat
 
 def read_region(text: str) -> tuple[int, int, int, int] | None:
     """A region as it is typed; None where nothing is.
-
-    Raises:
-        ConfigError: it is not four whole numbers.
 
     Example:
         >>> read_region("0, 1, 2, 3")
@@ -160,11 +149,7 @@ def read_region(text: str) -> tuple[int, int, int, int] | None:
 
 
 def read_window(first: int, last: int) -> tuple[int, int]:
-    """The window [s, e) of two layers, both of which belong to it.
-
-    Raises:
-        ConfigError: the last lies before the first.
-    """
+    """The window [s, e) of two layers, both of which belong to it."""
     if last < first:
         raise ConfigError(f"from layer {first} to layer {last} is no window: give the first layer first")
     return first, last + 1
@@ -219,9 +204,6 @@ def read_upload(address: str, max_bytes: int, max_pixels: int) -> Image.Image:
     """The image in a `data:` address (`data:image/png;base64,...`), as RGB.
 
     Its width times height is read from the header before it is decoded: a small file may unpack to gigabytes.
-
-    Raises:
-        ConfigError: it is too large, no image, or damaged.
     """
     head, _, content = address.partition(",")
     if not head.startswith("data:") or not head.endswith(";base64"):
