@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from dyvte.runs.config import command
 from dyvte.runs.store import RunFolder, versions, write_atomic, write_json
 
 from ..measuring.runs import read_summary
-from .figures import PageFigure, figures_of, figures_of_step, stills_of
+from .figures import figures_of, figures_of_step, stills_of
 from .models import COMPARED_STEPS, owned_runs, sections_of_models
 from .page import SECTIONS, MissingRun, Page, Section, opening_sentences, render_page
 from .runs import REPORT_STEPS, FinishedRun, disagreements, find_runs, first_command
@@ -140,21 +139,6 @@ def page_lead(models: Sequence[str]) -> str:
     return text
 
 
-OPENING_STEPS = ("exits", "knockout", "stage_table", "stages")
-"""Whose first figure a page opens with: the first of these that has one."""
-
-
-def take_first_figure(sections: Iterable[Section]) -> tuple[PageFigure | None, list[Section]]:
-    """The figure that a page opens with, and its sections without it; sections that show nothing are left out."""
-    found = [section for section in sections if not section.empty]
-    with_figures = {section.id: section for section in found if section.pictures}
-    chosen = next((with_figures[step] for step in OPENING_STEPS if step in with_figures), None)
-    if chosen is None:
-        return None, found
-    rest = [replace(each, pictures=each.pictures[1:]) if each is chosen else each for each in found]
-    return chosen.pictures[0], [section for section in rest if not section.empty]
-
-
 def page_of_one_model(cfg: DictConfig, runs: list[FinishedRun], missing: list[MissingRun], folder: RunFolder) -> Page:
     """The page of one model."""
     warnings, samples = disagreements(runs), None
@@ -166,14 +150,12 @@ def page_of_one_model(cfg: DictConfig, runs: list[FinishedRun], missing: list[Mi
             raise
         except DyvteError as error:  # the numbers can be read without the model
             warnings.append(f"No sample images: {error}. (samples.count=0 leaves them out.)")
-    figure, sections = take_first_figure(_sections(runs, folder))
     return Page(
         title=f"{cfg.model.name} on {cfg.data.name}",
         lead=page_lead([cfg.model.name]),
         opening=opening_sentences(runs),
-        figure=figure,
         warnings=warnings,
-        sections=sections,
+        sections=list(_sections(runs, folder)),
         runs=runs,
         missing=missing,
         command=_own_command(),
@@ -201,7 +183,6 @@ def page_of_several_models(
     warnings = [f"{model}: {note}" for model, own in named.items() for note in disagreements(own)]
     if len({run.data for run in runs if run.data}) > 1:
         warnings.append("The runs were not made on the same questions: compare their shapes, not their numbers.")
-    figure, sections = take_first_figure(sections_of_models(named, folder))
     sentences = [f"{model}: {each}" for model, own in named.items() for each in opening_sentences(own)]
     return Page(
         title=" and ".join(model.replace(ON, " on ") for model in named)
@@ -209,9 +190,8 @@ def page_of_several_models(
         else f"{len(named)} models on {cfg.data.name}",
         lead=f"{', '.join(named)}. {page_lead(list(named))}",
         opening=sentences,
-        figure=figure,
         warnings=warnings,
-        sections=sections,
+        sections=list(sections_of_models(named, folder)),
         runs=runs,
         missing=missing,
         command=_own_command(),

@@ -9,12 +9,12 @@ from dyvte.runs.store import RunFolder
 
 from ..plots.attention import draw_attention_scores
 from ..plots.compare import draw_attention_by_depth, draw_exits_by_depth
-from .cells import Cell, PageTable, banded_cell, number_cell, words_cell
+from .cells import Cell, PageTable, banded_cell, number_cell, spaced, words_cell
 from .figures import PageFigure, course, figures_of, keep_figure
 from .findings import first_extreme
 from .page import Section
 from .runs import FinishedRun
-from .tables import BANDED, policies_table
+from .tables import BANDED, EXIT_COLUMNS, exit_cells, policies_table
 
 COMPARED_STEPS = ("stages", "exits", "evaluate")
 """Steps whose results are put side by side."""
@@ -86,7 +86,7 @@ def _stages_table(runs: Mapping[str, FinishedRun]) -> PageTable:
                 words_cell(model),
                 number_cell(run, "count", "/num_layers"),
                 number_cell(run, "count", "/num_samples"),
-                words_cell(str(run.value("/stages/verdict")).replace("_", " ")),
+                words_cell(spaced(run.value("/stages/verdict"))),
                 words_cell("–" if starts is None else ", ".join(map(str, starts))),
                 *extremes,
             ]
@@ -114,13 +114,9 @@ def _exits_table(runs: Mapping[str, FinishedRun]) -> PageTable:
         [
             words_cell(model),
             number_cell(run, "count", "/num_layers"),
-            banded_cell(run, "share", "/overall/bands/accuracy", run.summary["num_layers"]),
-            banded_cell(run, "share", "/overall/bands/accuracy", 0),
-            banded_cell(run, "layer", "/overall/exit_depth"),
-            words_cell(str(run.value("/findings/contribution_stops/verdict") or "–").replace("_", " ")),
+            *exit_cells(run, "/overall", run.value("/findings/contribution_stops/verdict")),
             number_cell(run, "layer", "/findings/contribution_stops/exit_layer"),
         ]
         for model, run in runs.items()
     ]
-    columns = ["model", "layers", "right, full model", "right, no image", "exit depth"]
-    return PageTable("Models", [*columns, "image stops contributing", "from k"], rows, BANDED)
+    return PageTable("Models", ["model", "layers", *EXIT_COLUMNS, "from k"], rows, BANDED)

@@ -6,7 +6,7 @@ The templates escape every text they are given. A content security policy in the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -102,7 +102,7 @@ class Page:
 
     Attributes:
         lead: what it is about.
-        opening, figure: what was found, in sentences, and what shows most of it.
+        opening: what was found, in sentences.
         warnings: what a reader must know before the numbers.
         runs: of which findings, settings, versions and commands are shown.
         command: what makes this page again.
@@ -113,7 +113,6 @@ class Page:
     title: str
     lead: str
     opening: list[str]
-    figure: PageFigure | None
     warnings: list[str]
     sections: list[Section]
     runs: list[FinishedRun]
@@ -121,6 +120,21 @@ class Page:
     command: str
     samples: Samples | None = None
     owners: Mapping[str, str] = field(default_factory=dict)
+
+
+OPENING_STEPS = ("exits", "knockout", "stage_table", "stages")
+"""Whose first figure a page opens with: the first of these that has one."""
+
+
+def take_first_figure(sections: Sequence[Section]) -> tuple[PageFigure | None, list[Section]]:
+    """The figure that a page opens with, and its sections without it; sections that show nothing are left out."""
+    found = [section for section in sections if not section.empty]
+    with_figures = {section.id: section for section in found if section.pictures}
+    chosen = next((with_figures[step] for step in OPENING_STEPS if step in with_figures), None)
+    if chosen is None:
+        return None, found
+    rest = [replace(each, pictures=each.pictures[1:]) if each is chosen else each for each in found]
+    return chosen.pictures[0], [section for section in rest if not section.empty]
 
 
 def render_page(page: Page) -> str:
@@ -134,8 +148,11 @@ def render_page(page: Page) -> str:
     )
     environment.filters |= {"verdict": verdict_word, "exact": exact}
     samples, findings = page.samples, findings_of(page.runs)
+    figure, sections = take_first_figure(page.sections)
     return environment.get_template("report.html").render(
         page=page,
+        figure=figure,
+        sections=sections,
         findings=[_finding(each) for each in findings],
         slider={"palette": palette(), "records": samples.records} if samples and samples.records else None,
         sample_table=sample_table(samples) if samples and samples.records else None,

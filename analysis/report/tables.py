@@ -59,6 +59,19 @@ def _stages(run: FinishedRun) -> Iterator[PageTable]:
     )
 
 
+EXIT_COLUMNS = ["right, full model", "right, no image", "exit depth", "image stops contributing"]
+
+
+def exit_cells(run: FinishedRun, place: str, stops: str | None) -> list[Cell]:
+    """`EXIT_COLUMNS` of a group of questions, and the verdict on whether the image stops contributing."""
+    return [
+        banded_cell(run, "share", f"{place}/bands/accuracy", run.summary["num_layers"]),
+        banded_cell(run, "share", f"{place}/bands/accuracy", 0),
+        banded_cell(run, "layer", f"{place}/exit_depth"),
+        words_cell(spaced(stops or "–")),
+    ]
+
+
 def _exits(run: FinishedRun) -> Iterator[PageTable]:
     last = run.summary["num_layers"]
     yield PageTable(
@@ -79,15 +92,12 @@ def _exits(run: FinishedRun) -> Iterator[PageTable]:
     )
     yield PageTable(
         "Kinds of questions",
-        ["kind", "questions", "right, full model", "right, no image", "exit depth", "image stops contributing"],
+        ["kind", "questions", *EXIT_COLUMNS],
         [
             [
                 words_cell(spaced(kind)),
                 number_cell(run, "count", pointer("kinds", kind, "num_samples")),
-                banded_cell(run, "share", pointer("kinds", kind, "bands", "accuracy"), last),
-                banded_cell(run, "share", pointer("kinds", kind, "bands", "accuracy"), 0),
-                banded_cell(run, "layer", pointer("kinds", kind, "exit_depth")),
-                words_cell(spaced(found["stops"]["verdict"])),
+                *exit_cells(run, pointer("kinds", kind), found["stops"]["verdict"]),
             ]
             for kind, found in (run.value("/kinds") or {}).items()
         ],
