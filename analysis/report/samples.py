@@ -112,7 +112,7 @@ def look_at(mllm: MLLM, sample: Sample, query: str, policy: DynamicExit | None) 
     if not found:
         return []
     batch = mllm.encode([sample.image], [sample.question])
-    left = {"exit_layer": None, "exit_answer": None, "gates": {}}
+    left: dict[str, Any] = {"exit_layer": None, "exit_answer": None, "gates": {}}
     if policy is not None:
         left = under_gates(mllm, batch, policy)
     of_sample = {"exit_depth": depth_of(mllm, batch), "answers": {}, **left}
