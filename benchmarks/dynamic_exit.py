@@ -101,15 +101,10 @@ def mixed_exits(mllm: MLLM, batch: Batch) -> DynamicExit:
     return DynamicExit(gates, threshold=torch.where(fires, (top[:, 0] + top[:, 1]) / 2, 2.0).tolist())
 
 
-def batch_of_rows(mllm: MLLM) -> Batch:
-    """The batch whose rows leave at different layers."""
-    return common.random_prompts(mllm, ROWS)
-
-
 def measure(mllm: MLLM, mixed: DynamicExit, repeats: int) -> list[dict[str, float]]:
     """Seconds of everything that is timed, round by round."""
     one, text = (common.random_prompts(mllm, 1, images=images) for images in (1, 0))
-    eight = batch_of_rows(mllm)
+    eight = common.random_prompts(mllm, ROWS)
     alone = [eight[row : row + 1] for row in range(ROWS)]
     timed: dict[str, Callable[[], float]] = {
         "full": partial(prefill_seconds, mllm, one),
@@ -248,7 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
             options.output = options.output.with_name("deciding.md")
         common.write_page(options.output, deciding_page(mllm, measure_gates(mllm, options.repeats)))
         return
-    batch = batch_of_rows(mllm)
+    batch = common.random_prompts(mllm, ROWS)
     mixed = mixed_exits(mllm, batch)
     rounds = measure(mllm, mixed, options.repeats)
     rows = table(options.layers, rounds, flops_saved(mllm), exits_of(mllm, batch, mixed))

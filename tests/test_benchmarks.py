@@ -128,11 +128,12 @@ def test_knock_outs(tmp_path: Path) -> None:
 
 def test_an_exit_in_time() -> None:
     mllm = random_llava(layers=8, hidden=32, head_size=16)
-    mixed = bench_dynamic_exit.mixed_exits(mllm, bench_dynamic_exit.batch_of_rows(mllm))
+    batch = random_prompts(mllm, bench_dynamic_exit.ROWS)
+    mixed = bench_dynamic_exit.mixed_exits(mllm, batch)
     rounds = bench_dynamic_exit.measure(mllm, mixed, repeats=2)
     assert len(rounds) == 2
     assert all(seconds > 0 for each in rounds for seconds in each.values())
-    exits = bench_dynamic_exit.exits_of(mllm, bench_dynamic_exit.batch_of_rows(mllm), mixed)
+    exits = bench_dynamic_exit.exits_of(mllm, batch, mixed)
     assert len(exits) == bench_dynamic_exit.ROWS
     assert len(set(exits)) > 2
     known = {"full": 2.0, "half": 1.5, "layers": 1.4, "text layers": 0.4, "batch": 8.0}

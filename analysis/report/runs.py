@@ -203,11 +203,10 @@ def disagreements(runs: Sequence[FinishedRun]) -> list[str]:
     """Sentences on runs that are not of the same weights or the same data and so cannot be read together."""
     notes = []
     for what, attribute in (("weights of the model, or model.dtype", "weights"), ("questions", "data")):
-        groups: dict[str, list[str]] = {}
+        groups: dict[str | None, list[str]] = {}
         for run in runs:
-            digest = getattr(run, attribute)
-            if digest is not None:
-                groups.setdefault(digest, []).append(run.name)
+            groups.setdefault(getattr(run, attribute), []).append(run.name)
+        groups.pop(None, None)  # runs that do not say
         if len(groups) > 1:
             listed = "; ".join(f"{', '.join(names)} ({digest})" for digest, names in groups.items())
             notes.append(f"These runs were made with different {what}: {listed}. Their numbers are not comparable.")
