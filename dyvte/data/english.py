@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from PIL import Image
 
 from dyvte.data.base import Dataset, Sample, check_limit, text_fingerprint
-from dyvte.errors import ConfigError
 from dyvte.testbed.smol.questions import Paraphrases
 from dyvte.testbed.smol.records import EnglishQuestions
 from dyvte.testbed.world import render
@@ -42,12 +41,7 @@ class EnglishDataset(Dataset):
         paraphrases: Paraphrases = "all",
     ) -> None:
         check_limit(limit)
-        try:
-            self.records = EnglishQuestions(
-                split, limit, seed, kinds=kinds, per_scene=per_scene, matched=matched, paraphrases=paraphrases
-            )
-        except ValueError as error:
-            raise ConfigError(f"data=english: {error}") from error
+        self.records = EnglishQuestions(split, limit, seed, kinds, per_scene, matched, paraphrases)
 
     def __len__(self) -> int:
         return len(self.records)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dyvte.data.base import Dataset, Sample, check_limit, text_fingerprint
-from dyvte.errors import ConfigError
 from dyvte.testbed.questions import IMAGE_KINDS, ShapesQuestions, ShapesRecord
 
 
@@ -31,12 +30,7 @@ class ShapesDataset(Dataset):
         matched: bool = False,
     ) -> None:
         check_limit(limit)
-        try:
-            self.records: Sequence[ShapesRecord] = ShapesQuestions(
-                split, limit, seed, kinds=kinds, per_scene=per_scene, matched=matched
-            )
-        except ValueError as error:
-            raise ConfigError(f"data=shapes: {error}") from error
+        self.records: Sequence[ShapesRecord] = ShapesQuestions(split, limit, seed, kinds, per_scene, matched)
 
     def __len__(self) -> int:
         return len(self.records)

@@ -8,7 +8,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-from dyvte.testbed.questions import MAX_NUMBER, NO, STEPS, YES
+from dyvte.testbed.facts import MAX_NUMBER
+from dyvte.testbed.questions import NO, STEPS, YES
 from dyvte.testbed.world import COLUMNS, IMAGE_SIZE, ROWS, VALUES
 
 BOS, EOS, PAD, UNKNOWN, IMAGE = "<s>", "</s>", "<pad>", "<unk>", "<image>"
