@@ -22,6 +22,7 @@ from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 from dyvte.errors import ModelError
 from dyvte.testbed.smol import base
+from dyvte.testbed.tokenizer import llava_processor
 
 PARTS = Path(__file__).with_name("parts")
 """What ships: `adapter/` (peft), `projector.safetensors`, `training.json`."""
@@ -124,7 +125,7 @@ def assemble(parts: Path = PARTS, target: Path | None = None, downloads: Path | 
     scratch = target.with_name(f"{target.name}.{os.getpid()}.partial")
     scratch.mkdir(parents=True, exist_ok=True)
     model.float().save_pretrained(scratch)
-    base.build_processor(tokenizer, tower.config.patch_size).save_pretrained(scratch)
+    llava_processor(tokenizer, tower.config.patch_size).save_pretrained(scratch)
     (scratch / SETTINGS).write_text(json.dumps(settings, indent=1))
     if target.exists():
         shutil.rmtree(target)
