@@ -150,7 +150,7 @@ def fixed_exit_table(reference: LabelSet) -> pd.DataFrame:
 
 def control_table(policy: DynamicExit, source: str, answers: pd.DataFrame, reference: LabelSet) -> pd.DataFrame:
     """Controls of dynamic exits, one row each in the columns of the comparison; none of them runs the model again."""
-    controls = control_exits(policy, source, answers, reference, reference_rows(answers, reference))
+    controls = control_exits(policy, source, answers, reference)
     return pd.DataFrame(
         [{"policy": name, **expected_figures(share, answers, reference)} for name, share in controls.items()]
     )
@@ -164,7 +164,7 @@ def expected_figures(share: Tensor, answers: pd.DataFrame, reference: LabelSet) 
         answers: the n questions.
         reference: what every exit makes of them.
     """
-    rows = reference_rows(answers, reference)
+    rows = reference.rows_of(answers)
     images = answers["image_id"].tolist()
 
     def expected(values: Tensor) -> Tensor:
@@ -234,8 +234,8 @@ def _flops(
 
     They depend on the prompt's length and on the exit layer, so prompts that share both are counted once.
     """
-    lengths = zip(batch.layout.text.sum(1).tolist(), batch.layout.visual.sum(1).tolist(), strict=True)
-    keys = [(*length, k) for length, k in zip(lengths, exit_layers, strict=True)]
+    text, visual = (of.sum(1).tolist() for of in (batch.layout.text, batch.layout.visual))
+    keys = list(zip(text, visual, exit_layers, strict=True))
     for key, sample in zip(keys, samples, strict=True):
         if key not in counted:
             alone = mllm.encode([sample.image], [sample.question])
@@ -292,7 +292,7 @@ def figures(answers: pd.DataFrame, reference: LabelSet) -> dict[str, Any]:
     `num_references` questions that have a reference, and None without any. Intervals are two-sided 95%, clustered by
     image.
     """
-    rows = reference_rows(answers, reference)
+    rows = reference.rows_of(answers)
     images = answers["image_id"].tolist()
     agree, full_flops = reference.agree[rows], float(reference.flops[rows, -1].double().mean())
     cost = reference.flops[rows].double() / full_flops
@@ -324,12 +324,6 @@ def figures(answers: pd.DataFrame, reference: LabelSet) -> dict[str, Any]:
         "new_tokens": float(answers["new_tokens"].mean()),
         "kv_cache_bytes": float(answers["kv_cache_bytes"].mean()),
     }
-
-
-def reference_rows(answers: pd.DataFrame, reference: LabelSet) -> Tensor:
-    """Row of every answer's question in the reference."""
-    position = pd.Series(np.arange(len(reference)), index=reference.samples["id"])
-    return torch.from_numpy(position.loc[answers["id"]].to_numpy(copy=True))
 
 
 def _tensor(column: pd.Series) -> Tensor:

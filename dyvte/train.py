@@ -32,6 +32,7 @@ from dyvte.gates.risk import choose_threshold, too_few_images, upper_limit
 from dyvte.gates.teacher import taught
 from dyvte.gates.training import average_gates, evaluate_loss, gate_probabilities, train_gates
 from dyvte.gates.validation import cost_at_agreement, use_of_image
+from dyvte.mllm import MLLM
 from dyvte.runs import distributed
 from dyvte.runs.config import command, load_model
 from dyvte.runs.locks import replace_folder, temporary_name
@@ -77,7 +78,7 @@ def train(cfg: DictConfig) -> Gates | None:
     started = time.perf_counter()
     split = split_labels(labels, cfg)
     _check_bound(split, cfg)
-    fit = fit_gates(mllm.num_layers, mllm.hidden_size, split, cfg, list(cfg.recipe.status), mllm.device, folder)
+    fit = fit_gates(mllm, split, cfg, list(cfg.recipe.status), folder)
     fit.gates.facts = {
         "model": cfg.model.name,
         "data": cfg.data.name,
@@ -87,7 +88,7 @@ def train(cfg: DictConfig) -> Gates | None:
     }
     control = None
     if QUESTION in settings.status:
-        fit_control = fit_gates(mllm.num_layers, mllm.hidden_size, split, cfg, [QUESTION], mllm.device)
+        fit_control = fit_gates(mllm, split, cfg, [QUESTION])
         control = fit_control.gates
         control.facts = {**fit.gates.facts, "validation": fit_control.validation}
     save_gates(folder.path / "gates", fit.gates, control)
@@ -267,15 +268,7 @@ def outline(validation: Mapping[str, Any], members: int) -> str:
     return "\n".join(lines)
 
 
-def fit_gates(
-    num_layers: int,
-    hidden_size: int,
-    split: Split,
-    cfg: DictConfig,
-    parts: list[str],
-    device: torch.device,
-    folder: RunFolder | None = None,
-) -> GateFit:
+def fit_gates(mllm: MLLM, split: Split, cfg: DictConfig, parts: list[str], folder: RunFolder | None = None) -> GateFit:
     """Train gates that look at some status parts; with a folder, log to TensorBoard there and show progress.
 
     `cfg.recipe` and `cfg.seed` say how.
@@ -297,14 +290,14 @@ def fit_gates(
         for member in range(recipe.members):
             torch.manual_seed(cfg.seed + member)
             gates = Gates(
-                num_layers,
-                hidden_size,
+                mllm.num_layers,
+                mllm.hidden_size,
                 parts,
                 cfg.recipe.width,
                 cfg.recipe.bias,
                 shared=cfg.recipe.shared,
                 cumulative=recipe.objective == "hazard",
-            ).to(device)
+            ).to(mllm.device)
 
             def log(epoch: int, losses: dict[str, float], gates: Gates = gates, member: int = member) -> None:
                 history.append({"member": member, "epoch": epoch, **losses})
@@ -333,7 +326,7 @@ def fit_gates(
                 f"show that at most {cfg.recipe.bound:.3g} of the answers change; {enough} (train on more questions, "
                 f"data.limit, or set a larger recipe.bound)"
             )
-    gates.threshold = thresholds_by_depth(float(threshold), num_layers, caution)
+    gates.threshold = thresholds_by_depth(float(threshold), mllm.num_layers, caution)
     exits = first_exit(probability, gates.thresholds())
     agreement = float(at_exit(agree, exits).double().mean())
     result = {

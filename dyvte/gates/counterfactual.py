@@ -69,16 +69,12 @@ class OtherRuns:
 
 
 def other_runs(labels: LabelSet, rule: Tensor, counterfactual: Sequence[str], parts: Sequence[str]) -> OtherRuns | None:
-    """The other runs of a label set; None if none are asked for.
+    """The runs of a label set that `counterfactual` names, each to be drawn equally often; None if it names none.
 
-    Args:
-        labels: collected with the exits of `exits_for`, and `swapped`.
-        rule: [N, L + 1] whether exit k is right.
-        counterfactual: of `COUNTERFACTUALS`; each is drawn equally often.
-        parts: what the gates look at.
+    `rule` is [N, L + 1], whether exit k is right; `parts` are what the gates look at.
 
     Raises:
-        ConfigError: the label set lacks a run.
+        ConfigError: the set was collected without a run.
     """
     if not counterfactual:
         return None

@@ -24,7 +24,7 @@ class SweptAnswers:
 
     Attributes:
         batch: the prompts.
-        answer_ids: [b, A] the answers, -100 at padding.
+        answer_ids: [b, A], -100 at padding.
         answers: b texts.
         sweep: how every exit scores them, up to ties.
     """
@@ -56,19 +56,10 @@ def sweep_answers(mllm: MLLM, samples: Sequence[Sample], max_new_tokens: int, **
 def answers_by_exit(
     mllm: MLLM, swept: SweptAnswers, max_new_tokens: int, rows: Sequence[int] | None = None
 ) -> list[list[str | None]]:
-    """The text of every sample's answer under every exit; only those that disagree with the full model are generated.
+    """The texts [b][L + 1] of every sample's answer under every exit; only those that disagree are generated.
 
     They are generated in batches as large as the given one, whose rows leave at their own layers; no image is
-    prepared again.
-
-    Args:
-        mllm: the model.
-        swept: samples and their sweep.
-        max_new_tokens: longest answer.
-        rows: the samples to do this for; the others have None where an exit disagrees. All by default.
-
-    Returns:
-        b lists of L + 1.
+    prepared again. With `rows`, other samples have None where an exit disagrees.
     """
     agree = swept.sweep.agree.tolist()
     texts: list[list[str | None]] = [

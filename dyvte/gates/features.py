@@ -44,10 +44,8 @@ def bases_of(parts: Sequence[str]) -> list[str]:
 def at_layer(parts: Sequence[str], now: Mapping[str, Tensor], before: Mapping[str, Tensor] | None) -> Tensor:
     """[B, inputs] what one gate looks at: `assemble` for a single layer, as a prefill meets them one by one.
 
-    Args:
-        parts: of `GATE_PARTS`.
-        now: [B, width] every part of `bases_of(parts)` after the gate's layer.
-        before: the same after the layer before; None for the first.
+    `now` and `before` hold every part of `bases_of(parts)`, [B, width], after the gate's layer and the one before it;
+    `before` is None for the first.
     """
     found = []
     for part in parts:
@@ -61,10 +59,7 @@ def at_layer(parts: Sequence[str], now: Mapping[str, Tensor], before: Mapping[st
 def assemble(parts: Sequence[str], base: Mapping[str, Tensor]) -> Tensor:
     """[..., L - 1, inputs] what the gates of all layers look at, parts one after the other.
 
-    Args:
-        parts: of `GATE_PARTS`.
-        base: [..., L - 1, width] every part that `parts` name or are changes of, after every layer but the last. Behind
-            the first layer there is no change: 0.
+    `base` holds every part of `bases_of(parts)`, [..., L - 1, width]. Behind the first layer there is no change: 0.
 
     Example:
         >>> assemble(["lens", "lens_change"], {"lens": torch.tensor([[1.0, 2, 3], [1, 4, 9]])})

@@ -353,12 +353,12 @@ class RunFolder:
             raise RunFolderError(f"{self.path} has no table {name!r}: the run is not finished")
         return pd.read_parquet(file)
 
-    def tensors(self, name: str, keys: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-        """The tensors `keys` that each shard keeps under `name`, in order; nothing else is read from disk."""
+    def tensors(self, name: str, key: str) -> Iterator[torch.Tensor]:
+        """The tensor `key` that each shard keeps under `name`, in order; nothing else is read from disk."""
         for shard in self._shards():
             if (shard / f"{name}.safetensors").is_file():
                 with safe_open(shard / f"{name}.safetensors", framework="pt") as file:
-                    yield {key: file.get_tensor(key) for key in keys}
+                    yield file.get_tensor(key)
 
     @property
     def seconds(self) -> float:
