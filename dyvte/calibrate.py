@@ -57,12 +57,7 @@ def open_settings(cfg: DictConfig) -> list[str]:
 
 
 def calibration_of(mllm: MLLM, cfg: DictConfig) -> dict[str, Any]:
-    """What a calibrated setting is made of, as in a fingerprint: the model, the prompts, and what is asked for.
-
-    Args:
-        mllm: the model.
-        cfg: the composed configuration; `policy`, `calibration.data` and `batch_size` are taken.
-    """
+    """What a calibrated setting is made of, as in a fingerprint: the model, the prompts, and what is asked for."""
     data: Any = OmegaConf.to_container(cfg.calibration.data, resolve=True)
     dataset = build_dataset(cfg.calibration.data)
     made_of = {
@@ -77,10 +72,7 @@ def calibration_of(mllm: MLLM, cfg: DictConfig) -> dict[str, Any]:
 def calibrated_policy(mllm: MLLM, cfg: DictConfig, folder: Path) -> Policy:
     """The policy of a command's configuration, its open setting calibrated or read from an earlier calibration.
 
-    Args:
-        mllm: the model.
-        cfg: the composed configuration, see `calibration_of`.
-        folder: an existing run folder; `calibration.json` is written there.
+    `calibration.json` lies in `folder`, a run folder that exists.
 
     Raises:
         DataError: none of the calibration prompts can be read, or none shows an image.
@@ -132,11 +124,7 @@ def _build(cfg: DictConfig, found: Mapping[str, Any] | None = None) -> Policy:
 
 
 def with_image(dataset: Dataset) -> list[Sample]:
-    """Samples that can be read and show an image.
-
-    Raises:
-        DataError: there is none.
-    """
+    """Samples that can be read and show an image; a `DataError` where there is none."""
     samples = [sample for sample in dataset.readable() if sample.image is not None]
     if not samples:
         raise DataError(

@@ -47,8 +47,7 @@ def main(cfg: DictConfig) -> str | None:
 def evaluate(cfg: DictConfig) -> dict[str, Any] | None:
     """Run the policy over the data and compare with the full model and with every fixed exit.
 
-    Returns:
-        The summary; None in all processes but the first.
+    Gives the summary; None in all processes but the first.
     """
     mllm = load_model(cfg)
     dataset = build_dataset(cfg.data)
@@ -105,11 +104,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any] | None:
 def reference_labels(mllm: MLLM, dataset: Dataset, cfg: DictConfig, status: tuple[str, ...] = (QUESTION,)) -> LabelSet:
     """The full model's answers and what every fixed exit makes of them, made once for a model and data.
 
-    Args:
-        mllm: the model.
-        dataset: the questions.
-        cfg: the composed configuration; the set is kept under `reference_dir`.
-        status: status parts that it holds (see `dyvte.gates.labels.LabelSettings`).
+    The set is kept under `cfg.reference_dir`; `status` parts are as of `dyvte.gates.labels.LabelSettings`.
     """
     settings = LabelSettings(cfg.max_new_tokens, status=status, answers=True)
     made_of = json.dumps(label_fingerprint(mllm, dataset, cfg, settings), sort_keys=True, default=str)
@@ -159,10 +154,7 @@ def control_table(policy: DynamicExit, source: str, answers: pd.DataFrame, refer
 def expected_figures(share: Tensor, answers: pd.DataFrame, reference: LabelSet) -> dict[str, Any]:
     """What questions come to, in the columns of the comparison, if each leaves at every layer with some probability.
 
-    Args:
-        share: [n, L + 1] probability of every exit layer, rows sum to 1.
-        answers: the n questions.
-        reference: what every exit makes of them.
+    `share` [n, L + 1] are the probabilities; its rows sum to 1.
     """
     rows = reference.rows_of(answers)
     images = answers["image_id"].tolist()
@@ -264,10 +256,7 @@ def _with_interval(name: str, values: Tensor, images: Sequence[str]) -> dict[str
 def _correctness(correct: Tensor, full_correct: Tensor, images: Sequence[str]) -> dict[str, Any]:
     """Accuracy, the full model's and the loss, over the questions that have a reference; None where none has one.
 
-    Args:
-        correct: [n] share of right answers, NaN without a reference.
-        full_correct: [n] the same of the full model.
-        images: length n.
+    Both are [n] shares of right answers, NaN without a reference.
     """
     known = ~(correct.isnan() | full_correct.isnan())
     found: dict[str, Any] = {"num_references": int(known.sum())}

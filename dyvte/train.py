@@ -52,10 +52,7 @@ def main(cfg: DictConfig) -> str | None:
 
 
 def train(cfg: DictConfig) -> Gates | None:
-    """Collect or finish the label set, train, choose the threshold, save.
-
-    Returns:
-        The gates; None in all processes but the first.
+    """Collect or finish the label set, train, choose the threshold, save; gives None in all processes but the first.
 
     Raises:
         ConfigError: settings that do not fit together.
@@ -127,10 +124,7 @@ def gates_in_words(validation: Mapping[str, Any], folder: str) -> str:
 def label_settings(labels: DictConfig, counterfactual: Sequence[str] = (), num_layers: int = 0) -> LabelSettings:
     """What a label set holds, from the block `labels` of a configuration.
 
-    Args:
-        labels: the block.
-        counterfactual: runs that the recipe trains on, kept where `labels.exits` and `labels.swapped` are null.
-        num_layers: of the model.
+    The runs `counterfactual`, which a recipe trains on, are kept where `labels.exits` and `labels.swapped` are null.
     """
     exits = exits_for(counterfactual, num_layers) if labels.exits is None else labels.exits
     swapped = "swapped" in counterfactual if labels.swapped is None else labels.swapped
@@ -150,7 +144,7 @@ class Split:
     Attributes:
         labels: the set.
         rule: [n, L + 1] labels after the recipe's rule.
-        train: rows of the set that gates learn from.
+        train: rows that gates learn from.
         stopping: rows that say when to stop.
         validation: rows that the threshold is chosen on; nothing that they could have shaped is measured on them.
     """
@@ -247,12 +241,7 @@ class GateFit:
 
 
 def outline(validation: Mapping[str, Any], members: int) -> str:
-    """What training came to, for the terminal; all numbers are in `summary.json`.
-
-    Args:
-        validation: of a `GateFit`.
-        members: gates that were trained for every layer.
-    """
+    """What training came to, for the terminal; all numbers are in `summary.json`."""
     epochs = f"{validation['epochs']} epochs"
     if members > 1:
         epochs += f" of {members} gates a layer together"
@@ -269,10 +258,7 @@ def outline(validation: Mapping[str, Any], members: int) -> str:
 
 
 def fit_gates(mllm: MLLM, split: Split, cfg: DictConfig, parts: list[str], folder: RunFolder | None = None) -> GateFit:
-    """Train gates that look at some status parts; with a folder, log to TensorBoard there and show progress.
-
-    `cfg.recipe` and `cfg.seed` say how.
-    """
+    """Train gates that look at some status parts; with a folder, log to TensorBoard there and show progress."""
     settings: Any = OmegaConf.to_container(cfg.recipe, resolve=True)
     recipe: Recipe = build(settings["training"], Recipe)
     optimizer = {key: value for key, value in settings["optimizer"].items() if key != "_partial_"}

@@ -91,9 +91,8 @@ def build_dataset(cfg: DictConfig, stored: bool = False, own: DictConfig | None 
 
     Args:
         cfg: the configuration.
-        stored: whether it was read from a file, as that of a run folder: then it is read as it is (nothing in it is
-            filled in from the environment), its class must be one of dyvte's, and its files must lie in the current
-            folder.
+        stored: whether it was read from a file, as that of a run folder: then nothing in it is filled in from the
+            environment, its class must be one of dyvte's, and its files must lie in the current folder.
         own: what the user has given as data; its class and its files are allowed too.
 
     Raises:

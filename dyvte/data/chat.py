@@ -21,10 +21,8 @@ A `{"type": "video", "video": film}` is a list of frames, an array [frames, heig
 class SplitChat:
     """A conversation without its media, and the media in their order.
 
-    Attributes:
-        messages: as `apply_chat_template` takes them, with placeholders for the media.
-        images: pictures.
-        videos: each a list of frames, or an array [frames, height, width, 3].
+    `messages` are as `apply_chat_template` takes them, with placeholders; each of `videos` is a list of frames, or an
+    array [frames, height, width, 3].
     """
 
     messages: list[dict[str, Any]] = field(default_factory=list)

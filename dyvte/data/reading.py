@@ -72,12 +72,7 @@ def without_placeholders(text: str) -> str:
 
 
 def read_question(value: Any, where: str, about_video: bool = False) -> str:
-    """The question without image placeholders (`PLACEHOLDERS`) and outer space.
-
-    Args:
-        value: what the record holds.
-        where: file and line, or data set and row.
-        about_video: whether the record has a video; then its placeholders leave the question, too.
+    """The question without image placeholders (`PLACEHOLDERS`) and outer space, in one about a video without its, too.
 
     Raises:
         BrokenSample: it is no text, empty, or asks about sound, or about a video that the record does not have.
@@ -103,12 +98,8 @@ def read_answers(value: Any, where: str, names: Sequence[str] | None = None) -> 
     """Reference answers in any of the forms that data sets give them; gaps are left out.
 
     Text, numbers, lists and lists of lists of them; `{"answer": ...}` of VQA and `{"text": [...]}` of SQuAD, one or a
-    list, or the dict of lists that `datasets` makes of them.
-
-    Args:
-        value: what the record holds.
-        where: file and line, or data set and row.
-        names: of the classes, where numbers stand for classes (`datasets.ClassLabel`).
+    list, or the dict of lists that `datasets` makes of them. With `names`, whole numbers stand for classes
+    (`datasets.ClassLabel`).
 
     Raises:
         BrokenSample: an answer in another form.
@@ -138,13 +129,7 @@ def most_frequent(answers: Sequence[str]) -> str | None:
 
 
 def read_image(source: Path | bytes, name: str, where: str, like: str = "datasets") -> Image.Image:
-    """Decode an image completely, as RGB (see `to_rgb`).
-
-    Args:
-        source: file, or its content.
-        name: what to call it in an error.
-        where: file and line of the sample it belongs to.
-        like: `datasets` or `llava`, as for `to_rgb`.
+    """Decode a file, or its content, completely, as RGB; `name` is what an error calls it, `like` as for `to_rgb`.
 
     Raises:
         BrokenSample: it is damaged, too large, or of a kind that has no colours to show.

@@ -39,11 +39,7 @@ Task = Callable[[DictConfig], str | None]
 
 
 def config_folder() -> Path:
-    """Folder of the Hydra configurations: `dyvte/_conf` in an installed package, `conf/` in a checkout.
-
-    Raises:
-        ConfigError: Neither folder exists.
-    """
+    """Folder of the Hydra configurations: `dyvte/_conf` in an installed package, `conf/` in a checkout."""
     package = Path(__file__).resolve().parents[1]
     candidates = (package / "_conf", package.parent / "conf")
     for folder in candidates:
@@ -55,9 +51,7 @@ def config_folder() -> Path:
 def compose(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """The configuration that a command would get, for notebooks and tests.
 
-    Args:
-        name: File under `conf/` without its ending, for instance `stages`.
-        overrides: As on the command line: `["model=llava7b", "data.limit=8"]`.
+    `name` is that of a file under `conf/` without its ending, overrides are as on the command line: `["data.limit=8"]`.
     """
     with hydra.initialize_config_dir(version_base=HYDRA_VERSION, config_dir=str(config_folder())):
         cfg = hydra.compose(config_name=name, overrides=list(overrides))
@@ -170,10 +164,6 @@ def load_model(cfg: DictConfig) -> MLLM:
 
     For a model of the Hub `cfg.model.revision` becomes the commit that was loaded, so that the `config.yaml` of a run
     names it and the run can be repeated after the branch has moved.
-
-    Raises:
-        ConfigError: `model.path` is not set.
-        ModelError: The model cannot be loaded.
     """
     from dyvte.loading import load
 

@@ -23,12 +23,8 @@ def accuracy_against_flops(
 ) -> Figure:
     """Accuracy and agreement against the prefill's decoder FLOPs.
 
-    Args:
-        fixed: one row a fixed exit with `exit_layer`, `flops_decoder`, `accuracy`, `agreement`.
-        policies: one row a policy with `policy`, `flops_decoder`, `accuracy`, `agreement` and the limits
-            `accuracy_low`, `accuracy_high`, `agreement_low`, `agreement_high`.
-        oracle: `flops_decoder`, `accuracy`, `agreement` of the cheapest exit that keeps each answer.
-        subtitle: sample size and data.
+    `fixed` has a row a fixed exit, `policies` a row a policy with the limits of both, as `agreement_low`; `oracle` is
+    the cheapest exit that keeps each answer.
     """
     full = float(fixed["flops_decoder"].iloc[-1])
     rows = -(-(len(policies) + 2) // 3)  # of the legend
@@ -92,12 +88,8 @@ def exit_of_one_question(
 ) -> Figure:
     """The image beside the exit probability of every gate that was asked.
 
-    Args:
-        image: a PIL image.
-        question, answer: what was asked and answered.
-        probability: exit layer k -> what the gate that decides on it said.
-        thresholds: one a gate.
-        exit_layer: k; the number of layers where none fired.
+    `probability` is by exit layer k, `thresholds` are one a gate, `exit_layer` is the number of layers where none
+    fired.
     """
     num_layers = len(thresholds) + 1
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", width_ratios=[1, 1.7])

@@ -41,11 +41,8 @@ def model_fingerprint(mllm: MLLM) -> dict[str, str]:
 def fingerprint(mllm: MLLM, dataset: Dataset, cfg: DictConfig, **settings: Any) -> dict[str, Any]:
     """What a run's tables depend on: the model, the data, and the settings that enter every command's results.
 
-    Args:
-        mllm: the model, loaded.
-        dataset: its samples.
-        cfg: the composed configuration; `model` (without its path), `data`, `seed` and `batch_size` are taken.
-        **settings: whatever else the command's tables depend on.
+    Of the composed configuration `model` (without its path), `data`, `seed` and `batch_size` are taken; `settings` are
+    whatever else the command's tables depend on.
     """
     model = OmegaConf.to_container(cfg.model, resolve=True)
     data = OmegaConf.to_container(cfg.data, resolve=True)

@@ -26,11 +26,7 @@ Compute = Callable[[list[Sample]], Mapping[str, pd.DataFrame | dict[str, torch.T
 
 
 def consecutive_batches(num_samples: int, batch_size: int) -> list[range]:
-    """Sample indices of each batch, in the order of the data.
-
-    Raises:
-        ConfigError: `batch_size` is not a positive number.
-    """
+    """Sample indices of each batch, in the order of the data."""
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; give a positive number")
     return [range(start, min(start + batch_size, num_samples)) for start in range(0, num_samples, batch_size)]

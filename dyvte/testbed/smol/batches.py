@@ -28,10 +28,8 @@ CAPTION_SCENES = 2 * 10**7  # look-ups and captions are about scenes that no que
 class EnglishBatches(QuestionBatches):
     """Batches of one phase.
 
-    Args:
-        phase: What each scene is asked: `captions`, `look_ups` and `questions` a scene, `max_hops`, `kind_weights`;
-            `scenes` images and `texts` rows of plain text a step; `length` in tokens.
-        rehearsed: Texts that keep the language model what it is.
+    The phase says what each scene is asked: `captions`, `look_ups` and `questions` a scene, `max_hops`, `kind_weights`;
+    and how much there is: `scenes` images and `texts` rows of rehearsed text a step, `length` in tokens.
     """
 
     ask, before_answer, end = staticmethod(ask), ASSISTANT, EOS

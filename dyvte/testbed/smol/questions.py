@@ -65,7 +65,7 @@ class EnglishQuestion:
     Attributes:
         form: "told" or "walked" for the path kinds, else "".
         paraphrase: Index of its frame among the kind's sixteen.
-        steps: The steps of a path, () elsewhere.
+        steps: Of a path.
         target: Cells (row, column) of the objects that the answer rests on: the asked one last.
     """
 
@@ -290,12 +290,7 @@ def ask(
 ) -> EnglishQuestion | None:
     """One question of a kind about a scene, or None if the scene (or the draw) admits none.
 
-    Args:
-        paraphrases: Which frames to draw from.
-        form: Of the path kinds, "told" or "walked"; None draws one.
-
-    Raises:
-        ValueError: unknown kind.
+    Path kinds are asked in the given form, "told" or "walked"; None draws one.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown question kind {kind!r}; choose from {sorted(KINDS)}")

@@ -160,8 +160,7 @@ def packed_loss(
 ) -> Tensor:
     """Weighted mean cross-entropy (nats) over the labelled positions.
 
-    Args:
-        last: (n, loss): the last n labelled positions have a loss of their own, of their logits [n, vocabulary].
+    With ``last`` = (n, loss) the last n of them have a loss of their own, of their logits [n, vocabulary].
     """
     chosen = batch.labels != IGNORE
     logits = model.lm_head(states[chosen]).float()

@@ -53,10 +53,8 @@ def run_stage(
 ) -> None:
     """Train ``modules`` for one stage; resume from, and write, ``folder/<name>.pt``. A finished stage is a no-op.
 
-    Args:
-        batch_of: maps (step, progress 0..1) to a batch; all randomness must come from the step.
-        loss_of: maps a batch to its loss.
-        cfg: the stage's settings (steps, lr, warmup, decay, weight_decay, clip, checkpoint_every, eval_every).
+    ``batch_of`` maps (step, progress 0..1) to a batch and takes all randomness from the step; ``loss_of`` maps a batch
+    to its loss. ``cfg`` holds steps, lr, warmup, decay, weight_decay, clip, checkpoint_every and eval_every.
     """
     path = folder / f"{name}.pt"
     parameters = [p for m in modules.values() for p in m.parameters()]
