@@ -35,11 +35,7 @@ FILE = "calibration.json"
 
 
 def build_policy(cfg: DictConfig) -> Policy:
-    """The policy of a configuration in `conf/policy/`.
-
-    Raises:
-        ConfigError: a setting is left open that a command would calibrate.
-    """
+    """The policy of a configuration in `conf/policy/`; none of its settings may be left open."""
     if open_settings(cfg):
         (setting, *_) = open_settings(cfg)
         raise ConfigError(
@@ -73,9 +69,6 @@ def calibrated_policy(mllm: MLLM, cfg: DictConfig, folder: Path) -> Policy:
     """The policy of a command's configuration, its open setting calibrated or read from an earlier calibration.
 
     `calibration.json` lies in `folder`, a run folder that exists.
-
-    Raises:
-        DataError: none of the calibration prompts can be read, or none shows an image.
     """
     settings = open_settings(cfg.policy)
     if not settings:
@@ -124,7 +117,7 @@ def _build(cfg: DictConfig, found: Mapping[str, Any] | None = None) -> Policy:
 
 
 def with_image(dataset: Dataset) -> list[Sample]:
-    """Samples that can be read and show an image; a `DataError` where there is none."""
+    """Samples that can be read and show an image."""
     samples = [sample for sample in dataset.readable() if sample.image is not None]
     if not samples:
         raise DataError(

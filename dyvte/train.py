@@ -52,12 +52,7 @@ def main(cfg: DictConfig) -> str | None:
 
 
 def train(cfg: DictConfig) -> Gates | None:
-    """Collect or finish the label set, train, choose the threshold, save; gives None in all processes but the first.
-
-    Raises:
-        ConfigError: settings that do not fit together.
-        DataError: no question with an image.
-    """
+    """Collect or finish the label set, train, choose the threshold, save; None in all processes but the first."""
     mllm = load_model(cfg)
     dataset = build_dataset(cfg.data)
     settings = label_settings(cfg.labels, cfg.recipe.training.counterfactual, mllm.num_layers)
@@ -176,10 +171,6 @@ def split_labels(labels: LabelSet, cfg: DictConfig) -> Split:
     """Questions with an image, split by image; the part that an image falls into depends on its id and the seed alone.
 
     The threshold takes `validation_share` of the images, early stopping `STOPPING_SHARE` of the others.
-
-    Raises:
-        DataError: one of the parts is empty.
-        ConfigError: `validation_share` is not between 0 and 1.
     """
     if not 0 < cfg.validation_share < 1:
         raise ConfigError(f"validation_share is {cfg.validation_share}; give a number between 0 and 1")

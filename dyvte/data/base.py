@@ -128,7 +128,7 @@ def _check_files(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
 
 
 def check_limit(limit: int | None) -> None:
-    """Raise a `ConfigError` unless `limit` is None or a positive whole number."""
+    """Refuse a `data.limit` that is neither None nor a positive whole number."""
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise ConfigError(f"data.limit is {limit}; give a positive whole number, or null for all samples")
 

@@ -33,11 +33,6 @@ class SplitChat:
 def split_chat(chat: Chat, max_frames: int = MAX_FRAMES) -> SplitChat:
     """Take the media out of a conversation; files of videos are read (`dyvte.data.video.read_video`).
 
-    Raises:
-        ModelError: content that is neither text, image nor video.
-        ConfigError: the file of a video, and no package that decodes it.
-        BrokenSample: it is missing or unreadable.
-
     Example:
         >>> asked = {"role": "user", "content": [{"type": "image", "image": 7}, {"type": "text", "text": "?"}]}
         >>> found = split_chat([asked])

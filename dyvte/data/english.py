@@ -13,14 +13,9 @@ from dyvte.testbed.world import render
 
 
 class EnglishDataset(Dataset):
-    """Questions drawn from a seed: the same arguments give the same samples on every machine.
+    """Plain English questions drawn from a seed, with the arguments of `dyvte.data.shapes.ShapesDataset`.
 
     Args:
-        split: Scenes of different splits are disjoint.
-        limit: Number of questions; a smaller number gives the first of a larger one.
-        seed: Draws other scenes and questions of the same split.
-        kinds: Question kinds in equal shares; None for all.
-        per_scene: Questions about one image.
         matched: Walked questions of one to four hops, asked of each scene in groups that differ in the hops alone.
         paraphrases: `known` (those of training), `held_out` or `all`.
 

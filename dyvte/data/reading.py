@@ -48,15 +48,9 @@ _LONGEST_NAME = 80
 
 
 def read_text(value: Any, what: str, where: str) -> str:
-    """A text that tokenizers and tables can hold, as it is.
+    """A text that tokenizers and tables can hold, as it is: without half of a character (a lone surrogate).
 
-    Args:
-        value: what the record holds.
-        what: `question`, `answer`, ...: what an error calls it.
-        where: file and line, or data set and row.
-
-    Raises:
-        BrokenSample: it is no text, or holds half of a character (a lone surrogate).
+    `what` is what an error calls it: `question`, `answer`, ...
     """
     if not isinstance(value, str):
         raise BrokenSample(where, f"the {what} is {type(value).__name__}, not text")
@@ -73,9 +67,6 @@ def without_placeholders(text: str) -> str:
 
 def read_question(value: Any, where: str, about_video: bool = False) -> str:
     """The question without image placeholders (`PLACEHOLDERS`) and outer space, in one about a video without its, too.
-
-    Raises:
-        BrokenSample: it is no text, empty, or asks about sound, or about a video that the record does not have.
 
     Example:
         >>> read_question("<image> What is it?", "questions.jsonl line 1")
@@ -100,9 +91,6 @@ def read_answers(value: Any, where: str, names: Sequence[str] | None = None) -> 
     Text, numbers, lists and lists of lists of them; `{"answer": ...}` of VQA and `{"text": [...]}` of SQuAD, one or a
     list, or the dict of lists that `datasets` makes of them. With `names`, whole numbers stand for classes
     (`datasets.ClassLabel`).
-
-    Raises:
-        BrokenSample: an answer in another form.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return []
@@ -129,11 +117,7 @@ def most_frequent(answers: Sequence[str]) -> str | None:
 
 
 def read_image(source: Path | bytes, name: str, where: str, like: str = "datasets") -> Image.Image:
-    """Decode a file, or its content, completely, as RGB; `name` is what an error calls it, `like` as for `to_rgb`.
-
-    Raises:
-        BrokenSample: it is damaged, too large, or of a kind that has no colours to show.
-    """
+    """Decode a file, or its content, completely, as RGB; `name` is what an error calls it."""
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return to_rgb(image, like)
@@ -201,9 +185,6 @@ def find_image(
         allow_outside: whether the name may lead out of the folder (`data.allow_outside`).
         also: other folders that it may lead to.
         what: `image` or `video`: what an error calls it.
-
-    Raises:
-        BrokenSample: there is no such file, or it lies outside.
     """
     if (content := _embedded(name)) is not None:
         return content

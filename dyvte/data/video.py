@@ -61,10 +61,6 @@ def video_of(
         find: from the name of a file to the file.
         frame: from an entry of a list to its image.
         most: the most frames to take, evenly spread.
-
-    Raises:
-        ConfigError: there is a file to read and no package to decode it.
-        BrokenSample: it is something else, has no frames, or cannot be read.
     """
     if isinstance(value, (list, tuple)):
         frames = [frame(each) for each in read_video(value, most, where)]

@@ -72,9 +72,6 @@ def other_runs(labels: LabelSet, rule: Tensor, counterfactual: Sequence[str], pa
     """The runs of a label set that `counterfactual` names, each to be drawn equally often; None if it names none.
 
     `rule` is [N, L + 1], whether exit k is right; `parts` are what the gates look at.
-
-    Raises:
-        ConfigError: the set was collected without a run.
     """
     if not counterfactual:
         return None

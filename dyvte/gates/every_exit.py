@@ -36,11 +36,7 @@ class SweptAnswers:
 
 
 def sweep_answers(mllm: MLLM, samples: Sequence[Sample], max_new_tokens: int, **settings: Any) -> SweptAnswers:
-    """Answer some samples greedily, and score the answers under every exit in one pass (`settings` of `exit_sweep`).
-
-    Raises:
-        ModelError: NaN among the logits; the message names the questions.
-    """
+    """Answer some samples greedily, and score the answers under every exit in one pass (`settings` of `exit_sweep`)."""
     batch = mllm.encode([sample.image for sample in samples], [sample.question for sample in samples])
     answer_ids = greedy_answer_ids(mllm, batch, max_new_tokens)
     try:

@@ -99,9 +99,6 @@ def collect_labels(
     """Make the label set of a data set in the folder `path`, or finish the one that is there.
 
     Questions without an image have nothing to exit and are left out of training later.
-
-    Raises:
-        RunFolderError: the folder holds labels of another model, other data or other settings.
     """
     # labels are dear: no overwrite=true of what is made from them deletes them in passing
     remedy = f"name another folder for the labels (labels.dir=FOLDER), or delete {path}"
@@ -287,9 +284,6 @@ class LabelSet:
 
         `ratio` is the largest factor on the full model's cross-entropy, for `paper` and `release`; `eps` the largest
         difference in nats that `paper` forgives.
-
-        Raises:
-            ConfigError: an unknown rule, or one that needs what the set does not hold.
         """
         if rule == "agree":
             return self.agree
@@ -303,11 +297,7 @@ class LabelSet:
         raise ConfigError(f"unknown label rule {rule!r}; choose from {', '.join(LABEL_RULES)}")
 
     def status(self, parts: Sequence[str]) -> Tensor:
-        """[n, L - 1, inputs] what gates look at after every layer but the last, see `dyvte.gates.features`.
-
-        Raises:
-            ConfigError: the set holds no such part.
-        """
+        """[n, L - 1, inputs] what gates look at after every layer but the last, see `dyvte.gates.features`."""
         gates = self.num_layers - 1
         stored = self._tensors("status", bases_of(parts))
         return assemble(parts, {part: each.expand(-1, gates, -1) for part, each in stored.items()})
@@ -317,9 +307,6 @@ class LabelSet:
 
         The run `exits` is those whose image left at one of the E exits that the set was collected with, `swapped` the
         one with another image (E = 1).
-
-        Raises:
-            ConfigError: the set holds no such runs, or `parts` are not of the text.
         """
         if missing := [part for part in bases_of(parts) if part not in (*TEXT_STATUS, LENS)]:
             raise ConfigError(f"statuses of runs that saw less of the image are of the text, not {missing[0]!r}")

@@ -16,11 +16,7 @@ FINAL_NORMS = ("norm", "final_layernorm", "ln_f", "final_layer_norm")
 
 
 def final_norm(mllm: MLLM) -> nn.Module:
-    """The norm between the last decoder layer and the output embedding.
-
-    Raises:
-        UnsupportedError: the decoder has none under a name that is known.
-    """
+    """The norm between the last decoder layer and the output embedding."""
     for name in FINAL_NORMS:
         if isinstance(found := getattr(mllm.decoder, name, None), nn.Module):
             return found

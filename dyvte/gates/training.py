@@ -36,18 +36,10 @@ def train_gates(
     seed: int = 0,
     log: Log | None = None,
 ) -> dict[str, Any]:
-    """Train gates in place, on their device.
+    """Train gates in place, on their device; gives the epochs run, the best one, training and validation loss there.
 
-    Args:
-        gates: untrained.
-        train, validation: samples of different images.
-        recipe: the settings.
-        make_optimizer: called with the parameters.
-        seed: of the order of the samples and of the layers drawn.
-        log: called after every epoch with its number and the losses.
-
-    Returns:
-        Epochs run, the best one, training and validation loss there.
+    `train` and `validation` are samples of different images; `seed` is of the order of the samples and of the layers
+    drawn; `log` is called after every epoch with its number and the losses.
     """
     generator = torch.Generator().manual_seed(seed)
     if recipe.standardize:

@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dyvte.errors import ConfigError, DyvteError
 from dyvte.runs import distributed
-from dyvte.runs.settings import check_settings
+from dyvte.runs.settings import check_settings, leaves
 from dyvte.runs.terminal import help_text, quiet_libraries
 
 if TYPE_CHECKING:
@@ -148,15 +148,8 @@ def check_device(device: str) -> None:
 
 def missing_settings(cfg: DictConfig) -> list[str]:
     """Keys that a user has to give a value (`???` in the file), as on the command line: `policy.layer`."""
-    found = []
-    todo: list[tuple[str, Any]] = [("", OmegaConf.to_container(cfg, resolve=False))]
-    while todo:
-        path, value = todo.pop()
-        if isinstance(value, dict):
-            todo.extend((f"{path}.{key}" if path else str(key), each) for key, each in value.items())
-        elif value == "???":
-            found.append(path)
-    return sorted(found)
+    plain: Any = OmegaConf.to_container(cfg, resolve=False)
+    return sorted(".".join(path) for path, value in leaves(plain) if value == "???")
 
 
 def load_model(cfg: DictConfig) -> MLLM:

@@ -44,10 +44,8 @@ def fingerprint(mllm: MLLM, dataset: Dataset, cfg: DictConfig, **settings: Any) 
     Of the composed configuration `model` (without its path), `data`, `seed` and `batch_size` are taken; `settings` are
     whatever else the command's tables depend on.
     """
-    model = OmegaConf.to_container(cfg.model, resolve=True)
-    data = OmegaConf.to_container(cfg.data, resolve=True)
-    assert isinstance(model, dict)
-    assert isinstance(data, dict)
+    model: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    data: Any = OmegaConf.to_container(cfg.data, resolve=True)
     for key in ("name", "path", "revision"):  # the digests say what was loaded, wherever it lies
         model.pop(key, None)
     return {

