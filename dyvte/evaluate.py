@@ -23,6 +23,7 @@ from dyvte.cost.measure import measure_generation, peak_memory_bytes
 from dyvte.data.base import Dataset, Sample, build_dataset, sample_columns
 from dyvte.data.metrics import correctness
 from dyvte.gates.controls import control_exits, exits_by_hops
+from dyvte.gates.every_exit import PromptCosts
 from dyvte.gates.features import QUESTION
 from dyvte.gates.labels import LabelSet, LabelSettings, collect_labels, label_fingerprint
 from dyvte.gates.metrics import at_exit, cluster_interval, mixture_cost, share_interval
@@ -63,7 +64,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any] | None:
     folder = RunFolder.open(cfg.output_dir, fingerprint(mllm, dataset, cfg, **settings), cfg, cfg.overwrite)
     if to_calibrate:
         policy = calibrated_policy(mllm, cfg, folder.path)
-    compute = functools.partial(evaluate_batch, mllm, policy, max_new_tokens=cfg.max_new_tokens, counted={})
+    costs = prompt_costs(mllm, policy)
+    compute = functools.partial(evaluate_batch, mllm, policy, max_new_tokens=cfg.max_new_tokens, costs=costs)
     run(folder, dataset, consecutive_batches(len(dataset), cfg.batch_size), compute, cfg.policy.name)
     if not distributed.is_main():
         return None
@@ -179,21 +181,27 @@ def expected_figures(share: Tensor, answers: pd.DataFrame, reference: LabelSet) 
 # ------------------------------------------------------------------------- a batch
 
 
-FlopsOfPrompt = dict[tuple[int, int, int], FlopCount]
-"""Cost of a prefill by number of text tokens, number of visual tokens, and exit layer."""
+def prompt_costs(mllm: MLLM, policy: Policy) -> PromptCosts:
+    """Operations of a prompt's prefill under a policy; they depend on its exit layer too."""
+
+    def count(mllm: MLLM, batch: Batch) -> FlopCount:
+        with policy(mllm):
+            return prefill_flops(mllm, batch)
+
+    return PromptCosts(mllm, count)
 
 
 @torch.no_grad()
 def evaluate_batch(
-    mllm: MLLM, policy: Policy, samples: Sequence[Sample], max_new_tokens: int, counted: FlopsOfPrompt
+    mllm: MLLM, policy: Policy, samples: Sequence[Sample], max_new_tokens: int, costs: PromptCosts
 ) -> dict[str, pd.DataFrame]:
-    """Answers, exit layers and costs of one batch under a policy; `counted` remembers what was counted."""
+    """Answers, exit layers and costs of one batch under a policy."""
     batch = mllm.encode([sample.image for sample in samples], [sample.question for sample in samples])
     with measure_generation(mllm) as cost, policy(mllm) as under:
         ids = mllm.generate_ids(batch, max_new_tokens=max_new_tokens)
         exit_layers = under.exit_layers.tolist()
     answers = mllm.decode(ids)
-    flops = _flops(mllm, policy, samples, batch, exit_layers, counted)
+    flops = [costs.of(batch, row, sample, exit_layers[row]) for row, sample in enumerate(samples)]
     table = {
         **sample_columns(samples),
         "answer": answers,
@@ -212,28 +220,6 @@ def evaluate_batch(
         "peak_memory_bytes": peak_memory_bytes(mllm.device),
     }
     return {"answers": pd.DataFrame(table), "batches": pd.DataFrame([batches])}
-
-
-def _flops(
-    mllm: MLLM,
-    policy: Policy,
-    samples: Sequence[Sample],
-    batch: Batch,
-    exit_layers: Sequence[int],
-    counted: FlopsOfPrompt,
-) -> list[FlopCount]:
-    """Operations of every sample's prefill, counted on the sample alone, without padding.
-
-    They depend on the prompt's length and on the exit layer, so prompts that share both are counted once.
-    """
-    text, visual = (of.sum(1).tolist() for of in (batch.layout.text, batch.layout.visual))
-    keys = list(zip(text, visual, exit_layers, strict=True))
-    for key, sample in zip(keys, samples, strict=True):
-        if key not in counted:
-            alone = mllm.encode([sample.image], [sample.question])
-            with policy(mllm):
-                counted[key] = prefill_flops(mllm, alone)
-    return [counted[key] for key in keys]
 
 
 # -------------------------------------------------------------------------- figures

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dyvte.batch import IGNORE_INDEX, Batch
 from dyvte.cost.exit_flops import exit_flops
-from dyvte.cost.flops import FlopCount
 from dyvte.data.base import Sample, image_numbers
 from dyvte.errors import ModelError
 from dyvte.instrument.sweep import ExitSweep, exit_sweep, greedy_answer_ids
@@ -74,19 +73,23 @@ def answers_by_exit(
 
 
 @dataclass
-class ExitCosts:
-    """Operations of a prompt under every exit, counted once for every number of text and visual tokens."""
+class PromptCosts:
+    """What `count` gives for a prompt, by default operations under every exit k = 0..L.
+
+    It is counted once for every number of text and visual tokens, and for whatever else it depends on.
+    """
 
     mllm: MLLM
-    counted: dict[tuple[int, int], list[FlopCount]] = field(default_factory=dict)
+    count: Callable[[MLLM, Batch], Any] = exit_flops
+    counted: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
-    def of(self, batch: Batch, row: int, sample: Sample) -> list[FlopCount]:
-        """What a sample, a row of a batch, costs under every exit k = 0..L."""
-        shape = int(batch.layout.text[row].sum()), int(batch.layout.visual[row].sum())
-        if shape not in self.counted:
+    def of(self, batch: Batch, row: int, sample: Sample, *depends: int) -> Any:
+        """What a sample, a row of a batch, costs."""
+        key = int(batch.layout.text[row].sum()), int(batch.layout.visual[row].sum()), *depends
+        if key not in self.counted:
             alone = self.mllm.encode([sample.image], [sample.question])  # in a batch it may be padded
-            self.counted[shape] = exit_flops(self.mllm, alone)
-        return self.counted[shape]
+            self.counted[key] = self.count(self.mllm, alone)
+        return self.counted[key]
 
 
 def unpadded(answer_ids: Tensor) -> list[list[int]]:

@@ -33,7 +33,7 @@ from dyvte.batch import Batch
 from dyvte.data.base import Dataset, Sample, image_numbers, sample_columns
 from dyvte.data.metrics import correctness
 from dyvte.errors import ConfigError, DataError
-from dyvte.gates.every_exit import ExitCosts, answers_by_exit, sweep_answers
+from dyvte.gates.every_exit import PromptCosts, answers_by_exit, sweep_answers
 from dyvte.gates.features import LENS, QUESTION, assemble, bases_of
 from dyvte.gates.lens import lens_features
 from dyvte.instrument.hooks import layer_states
@@ -104,14 +104,14 @@ def collect_labels(
     remedy = f"name another folder for the labels (labels.dir=FOLDER), or delete {path}"
     folder = RunFolder.open(path, label_fingerprint(mllm, dataset, cfg, settings), cfg, remedy=remedy)
     batches = consecutive_batches(len(dataset), cfg.batch_size)
-    costs = ExitCosts(mllm)
+    costs = PromptCosts(mllm)
     run(folder, dataset, batches, functools.partial(label_batch, mllm, settings=settings, costs=costs), description)
     return LabelSet(folder)
 
 
 @torch.no_grad()
 def label_batch(
-    mllm: MLLM, samples: Sequence[Sample], settings: LabelSettings, costs: ExitCosts
+    mllm: MLLM, samples: Sequence[Sample], settings: LabelSettings, costs: PromptCosts
 ) -> dict[str, pd.DataFrame | dict[str, Tensor]]:
     """Tables and tensors of one batch, as listed at the top of this file."""
     parts = [part for part in settings.status if part in STATUS_PARTS]

@@ -221,9 +221,9 @@ def exit_by_kind(agree: Tensor, cost: Tensor, kinds: Sequence[str], wanted: floa
 
 
 def cluster_interval(
-    values: Tensor, clusters: Sequence[Any], level: float = 0.95, largest: float = 0.0, span: float = 0.0
+    values: Tensor, clusters: Sequence[Any], largest: float = 0.0, span: float = 0.0
 ) -> tuple[float, float, float]:
-    """Mean of [n] values with a two-sided confidence interval, samples of one cluster (image) being dependent.
+    """Mean of [n] values with a two-sided 95% interval, samples of one cluster (image) being dependent.
 
     The interval is normal, with the variance between cluster totals. Values that are all 0 show no variance: with
     `largest`, the largest absolute value that a sample could have had, the interval then reaches as far as Wilson's
@@ -231,18 +231,18 @@ def cluster_interval(
     """
     numbers = values.double().numpy()
     mean = float(numbers.mean())
-    half = half_width((numbers - mean) / len(numbers), clusters, level)
+    half = half_width((numbers - mean) / len(numbers), clusters)
     if largest:  # one cluster says nothing about others
-        least = largest * float(share_interval(np.zeros(len(numbers)), clusters, level)[2])
+        least = largest * float(share_interval(np.zeros(len(numbers)), clusters)[2])
         half = largest if math.isnan(half) else max(half, least)
     if half == 0:
-        half = span * _unseen(clusters, level)
+        half = span * _unseen(clusters)
     return mean, mean - half, mean + half
 
 
-def _unseen(clusters: Sequence[Any] | npt.NDArray[Any], level: float) -> float:
+def _unseen(clusters: Sequence[Any] | npt.NDArray[Any]) -> float:
     """The largest share of clusters that may differ where all of these agree: Wilson's limit from a rate of 0."""
-    return float(wilson_limits(0.0, len(np.unique(np.asarray(clusters).astype(str))), level)[1])
+    return float(wilson_limits(0.0, len(np.unique(np.asarray(clusters).astype(str))))[1])
 
 
 def difference_interval(
@@ -250,10 +250,9 @@ def difference_interval(
     first: npt.ArrayLike,
     second: npt.ArrayLike,
     clusters: Sequence[Any] | npt.NDArray[Any],
-    level: float = 0.95,
     span: float = 0.0,
 ) -> tuple[float, float, float]:
-    """Mean of [n] values over `first` less that over `second`, disjoint boolean groups, with a two-sided interval.
+    """Mean of [n] values over `first` less that over `second`, disjoint boolean groups, with a two-sided 95% interval.
 
     Both groups may hold samples of one cluster (image), which makes their means dependent: the interval is normal, with
     the variance between cluster totals of what each sample adds to the difference. `span` is as for `cluster_interval`,
@@ -265,14 +264,16 @@ def difference_interval(
     influence[one] = (numbers[one] - means[0]) / one.sum()
     influence[other] = -(numbers[other] - means[1]) / other.sum()
     either = one | other
-    half = half_width(influence[either], np.asarray(clusters)[either], level)
+    half = half_width(influence[either], np.asarray(clusters)[either])
     if half == 0:
-        half = span * sum(_unseen(np.asarray(clusters)[each], level) for each in (one, other))
+        half = span * sum(_unseen(np.asarray(clusters)[each]) for each in (one, other))
     step = float(means[0] - means[1])
     return step, step - half, step + half
 
 
-def half_width(influence: npt.NDArray[np.float64], clusters: Sequence[Any] | npt.NDArray[Any], level: float) -> float:
+def half_width(
+    influence: npt.NDArray[np.float64], clusters: Sequence[Any] | npt.NDArray[Any], level: float = 0.95
+) -> float:
     """Half width of the normal interval of an estimate from what each sample adds to its error; NaN for one cluster."""
     _, index = np.unique(np.asarray(clusters).astype(str), return_inverse=True)
     num_clusters = int(index.max()) + 1

@@ -89,17 +89,16 @@ def merge_adapter(language: LlamaForCausalLM, folder: Path) -> LlamaForCausalLM:
     return merged.eval()
 
 
-def assemble(parts: Path = PARTS, target: Path | None = None, downloads: Path | None = None) -> dict[str, Any]:
+def assemble(parts: Path = PARTS, target: Path | None = None) -> dict[str, Any]:
     """Fetch, check, merge and write the model; returns what is also written to `assembled.json`.
 
     Args:
         parts: Folder with `adapter/` (absent: the language model as it is), `projector.safetensors` and
             `training.json`, which says whether the decoder was one without pretraining.
         target: By default `assembled_folder()`; replaced at once when everything is written.
-        downloads: Folder that keeps what is fetched, by default one in the cache.
     """
     target = target or assembled_folder()
-    language, tokenizer, source = fetch_language_model(downloads or cache_folder() / "downloads")
+    language, tokenizer, source = fetch_language_model(cache_folder() / "downloads")
     trained = json.loads((parts / "training.json").read_text()).get("settings", {})
     if trained.get("random_decoder"):
         language = base.without_pretraining(language, trained["seed"])

@@ -256,10 +256,8 @@ def _path(
     return None
 
 
-def _ask_path(
-    scene: Scene, kind: str, rng: np.random.Generator, paraphrases: Paraphrases, form: str | None
-) -> EnglishQuestion | None:
-    form = form or ("told" if rng.integers(2) else "walked")
+def _ask_path(scene: Scene, kind: str, rng: np.random.Generator, paraphrases: Paraphrases) -> EnglishQuestion | None:
+    form = "told" if rng.integers(2) else "walked"
     asked = pick(rng, ATTRIBUTES)
     named = unique_nouns(scene, asked)
     if not named:
@@ -285,19 +283,15 @@ def ask(
     kind: str,
     rng: np.random.Generator,
     paraphrases: Paraphrases = "known",
-    form: str | None = None,
     tries: int = 12,
 ) -> EnglishQuestion | None:
-    """One question of a kind about a scene, or None if the scene (or the draw) admits none.
-
-    Path kinds are asked in the given form, "told" or "walked"; None draws one.
-    """
+    """One question of a kind about a scene, or None if the scene (or the draw) admits none."""
     if kind not in KINDS:
         raise ValueError(f"unknown question kind {kind!r}; choose from {sorted(KINDS)}")
     # a second try at a count would favour the answers that most scenes admit
     for _ in range(1 if kind == "count" else tries):
         if kind in PATH_KINDS:
-            question = _ask_path(scene, kind, rng, paraphrases, form)
+            question = _ask_path(scene, kind, rng, paraphrases)
         else:
             question = _ASKERS[kind](scene, rng, paraphrases)
         if question is not None:

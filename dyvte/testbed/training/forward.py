@@ -104,7 +104,6 @@ def initialise_projector(
     scenes: list[Scene],
     ids: Callable[[str], list[int]],
     steps: int = 300,
-    lr: float = 3e-3,
 ) -> None:
     """Start the projector where each patch says its words: the sum of their embeddings (``words_of_patches``).
 
@@ -123,6 +122,7 @@ def initialise_projector(
         first.bias.copy_(-first.weight @ mean)
         nn.init.zeros_(projector.linear_2.bias)
     target = words_of_patches(model, scenes, ids).flatten(0, 1)
+    lr = 3e-3
     optimizer = torch.optim.Adam(projector.parameters(), lr=lr)
     scale, left = float(target.square().mean()), float("nan")
     for step in range(steps):
