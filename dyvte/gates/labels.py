@@ -51,17 +51,11 @@ release: `dyvte.instrument.sweep.criteria.paper_labels` and `release_labels`."""
 
 @dataclass(frozen=True)
 class LabelSettings:
-    """What a label set holds.
+    """What a label set holds; `labels` in `conf/train.yaml` says what each setting does.
 
-    Attributes:
-        max_new_tokens: the full model's answers are cut at this length.
-        status: token status parts, of `STATUS_PARTS`; `question` adds the status that a model has at its end
-            when it never saw the image, for the control that may look at the question only.
-        exits: exit layers k for which the text status of a run whose image left at k is kept as well, at every layer
-            behind it: k = 0 is a status that never saw the image.
-        swapped: also the text status of a run that was shown another image.
-        ground_truth: also scores of the reference answer, for the label rule `release`.
-        answers: also the answer of every exit that disagrees, for the accuracy of every exit.
+    The status `question` is what a model has at its end when it never saw the image, for the control that may look at
+    the question only. With `answers`, what every exit that disagrees answers is kept too, for the accuracy of every
+    exit.
     """
 
     max_new_tokens: int = 64

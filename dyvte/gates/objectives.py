@@ -19,30 +19,11 @@ OBJECTIVES = ("labels", "stopping", "hazard")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How gates are trained.
+    """How gates are trained; `conf/recipe/default.yaml` says what each setting does.
 
-    Attributes:
-        objective: "labels": cross-entropy of every gate on its own label (DyVTE, arXiv 2411.19628). "stopping": the
-            expected price of the exit layer that the gates choose together, see `stopping_loss`. "hazard": the
-            likelihood of the depth from which on the answer is right, see `hazard_loss`; for gates that are
-            `cumulative`.
-        batch_size: samples a step.
-        epochs: most passes over the training samples.
-        patience: stop after so many epochs without a better validation loss and take the best; 0 trains all epochs.
-        schedule: a schedule of `transformers.get_scheduler`.
-        warmup: share of the steps over which the learning rate rises.
-        exit_weight: weight of the label "exit" in the cross-entropy; that of "stay" is 1.
-        layers_per_sample: so many random layers of each sample count in a step, 1 as in DyVTE's published code; None
-            for all.
-        standardize: give the gates statuses of mean 0 and variance 1 over the training samples.
-        disagreement_price: for "stopping": what a changed answer costs, in full prefills.
-        label_share: for "stopping": weight of the cross-entropy added to it.
-        members: train so many gates a layer from different weights and average their logits.
-        counterfactual: runs whose statuses gates are trained on beside those of the full model, of
-            `dyvte.gates.counterfactual.COUNTERFACTUALS`; one drawn for each sample in every step.
-        counterfactual_weight: of their loss; that of the full model's statuses is 1.
-        kind_weight: weight of `kind_penalty`, which calibrates gates within the kinds of question.
-        distill: share of the label that a teacher gives who sees the statuses of all layers, see `dyvte.gates.teacher`.
+    The objectives are "labels", cross-entropy of every gate on its own label (DyVTE, arXiv 2411.19628); "stopping", the
+    expected price of the exit layer that the gates choose together (`stopping_loss`); and "hazard", the likelihood of
+    the depth from which on the answer is right, for gates that are `cumulative` (`hazard_loss`).
     """
 
     objective: str = "labels"
