@@ -233,9 +233,7 @@ def test_what_is_trained_equals_what_is_assembled(tokenizer, language_model, tmp
     tower = LlavaForConditionalGeneration.from_pretrained(assembling.TOWER, local_files_only=True).model.vision_tower
     language_model.save_pretrained(tmp_path / "language")
     fresh = LlamaForCausalLM.from_pretrained(tmp_path / "language")
-    ids = tokenizer.convert_tokens_to_ids([base.IMAGE, "<|endoftext|>"])
-    trained = base.join(fresh, tower.config, *ids)
-    trained.model.vision_tower.load_state_dict(tower.state_dict())
+    trained = base.join(fresh, tower, tokenizer)
     adapter = add_adapter(trained, rank=3, seed=0)
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter.data, std=0.05)
@@ -243,17 +241,13 @@ def test_what_is_trained_equals_what_is_assembled(tokenizer, language_model, tmp
     projector = trained.model.multi_modal_projector.state_dict()
     assembling.export_parts(projector, adapter.state_dict(), tmp_path / "parts", {"log": []})
 
-    again = add_adapter(
-        base.join(LlamaForCausalLM.from_pretrained(tmp_path / "language"), tower.config, *ids), 3, seed=1
-    )
+    again = add_adapter(base.join(LlamaForCausalLM.from_pretrained(tmp_path / "language"), tower, tokenizer), 3, seed=1)
     fresh_projector = torch.nn.Module()
     fresh_projector.load_state_dict = lambda state: None
     start_from_parts(tmp_path / "parts", fresh_projector, again)
     for name, matrix in again.state_dict().items():
         assert torch.equal(matrix, adapter.state_dict()[name]), name
-    other = add_adapter(
-        base.join(LlamaForCausalLM.from_pretrained(tmp_path / "language"), tower.config, *ids), 2, seed=1
-    )
+    other = add_adapter(base.join(LlamaForCausalLM.from_pretrained(tmp_path / "language"), tower, tokenizer), 2, seed=1)
     with pytest.raises(dyvte.errors.DyvteError, match="set rank to its own"):
         start_from_parts(tmp_path / "parts", fresh_projector, other)
 
@@ -270,7 +264,7 @@ def test_what_is_trained_equals_what_is_assembled(tokenizer, language_model, tmp
     assert not list(folder.parent.glob("*.partial"))
     read = LlavaForConditionalGeneration.from_pretrained(folder).eval()
     tokens = torch.randint(4, len(tokenizer), (1, 160))
-    tokens[0, 5:149] = ids[0]
+    tokens[0, 5:149] = trained.config.image_token_id
     inputs = {"input_ids": tokens, "pixel_values": torch.randn(1, 3, 96, 96)}
     with torch.no_grad():
         torch.testing.assert_close(read(**inputs).logits, trained.eval()(**inputs).logits, atol=1e-4, rtol=1e-4)

@@ -97,8 +97,8 @@ class GateData:
         return GateData(status, labels, self.cost, counted, self.kinds)
 
     def _each(self, change: Callable[[Any], Any]) -> GateData:
-        parts = (getattr(self, field.name) for field in fields(self))
-        return GateData(*(None if part is None else change(part) for part in parts))
+        parts: Any = (getattr(self, field.name) for field in fields(self))
+        return GateData(*[None if part is None else change(part) for part in parts])
 
 
 def label_loss(

@@ -65,7 +65,7 @@ def number_images(images: Images) -> tuple[npt.NDArray[np.intp], Array]:
 def _by_image(failures: npt.ArrayLike | Tensor, images: Images) -> tuple[Array, Array]:
     """[m] failures and questions of every image."""
     number, asked = number_images(images)
-    return np.bincount(number, weights=np.asarray(failures, dtype=np.float64)), asked
+    return np.bincount(number, np.asarray(failures, dtype=np.float64)).astype(np.float64), asked
 
 
 def risk_p_value(failed: npt.ArrayLike, asked: npt.ArrayLike, bound: float) -> Array:

@@ -81,14 +81,6 @@ def fetch_language_model(folder: Path) -> tuple[LlamaForCausalLM, Any, str]:
             ) from None
 
 
-def merge_adapter(language: LlamaForCausalLM, folder: Path) -> LlamaForCausalLM:
-    """The language model with a peft adapter merged into its weights."""
-    from peft import PeftModel
-
-    merged: LlamaForCausalLM = PeftModel.from_pretrained(language, folder).merge_and_unload()
-    return merged.eval()
-
-
 def assemble(parts: Path = PARTS, target: Path | None = None) -> dict[str, Any]:
     """Fetch, check, merge and write the model; returns what is also written to `assembled.json`.
 
@@ -105,12 +97,12 @@ def assemble(parts: Path = PARTS, target: Path | None = None) -> dict[str, Any]:
     text = HELD_OUT_TEXT.read_text()
     before = base.perplexity(language, tokenizer, text)
     if (parts / "adapter").is_dir():
-        language = merge_adapter(language, parts / "adapter")
+        from peft import PeftModel
+
+        language = PeftModel.from_pretrained(language, parts / "adapter").merge_and_unload().eval()
     after = base.perplexity(language, tokenizer, text)
     tower = LlavaForConditionalGeneration.from_pretrained(TOWER, local_files_only=True).model.vision_tower
-    ids = tokenizer.convert_tokens_to_ids([base.IMAGE, "<|endoftext|>"])
-    model = base.join(language, tower.config, *ids)
-    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model = base.join(language, tower, tokenizer)
     model.model.multi_modal_projector.load_state_dict(load_file(parts / "projector.safetensors"))
     settings = {
         "language_model": source,

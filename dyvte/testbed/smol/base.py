@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
@@ -134,11 +134,13 @@ def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def join(
-    language: LlamaForCausalLM, vision: CLIPVisionConfig, image_token_id: int, pad_id: int
+    language: LlamaForCausalLM, tower: nn.Module, tokenizer: PreTrainedTokenizerFast
 ) -> LlavaForConditionalGeneration:
-    """A LLaVA of the language model and a tower of the given configuration; tower and projector are yet to load."""
+    """A LLaVA of the language model and a vision tower; its projector is yet to load."""
+    image_id, pad_id = tokenizer.convert_tokens_to_ids([IMAGE, "<|endoftext|>"])
     text = LlamaConfig(**(language.config.to_dict() | {"pad_token_id": pad_id}))
-    model = LlavaForConditionalGeneration(llava_config(text, vision, image_token_id))
+    model = LlavaForConditionalGeneration(llava_config(text, tower.config, image_id))
+    model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.tie_weights()
     if not text.tie_word_embeddings:

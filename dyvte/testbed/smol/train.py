@@ -67,11 +67,8 @@ def build_model(cfg: DictConfig) -> tuple[LlavaForConditionalGeneration, Any]:
     if cfg.random_decoder:
         language = without_pretraining(language, cfg.seed)
     tower = LlavaForConditionalGeneration.from_pretrained(cfg.tower, local_files_only=True).model.vision_tower
-    ids = tokenizer.convert_tokens_to_ids(["<image>", "<|endoftext|>"])
     torch.manual_seed(cfg.seed)
-    model = join(language, tower.config, *ids)
-    model.model.vision_tower.load_state_dict(tower.state_dict())
-    return model.requires_grad_(False), tokenizer
+    return join(language, tower, tokenizer).requires_grad_(False), tokenizer
 
 
 def add_adapter(model: LlavaForConditionalGeneration, rank: int, seed: int) -> nn.ModuleDict:
