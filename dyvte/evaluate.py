@@ -34,6 +34,7 @@ from dyvte.policies.unchanged import Unchanged
 from dyvte.runs import distributed
 from dyvte.runs.config import command, load_model
 from dyvte.runs.figures import accuracy_against_flops
+from dyvte.runs.fingerprint import json_digest
 from dyvte.runs.runner import consecutive_batches, run
 from dyvte.runs.store import RunFolder, fingerprint, write_atomic
 
@@ -109,9 +110,8 @@ def reference_labels(mllm: MLLM, dataset: Dataset, cfg: DictConfig, status: tupl
     The set is kept under `cfg.reference_dir`; `status` parts are as of `dyvte.gates.labels.LabelSettings`.
     """
     settings = LabelSettings(cfg.max_new_tokens, status=status, answers=True)
-    made_of = json.dumps(label_fingerprint(mllm, dataset, cfg, settings), sort_keys=True, default=str)
-    digest = hashlib.sha256(made_of.encode()).hexdigest()[:12]
-    path = Path(cfg.reference_dir) / f"{cfg.model.name}-{cfg.data.name}-{digest}"
+    made_of = json_digest(label_fingerprint(mllm, dataset, cfg, settings))[:12]
+    path = Path(cfg.reference_dir) / f"{cfg.model.name}-{cfg.data.name}-{made_of}"
     return collect_labels(mllm, dataset, cfg, path, settings, "full model and every exit")
 
 

@@ -15,6 +15,8 @@ _MARKERS = "sDv^P*X<>"
 _PLAIN = {"text.parse_math": False}
 """Text from data is shown as it is: a `$` is a dollar."""
 _INK, _ACCENT, _SOFT = "#1f3a5f", "#c65911", "#7fa650"
+_EDGE: dict[str, Any] = {"mec": "black", "mew": 0.5}
+_NUMBER: dict[str, Any] = {"fontsize": 7, "color": _INK}
 
 
 @plt.rc_context(_PLAIN)
@@ -34,24 +36,9 @@ def accuracy_against_flops(
             fixed["flops_decoder"] / full, fixed[column], "-o", color=_INK, ms=3.5, lw=1.2, label="fixed exit, every k"
         )
         for _, row in fixed.iloc[:: max(1, len(fixed) // 8)].iterrows():
-            axis.annotate(
-                f"{int(row['exit_layer'])}",
-                (row["flops_decoder"] / full, row[column]),
-                fontsize=7,
-                xytext=(3, -9),
-                textcoords="offset points",
-                color=_INK,
-            )
-        axis.plot(
-            oracle["flops_decoder"] / full,
-            oracle[column],
-            "*",
-            color=_SOFT,
-            ms=12,
-            mec="black",
-            mew=0.5,
-            label="oracle",
-        )
+            place = row["flops_decoder"] / full, row[column]
+            axis.annotate(f"{int(row['exit_layer'])}", place, (3, -9), textcoords="offset points", **_NUMBER)
+        axis.plot(oracle["flops_decoder"] / full, oracle[column], "*", color=_SOFT, ms=12, label="oracle", **_EDGE)
         for index, (_, row) in enumerate(policies.iterrows()):
             low, high = row[column] - row[f"{column}_low"], row[f"{column}_high"] - row[column]
             axis.errorbar(
@@ -62,9 +49,8 @@ def accuracy_against_flops(
                 fmt=_MARKERS[index % len(_MARKERS)],
                 ms=6,
                 color=_ACCENT,
-                mec="black",
-                mew=0.5,
                 ecolor="black",
+                **_EDGE,
                 capsize=2,
                 label=textwrap.shorten(str(row["policy"]), 42, placeholder=" …"),
             )

@@ -35,7 +35,7 @@ def model_fingerprint(mllm: MLLM) -> dict[str, str]:
     config = mllm.model.config.to_dict()
     for key in ("_name_or_path", "transformers_version"):
         config.pop(key, None)
-    return {"class": type(mllm.model).__name__, "config": _digest(config), "weights": digest.hexdigest()[:16]}
+    return {"class": type(mllm.model).__name__, "config": json_digest(config), "weights": digest.hexdigest()[:16]}
 
 
 def fingerprint(mllm: MLLM, dataset: Dataset, cfg: DictConfig, **settings: Any) -> dict[str, Any]:
@@ -62,5 +62,6 @@ def fingerprint(mllm: MLLM, dataset: Dataset, cfg: DictConfig, **settings: Any) 
     }
 
 
-def _digest(content: Any) -> str:
+def json_digest(content: Any) -> str:
+    """SHA-256 of plain data, shortened to 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
