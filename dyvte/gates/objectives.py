@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -97,8 +97,8 @@ class GateData:
         return GateData(status, labels, self.cost, counted, self.kinds)
 
     def _each(self, change: Callable[[Any], Any]) -> GateData:
-        parts: Any = (getattr(self, field.name) for field in fields(self))
-        return GateData(*[None if part is None else change(part) for part in parts])
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(part) for name, part in parts.items() if part is not None})
 
 
 def label_loss(

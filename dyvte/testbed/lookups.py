@@ -22,19 +22,15 @@ from dyvte.testbed.questions import IMAGE_KINDS, KINDS, PATH_KINDS, ask, moves, 
 from dyvte.testbed.world import ATTRIBUTES, Object, Scene
 
 PLACE = "at"
+ASK_PLACE, BY_PLACE = 0.2, 0.3  # shares of the look-ups that ask where an object is, and of the keys that are places
 BRIEF_KINDS = tuple(k for k in IMAGE_KINDS if k not in PATH_KINDS)
 FILLERS = frozenset(["is", "are", "there", "a", "the", "do", "and", "have", "of", "objects"])
 
 
-def look_up(
-    scene: Scene, rng: np.random.Generator, steps: int, by_place: float = 0.3, ask_place: float = 0.2
-) -> tuple[str, str] | None:
-    """A look-up of ``steps`` steps with its answer, or None if the draw admits none.
-
-    A share ``by_place`` of the keys are places; a share ``ask_place`` of the look-ups ask where an object is.
-    """
-    asked = PLACE if rng.random() < ask_place else pick(rng, ATTRIBUTES)
-    if rng.random() < by_place and (asked != PLACE or steps):
+def look_up(scene: Scene, rng: np.random.Generator, steps: int) -> tuple[str, str] | None:
+    """A look-up of ``steps`` steps with its answer, or None if the draw admits none."""
+    asked = PLACE if rng.random() < ASK_PLACE else pick(rng, ATTRIBUTES)
+    if rng.random() < BY_PLACE and (asked != PLACE or steps):
         start: Object = pick(rng, scene.objects)
         words = [PLACE, start.place]
     else:

@@ -22,8 +22,6 @@ from dyvte.testbed.smol.rehearsal import Rehearsed, Teacher
 from dyvte.testbed.training.batches import QuestionBatches
 from dyvte.testbed.world import Scene, sample_scene, scene_stream
 
-CAPTION_SCENES = 2 * 10**7  # look-ups and captions are about scenes that no question is ever asked about
-
 
 class EnglishBatches(QuestionBatches):
     """Batches of one phase.

@@ -47,7 +47,7 @@ def run_stage(
     cfg: DictConfig,
     batch_of: Callable[[int, float], Any],
     loss_of: Callable[..., Tensor],
-    evaluate: Callable[[], dict[str, float]] | None,
+    evaluate: Callable[[], dict[str, float]],
     seed_everything: int,
     workers: int,
 ) -> None:
@@ -106,7 +106,7 @@ def run_stage(
             if done % cfg.eval_every == 0 or done == cfg.steps:
                 elapsed = seconds + time.monotonic() - started
                 record: dict[str, Any] = {"stage": name, "step": done, "seconds": round(elapsed, 1), "loss": running}
-                record |= {"grad_norm": float(norm)} | (evaluate() if evaluate else {})
+                record |= {"grad_norm": float(norm)} | evaluate()
                 for key, number in record.items():
                     if isinstance(number, float):
                         board.add_scalar(f"{name}/{key}", number, done)
