@@ -101,9 +101,6 @@ def evaluate(cfg: DictConfig) -> dict[str, Any] | None:
     return summary
 
 
-# ---------------------------------------------------------------------- reference
-
-
 def reference_labels(mllm: MLLM, dataset: Dataset, cfg: DictConfig, status: tuple[str, ...] = (QUESTION,)) -> LabelSet:
     """The full model's answers and what every fixed exit makes of them, made once for a model and data.
 
@@ -178,9 +175,6 @@ def expected_figures(share: Tensor, answers: pd.DataFrame, reference: LabelSet) 
     return row
 
 
-# ------------------------------------------------------------------------- a batch
-
-
 def prompt_costs(mllm: MLLM, policy: Policy) -> PromptCosts:
     """Operations of a prompt's prefill under a policy; they depend on its exit layer too."""
 
@@ -220,9 +214,6 @@ def evaluate_batch(
         "peak_memory_bytes": peak_memory_bytes(mllm.device),
     }
     return {"answers": pd.DataFrame(table), "batches": pd.DataFrame([batches])}
-
-
-# -------------------------------------------------------------------------- figures
 
 
 def _flat_intervals(found: dict[str, Any]) -> dict[str, Any]:
@@ -361,8 +352,6 @@ def policy_in_words(summary: dict[str, Any]) -> str:
         f"its decoder FLOPs; the best fixed exits keep as many at {summary['cost_of_fixed_exits']:.0%}."
     )
 
-
-# ----------------------------------------------------------------------- comparison
 
 COMPARED = (
     *("policy", "num_questions", "accuracy", "full_accuracy", "accuracy_loss", "agreement", "mean_exit_layer"),

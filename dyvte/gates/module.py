@@ -174,8 +174,6 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
                 f"{mllm.num_layers} of width {mllm.hidden_size}: train gates for it with `python -m dyvte.train`"
             )
 
-    # ---------------------------------------------------------------------- on disk
-
     def config(self) -> dict[str, Any]:
         """What `config.json` holds: the arguments of the constructor."""
         names = ("num_layers", "hidden_size", "width", "threshold", "facts", "shared", "cumulative")

@@ -222,8 +222,6 @@ class RunFolder:
         for file in [*tables, *(table.with_suffix(".csv") for table in tables), *files]:
             file.unlink(missing_ok=True)
 
-    # ---------------------------------------------------------------- shards
-
     def has_shard(self, index: int) -> bool:
         """Whether batch `index` is finished. One that has lost a file is deleted, to be made again."""
         shard = self._shard(index)
@@ -309,8 +307,6 @@ class RunFolder:
 
         write_atomic(self.path / f"{name}.parquet", write_parquet)
         write_atomic(self.path / f"{name}.csv", write_csv)
-
-    # --------------------------------------------------------------- results
 
     def write_table(self, name: str, frame: pd.DataFrame) -> None:
         """Write a table that was computed from the others, as Parquet and CSV."""

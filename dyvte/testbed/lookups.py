@@ -19,9 +19,9 @@ import numpy as np
 
 from dyvte.testbed.facts import pick
 from dyvte.testbed.questions import IMAGE_KINDS, KINDS, PATH_KINDS, ask, moves, unique_names
+from dyvte.testbed.tours import PLACE
 from dyvte.testbed.world import ATTRIBUTES, Object, Scene
 
-PLACE = "at"
 ASK_PLACE, BY_PLACE = 0.2, 0.3  # shares of the look-ups that ask where an object is, and of the keys that are places
 BRIEF_KINDS = tuple(k for k in IMAGE_KINDS if k not in PATH_KINDS)
 FILLERS = frozenset(["is", "are", "there", "a", "the", "do", "and", "have", "of", "objects"])

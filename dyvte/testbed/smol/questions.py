@@ -100,7 +100,6 @@ def fill(frame: str, **slots: str) -> str:
     return text[0].upper() + text[1:]
 
 
-# ---------------------------------------------------------------- names of objects
 def noun(item: Object, mentioned: Sequence[str]) -> str:
     """An object by some of its attributes: "the small red shape", "the red circle", "the circle", "the small shape"."""
     words = [item[a] for a in ("size", "color") if a in mentioned]
@@ -122,7 +121,6 @@ def tell(name: str, steps: Sequence[str]) -> str:
     return name
 
 
-# ---------------------------------------------------------------- one function a kind
 Asker = Callable[[Scene, np.random.Generator, Paraphrases], "EnglishQuestion | None"]
 
 
@@ -214,7 +212,6 @@ def _look_recall(scene: Scene, rng: np.random.Generator, paraphrases: Paraphrase
     return EnglishQuestion("look_recall", text, words[0], "", index, (), (item.cell,))
 
 
-# ---------------------------------------------------------------- paths
 def _follow(scene: Scene, start: Object, steps: Sequence[str]) -> list[Object] | None:
     """The objects on a path, start included; None where it leads nowhere or back to an object it has passed."""
     passed = [start]
