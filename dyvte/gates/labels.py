@@ -74,12 +74,10 @@ class LabelSettings:
 
 def label_fingerprint(mllm: MLLM, dataset: Dataset, cfg: DictConfig, settings: LabelSettings) -> dict[str, Any]:
     """What a label set depends on, see `dyvte.runs.store.fingerprint`."""
-    own = OmegaConf.merge(cfg, {"command": "labels"})
-    assert isinstance(own, DictConfig)
+    own: Any = OmegaConf.merge(cfg, {"command": "labels"})
     kept = {**asdict(settings), "status": list(settings.status), "exits": list(settings.exits)}
-    for added in ("exits", "swapped"):  # sets made before these could be kept stay what they are
-        kept = {key: each for key, each in kept.items() if key != added or each}
-    return fingerprint(mllm, dataset, own, **kept)
+    added = ("exits", "swapped")  # sets made before these could be kept stay what they are
+    return fingerprint(mllm, dataset, own, **{key: each for key, each in kept.items() if each or key not in added})
 
 
 def collect_labels(

@@ -147,10 +147,10 @@ def phase_settings(cfg: DictConfig, name: str) -> DictConfig:
     """What all phases share, and what one of them changes."""
     if name not in cfg.phases:
         raise ConfigError(f"order names {name!r}; phases are {sorted(cfg.phases)}")
-    both = [OmegaConf.to_container(part, resolve=True) for part in (cfg.common, cfg.phases[name])]
-    merged = OmegaConf.merge(*(OmegaConf.create(part) for part in both))
-    assert isinstance(merged, DictConfig)
-    return merged
+    settings: Any = OmegaConf.merge(
+        *(OmegaConf.to_container(part, resolve=True) for part in (cfg.common, cfg.phases[name]))
+    )
+    return settings
 
 
 def train(cfg: DictConfig, folder: Path) -> None:

@@ -39,8 +39,7 @@ def phases(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
     found = []
     for number, phase in enumerate(chosen):
         settings = {"instruct": cfg.phases[phase].settings, "kind_weights": cfg.phases[phase].kind_weights}
-        merged = OmegaConf.merge(cfg, settings, {"seed": cfg.seed + number})
-        assert isinstance(merged, DictConfig)
+        merged: Any = OmegaConf.merge(cfg, settings, {"seed": cfg.seed + number})
         found.append(("instruct" if number == len(chosen) - 1 else f"instruct_{phase}", merged))
     return found
 
