@@ -98,12 +98,12 @@ def exits_by_hops(answers: pd.DataFrame, reference: LabelSet) -> pd.DataFrame | 
         before: npt.NDArray[np.bool_] | None = None
         for number in sorted(set(hops)):
             chosen = torch.from_numpy(hops == number)
-            mean, low, high = cluster_interval(depth[chosen], images[chosen.numpy()], span=num_layers)
+            interval = cluster_interval(depth[chosen], images[chosen.numpy()], span=num_layers)
             row = {"measure": measure, "hops": int(number), "questions": int(chosen.sum())}
-            row |= {"depth": mean, "low": low, "high": high}
+            row |= zip(("depth", "low", "high"), interval, strict=True)
             if before is not None:
-                step, step_low, step_high = difference_interval(depth, hops == number, before, images, span=num_layers)
-                row |= {"step": step, "step_low": step_low, "step_high": step_high}
+                step = difference_interval(depth, hops == number, before, images, span=num_layers)
+                row |= zip(("step", "step_low", "step_high"), step, strict=True)
             rows.append(row)
             before = hops == number
     return pd.DataFrame(rows)
