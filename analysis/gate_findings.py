@@ -19,7 +19,7 @@ from torch.nn.functional import one_hot
 
 from dyvte.calibrate import build_policy
 from dyvte.errors import ConfigError, RunFolderError
-from dyvte.evaluate import control_table, evaluate, expected_figures, figures, policy_in_words, reference_rows
+from dyvte.evaluate import control_table, evaluate, expected_figures, figures, policy_in_words
 from dyvte.gates.controls import exits_by_hops
 from dyvte.gates.labels import LabelSet
 from dyvte.gates.module import SHIPPED_GATES, load_gates
@@ -56,7 +56,7 @@ CONTROLS = {
 def comparison(cfg: DictConfig, answers: pd.DataFrame, reference: LabelSet) -> list[dict[str, Any]]:
     """The table: gates, controls and oracles, the controls and oracles on image questions alone."""
     on_images = answers[answers["kind"].isin(IMAGE_KINDS)].reset_index(drop=True)
-    agree = reference.agree[reference_rows(on_images, reference)]
+    agree = reference.agree[reference.rows_of(on_images)]
     policy = build_policy(cfg.policy)
     assert isinstance(policy, DynamicExit)
     controls = control_table(policy, cfg.policy.gates, on_images, reference).set_index("policy")

@@ -70,7 +70,7 @@ def main(cfg: DictConfig) -> str | None:
 def train_option(cfg: DictConfig, folder: RunFolder, own: DictConfig, split: Split, mllm: MLLM) -> None:
     """Train gates as an option says, and write what they say of the validation questions and what they reach there."""
     started, parts = time.perf_counter(), list(own.recipe.status)
-    fit = fit_gates(mllm.num_layers, mllm.hidden_size, split, own, parts, mllm.device)
+    fit = fit_gates(mllm, split, own, parts)
     said = gate_probabilities(fit.gates, split.labels.status(parts)[split.validation])
     folder.write_table(SAID, pd.DataFrame(said.numpy(), columns=[f"gate_{k}" for k in range(1, mllm.num_layers)]))
     folder.write_summary(

@@ -35,11 +35,7 @@ FILE = "calibration.json"
 
 
 def build_policy(cfg: DictConfig) -> Policy:
-    """The policy of a configuration in `conf/policy/`.
-
-    Raises:
-        ConfigError: a setting is left open that a command would calibrate.
-    """
+    """The policy of a configuration in `conf/policy/`; none of its settings may be left open."""
     if open_settings(cfg):
         (setting, *_) = open_settings(cfg)
         raise ConfigError(
@@ -57,12 +53,7 @@ def open_settings(cfg: DictConfig) -> list[str]:
 
 
 def calibration_of(mllm: MLLM, cfg: DictConfig) -> dict[str, Any]:
-    """What a calibrated setting is made of, as in a fingerprint: the model, the prompts, and what is asked for.
-
-    Args:
-        mllm: the model.
-        cfg: the composed configuration; `policy`, `calibration.data` and `batch_size` are taken.
-    """
+    """What a calibrated setting is made of, as in a fingerprint: the model, the prompts, and what is asked for."""
     data: Any = OmegaConf.to_container(cfg.calibration.data, resolve=True)
     dataset = build_dataset(cfg.calibration.data)
     made_of = {
@@ -77,13 +68,7 @@ def calibration_of(mllm: MLLM, cfg: DictConfig) -> dict[str, Any]:
 def calibrated_policy(mllm: MLLM, cfg: DictConfig, folder: Path) -> Policy:
     """The policy of a command's configuration, its open setting calibrated or read from an earlier calibration.
 
-    Args:
-        mllm: the model.
-        cfg: the composed configuration, see `calibration_of`.
-        folder: an existing run folder; `calibration.json` is written there.
-
-    Raises:
-        DataError: none of the calibration prompts can be read, or none shows an image.
+    `calibration.json` lies in `folder`, a run folder that exists.
     """
     settings = open_settings(cfg.policy)
     if not settings:
@@ -132,11 +117,7 @@ def _build(cfg: DictConfig, found: Mapping[str, Any] | None = None) -> Policy:
 
 
 def with_image(dataset: Dataset) -> list[Sample]:
-    """Samples that can be read and show an image.
-
-    Raises:
-        DataError: there is none.
-    """
+    """Samples that can be read and show an image."""
     samples = [sample for sample in dataset.readable() if sample.image is not None]
     if not samples:
         raise DataError(

@@ -23,6 +23,7 @@ from dyvte.cost.measure import measure_generation, peak_memory_bytes
 from dyvte.data.base import Dataset, Sample, build_dataset, sample_columns
 from dyvte.data.metrics import correctness
 from dyvte.gates.controls import control_exits, exits_by_hops
+from dyvte.gates.every_exit import PromptCosts
 from dyvte.gates.features import QUESTION
 from dyvte.gates.labels import LabelSet, LabelSettings, collect_labels, label_fingerprint
 from dyvte.gates.metrics import at_exit, cluster_interval, mixture_cost, share_interval
@@ -33,6 +34,7 @@ from dyvte.policies.unchanged import Unchanged
 from dyvte.runs import distributed
 from dyvte.runs.config import command, load_model
 from dyvte.runs.figures import accuracy_against_flops
+from dyvte.runs.fingerprint import json_digest
 from dyvte.runs.runner import consecutive_batches, run
 from dyvte.runs.store import RunFolder, fingerprint, write_atomic
 
@@ -47,8 +49,7 @@ def main(cfg: DictConfig) -> str | None:
 def evaluate(cfg: DictConfig) -> dict[str, Any] | None:
     """Run the policy over the data and compare with the full model and with every fixed exit.
 
-    Returns:
-        The summary; None in all processes but the first.
+    Gives the summary; None in all processes but the first.
     """
     mllm = load_model(cfg)
     dataset = build_dataset(cfg.data)
@@ -64,7 +65,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any] | None:
     folder = RunFolder.open(cfg.output_dir, fingerprint(mllm, dataset, cfg, **settings), cfg, cfg.overwrite)
     if to_calibrate:
         policy = calibrated_policy(mllm, cfg, folder.path)
-    compute = functools.partial(evaluate_batch, mllm, policy, max_new_tokens=cfg.max_new_tokens, counted={})
+    costs = prompt_costs(mllm, policy)
+    compute = functools.partial(evaluate_batch, mllm, policy, max_new_tokens=cfg.max_new_tokens, costs=costs)
     run(folder, dataset, consecutive_batches(len(dataset), cfg.batch_size), compute, cfg.policy.name)
     if not distributed.is_main():
         return None
@@ -99,22 +101,14 @@ def evaluate(cfg: DictConfig) -> dict[str, Any] | None:
     return summary
 
 
-# ---------------------------------------------------------------------- reference
-
-
 def reference_labels(mllm: MLLM, dataset: Dataset, cfg: DictConfig, status: tuple[str, ...] = (QUESTION,)) -> LabelSet:
     """The full model's answers and what every fixed exit makes of them, made once for a model and data.
 
-    Args:
-        mllm: the model.
-        dataset: the questions.
-        cfg: the composed configuration; the set is kept under `reference_dir`.
-        status: status parts that it holds (see `dyvte.gates.labels.LabelSettings`).
+    The set is kept under `cfg.reference_dir`; `status` parts are as of `dyvte.gates.labels.LabelSettings`.
     """
     settings = LabelSettings(cfg.max_new_tokens, status=status, answers=True)
-    made_of = json.dumps(label_fingerprint(mllm, dataset, cfg, settings), sort_keys=True, default=str)
-    digest = hashlib.sha256(made_of.encode()).hexdigest()[:12]
-    path = Path(cfg.reference_dir) / f"{cfg.model.name}-{cfg.data.name}-{digest}"
+    made_of = json_digest(label_fingerprint(mllm, dataset, cfg, settings))[:12]
+    path = Path(cfg.reference_dir) / f"{cfg.model.name}-{cfg.data.name}-{made_of}"
     return collect_labels(mllm, dataset, cfg, path, settings, "full model and every exit")
 
 
@@ -150,7 +144,7 @@ def fixed_exit_table(reference: LabelSet) -> pd.DataFrame:
 
 def control_table(policy: DynamicExit, source: str, answers: pd.DataFrame, reference: LabelSet) -> pd.DataFrame:
     """Controls of dynamic exits, one row each in the columns of the comparison; none of them runs the model again."""
-    controls = control_exits(policy, source, answers, reference, reference_rows(answers, reference))
+    controls = control_exits(policy, source, answers, reference)
     return pd.DataFrame(
         [{"policy": name, **expected_figures(share, answers, reference)} for name, share in controls.items()]
     )
@@ -159,12 +153,9 @@ def control_table(policy: DynamicExit, source: str, answers: pd.DataFrame, refer
 def expected_figures(share: Tensor, answers: pd.DataFrame, reference: LabelSet) -> dict[str, Any]:
     """What questions come to, in the columns of the comparison, if each leaves at every layer with some probability.
 
-    Args:
-        share: [n, L + 1] probability of every exit layer, rows sum to 1.
-        answers: the n questions.
-        reference: what every exit makes of them.
+    `share` [n, L + 1] are the probabilities; its rows sum to 1.
     """
-    rows = reference_rows(answers, reference)
+    rows = reference.rows_of(answers)
     images = answers["image_id"].tolist()
 
     def expected(values: Tensor) -> Tensor:
@@ -184,24 +175,27 @@ def expected_figures(share: Tensor, answers: pd.DataFrame, reference: LabelSet) 
     return row
 
 
-# ------------------------------------------------------------------------- a batch
+def prompt_costs(mllm: MLLM, policy: Policy) -> PromptCosts:
+    """Operations of a prompt's prefill under a policy; they depend on its exit layer too."""
 
+    def count(mllm: MLLM, batch: Batch) -> FlopCount:
+        with policy(mllm):
+            return prefill_flops(mllm, batch)
 
-FlopsOfPrompt = dict[tuple[int, int, int], FlopCount]
-"""Cost of a prefill by number of text tokens, number of visual tokens, and exit layer."""
+    return PromptCosts(mllm, count)
 
 
 @torch.no_grad()
 def evaluate_batch(
-    mllm: MLLM, policy: Policy, samples: Sequence[Sample], max_new_tokens: int, counted: FlopsOfPrompt
+    mllm: MLLM, policy: Policy, samples: Sequence[Sample], max_new_tokens: int, costs: PromptCosts
 ) -> dict[str, pd.DataFrame]:
-    """Answers, exit layers and costs of one batch under a policy; `counted` remembers what was counted."""
+    """Answers, exit layers and costs of one batch under a policy."""
     batch = mllm.encode([sample.image for sample in samples], [sample.question for sample in samples])
     with measure_generation(mllm) as cost, policy(mllm) as under:
         ids = mllm.generate_ids(batch, max_new_tokens=max_new_tokens)
         exit_layers = under.exit_layers.tolist()
     answers = mllm.decode(ids)
-    flops = _flops(mllm, policy, samples, batch, exit_layers, counted)
+    flops = [costs.of(batch, row, sample, exit_layers[row]) for row, sample in enumerate(samples)]
     table = {
         **sample_columns(samples),
         "answer": answers,
@@ -222,31 +216,6 @@ def evaluate_batch(
     return {"answers": pd.DataFrame(table), "batches": pd.DataFrame([batches])}
 
 
-def _flops(
-    mllm: MLLM,
-    policy: Policy,
-    samples: Sequence[Sample],
-    batch: Batch,
-    exit_layers: Sequence[int],
-    counted: FlopsOfPrompt,
-) -> list[FlopCount]:
-    """Operations of every sample's prefill, counted on the sample alone, without padding.
-
-    They depend on the prompt's length and on the exit layer, so prompts that share both are counted once.
-    """
-    lengths = zip(batch.layout.text.sum(1).tolist(), batch.layout.visual.sum(1).tolist(), strict=True)
-    keys = [(*length, k) for length, k in zip(lengths, exit_layers, strict=True)]
-    for key, sample in zip(keys, samples, strict=True):
-        if key not in counted:
-            alone = mllm.encode([sample.image], [sample.question])
-            with policy(mllm):
-                counted[key] = prefill_flops(mllm, alone)
-    return [counted[key] for key in keys]
-
-
-# -------------------------------------------------------------------------- figures
-
-
 def _flat_intervals(found: dict[str, Any]) -> dict[str, Any]:
     """Every `name_ci` as the columns `name_low` and `name_high`."""
     flat = {name: value for name, value in found.items() if not name.endswith("_ci")}
@@ -264,10 +233,7 @@ def _with_interval(name: str, values: Tensor, images: Sequence[str]) -> dict[str
 def _correctness(correct: Tensor, full_correct: Tensor, images: Sequence[str]) -> dict[str, Any]:
     """Accuracy, the full model's and the loss, over the questions that have a reference; None where none has one.
 
-    Args:
-        correct: [n] share of right answers, NaN without a reference.
-        full_correct: [n] the same of the full model.
-        images: length n.
+    Both are [n] shares of right answers, NaN without a reference.
     """
     known = ~(correct.isnan() | full_correct.isnan())
     found: dict[str, Any] = {"num_references": int(known.sum())}
@@ -292,7 +258,7 @@ def figures(answers: pd.DataFrame, reference: LabelSet) -> dict[str, Any]:
     `num_references` questions that have a reference, and None without any. Intervals are two-sided 95%, clustered by
     image.
     """
-    rows = reference_rows(answers, reference)
+    rows = reference.rows_of(answers)
     images = answers["image_id"].tolist()
     agree, full_flops = reference.agree[rows], float(reference.flops[rows, -1].double().mean())
     cost = reference.flops[rows].double() / full_flops
@@ -324,12 +290,6 @@ def figures(answers: pd.DataFrame, reference: LabelSet) -> dict[str, Any]:
         "new_tokens": float(answers["new_tokens"].mean()),
         "kv_cache_bytes": float(answers["kv_cache_bytes"].mean()),
     }
-
-
-def reference_rows(answers: pd.DataFrame, reference: LabelSet) -> Tensor:
-    """Row of every answer's question in the reference."""
-    position = pd.Series(np.arange(len(reference)), index=reference.samples["id"])
-    return torch.from_numpy(position.loc[answers["id"]].to_numpy(copy=True))
 
 
 def _tensor(column: pd.Series) -> Tensor:
@@ -392,8 +352,6 @@ def policy_in_words(summary: dict[str, Any]) -> str:
         f"its decoder FLOPs; the best fixed exits keep as many at {summary['cost_of_fixed_exits']:.0%}."
     )
 
-
-# ----------------------------------------------------------------------- comparison
 
 COMPARED = (
     *("policy", "num_questions", "accuracy", "full_accuracy", "accuracy_loss", "agreement", "mean_exit_layer"),

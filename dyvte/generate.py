@@ -28,11 +28,7 @@ def main(cfg: DictConfig) -> str:
 
 @torch.no_grad()
 def generate(cfg: DictConfig) -> dict[str, Any]:
-    """Answer with and without the policy; write `summary.json` and the figure.
-
-    Raises:
-        ConfigError: an image that cannot be read, or no question.
-    """
+    """Answer with and without the policy; write `summary.json` and the figure."""
     image, question = _what_to_ask(cfg)
     mllm = load_model(cfg)
     folder = RunFolder(Path(cfg.output_dir))

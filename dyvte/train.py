@@ -32,6 +32,7 @@ from dyvte.gates.risk import choose_threshold, too_few_images, upper_limit
 from dyvte.gates.teacher import taught
 from dyvte.gates.training import average_gates, evaluate_loss, gate_probabilities, train_gates
 from dyvte.gates.validation import cost_at_agreement, use_of_image
+from dyvte.mllm import MLLM
 from dyvte.runs import distributed
 from dyvte.runs.config import command, load_model
 from dyvte.runs.locks import replace_folder, temporary_name
@@ -51,15 +52,7 @@ def main(cfg: DictConfig) -> str | None:
 
 
 def train(cfg: DictConfig) -> Gates | None:
-    """Collect or finish the label set, train, choose the threshold, save.
-
-    Returns:
-        The gates; None in all processes but the first.
-
-    Raises:
-        ConfigError: settings that do not fit together.
-        DataError: no question with an image.
-    """
+    """Collect or finish the label set, train, choose the threshold, save; None in all processes but the first."""
     mllm = load_model(cfg)
     dataset = build_dataset(cfg.data)
     settings = label_settings(cfg.labels, cfg.recipe.training.counterfactual, mllm.num_layers)
@@ -77,7 +70,7 @@ def train(cfg: DictConfig) -> Gates | None:
     started = time.perf_counter()
     split = split_labels(labels, cfg)
     _check_bound(split, cfg)
-    fit = fit_gates(mllm.num_layers, mllm.hidden_size, split, cfg, list(cfg.recipe.status), mllm.device, folder)
+    fit = fit_gates(mllm, split, cfg, list(cfg.recipe.status), folder)
     fit.gates.facts = {
         "model": cfg.model.name,
         "data": cfg.data.name,
@@ -87,7 +80,7 @@ def train(cfg: DictConfig) -> Gates | None:
     }
     control = None
     if QUESTION in settings.status:
-        fit_control = fit_gates(mllm.num_layers, mllm.hidden_size, split, cfg, [QUESTION], mllm.device)
+        fit_control = fit_gates(mllm, split, cfg, [QUESTION])
         control = fit_control.gates
         control.facts = {**fit.gates.facts, "validation": fit_control.validation}
     save_gates(folder.path / "gates", fit.gates, control)
@@ -126,10 +119,7 @@ def gates_in_words(validation: Mapping[str, Any], folder: str) -> str:
 def label_settings(labels: DictConfig, counterfactual: Sequence[str] = (), num_layers: int = 0) -> LabelSettings:
     """What a label set holds, from the block `labels` of a configuration.
 
-    Args:
-        labels: the block.
-        counterfactual: runs that the recipe trains on, kept where `labels.exits` and `labels.swapped` are null.
-        num_layers: of the model.
+    The runs `counterfactual`, which a recipe trains on, are kept where `labels.exits` and `labels.swapped` are null.
     """
     exits = exits_for(counterfactual, num_layers) if labels.exits is None else labels.exits
     swapped = "swapped" in counterfactual if labels.swapped is None else labels.swapped
@@ -149,7 +139,7 @@ class Split:
     Attributes:
         labels: the set.
         rule: [n, L + 1] labels after the recipe's rule.
-        train: rows of the set that gates learn from.
+        train: rows that gates learn from.
         stopping: rows that say when to stop.
         validation: rows that the threshold is chosen on; nothing that they could have shaped is measured on them.
     """
@@ -181,10 +171,6 @@ def split_labels(labels: LabelSet, cfg: DictConfig) -> Split:
     """Questions with an image, split by image; the part that an image falls into depends on its id and the seed alone.
 
     The threshold takes `validation_share` of the images, early stopping `STOPPING_SHARE` of the others.
-
-    Raises:
-        DataError: one of the parts is empty.
-        ConfigError: `validation_share` is not between 0 and 1.
     """
     if not 0 < cfg.validation_share < 1:
         raise ConfigError(f"validation_share is {cfg.validation_share}; give a number between 0 and 1")
@@ -246,12 +232,7 @@ class GateFit:
 
 
 def outline(validation: Mapping[str, Any], members: int) -> str:
-    """What training came to, for the terminal; all numbers are in `summary.json`.
-
-    Args:
-        validation: of a `GateFit`.
-        members: gates that were trained for every layer.
-    """
+    """What training came to, for the terminal; all numbers are in `summary.json`."""
     epochs = f"{validation['epochs']} epochs"
     if members > 1:
         epochs += f" of {members} gates a layer together"
@@ -267,19 +248,8 @@ def outline(validation: Mapping[str, Any], members: int) -> str:
     return "\n".join(lines)
 
 
-def fit_gates(
-    num_layers: int,
-    hidden_size: int,
-    split: Split,
-    cfg: DictConfig,
-    parts: list[str],
-    device: torch.device,
-    folder: RunFolder | None = None,
-) -> GateFit:
-    """Train gates that look at some status parts; with a folder, log to TensorBoard there and show progress.
-
-    `cfg.recipe` and `cfg.seed` say how.
-    """
+def fit_gates(mllm: MLLM, split: Split, cfg: DictConfig, parts: list[str], folder: RunFolder | None = None) -> GateFit:
+    """Train gates that look at some status parts; with a folder, log to TensorBoard there and show progress."""
     settings: Any = OmegaConf.to_container(cfg.recipe, resolve=True)
     recipe: Recipe = build(settings["training"], Recipe)
     optimizer = {key: value for key, value in settings["optimizer"].items() if key != "_partial_"}
@@ -297,14 +267,14 @@ def fit_gates(
         for member in range(recipe.members):
             torch.manual_seed(cfg.seed + member)
             gates = Gates(
-                num_layers,
-                hidden_size,
+                mllm.num_layers,
+                mllm.hidden_size,
                 parts,
                 cfg.recipe.width,
                 cfg.recipe.bias,
                 shared=cfg.recipe.shared,
                 cumulative=recipe.objective == "hazard",
-            ).to(device)
+            ).to(mllm.device)
 
             def log(epoch: int, losses: dict[str, float], gates: Gates = gates, member: int = member) -> None:
                 history.append({"member": member, "epoch": epoch, **losses})
@@ -333,7 +303,7 @@ def fit_gates(
                 f"show that at most {cfg.recipe.bound:.3g} of the answers change; {enough} (train on more questions, "
                 f"data.limit, or set a larger recipe.bound)"
             )
-    gates.threshold = thresholds_by_depth(float(threshold), num_layers, caution)
+    gates.threshold = thresholds_by_depth(float(threshold), mllm.num_layers, caution)
     exits = first_exit(probability, gates.thresholds())
     agreement = float(at_exit(agree, exits).double().mean())
     result = {

@@ -18,6 +18,7 @@ from dyvte.instrument.sweep.criteria import (
     paper_labels,
     release_labels,
     sequence_nll,
+    token_agreement,
 )
 from dyvte.layout import TokenLayout
 
@@ -93,12 +94,13 @@ def test_release_labels() -> None:
     tokens[0, 0, :1] = 1  # 99% agree
     tokens[0, 1, :2] = 1  # 98%
     tokens[0, 2, 100] = 1  # differs at padding only
+    agreement = token_agreement(tokens, valid)
     nll = torch.tensor([[1.0, 1.0, 1.0, 1.0]])
-    assert release_labels(tokens, nll, valid).tolist() == [[True, False, True, True]]
+    assert release_labels(agreement, nll).tolist() == [[True, False, True, True]]
     worse = torch.tensor([[1.03, 1.0, 1.029, 1.0]])  # strictly below 1.03 times
-    assert release_labels(tokens, worse, valid).tolist() == [[False, False, True, True]]
+    assert release_labels(agreement, worse).tolist() == [[False, False, True, True]]
     certain = torch.zeros(1, 4)
-    assert release_labels(tokens, certain, valid).tolist() == [[False, False, False, True]]
+    assert release_labels(agreement, certain).tolist() == [[False, False, False, True]]
 
 
 @given(label_rows)

@@ -25,9 +25,9 @@ from dyvte.cost.exit_flops import exit_flops
 from dyvte.data.metrics import exact_match
 from dyvte.data.shapes import ShapesDataset
 from dyvte.errors import ConfigError, DataError, ModelError, RunFolderError
-from dyvte.evaluate import _print, evaluate, evaluate_batch, figures
+from dyvte.evaluate import _print, evaluate, evaluate_batch, figures, prompt_costs
 from dyvte.gates import Gates
-from dyvte.gates.every_exit import ExitCosts
+from dyvte.gates.every_exit import PromptCosts
 from dyvte.gates.labels import LabelSet, LabelSettings, label_batch
 from dyvte.generate import generate
 from dyvte.instrument.sweep import exit_sweep, greedy_answer_ids
@@ -208,7 +208,7 @@ def test_answers_with_a_tie_are_the_full_models_under_exit_l(model_folder: Path)
     # generation prefers the one, as rounding might, and the sweep, which takes the first, the other
     mllm.model.generation_config.sequence_bias = [[[token], 1e-2] for token in range(half, 2 * half)]
     samples = list(ShapesDataset("test", 8))
-    exits = label_batch(mllm, samples, LabelSettings(TOKENS, status=("text_last",)), ExitCosts(mllm))["exits"]
+    exits = label_batch(mllm, samples, LabelSettings(TOKENS, status=("text_last",)), PromptCosts(mllm))["exits"]
     agreement = pd.DataFrame(exits).groupby("exit_layer")["agree"].mean()
     assert agreement[LAYERS] == 1 > agreement[0]
 
@@ -330,7 +330,7 @@ def test_evaluation_agrees_with_a_plain_loop(mllm: MLLM, trained: Path, evaluate
 
 def test_no_image_is_prepared_twice_for_the_answers_of_all_exits(model_folder: Path) -> None:
     mllm, samples = load(model_folder, device="cpu"), list(ShapesDataset("test", 8))
-    settings, costs = LabelSettings(TOKENS, ("text_last",), answers=True), ExitCosts(mllm)
+    settings, costs = LabelSettings(TOKENS, ("text_last",), answers=True), PromptCosts(mllm)
     first = pd.DataFrame(label_batch(mllm, samples, settings, costs)["exits"])
     assert not first["agree"].all()  # some exit has an answer of its own, which is generated
     with mock.patch.object(mllm, "encode", wraps=mllm.encode) as encode:
@@ -346,11 +346,11 @@ def test_an_answer_ends_at_a_generated_image_under_every_exit(model_folder: Path
     answer_ids = mllm.generate_ids(batch, max_new_tokens=TOKENS)
     assert any(ids[-1] == mllm.image_token_id and len(ids) < TOKENS for ids in answer_ids)
     exits = pd.DataFrame(
-        label_batch(mllm, samples, LabelSettings(TOKENS, ("text_last",), answers=True), ExitCosts(mllm))["exits"]
+        label_batch(mllm, samples, LabelSettings(TOKENS, ("text_last",), answers=True), PromptCosts(mllm))["exits"]
     )
     for layer in range(LAYERS + 1):
         policy = Unchanged() if layer == LAYERS else FixedExit(layer)
-        answers = evaluate_batch(mllm, policy, samples, TOKENS, {})["answers"]["answer"]
+        answers = evaluate_batch(mllm, policy, samples, TOKENS, prompt_costs(mllm, policy))["answers"]["answer"]
         assert answers.tolist() == exits.loc[exits["exit_layer"] == layer, "answer"].tolist(), layer
 
 

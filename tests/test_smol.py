@@ -29,7 +29,6 @@ from dyvte.testbed.smol.questions import (
     PATH_KINDS,
     ask,
     ask_matched,
-    cell,
     noun,
 )
 from dyvte.testbed.smol.records import EnglishQuestions
@@ -101,7 +100,7 @@ def test_answers_are_true_of_the_scene(records):
     """Against an independent reading of the targets that each question names."""
     for record in records:
         question, scene = record.question, record.scene
-        objects = {cell(o): o for o in scene.objects}
+        objects = {o.cell: o for o in scene.objects}
         if question.kind in (*PATH_KINDS, "recall_look"):
             asked = next(a for a in ATTRIBUTES if question.answer in VALUES[a])
             assert objects[question.target[-1]][asked] == question.answer
@@ -122,8 +121,8 @@ def test_a_described_object_is_the_only_one_that_fits(records):
     for record in records:
         if record.question.kind == "attribute" and record.question.form == "told":
             names = [noun(o, m) for o in record.scene.objects for m in (("size", "color"), ("color", "shape"))]
-            target = next(o for o in record.scene.objects if cell(o) == record.question.target[0])
-            fitting = [n for n in names if f"the {n}" in record.question.text.lower()]
+            target = next(o for o in record.scene.objects if o.cell == record.question.target[0])
+            fitting = [n for n in names if n in record.question.text.lower()]
             assert names.count(noun(target, ("size", "color"))) >= 1
             assert len(fitting) <= 2
 
@@ -234,9 +233,7 @@ def test_what_is_trained_equals_what_is_assembled(tokenizer, language_model, tmp
     tower = LlavaForConditionalGeneration.from_pretrained(assembling.TOWER, local_files_only=True).model.vision_tower
     language_model.save_pretrained(tmp_path / "language")
     fresh = LlamaForCausalLM.from_pretrained(tmp_path / "language")
-    ids = tokenizer.convert_tokens_to_ids([base.IMAGE, "<|endoftext|>"])
-    trained = base.join(fresh, tower.config, *ids)
-    trained.model.vision_tower.load_state_dict(tower.state_dict())
+    trained = base.join(fresh, tower, tokenizer)
     adapter = add_adapter(trained, rank=3, seed=0)
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter.data, std=0.05)
@@ -244,17 +241,13 @@ def test_what_is_trained_equals_what_is_assembled(tokenizer, language_model, tmp
     projector = trained.model.multi_modal_projector.state_dict()
     assembling.export_parts(projector, adapter.state_dict(), tmp_path / "parts", {"log": []})
 
-    again = add_adapter(
-        base.join(LlamaForCausalLM.from_pretrained(tmp_path / "language"), tower.config, *ids), 3, seed=1
-    )
+    again = add_adapter(base.join(LlamaForCausalLM.from_pretrained(tmp_path / "language"), tower, tokenizer), 3, seed=1)
     fresh_projector = torch.nn.Module()
     fresh_projector.load_state_dict = lambda state: None
     start_from_parts(tmp_path / "parts", fresh_projector, again)
     for name, matrix in again.state_dict().items():
         assert torch.equal(matrix, adapter.state_dict()[name]), name
-    other = add_adapter(
-        base.join(LlamaForCausalLM.from_pretrained(tmp_path / "language"), tower.config, *ids), 2, seed=1
-    )
+    other = add_adapter(base.join(LlamaForCausalLM.from_pretrained(tmp_path / "language"), tower, tokenizer), 2, seed=1)
     with pytest.raises(dyvte.errors.DyvteError, match="set rank to its own"):
         start_from_parts(tmp_path / "parts", fresh_projector, other)
 
@@ -271,7 +264,7 @@ def test_what_is_trained_equals_what_is_assembled(tokenizer, language_model, tmp
     assert not list(folder.parent.glob("*.partial"))
     read = LlavaForConditionalGeneration.from_pretrained(folder).eval()
     tokens = torch.randint(4, len(tokenizer), (1, 160))
-    tokens[0, 5:149] = ids[0]
+    tokens[0, 5:149] = trained.config.image_token_id
     inputs = {"input_ids": tokens, "pixel_values": torch.randn(1, 3, 96, 96)}
     with torch.no_grad():
         torch.testing.assert_close(read(**inputs).logits, trained.eval()(**inputs).logits, atol=1e-4, rtol=1e-4)

@@ -16,7 +16,7 @@ from dyvte.data import Dataset, Sample, build_dataset
 from dyvte.data.metrics import exact_match
 from dyvte.data.shapes import ShapesDataset
 from dyvte.errors import ConfigError
-from dyvte.gates.every_exit import ExitCosts, SweptAnswers, answers_by_exit, sweep_answers, unpadded
+from dyvte.gates.every_exit import PromptCosts, SweptAnswers, answers_by_exit, sweep_answers, unpadded
 from dyvte.instrument.attention import AttentionProbe
 from dyvte.instrument.hooks import check_model
 from dyvte.instrument.sweep import ENTROPIES, greedy_answer_ids
@@ -112,7 +112,7 @@ class Measurement:
     branch_tokens: int | None
 
     def __post_init__(self) -> None:
-        self.costs = ExitCosts(self.mllm)
+        self.costs = PromptCosts(self.mllm)
         self.other_images = OtherImages(self.dataset)
 
     @torch.no_grad()

@@ -128,7 +128,7 @@ def train_variant(mllm: MLLM, variant: Variant, split: Split, cfg: DictConfig) -
             if len(parts[name]) < 2:
                 raise DataError(f"too few {name} questions of kind {variant.kind!r}: raise gate_training.data.limit")
         split = replace(split, **parts)
-    return fit_gates(mllm.num_layers, mllm.hidden_size, split, cfg, list(variant.status), mllm.device).gates
+    return fit_gates(mllm, split, cfg, list(variant.status)).gates
 
 
 def exits_of(gates: Gates, asked: LabelSet) -> pd.DataFrame:

@@ -91,9 +91,8 @@ def build_dataset(cfg: DictConfig, stored: bool = False, own: DictConfig | None 
 
     Args:
         cfg: the configuration.
-        stored: whether it was read from a file, as that of a run folder: then it is read as it is (nothing in it is
-            filled in from the environment), its class must be one of dyvte's, and its files must lie in the current
-            folder.
+        stored: whether it was read from a file, as that of a run folder: then nothing in it is filled in from the
+            environment, its class must be one of dyvte's, and its files must lie in the current folder.
         own: what the user has given as data; its class and its files are allowed too.
 
     Raises:
@@ -129,7 +128,7 @@ def _check_files(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
 
 
 def check_limit(limit: int | None) -> None:
-    """Raise a `ConfigError` unless `limit` is None or a positive whole number."""
+    """Refuse a `data.limit` that is neither None nor a positive whole number."""
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise ConfigError(f"data.limit is {limit}; give a positive whole number, or null for all samples")
 

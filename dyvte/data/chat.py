@@ -21,10 +21,8 @@ A `{"type": "video", "video": film}` is a list of frames, an array [frames, heig
 class SplitChat:
     """A conversation without its media, and the media in their order.
 
-    Attributes:
-        messages: as `apply_chat_template` takes them, with placeholders for the media.
-        images: pictures.
-        videos: each a list of frames, or an array [frames, height, width, 3].
+    `messages` are as `apply_chat_template` takes them, with placeholders; each of `videos` is a list of frames, or an
+    array [frames, height, width, 3].
     """
 
     messages: list[dict[str, Any]] = field(default_factory=list)
@@ -34,11 +32,6 @@ class SplitChat:
 
 def split_chat(chat: Chat, max_frames: int = MAX_FRAMES) -> SplitChat:
     """Take the media out of a conversation; files of videos are read (`dyvte.data.video.read_video`).
-
-    Raises:
-        ModelError: content that is neither text, image nor video.
-        ConfigError: the file of a video, and no package that decodes it.
-        BrokenSample: it is missing or unreadable.
 
     Example:
         >>> asked = {"role": "user", "content": [{"type": "image", "image": 7}, {"type": "text", "text": "?"}]}

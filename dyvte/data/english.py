@@ -7,21 +7,15 @@ from collections.abc import Sequence
 from PIL import Image
 
 from dyvte.data.base import Dataset, Sample, check_limit, text_fingerprint
-from dyvte.errors import ConfigError
 from dyvte.testbed.smol.questions import Paraphrases
 from dyvte.testbed.smol.records import EnglishQuestions
 from dyvte.testbed.world import render
 
 
 class EnglishDataset(Dataset):
-    """Questions drawn from a seed: the same arguments give the same samples on every machine.
+    """Plain English questions drawn from a seed, with the arguments of `dyvte.data.shapes.ShapesDataset`.
 
     Args:
-        split: Scenes of different splits are disjoint.
-        limit: Number of questions; a smaller number gives the first of a larger one.
-        seed: Draws other scenes and questions of the same split.
-        kinds: Question kinds in equal shares; None for all.
-        per_scene: Questions about one image.
         matched: Walked questions of one to four hops, asked of each scene in groups that differ in the hops alone.
         paraphrases: `known` (those of training), `held_out` or `all`.
 
@@ -42,12 +36,7 @@ class EnglishDataset(Dataset):
         paraphrases: Paraphrases = "all",
     ) -> None:
         check_limit(limit)
-        try:
-            self.records = EnglishQuestions(
-                split, limit, seed, kinds=kinds, per_scene=per_scene, matched=matched, paraphrases=paraphrases
-            )
-        except ValueError as error:
-            raise ConfigError(f"data=english: {error}") from error
+        self.records = EnglishQuestions(split, limit, seed, kinds, per_scene, matched, paraphrases)
 
     def __len__(self) -> int:
         return len(self.records)

@@ -22,27 +22,12 @@ FILE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv"
 
 
 class HuggingFaceDataset(Dataset):
-    """Rows of a data set, with a map from what a sample needs to the columns that hold it.
+    """Rows of a data set, with a map from what a sample needs to the columns (settings: `conf/data/hf.yaml`).
 
-    Args:
-        path: Hub id, local file (Parquet, JSON, JSONL, CSV, Arrow), folder of such files, or a folder written by
-            `datasets.Dataset.save_to_disk`.
-        columns: Column of each of `image`, `video`, `question`, `answer`, `id`, `kind`, `image_id`; None or left out
-            where there is none. Only `question` is required. Images may be encoded in the column, be file names, data
-            URLs or base64, alone or in a list of one; videos are file names or lists of frames, which are images. Of
-            several reference answers the most frequent is taken, all stay in the metadata. Numbers of a `ClassLabel`
-            are read as the names of the classes.
-        split: Split to read; None where there is only one.
-        subset: Configuration of the data set on the Hub.
-        revision: Branch, tag or commit on the Hub.
-        image_folder: Folder that the names of images and videos are relative to.
-        allow_outside: Whether those names may lead out of the folder and of the data's own.
-        question_suffix: Text added to every question, for instance how short the answer should be.
-        max_frames: The most frames that are taken of a video, evenly spread.
-        limit: The first so many rows; None for all.
-
-    Raises:
-        DataError: The data set, the split or a column does not exist.
+    `columns` names those of `image`, `video`, `question`, `answer`, `id`, `kind`, `image_id`; only `question` is
+    required. Images may be encoded in the column, be file names, data URLs or base64, alone or in a list of one; videos
+    are file names or lists of frames, which are images. Of several reference answers the most frequent is taken, all
+    stay in the metadata. Numbers of a `ClassLabel` are read as the names of the classes.
     """
 
     def __init__(

@@ -20,26 +20,13 @@ TURNS = ("first", "single", "all")
 
 
 class LlavaJsonDataset(Dataset):
-    """Records of the form `{"id", "image", "conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}`
-    (training) or `{"question_id", "image", "text"}` with optional `answer` or `label` and `category` (evaluation), as
-    one JSON list or one record a line. In place of `image`, `video` names a file or a list of frames. Images are
-    decoded as LLaVA's own loader does: not turned by their EXIF orientation, without their transparency (see
-    `dyvte.data.reading.to_rgb`).
+    """Records of LLaVA's training and evaluation files (settings: `conf/data/llava_json.yaml`).
 
-    Args:
-        file: JSON or JSONL file.
-        image_folder: Folder that the names of images and videos in the file are relative to; None if they are relative
-            to the current folder.
-        allow_outside: Whether those names may lead out of that folder.
-        turns: `first` question of each conversation, conversations of a `single` question (what DyVTE trains on), or
-            `all` questions, each on its own without the earlier ones.
-        require_image: Leave out records without an image or video.
-        max_frames: The most frames that are taken of a video, evenly spread.
-        limit: The first so many samples; None for all.
-
-    Raises:
-        DataError: The file is missing, or no JSON at all.
-    """  # noqa: D205
+    Training: `{"id", "image", "conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}`; evaluation:
+    `{"question_id", "image", "text"}` with optional `answer` or `label` and `category`; as one JSON list or one record
+    a line. In place of `image`, `video` names a file or a list of frames. Images are decoded as LLaVA's own loader
+    does: not turned by their EXIF orientation, without their transparency (see `dyvte.data.reading.to_rgb`).
+    """
 
     def __init__(
         self,

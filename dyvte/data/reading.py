@@ -48,15 +48,9 @@ _LONGEST_NAME = 80
 
 
 def read_text(value: Any, what: str, where: str) -> str:
-    """A text that tokenizers and tables can hold, as it is.
+    """A text that tokenizers and tables can hold, as it is: without half of a character (a lone surrogate).
 
-    Args:
-        value: what the record holds.
-        what: `question`, `answer`, ...: what an error calls it.
-        where: file and line, or data set and row.
-
-    Raises:
-        BrokenSample: it is no text, or holds half of a character (a lone surrogate).
+    `what` is what an error calls it: `question`, `answer`, ...
     """
     if not isinstance(value, str):
         raise BrokenSample(where, f"the {what} is {type(value).__name__}, not text")
@@ -72,15 +66,7 @@ def without_placeholders(text: str) -> str:
 
 
 def read_question(value: Any, where: str, about_video: bool = False) -> str:
-    """The question without image placeholders (`PLACEHOLDERS`) and outer space.
-
-    Args:
-        value: what the record holds.
-        where: file and line, or data set and row.
-        about_video: whether the record has a video; then its placeholders leave the question, too.
-
-    Raises:
-        BrokenSample: it is no text, empty, or asks about sound, or about a video that the record does not have.
+    """The question without image placeholders (`PLACEHOLDERS`) and outer space, in one about a video without its, too.
 
     Example:
         >>> read_question("<image> What is it?", "questions.jsonl line 1")
@@ -103,15 +89,8 @@ def read_answers(value: Any, where: str, names: Sequence[str] | None = None) -> 
     """Reference answers in any of the forms that data sets give them; gaps are left out.
 
     Text, numbers, lists and lists of lists of them; `{"answer": ...}` of VQA and `{"text": [...]}` of SQuAD, one or a
-    list, or the dict of lists that `datasets` makes of them.
-
-    Args:
-        value: what the record holds.
-        where: file and line, or data set and row.
-        names: of the classes, where numbers stand for classes (`datasets.ClassLabel`).
-
-    Raises:
-        BrokenSample: an answer in another form.
+    list, or the dict of lists that `datasets` makes of them. With `names`, whole numbers stand for classes
+    (`datasets.ClassLabel`).
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return []
@@ -138,17 +117,7 @@ def most_frequent(answers: Sequence[str]) -> str | None:
 
 
 def read_image(source: Path | bytes, name: str, where: str, like: str = "datasets") -> Image.Image:
-    """Decode an image completely, as RGB (see `to_rgb`).
-
-    Args:
-        source: file, or its content.
-        name: what to call it in an error.
-        where: file and line of the sample it belongs to.
-        like: `datasets` or `llava`, as for `to_rgb`.
-
-    Raises:
-        BrokenSample: it is damaged, too large, or of a kind that has no colours to show.
-    """
+    """Decode a file, or its content, completely, as RGB; `name` is what an error calls it."""
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return to_rgb(image, like)
@@ -216,9 +185,6 @@ def find_image(
         allow_outside: whether the name may lead out of the folder (`data.allow_outside`).
         also: other folders that it may lead to.
         what: `image` or `video`: what an error calls it.
-
-    Raises:
-        BrokenSample: there is no such file, or it lies outside.
     """
     if (content := _embedded(name)) is not None:
         return content

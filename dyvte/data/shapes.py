@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dyvte.data.base import Dataset, Sample, check_limit, text_fingerprint
-from dyvte.errors import ConfigError
 from dyvte.testbed.questions import IMAGE_KINDS, ShapesQuestions, ShapesRecord
 
 
@@ -31,12 +30,7 @@ class ShapesDataset(Dataset):
         matched: bool = False,
     ) -> None:
         check_limit(limit)
-        try:
-            self.records: Sequence[ShapesRecord] = ShapesQuestions(
-                split, limit, seed, kinds=kinds, per_scene=per_scene, matched=matched
-            )
-        except ValueError as error:
-            raise ConfigError(f"data=shapes: {error}") from error
+        self.records: Sequence[ShapesRecord] = ShapesQuestions(split, limit, seed, kinds, per_scene, matched)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -62,14 +56,9 @@ class ShapesDataset(Dataset):
 class RecurringShapesDataset(ShapesDataset):
     """Questions whose text recurs: the same words about many images, for what may depend on the image alone.
 
-    Of `pool` drawn questions those of the kinds that need the image, in equal numbers a kind, from the texts that
-    were asked of the most images. Texts are chosen by how often they recur, whatever a model answers.
-
-    Args:
-        split, seed, per_scene: as of `ShapesDataset`.
-        limit: number of questions over all kinds; as many as the pool has, if that is fewer.
-        pool: number of questions drawn.
-        per_text: most questions with the same text.
+    Of `pool` drawn questions (see `ShapesDataset`) those of the kinds that need the image, in equal numbers a kind,
+    from the texts that were asked of the most images, at most `per_text` of each: `limit` in all, or as many as there
+    are. Texts are chosen by how often they recur, whatever a model answers.
     """
 
     def __init__(

@@ -27,8 +27,7 @@ MAX_FRAMES = 8
 class Video:
     """What a sample has in place of an image where its question is about a video; `MLLM.encode` takes it as one.
 
-    Attributes:
-        frames: RGB images, in the order of time.
+    Its frames are RGB images in the order of time.
 
     Example:
         >>> Video((Image.new("RGB", (6, 4)), Image.new("RGB", (6, 4)))).size
@@ -62,10 +61,6 @@ def video_of(
         find: from the name of a file to the file.
         frame: from an entry of a list to its image.
         most: the most frames to take, evenly spread.
-
-    Raises:
-        ConfigError: there is a file to read and no package to decode it.
-        BrokenSample: it is something else, has no frames, or cannot be read.
     """
     if isinstance(value, (list, tuple)):
         frames = [frame(each) for each in read_video(value, most, where)]
@@ -92,7 +87,7 @@ def read_video(
         video: a file, or its frames: pictures, or an array [frames, height, width, 3].
         most: the most frames to take.
         where: what the video belongs to, for errors.
-        between: the part of a file to take, its start and end in seconds; None is the video's own.
+        between: start and end in seconds of the part of a file to take; None is the video's own.
 
     Returns:
         Of a file an array [frames, height, width, 3], of frames a list of them.

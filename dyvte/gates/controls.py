@@ -27,9 +27,7 @@ QUESTION_GATES = "question_only"
 """Folder, inside that of the gates, of the control gates that saw the question only."""
 
 
-def control_exits(
-    policy: DynamicExit, source: str, answers: pd.DataFrame, reference: LabelSet, rows: Tensor
-) -> dict[str, Tensor]:
+def control_exits(policy: DynamicExit, source: str, answers: pd.DataFrame, reference: LabelSet) -> dict[str, Tensor]:
     """With which probability every question leaves at every layer, under each control.
 
     - `permuted`: the gates' own exits, dealt to the questions at random. Keeps how often each exit is taken and
@@ -45,7 +43,6 @@ def control_exits(
         source: folder, Hub id or name that its gates came from.
         answers: the evaluation's table, with `exit_layer` and `kind`.
         reference: label set of the evaluation data.
-        rows: [n] row of every answer in the reference.
 
     Returns:
         name -> [n, L + 1], rows sum to 1. Controls that the gates' folder holds nothing for are left out.
@@ -71,7 +68,7 @@ def control_exits(
     folder = Path(SHIPPED_GATES.get(str(source), source)) / QUESTION_GATES
     if folder.is_dir():
         gates = load_gates(folder)
-        probability = gate_probabilities(gates, reference.status([QUESTION])[rows])
+        probability = gate_probabilities(gates, reference.status([QUESTION])[reference.rows_of(answers)])
         controls["question only"] = certain(first_exit(probability, gates.thresholds()))
     return controls
 
@@ -89,8 +86,7 @@ def exits_by_hops(answers: pd.DataFrame, reference: LabelSet) -> pd.DataFrame | 
     hops = np.array([json.loads(text).get("hops", -1) for text in answers["metadata"]])
     if len(set(hops)) < 2 or (hops < 0).any():
         return None
-    position = pd.Series(np.arange(len(reference)), index=reference.samples["id"])
-    agree = reference.agree[torch.from_numpy(position.loc[answers["id"]].to_numpy(copy=True))]
+    agree = reference.agree[reference.rows_of(answers)]
     depths = {
         "oracle, first exit that keeps the answer": lucky_exit_depth(agree),
         "oracle, first exit from which on it is kept": exit_depth(agree),
@@ -102,12 +98,12 @@ def exits_by_hops(answers: pd.DataFrame, reference: LabelSet) -> pd.DataFrame | 
         before: npt.NDArray[np.bool_] | None = None
         for number in sorted(set(hops)):
             chosen = torch.from_numpy(hops == number)
-            mean, low, high = cluster_interval(depth[chosen], images[chosen.numpy()], span=num_layers)
+            interval = cluster_interval(depth[chosen], images[chosen.numpy()], span=num_layers)
             row = {"measure": measure, "hops": int(number), "questions": int(chosen.sum())}
-            row |= {"depth": mean, "low": low, "high": high}
+            row |= zip(("depth", "low", "high"), interval, strict=True)
             if before is not None:
-                step, step_low, step_high = difference_interval(depth, hops == number, before, images, span=num_layers)
-                row |= {"step": step, "step_low": step_low, "step_high": step_high}
+                step = difference_interval(depth, hops == number, before, images, span=num_layers)
+                row |= zip(("step", "step_low", "step_high"), step, strict=True)
             rows.append(row)
             before = hops == number
     return pd.DataFrame(rows)

@@ -69,16 +69,9 @@ class OtherRuns:
 
 
 def other_runs(labels: LabelSet, rule: Tensor, counterfactual: Sequence[str], parts: Sequence[str]) -> OtherRuns | None:
-    """The other runs of a label set; None if none are asked for.
+    """The runs of a label set that `counterfactual` names, each to be drawn equally often; None if it names none.
 
-    Args:
-        labels: collected with the exits of `exits_for`, and `swapped`.
-        rule: [N, L + 1] whether exit k is right.
-        counterfactual: of `COUNTERFACTUALS`; each is drawn equally often.
-        parts: what the gates look at.
-
-    Raises:
-        ConfigError: the label set lacks a run.
+    `rule` is [N, L + 1], whether exit k is right; `parts` are what the gates look at.
     """
     if not counterfactual:
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dyvte.batch import IGNORE_INDEX, Batch
 from dyvte.cost.exit_flops import exit_flops
-from dyvte.cost.flops import FlopCount
 from dyvte.data.base import Sample, image_numbers
 from dyvte.errors import ModelError
 from dyvte.instrument.sweep import ExitSweep, exit_sweep, greedy_answer_ids
@@ -24,7 +23,7 @@ class SweptAnswers:
 
     Attributes:
         batch: the prompts.
-        answer_ids: [b, A] the answers, -100 at padding.
+        answer_ids: [b, A], -100 at padding.
         answers: b texts.
         sweep: how every exit scores them, up to ties.
     """
@@ -36,11 +35,7 @@ class SweptAnswers:
 
 
 def sweep_answers(mllm: MLLM, samples: Sequence[Sample], max_new_tokens: int, **settings: Any) -> SweptAnswers:
-    """Answer some samples greedily, and score the answers under every exit in one pass (`settings` of `exit_sweep`).
-
-    Raises:
-        ModelError: NaN among the logits; the message names the questions.
-    """
+    """Answer some samples greedily, and score the answers under every exit in one pass (`settings` of `exit_sweep`)."""
     batch = mllm.encode([sample.image for sample in samples], [sample.question for sample in samples])
     answer_ids = greedy_answer_ids(mllm, batch, max_new_tokens)
     try:
@@ -56,19 +51,10 @@ def sweep_answers(mllm: MLLM, samples: Sequence[Sample], max_new_tokens: int, **
 def answers_by_exit(
     mllm: MLLM, swept: SweptAnswers, max_new_tokens: int, rows: Sequence[int] | None = None
 ) -> list[list[str | None]]:
-    """The text of every sample's answer under every exit; only those that disagree with the full model are generated.
+    """The texts [b][L + 1] of every sample's answer under every exit; only those that disagree are generated.
 
     They are generated in batches as large as the given one, whose rows leave at their own layers; no image is
-    prepared again.
-
-    Args:
-        mllm: the model.
-        swept: samples and their sweep.
-        max_new_tokens: longest answer.
-        rows: the samples to do this for; the others have None where an exit disagrees. All by default.
-
-    Returns:
-        b lists of L + 1.
+    prepared again. With `rows`, other samples have None where an exit disagrees.
     """
     agree = swept.sweep.agree.tolist()
     texts: list[list[str | None]] = [
@@ -87,19 +73,23 @@ def answers_by_exit(
 
 
 @dataclass
-class ExitCosts:
-    """Operations of a prompt under every exit, counted once for every number of text and visual tokens."""
+class PromptCosts:
+    """What `count` gives for a prompt, by default operations under every exit k = 0..L.
+
+    It is counted once for every number of text and visual tokens, and for whatever else it depends on.
+    """
 
     mllm: MLLM
-    counted: dict[tuple[int, int], list[FlopCount]] = field(default_factory=dict)
+    count: Callable[[MLLM, Batch], Any] = exit_flops
+    counted: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
-    def of(self, batch: Batch, row: int, sample: Sample) -> list[FlopCount]:
-        """What a sample, a row of a batch, costs under every exit k = 0..L."""
-        shape = int(batch.layout.text[row].sum()), int(batch.layout.visual[row].sum())
-        if shape not in self.counted:
+    def of(self, batch: Batch, row: int, sample: Sample, *depends: int) -> Any:
+        """What a sample, a row of a batch, costs."""
+        key = int(batch.layout.text[row].sum()), int(batch.layout.visual[row].sum()), *depends
+        if key not in self.counted:
             alone = self.mllm.encode([sample.image], [sample.question])  # in a batch it may be padded
-            self.counted[shape] = exit_flops(self.mllm, alone)
-        return self.counted[shape]
+            self.counted[key] = self.count(self.mllm, alone)
+        return self.counted[key]
 
 
 def unpadded(answer_ids: Tensor) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -44,37 +44,24 @@ def bases_of(parts: Sequence[str]) -> list[str]:
 def at_layer(parts: Sequence[str], now: Mapping[str, Tensor], before: Mapping[str, Tensor] | None) -> Tensor:
     """[B, inputs] what one gate looks at: `assemble` for a single layer, as a prefill meets them one by one.
 
-    Args:
-        parts: of `GATE_PARTS`.
-        now: [B, width] every part of `bases_of(parts)` after the gate's layer.
-        before: the same after the layer before; None for the first.
+    `now` and `before` hold every part of `bases_of(parts)`, [B, width], after the gate's layer and the one before it;
+    `before` is None for the first.
     """
-    found = []
-    for part in parts:
-        value = now[base_of(part)]
-        if part.endswith(CHANGE):
-            value = torch.zeros_like(value) if before is None else value - before[base_of(part)]
-        found.append(value)
-    return torch.cat(found, dim=-1)
+    return _joined(parts, now, lambda base: torch.zeros_like(now[base]) if before is None else now[base] - before[base])
 
 
 def assemble(parts: Sequence[str], base: Mapping[str, Tensor]) -> Tensor:
     """[..., L - 1, inputs] what the gates of all layers look at, parts one after the other.
 
-    Args:
-        parts: of `GATE_PARTS`.
-        base: [..., L - 1, width] every part that `parts` name or are changes of, after every layer but the last. Behind
-            the first layer there is no change: 0.
+    `base` holds every part of `bases_of(parts)`, [..., L - 1, width]. Behind the first layer there is no change: 0.
 
     Example:
         >>> assemble(["lens", "lens_change"], {"lens": torch.tensor([[1.0, 2, 3], [1, 4, 9]])})
         tensor([[1., 2., 3., 0., 0., 0.],
                 [1., 4., 9., 0., 2., 6.]])
     """
-    found = []
-    for part in parts:
-        value = base[base_of(part)]
-        if part.endswith(CHANGE):
-            value = F.pad(value[..., 1:, :] - value[..., :-1, :], (0, 0, 1, 0))
-        found.append(value)
-    return torch.cat(found, dim=-1)
+    return _joined(parts, base, lambda part: F.pad(base[part][..., 1:, :] - base[part][..., :-1, :], (0, 0, 1, 0)))
+
+
+def _joined(parts: Sequence[str], base: Mapping[str, Tensor], change: Callable[[str], Tensor]) -> Tensor:
+    return torch.cat([change(base_of(part)) if part.endswith(CHANGE) else base[part] for part in parts], dim=-1)

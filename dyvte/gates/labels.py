@@ -33,13 +33,13 @@ from dyvte.batch import Batch
 from dyvte.data.base import Dataset, Sample, image_numbers, sample_columns
 from dyvte.data.metrics import correctness
 from dyvte.errors import ConfigError, DataError
-from dyvte.gates.every_exit import ExitCosts, answers_by_exit, sweep_answers
-from dyvte.gates.features import LENS, QUESTION, assemble, base_of, bases_of
+from dyvte.gates.every_exit import PromptCosts, answers_by_exit, sweep_answers
+from dyvte.gates.features import LENS, QUESTION, assemble, bases_of
 from dyvte.gates.lens import lens_features
 from dyvte.instrument.hooks import layer_states
 from dyvte.instrument.states import STATUS_PARTS, TEXT_STATUS, status_weights, token_status
 from dyvte.instrument.sweep import ExitSweep, exit_sweep
-from dyvte.instrument.sweep.criteria import paper_labels
+from dyvte.instrument.sweep.criteria import paper_labels, release_labels, token_agreement
 from dyvte.mllm import MLLM
 from dyvte.runs.runner import consecutive_batches, run
 from dyvte.runs.store import RunFolder, fingerprint
@@ -51,17 +51,11 @@ release: `dyvte.instrument.sweep.criteria.paper_labels` and `release_labels`."""
 
 @dataclass(frozen=True)
 class LabelSettings:
-    """What a label set holds.
+    """What a label set holds; `labels` in `conf/train.yaml` says what each setting does.
 
-    Attributes:
-        max_new_tokens: the full model's answers are cut at this length.
-        status: token status parts to keep, of `STATUS_PARTS`; `question` adds the status that a model has at its end
-            when it never saw the image, for the control that may look at the question only.
-        exits: exit layers k for which the text status of a run whose image left at k is kept as well, at every layer
-            behind it: k = 0 is a status that never saw the image.
-        swapped: also keep the text status of a run that was shown another image.
-        ground_truth: also score the reference answer (needed by the label rule `release`).
-        answers: also decode the answer of every exit that disagrees (needed for the accuracy of every exit).
+    The status `question` is what a model has at its end when it never saw the image, for the control that may look at
+    the question only. With `answers`, what every exit that disagrees answers is kept too, for the accuracy of every
+    exit.
     """
 
     max_new_tokens: int = 64
@@ -80,12 +74,10 @@ class LabelSettings:
 
 def label_fingerprint(mllm: MLLM, dataset: Dataset, cfg: DictConfig, settings: LabelSettings) -> dict[str, Any]:
     """What a label set depends on, see `dyvte.runs.store.fingerprint`."""
-    own = OmegaConf.merge(cfg, {"command": "labels"})
-    assert isinstance(own, DictConfig)
+    own: Any = OmegaConf.merge(cfg, {"command": "labels"})
     kept = {**asdict(settings), "status": list(settings.status), "exits": list(settings.exits)}
-    for added in ("exits", "swapped"):  # sets made before these could be kept stay what they are
-        kept = {key: each for key, each in kept.items() if key != added or each}
-    return fingerprint(mllm, dataset, own, **kept)
+    added = ("exits", "swapped")  # sets made before these could be kept stay what they are
+    return fingerprint(mllm, dataset, own, **{key: each for key, each in kept.items() if each or key not in added})
 
 
 def collect_labels(
@@ -98,29 +90,20 @@ def collect_labels(
 ) -> LabelSet:
     """Make the label set of a data set in the folder `path`, or finish the one that is there.
 
-    Args:
-        mllm: the model.
-        dataset: its questions; those without an image have nothing to exit and are left out of training later.
-        cfg: the composed configuration (`model`, `data`, `seed`, `batch_size`).
-        path: the folder.
-        settings: what to keep.
-        description: label of the progress bar.
-
-    Raises:
-        RunFolderError: the folder holds labels of another model, other data or other settings.
+    Questions without an image have nothing to exit and are left out of training later.
     """
     # labels are dear: no overwrite=true of what is made from them deletes them in passing
     remedy = f"name another folder for the labels (labels.dir=FOLDER), or delete {path}"
     folder = RunFolder.open(path, label_fingerprint(mllm, dataset, cfg, settings), cfg, remedy=remedy)
     batches = consecutive_batches(len(dataset), cfg.batch_size)
-    costs = ExitCosts(mllm)
+    costs = PromptCosts(mllm)
     run(folder, dataset, batches, functools.partial(label_batch, mllm, settings=settings, costs=costs), description)
     return LabelSet(folder)
 
 
 @torch.no_grad()
 def label_batch(
-    mllm: MLLM, samples: Sequence[Sample], settings: LabelSettings, costs: ExitCosts
+    mllm: MLLM, samples: Sequence[Sample], settings: LabelSettings, costs: PromptCosts
 ) -> dict[str, pd.DataFrame | dict[str, Tensor]]:
     """Tables and tensors of one batch, as listed at the top of this file."""
     parts = [part for part in settings.status if part in STATUS_PARTS]
@@ -211,8 +194,7 @@ def _truth_columns(mllm: MLLM, batch: Batch, samples: Sequence[Sample]) -> dict[
         raise DataError(f"sample {missing[0]!r} has no reference answer, which the label rule 'release' needs")
     truth_ids = mllm.answer_ids([sample.question for sample in samples], [str(each) for each in references])
     sweep = exit_sweep(mllm, batch, truth_ids, shared_image=image_numbers(samples), entropy=False)
-    same = (sweep.token_argmax == sweep.token_argmax[:, -1:]) & sweep.answer_valid[:, None, :]
-    share = same.sum(-1) / sweep.answer_valid.sum(-1)[:, None]
+    share = token_agreement(sweep.token_argmax, sweep.answer_valid)
     return {"truth_agree": _flat(share), "truth_nll": _flat(sweep.nll)}
 
 
@@ -292,13 +274,8 @@ class LabelSet:
     def labels(self, rule: str, ratio: float = 1.03, eps: float = 1e-3) -> Tensor:
         """[n, L + 1] whether exit k is right, after one of `LABEL_RULES`.
 
-        Args:
-            rule: which.
-            ratio: largest factor on the full model's cross-entropy, for `paper` and `release`.
-            eps: largest difference in nats that `paper` forgives.
-
-        Raises:
-            ConfigError: an unknown rule, or one that needs what the set does not hold.
+        `ratio` is the largest factor on the full model's cross-entropy, for `paper` and `release`; `eps` the largest
+        difference in nats that `paper` forgives.
         """
         if rule == "agree":
             return self.agree
@@ -307,44 +284,28 @@ class LabelSet:
         if rule == "paper":
             return paper_labels(self.agree, self.nll, ratio, eps)
         if rule == "release":
-            share, nll = (torch.from_numpy(self._by_exit(each)) for each in ("truth_agree", "truth_nll"))
-            labels = (share >= 0.99) & (nll < ratio * nll[:, -1:])
-            labels[:, -1] = True
-            return labels
+            agreement, nll = (torch.from_numpy(self._by_exit(each)) for each in ("truth_agree", "truth_nll"))
+            return release_labels(agreement, nll, ratio)
         raise ConfigError(f"unknown label rule {rule!r}; choose from {', '.join(LABEL_RULES)}")
 
     def status(self, parts: Sequence[str]) -> Tensor:
-        """[n, L - 1, inputs] what gates look at after every layer but the last, see `dyvte.gates.features`.
-
-        Raises:
-            ConfigError: the set holds no such part.
-        """
+        """[n, L - 1, inputs] what gates look at after every layer but the last, see `dyvte.gates.features`."""
         gates = self.num_layers - 1
-        base = {
-            part: torch.cat([shard[part] for shard in self._tensors("status", [part])]).expand(-1, gates, -1)
-            for part in bases_of(parts)
-        }
-        return assemble(parts, base)
+        stored = self._tensors("status", bases_of(parts))
+        return assemble(parts, {part: each.expand(-1, gates, -1) for part, each in stored.items()})
 
     def counterfactual(self, run: str, parts: Sequence[str]) -> Tensor:
         """[n, E, L - 1, inputs] the same in runs that saw less of the image, or another one, in half precision.
 
-        Args:
-            run: `exits`, runs whose image left at one of the E exits that the set was collected with, or `swapped`,
-                one run with another image (E = 1).
-            parts: what the gates look at.
-
-        Raises:
-            ConfigError: the set holds no such runs, or `parts` are not of the text.
+        The run `exits` is those whose image left at one of the E exits that the set was collected with, `swapped` the
+        one with another image (E = 1).
         """
-        wanted = [run, *([f"{run}_lens"] if LENS in bases_of(parts) else [])]
-        shards = self._tensors("counterfactual", wanted)
-        stored = {name: torch.cat([shard[name] for shard in shards]) for name in wanted}
-        mean, last = stored[run].chunk(2, dim=-1)
-        base = {"text_mean": mean, "text_last": last, LENS: stored.get(f"{run}_lens")}
-        if missing := [part for part in parts if base_of(part) not in base]:
+        if missing := [part for part in bases_of(parts) if part not in (*TEXT_STATUS, LENS)]:
             raise ConfigError(f"statuses of runs that saw less of the image are of the text, not {missing[0]!r}")
-        return assemble(parts, {name: each for name, each in base.items() if each is not None})
+        names = {LENS: f"{run}_lens"} if LENS in bases_of(parts) else {}
+        stored = self._tensors("counterfactual", [run, *names.values()])
+        base = dict(zip(TEXT_STATUS, stored[run].chunk(2, dim=-1), strict=True))
+        return assemble(parts, base | {part: stored[name] for part, name in names.items()})
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -360,11 +321,16 @@ class LabelSet:
         """The status parts that the set holds."""
         return list(self._settings["status"])
 
-    def _tensors(self, name: str, keys: Sequence[str]) -> list[dict[str, Tensor]]:
+    def rows_of(self, samples: pd.DataFrame) -> Tensor:
+        """Row in this set of every sample of another table, by its id."""
+        row = pd.Series(np.arange(len(self)), index=self.samples["id"])
+        return torch.from_numpy(row.loc[samples["id"]].to_numpy(copy=True))
+
+    def _tensors(self, name: str, keys: Sequence[str]) -> dict[str, Tensor]:
         try:
-            shards = list(self.folder.tensors(name, keys))
+            shards = {key: list(self.folder.tensors(name, key)) for key in keys}
         except Exception as error:  # safetensors names the key in an error type of its own
             raise ConfigError(f"the labels in {self.folder.path} do not hold {' and '.join(keys)} ({name})") from error
-        if not shards:
+        if not all(shards.values()):
             raise ConfigError(f"the labels in {self.folder.path} hold no {name}: collect them anew with it")
-        return shards
+        return {key: torch.cat(each) for key, each in shards.items()}

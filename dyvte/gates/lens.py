@@ -16,11 +16,7 @@ FINAL_NORMS = ("norm", "final_layernorm", "ln_f", "final_layer_norm")
 
 
 def final_norm(mllm: MLLM) -> nn.Module:
-    """The norm between the last decoder layer and the output embedding.
-
-    Raises:
-        UnsupportedError: the decoder has none under a name that is known.
-    """
+    """The norm between the last decoder layer and the output embedding."""
     for name in FINAL_NORMS:
         if isinstance(found := getattr(mllm.decoder, name, None), nn.Module):
             return found
@@ -31,15 +27,11 @@ def final_norm(mllm: MLLM) -> nn.Module:
 
 @torch.no_grad()
 def lens_features(mllm: MLLM, states: Tensor) -> Tensor:
-    """What the logit lens says of states [..., d] that left a decoder layer: [..., 3], float32.
+    """What the logit lens says of states [..., d] of the last position behind a decoder layer: [..., 3], float32.
 
     Final norm and output embedding (nostalgebraist, "interpreting GPT: the logit lens", 2020) give a distribution of
     the next token; of it the entropy over the log of the vocabulary's size, the probability of the likeliest token, and
     its lead over the second in nats. A scaling or soft cap of logits behind the output embedding is left out.
-
-    Args:
-        mllm: the model.
-        states: of the prompt's last position.
 
     Example:
         >>> status = dyvte.exit_sweep(mllm, batch).text_status  # [B, L, P * d], the last position's part last

@@ -17,15 +17,9 @@ Array = npt.NDArray[np.float64]
 
 
 def first_exit(exit_probability: Tensor, thresholds: Sequence[float], min_layer: int = 1) -> Tensor:
-    """Exit layer k of every sample, as `DynamicExit` chooses it: the first gate above its threshold, else L.
+    """[n] exit layers k as `DynamicExit` chooses them: that of the first gate above its threshold, else L.
 
-    Args:
-        exit_probability: [n, L - 1], gate i decides on k = i + 1.
-        thresholds: one a gate.
-        min_layer: no exit below this k.
-
-    Returns:
-        [n] in 1..L.
+    `exit_probability` is [n, L - 1], gate i decides on k = i + 1; no exit is below `min_layer`.
     """
     fires = exit_probability > torch.tensor(thresholds, dtype=exit_probability.dtype)
     fires[:, : min_layer - 1] = False
@@ -39,18 +33,13 @@ def at_exit(table: Tensor, exit_layers: Tensor) -> Tensor:
 
 
 def layer_report(exit_probability: Tensor, labels: Tensor, thresholds: Sequence[float], bins: int = 10) -> pd.DataFrame:
-    """Every gate as a classifier of "exit".
-
-    Args:
-        exit_probability: [n, L - 1].
-        labels: [n, L - 1] boolean.
-        thresholds: one a gate.
-        bins: equal bins of probability for the calibration error.
+    """Every gate as a classifier of "exit", from its probabilities and boolean labels, both [n, L - 1].
 
     Returns:
         One row a gate: `exit_layer`, `label_rate` and `exit_rate` (share of exits among labels and decisions),
         `precision` and `recall` of exit (NaN without a decision or label for it), `calibration_error` (mean absolute
-        difference between probability and frequency, weighted by bin size) and `cross_entropy` in nats.
+        difference between probability and frequency over equal `bins`, weighted by their size) and `cross_entropy` in
+        nats.
     """
     rows = []
     for gate in range(exit_probability.shape[1]):
@@ -76,7 +65,7 @@ def layer_report(exit_probability: Tensor, labels: Tensor, thresholds: Sequence[
 
 
 def wilson_limits(rate: npt.ArrayLike, draws: npt.ArrayLike, level: float = 0.95) -> tuple[Array, Array]:
-    """Limits of Wilson's two-sided interval around rates, each of so many independent draws; arrays of any shape.
+    """Limits of Wilson's two-sided interval around rates of so many independent draws; arrays of any shape.
 
     Never of zero width, never outside of 0 and 1. NaN without a draw.
 
@@ -130,12 +119,12 @@ def share_interval(
 
     Args:
         values: NaN is left out of the mean that it belongs to.
-        clusters: length n, equal for samples of one cluster.
+        clusters: length n.
         level: confidence.
         added_variance: variance of the mean that samples and clusters do not show, as between a method's random seeds.
 
     Returns:
-        Mean, lower and upper limit, each of the shape `[...]`; NaN where there is no value.
+        Mean, lower and upper limit, each [...]; NaN where there is no value.
 
     Example:
         >>> [round(float(each), 2) for each in share_interval([1.0] * 7, range(7))]
@@ -151,10 +140,9 @@ def share_interval(
 
 
 def thresholds_by_depth(threshold: float, num_layers: int, caution: float) -> list[float]:
-    """One threshold for each of the L - 1 gates: `1 - (1 - threshold) ((L - k) / L) ** caution` for exit layer k.
+    """Thresholds of the L - 1 gates: `1 - (1 - threshold) ((L - k) / L) ** caution` for exit layer k.
 
-    A late exit saves little, so it is worth little risk: the risk that a gate may take shrinks with the layers that its
-    exit would save. With `caution` 0 all gates share one threshold.
+    A late exit saves little, so it is worth little risk. With `caution` 0 all gates share one threshold.
     """
     return [1 - (1 - threshold) * ((num_layers - k) / num_layers) ** caution for k in range(1, num_layers)]
 
@@ -163,14 +151,7 @@ def mixture_hull(cost: npt.ArrayLike | Tensor, value: npt.ArrayLike | Tensor) ->
     """The fixed exits whose mixtures no other mixture beats: the upper concave hull of the points (cost, value).
 
     Mixed at random over questions, two exits have every cost and value on the line between theirs. What the best two of
-    all have at a cost is the hull there, and its corners are next to each other in what is returned.
-
-    Args:
-        cost: [L + 1] mean cost of every exit layer.
-        value: [L + 1] what is to be large, as the agreement.
-
-    Returns:
-        Exit layers by rising cost, from the cheapest to the dearest.
+    all have at a cost is the hull there, and its corners, by rising cost, are what is returned.
     """
     costs, values = (np.asarray(each, dtype=np.float64) for each in (cost, value))
     hull: list[int] = []
@@ -189,15 +170,11 @@ def mixture_hull(cost: npt.ArrayLike | Tensor, value: npt.ArrayLike | Tensor) ->
 def best_mixture(
     cost: npt.ArrayLike | Tensor, value: npt.ArrayLike | Tensor, budget: float
 ) -> tuple[int, int, float] | None:
-    """The two fixed exits, of all pairs, whose mixture has the largest value at a cost of `budget`.
-
-    Args:
-        cost, value: as in `mixture_hull`.
-        budget: mean cost; beyond the dearest exit's, that exit is taken.
+    """The two fixed exits whose mixture has the largest value (see `mixture_hull`) at a mean cost of `budget`.
 
     Returns:
         The cheaper exit, the dearer one, and the share of questions that take the dearer one (1 if they are the same
-        exit); None where the cheapest exit costs more.
+        exit); the dearest exit where the budget is beyond it, None where the cheapest costs more.
 
     Example:
         >>> best_mixture([0.25, 0.5, 0.75, 1.0], [0.3, 0.8, 0.8, 1.0], 0.75)
@@ -215,12 +192,7 @@ def best_mixture(
 
 
 def mixture_cost(cost: npt.ArrayLike | Tensor, agreement: npt.ArrayLike | Tensor, wanted: float) -> float:
-    """Cheapest mean cost at which fixed exits, mixed at random over questions, reach an agreement: the hull, inverted.
-
-    Args:
-        cost, agreement: as in `mixture_hull`.
-        wanted: agreement to reach; infinity if no exit does.
-    """
+    """Cheapest mean cost at which mixtures of fixed exits reach an agreement (see `mixture_hull`), else infinity."""
     costs, reached = (np.asarray(each, dtype=np.float64) for each in (cost, agreement))
     if wanted > reached.max() + 1e-9:  # a mean of shares may lack rounding alone
         return math.inf
@@ -233,15 +205,7 @@ def exit_by_kind(agree: Tensor, cost: Tensor, kinds: Sequence[str], wanted: floa
     """The fixed exit of every kind of question that together reach an agreement at the least mean cost.
 
     Kinds trade against each other at one price of a changed answer; the smallest price that reaches `wanted` is taken.
-
-    Args:
-        agree: [n, L + 1].
-        cost: [n, L + 1].
-        kinds: length n.
-        wanted: agreement over all samples.
-
-    Returns:
-        kind -> exit layer k.
+    `agree` and `cost` are [n, L + 1].
     """
     names = np.asarray(kinds)
     groups = {str(kind): torch.from_numpy(np.flatnonzero(names == kind)) for kind in np.unique(names)}
@@ -257,9 +221,9 @@ def exit_by_kind(agree: Tensor, cost: Tensor, kinds: Sequence[str], wanted: floa
 
 
 def cluster_interval(
-    values: Tensor, clusters: Sequence[Any], level: float = 0.95, largest: float = 0.0, span: float = 0.0
+    values: Tensor, clusters: Sequence[Any], largest: float = 0.0, span: float = 0.0
 ) -> tuple[float, float, float]:
-    """Mean of [n] values with a two-sided confidence interval, samples of one cluster (image) being dependent.
+    """Mean of [n] values with a two-sided 95% interval, samples of one cluster (image) being dependent.
 
     The interval is normal, with the variance between cluster totals. Values that are all 0 show no variance: with
     `largest`, the largest absolute value that a sample could have had, the interval then reaches as far as Wilson's
@@ -267,18 +231,18 @@ def cluster_interval(
     """
     numbers = values.double().numpy()
     mean = float(numbers.mean())
-    half = half_width((numbers - mean) / len(numbers), clusters, level)
+    half = half_width((numbers - mean) / len(numbers), clusters)
     if largest:  # one cluster says nothing about others
-        least = largest * float(share_interval(np.zeros(len(numbers)), clusters, level)[2])
+        least = largest * float(share_interval(np.zeros(len(numbers)), clusters)[2])
         half = largest if math.isnan(half) else max(half, least)
     if half == 0:
-        half = span * _unseen(clusters, level)
+        half = span * _unseen(clusters)
     return mean, mean - half, mean + half
 
 
-def _unseen(clusters: Sequence[Any] | npt.NDArray[Any], level: float) -> float:
+def _unseen(clusters: Sequence[Any] | npt.NDArray[Any]) -> float:
     """The largest share of clusters that may differ where all of these agree: Wilson's limit from a rate of 0."""
-    return float(wilson_limits(0.0, len(np.unique(np.asarray(clusters).astype(str))), level)[1])
+    return float(wilson_limits(0.0, len(np.unique(np.asarray(clusters).astype(str))))[1])
 
 
 def difference_interval(
@@ -286,20 +250,13 @@ def difference_interval(
     first: npt.ArrayLike,
     second: npt.ArrayLike,
     clusters: Sequence[Any] | npt.NDArray[Any],
-    level: float = 0.95,
     span: float = 0.0,
 ) -> tuple[float, float, float]:
-    """Mean of [n] values over `first` less that over `second`, with a two-sided interval.
+    """Mean of [n] values over `first` less that over `second`, disjoint boolean groups, with a two-sided 95% interval.
 
     Both groups may hold samples of one cluster (image), which makes their means dependent: the interval is normal, with
-    the variance between cluster totals of what each sample adds to the difference.
-
-    Args:
-        values: [n].
-        first, second: [n] boolean, the samples of each group; no sample is in both.
-        clusters: length n.
-        level: confidence.
-        span: as for `cluster_interval`, where all values of either group are equal.
+    the variance between cluster totals of what each sample adds to the difference. `span` is as for `cluster_interval`,
+    where all values of either group are equal.
     """
     numbers, one, other = values.double().numpy(), np.asarray(first), np.asarray(second)
     means = numbers[one].mean(), numbers[other].mean()
@@ -307,14 +264,16 @@ def difference_interval(
     influence[one] = (numbers[one] - means[0]) / one.sum()
     influence[other] = -(numbers[other] - means[1]) / other.sum()
     either = one | other
-    half = half_width(influence[either], np.asarray(clusters)[either], level)
+    half = half_width(influence[either], np.asarray(clusters)[either])
     if half == 0:
-        half = span * sum(_unseen(np.asarray(clusters)[each], level) for each in (one, other))
+        half = span * sum(_unseen(np.asarray(clusters)[each]) for each in (one, other))
     step = float(means[0] - means[1])
     return step, step - half, step + half
 
 
-def half_width(influence: npt.NDArray[np.float64], clusters: Sequence[Any] | npt.NDArray[Any], level: float) -> float:
+def half_width(
+    influence: npt.NDArray[np.float64], clusters: Sequence[Any] | npt.NDArray[Any], level: float = 0.95
+) -> float:
     """Half width of the normal interval of an estimate from what each sample adds to its error; NaN for one cluster."""
     _, index = np.unique(np.asarray(clusters).astype(str), return_inverse=True)
     num_clusters = int(index.max()) + 1

@@ -44,14 +44,14 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
     layers has L - 1 gates, since after the last layer nothing is left to save.
 
     Attributes:
-        num_layers: L, decoder layers of the model that the gates are for.
+        num_layers: L, decoder layers of the model that the gates are for, at least 2.
         hidden_size: d, the model's hidden size.
         status: what the gates look at, of `dyvte.gates.features.GATE_PARTS`; I entries in all, P * d for P statuses.
-        width: hidden width of a gate.
+        width: hidden width of a gate; by default half the hidden size (2048 for 4096, as in the paper).
         threshold: exit where the exit probability is above it. One number, or one a gate.
-        facts: how the gates were made (model, data, recipe, validation figures), for the model card.
-        bias: whether the first layer has one. Standardised statuses need it: raw ones have entries that hardly vary and
-            serve as one.
+        facts: how the gates were made (model, data, recipe, validation figures), for the model card; JSON types only.
+        bias: whether the first layer has one, 0 at first. Standardised statuses need it: raw ones have entries that
+            hardly vary and serve as one.
         shared: one gate for all layers, which differ in the bias alone: a layer code of `width` numbers each.
         cumulative: gate i gives the hazard, the probability that exit k = i + 1 is the first right one given that none
             before was; the probability of exit is that some gate so far has found it.
@@ -76,17 +76,6 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
         cumulative: bool = False,
     ) -> None:
         """Make untrained gates, Xavier-initialised from torch's generator.
-
-        Args:
-            num_layers: decoder layers of the model, at least 2.
-            hidden_size: the model's hidden size.
-            status: what the gates look at.
-            width: hidden width of a gate; by default half the hidden size (2048 for 4096, as in the paper).
-            bias: give the first layer a bias, 0 at first.
-            threshold: exit probability above which a gate says exit.
-            facts: JSON types only.
-            shared: one gate with a layer code; needs the bias.
-            cumulative: gates give hazards.
 
         Raises:
             ModelError: an unknown status part, no layer to exit before, or shared gates without a bias.
@@ -148,12 +137,9 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
         return torch.stack([not_yet, found], dim=-1)
 
     def exit_probability(self, status: Tensor, layer: int, before: Tensor | None = None) -> Tensor:
-        """[B] probability of exit by the gate after decoder layer `layer`, from its status [B, I].
+        """[B] probability of exit by the gate after decoder layer `layer` (0-based), from its status [B, I].
 
-        Args:
-            status: of the gate.
-            layer: 0-based.
-            before: [B] what the gate one layer before said; cumulative gates need it behind their first.
+        `before` [B] is what the gate one layer before said; cumulative gates need it behind their first.
         """
         own = 0 if self.shared else layer
         standardised = (status.to(self.inner.dtype) - self.shift[layer]) * self.scale[layer]
@@ -187,8 +173,6 @@ class Gates(nn.Module, PyTorchModelHubMixin, library_name="dyvte", tags=["visual
                 f"these gates are for a model of {self.num_layers} layers of width {self.hidden_size}, this one has "
                 f"{mllm.num_layers} of width {mllm.hidden_size}: train gates for it with `python -m dyvte.train`"
             )
-
-    # ---------------------------------------------------------------------- on disk
 
     def config(self) -> dict[str, Any]:
         """What `config.json` holds: the arguments of the constructor."""
@@ -301,11 +285,7 @@ def _compact(tensor: Tensor) -> Tensor:
 
 
 def load_gates(source: str | Path | Gates) -> Gates:
-    """Gates from a folder, a Hub id or the name of a shipped model (or as they are).
-
-    Raises:
-        ModelError: there are none, in one line.
-    """
+    """Gates from a folder, a Hub id or the name of a shipped model (or as they are)."""
     if isinstance(source, Gates):
         return source
     source = SHIPPED_GATES.get(str(source), source)

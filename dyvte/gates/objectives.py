@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,30 +19,11 @@ OBJECTIVES = ("labels", "stopping", "hazard")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How gates are trained.
+    """How gates are trained; `conf/recipe/default.yaml` says what each setting does.
 
-    Attributes:
-        objective: "labels": cross-entropy of every gate on its own label (DyVTE, arXiv 2411.19628). "stopping": the
-            expected price of the exit layer that the gates choose together, see `stopping_loss`. "hazard": the
-            likelihood of the depth from which on the answer is right, see `hazard_loss`; for gates that are
-            `cumulative`.
-        batch_size: samples a step.
-        epochs: most passes over the training samples.
-        patience: stop after so many epochs without a better validation loss and take the best; 0 trains all epochs.
-        schedule: a schedule of `transformers.get_scheduler`.
-        warmup: share of the steps over which the learning rate rises.
-        exit_weight: weight of the label "exit" in the cross-entropy; that of "stay" is 1.
-        layers_per_sample: so many random layers of each sample count in a step, 1 as in DyVTE's published code; None
-            for all.
-        standardize: give the gates statuses of mean 0 and variance 1 over the training samples.
-        disagreement_price: for "stopping": what a changed answer costs, in full prefills.
-        label_share: for "stopping": weight of the cross-entropy added to it.
-        members: train so many gates a layer from different weights and average their logits.
-        counterfactual: runs whose statuses gates are trained on beside those of the full model, of
-            `dyvte.gates.counterfactual.COUNTERFACTUALS`; one drawn for each sample in every step.
-        counterfactual_weight: of their loss; that of the full model's statuses is 1.
-        kind_weight: weight of `kind_penalty`, which calibrates gates within the kinds of question.
-        distill: share of the label that a teacher gives who sees the statuses of all layers, see `dyvte.gates.teacher`.
+    The objectives are "labels", cross-entropy of every gate on its own label (DyVTE, arXiv 2411.19628); "stopping", the
+    expected price of the exit layer that the gates choose together (`stopping_loss`); and "hazard", the likelihood of
+    the depth from which on the answer is right, for gates that are `cumulative` (`hazard_loss`).
     """
 
     objective: str = "labels"
@@ -81,10 +64,10 @@ class GateData:
     Attributes:
         status: [n, L - 1, I].
         labels: [n, L + 1] whether exit k is right.
-        cost: [n, L + 1] cost of exit k, in full prefills.
+        cost: [n, L + 1] in full prefills.
         counted: [n, L - 1] gates whose label counts; None for all.
-        kinds: [n] number of the kind of question, for `kind_penalty`.
-        taught: [n, L - 1] probability of "right" that a teacher gives, for distillation.
+        kinds: [n] number of the kind of question.
+        taught: [n, L - 1] probability of "right" that a teacher gives.
         others: the same samples' statuses in runs that saw less of the image, or another one.
     """
 
@@ -100,12 +83,11 @@ class GateData:
         return len(self.status)
 
     def __getitem__(self, rows: Tensor) -> GateData:
-        return GateData(*(None if part is None else part[rows] for part in self._parts()))  # type: ignore[arg-type]
+        return self._each(lambda part: part[rows])
 
     def to(self, device: torch.device) -> GateData:
         """The same on a device; other runs are drawn where they lie."""
-        moved = (part.to(device) if isinstance(part, Tensor) else part for part in self._parts())
-        return GateData(*moved)  # type: ignore[arg-type]
+        return self._each(lambda part: part.to(device) if isinstance(part, Tensor) else part)
 
     def of_other_runs(self, generator: torch.Generator) -> GateData | None:
         """Every sample's status in one other run, drawn for it; None without such runs."""
@@ -114,8 +96,9 @@ class GateData:
         status, labels, counted = self.others.draw(generator)
         return GateData(status, labels, self.cost, counted, self.kinds)
 
-    def _parts(self) -> tuple[Tensor | OtherRuns | None, ...]:
-        return tuple(getattr(self, field.name) for field in fields(self))
+    def _each(self, change: Callable[[Any], Any]) -> GateData:
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(part) for name, part in parts.items() if part is not None})
 
 
 def label_loss(
@@ -149,14 +132,9 @@ def exit_distribution(logits: Tensor) -> Tensor:
 def stopping_loss(logits: Tensor, labels: Tensor, cost: Tensor, disagreement_price: float) -> Tensor:
     """Expected cost of the exit layer that the gates choose together, plus the price of a changed answer.
 
-    `sum_k P(k) (cost[k] + price * (1 - y[k]))` with P the distribution of the first gate to fire. Gates trained on
-    labels one by one do not know that an early mistake of any of them is final; here all of them answer for it.
-
-    Args:
-        logits: [B, L - 1, 2] (stay, exit).
-        labels: [B, L + 1] y, whether exit k is right.
-        cost: [B, L + 1] in full prefills.
-        disagreement_price: of a changed answer, in full prefills.
+    `sum_k P(k) (cost[k] + price * (1 - y[k]))` with P the distribution of the first gate to fire, y the labels, all
+    [B, L + 1] and in full prefills. Gates trained on labels one by one do not know that an early mistake of any of them
+    is final; here all of them answer for it.
     """
     price = cost + disagreement_price * (1 - labels.to(cost.dtype))
     return (exit_distribution(logits) * price[:, 1:]).sum(1).mean()
@@ -167,12 +145,7 @@ def hazard_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> T
 
     Gate i gives the hazard h_i: the probability that exit k = i + 1 is the first right one, given that none before was.
     A sample whose first right exit is D adds `log(1 - h_i)` for the gates before and `log h` for its own (Cox, JRSS B
-    34, 1972, for discrete times); gates behind D say nothing about it.
-
-    Args:
-        logits: [B, L - 1, 2] (not yet, now) of `Gates.logits`.
-        labels: [B, L + 1] boolean.
-        mask: [B, L - 1] which terms count.
+    34, 1972, for discrete times); gates behind D say nothing about it. `logits` are (not yet, now), of `Gates.logits`.
     """
     right = labels[:, 1:-1].to(logits.dtype)
     reached = F.pad(1 - right[:, :-1], (1, 0), value=1.0).cumprod(1)
@@ -183,13 +156,7 @@ def kind_penalty(logits: Tensor, labels: Tensor, kinds: Tensor, mask: Tensor | N
     """How far gates are from calibrated in the mean of each kind of question: mean over gates of the squared gaps.
 
     For every kind and gate the gap is the mean of (probability of exit - label) over the kind's samples; kinds weigh by
-    their samples.
-
-    Args:
-        logits: [B, L - 1, 2] (stay, exit).
-        labels: [B, L + 1] boolean.
-        kinds: [B] number of the kind.
-        mask: [B, L - 1] which terms count.
+    their samples. `kinds` are their numbers, [B].
     """
     miss = logits.softmax(-1)[..., 1] - labels[:, 1:-1].to(logits.dtype)
     member = F.one_hot(kinds).to(logits.dtype).T  # [kinds, B]

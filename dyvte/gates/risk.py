@@ -46,7 +46,7 @@ class ChosenThreshold(NamedTuple):
 
     Attributes:
         threshold: 1 if none could be shown to keep the bound; such gates never exit.
-        upper_limit: `upper_limit` of the risk under it. What holds whatever was tried is the bound itself.
+        upper_limit: of the risk under it. What holds whatever was tried is the bound itself.
         images_needed: images with which the next threshold, the first that was refused, would have been taken if as
             many answers changed; None where no number would do, or none was refused.
     """
@@ -60,6 +60,12 @@ def number_images(images: Images) -> tuple[npt.NDArray[np.intp], Array]:
     """Number [n] of the image of each question, from 0 to m - 1, and questions [m] that each image is asked."""
     _, number = np.unique(np.asarray(images).astype(str), return_inverse=True)
     return number, np.bincount(number).astype(np.float64)
+
+
+def _by_image(failures: npt.ArrayLike | Tensor, images: Images) -> tuple[Array, Array]:
+    """[m] failures and questions of every image."""
+    number, asked = number_images(images)
+    return np.bincount(number, np.asarray(failures, dtype=np.float64)).astype(np.float64), asked
 
 
 def risk_p_value(failed: npt.ArrayLike, asked: npt.ArrayLike, bound: float) -> Array:
@@ -103,17 +109,11 @@ def _log_wealth(log_bets: Array) -> Array:
 def upper_limit(failures: npt.ArrayLike | Tensor, images: Images, level: float = 0.95) -> float:
     """One-sided upper confidence limit of the share of questions that fail: the least bound that is not refuted.
 
-    Args:
-        failures: [n] boolean.
-        images: length n, equal for questions about one image.
-        level: confidence.
-
     Example:
         >>> round(upper_limit([False] * 1200, [each // 3 for each in range(1200)]), 4)
         0.0093
     """
-    number, asked = number_images(images)
-    failed = np.bincount(number, weights=np.asarray(failures, dtype=np.float64))
+    failed, asked = _by_image(failures, images)
     low, high = float(failed.sum() / asked.sum()), 1.0
     if low == high:
         return 1.0
@@ -126,18 +126,11 @@ def upper_limit(failures: npt.ArrayLike | Tensor, images: Images, level: float =
 def images_needed(failures: npt.ArrayLike | Tensor, images: Images, bound: float, level: float = 0.95) -> int | None:
     """Images that would refute a risk of `bound` if they were like those at hand; None where no number would do.
 
-    Args:
-        failures: [n] boolean.
-        images: length n, equal for questions about one image.
-        bound: the risk to be refuted.
-        level: confidence.
-
     Example:
         >>> images_needed([False] * 30, range(30), 0.01), images_needed([True, False], [0, 1], 0.01)
         (373, None)
     """
-    number, asked = number_images(images)
-    failed = np.bincount(number, weights=np.asarray(failures, dtype=np.float64))
+    failed, asked = _by_image(failures, images)
     return _needed(_log_growth(failed, asked, bound), level)
 
 
@@ -146,9 +139,7 @@ def _needed(growth: Array, level: float) -> int | None:
     mean = growth.mean(-1)
     if not (mean > 0).any():
         return None
-    return bisect.bisect_left(
-        range(MOST_IMAGES), True, key=lambda number: bool(_log_wealth(number * mean) >= -np.log(1 - level))
-    )
+    return bisect.bisect_left(range(MOST_IMAGES), -np.log(1 - level), key=lambda number: _log_wealth(number * mean))
 
 
 def _needed_by_all(growth: Sequence[Array], level: float) -> int | None:
@@ -179,11 +170,11 @@ def choose_threshold(
     Args:
         exit_probability: [n, L - 1] of questions that the gates have not learned from.
         agree: [n, L + 1] whether exit k gives the full model's answer.
-        images: length n, the image of each question.
+        images: of each question.
         bound: largest risk over all questions.
         level: confidence.
-        caution: how the gates' thresholds follow from the one chosen, see `thresholds_by_depth`.
-        kinds: length n, the kind of each question.
+        caution: see `thresholds_by_depth`.
+        kinds: of each question.
         kind_bound: largest risk of each kind by itself, to be shown as well. Every kind has to be shown for a threshold
             to be taken, so nothing is paid for their number.
     """

@@ -44,11 +44,8 @@ def folds_of(images: Sequence[str], folds: int) -> Tensor:
 class Teacher:
     """A perceptron for the answers of all exits at once, fitted when it is made.
 
-    Args:
-        features: [n, F] of `everything`.
-        targets: [n, K] of 0 and 1.
-        images: length n; those of one fold in `STOPPING_FOLDS` say when to stop.
-        seed: of weights, dropout and order.
+    `features` are those of `everything`, `targets` [n, K] of 0 and 1; images of one fold in `STOPPING_FOLDS` say when
+    to stop.
     """
 
     def __init__(self, features: Tensor, targets: Tensor, images: Sequence[str], seed: int = 0) -> None:
@@ -94,13 +91,9 @@ class Teacher:
 
 
 def taught(labels: LabelSet, rule: Tensor, rows: Tensor, folds: int = 2) -> Tensor:
-    """[N, L - 1] what teachers say of every question.
+    """[N, L - 1] what teachers say of every question, each of the one that has not seen its image.
 
-    Args:
-        labels: N questions.
-        rule: [N, L + 1] labels.
-        rows: the questions that teachers may learn from: none of the validation images.
-        folds: teachers; a question is told what the one says that has not seen its image.
+    `rule` is [N, L + 1]; teachers learn from `rows`, none of them of the validation images.
     """
     kinds = sorted(set(labels.samples["kind"].astype(str)))
     features, images = everything(labels, kinds), labels.samples["image_id"].astype(str).tolist()

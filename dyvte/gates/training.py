@@ -36,18 +36,10 @@ def train_gates(
     seed: int = 0,
     log: Log | None = None,
 ) -> dict[str, Any]:
-    """Train gates in place.
+    """Train gates in place, on their device; gives the epochs run, the best one, training and validation loss there.
 
-    Args:
-        gates: untrained, on the device to train on.
-        train, validation: samples of different images.
-        recipe: the settings.
-        make_optimizer: called with the parameters.
-        seed: of the order of the samples and of the layers drawn.
-        log: called after every epoch with its number and the losses.
-
-    Returns:
-        What happened: epochs run, best epoch, training and validation loss there.
+    `train` and `validation` are samples of different images; `seed` is of the order of the samples and of the layers
+    drawn; `log` is called after every epoch with its number and the losses.
     """
     generator = torch.Generator().manual_seed(seed)
     if recipe.standardize:
@@ -90,11 +82,8 @@ def train_gates(
 def average_gates(members: Sequence[Gates]) -> Gates:
     """Gates whose logits are the mean of the members': one wider gate a layer, so an ensemble needs nothing else.
 
-    Their weights are rounded to half precision, in which they are stored: whatever is chosen on their probabilities
-    afterwards holds for the gates that are loaded, too.
-
-    Args:
-        members: trained on the same statuses, so that they standardise them alike.
+    The members must standardise statuses alike. Their weights are rounded to half precision, in which they are stored:
+    whatever is chosen on their probabilities afterwards holds for the gates that are loaded, too.
     """
     first = members[0]
     config = {**first.config(), "width": sum(each.width for each in members)}

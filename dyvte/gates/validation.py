@@ -21,18 +21,10 @@ THRESHOLDS = 200
 
 
 def threshold_frontier(probability: Tensor, agree: Tensor, cost: Tensor, caution: float) -> tuple[Tensor, Tensor]:
-    """What every question costs and whether its answer is kept, under each of T thresholds.
+    """What every question costs and whether its answer is kept (1), under each of T thresholds: both [n, T].
 
     Thresholds are spread evenly over how certain the questions' most certain gates are; the first is never reached.
-
-    Args:
-        probability: [n, L - 1] of exit.
-        agree: [n, L + 1] whether exit k keeps the answer.
-        cost: [n, L + 1].
-        caution: see `dyvte.gates.metrics.thresholds_by_depth`.
-
-    Returns:
-        Costs and 1 where the answer is kept, both [n, T].
+    `agree` and `cost` are [n, L + 1], `caution` as for `dyvte.gates.metrics.thresholds_by_depth`.
 
     Example:
         >>> agree, cost = torch.tensor([[0, 1, 1], [0, 0, 1]]), torch.tensor([[0.0, 0.5, 1.0]] * 2)
@@ -56,10 +48,6 @@ def cost_at_agreement(
 ) -> dict[str, float]:
     """Mean cost of gates at some agreements, whatever the threshold that reaches them: mixtures of two thresholds.
 
-    Args:
-        probability, agree, cost, caution: as for `threshold_frontier`.
-        wanted: the agreements.
-
     Returns:
         `cost_at_0.99` and so on, and `mean_cost`, their mean.
     """
@@ -70,11 +58,6 @@ def cost_at_agreement(
 
 def use_of_image(gates: Gates, labels: LabelSet, rows: Tensor) -> dict[str, float]:
     """Whether gates say exit more if the status has seen more of the image; empty without statuses that say so.
-
-    Args:
-        gates: of parts of the text.
-        labels: collected with `exits`, among them 0.
-        rows: of the set.
 
     Returns:
         `withheld_less_seen`: mean probability of exit of statuses that never saw the image, less that of the full

@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dyvte.errors import ConfigError, DyvteError
 from dyvte.runs import distributed
-from dyvte.runs.settings import check_settings
+from dyvte.runs.settings import check_settings, leaves
 from dyvte.runs.terminal import help_text, quiet_libraries
 
 if TYPE_CHECKING:
@@ -39,11 +39,7 @@ Task = Callable[[DictConfig], str | None]
 
 
 def config_folder() -> Path:
-    """Folder of the Hydra configurations: `dyvte/_conf` in an installed package, `conf/` in a checkout.
-
-    Raises:
-        ConfigError: Neither folder exists.
-    """
+    """Folder of the Hydra configurations: `dyvte/_conf` in an installed package, `conf/` in a checkout."""
     package = Path(__file__).resolve().parents[1]
     candidates = (package / "_conf", package.parent / "conf")
     for folder in candidates:
@@ -55,9 +51,7 @@ def config_folder() -> Path:
 def compose(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """The configuration that a command would get, for notebooks and tests.
 
-    Args:
-        name: File under `conf/` without its ending, for instance `stages`.
-        overrides: As on the command line: `["model=llava7b", "data.limit=8"]`.
+    `name` is that of a file under `conf/` without its ending, overrides are as on the command line: `["data.limit=8"]`.
     """
     with hydra.initialize_config_dir(version_base=HYDRA_VERSION, config_dir=str(config_folder())):
         cfg = hydra.compose(config_name=name, overrides=list(overrides))
@@ -154,15 +148,8 @@ def check_device(device: str) -> None:
 
 def missing_settings(cfg: DictConfig) -> list[str]:
     """Keys that a user has to give a value (`???` in the file), as on the command line: `policy.layer`."""
-    found = []
-    todo: list[tuple[str, Any]] = [("", OmegaConf.to_container(cfg, resolve=False))]
-    while todo:
-        path, value = todo.pop()
-        if isinstance(value, dict):
-            todo.extend((f"{path}.{key}" if path else str(key), each) for key, each in value.items())
-        elif value == "???":
-            found.append(path)
-    return sorted(found)
+    plain: Any = OmegaConf.to_container(cfg, resolve=False)
+    return sorted(".".join(path) for path, value in leaves(plain) if value == "???")
 
 
 def load_model(cfg: DictConfig) -> MLLM:
@@ -170,10 +157,6 @@ def load_model(cfg: DictConfig) -> MLLM:
 
     For a model of the Hub `cfg.model.revision` becomes the commit that was loaded, so that the `config.yaml` of a run
     names it and the run can be repeated after the branch has moved.
-
-    Raises:
-        ConfigError: `model.path` is not set.
-        ModelError: The model cannot be loaded.
     """
     from dyvte.loading import load
 

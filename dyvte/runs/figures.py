@@ -15,6 +15,8 @@ _MARKERS = "sDv^P*X<>"
 _PLAIN = {"text.parse_math": False}
 """Text from data is shown as it is: a `$` is a dollar."""
 _INK, _ACCENT, _SOFT = "#1f3a5f", "#c65911", "#7fa650"
+_EDGE: dict[str, Any] = {"mec": "black", "mew": 0.5}
+_NUMBER: dict[str, Any] = {"fontsize": 7, "color": _INK}
 
 
 @plt.rc_context(_PLAIN)
@@ -23,12 +25,8 @@ def accuracy_against_flops(
 ) -> Figure:
     """Accuracy and agreement against the prefill's decoder FLOPs.
 
-    Args:
-        fixed: one row a fixed exit with `exit_layer`, `flops_decoder`, `accuracy`, `agreement`.
-        policies: one row a policy with `policy`, `flops_decoder`, `accuracy`, `agreement` and the limits
-            `accuracy_low`, `accuracy_high`, `agreement_low`, `agreement_high`.
-        oracle: `flops_decoder`, `accuracy`, `agreement` of the cheapest exit that keeps each answer.
-        subtitle: sample size and data.
+    `fixed` has a row a fixed exit, `policies` a row a policy with the limits of both, as `agreement_low`; `oracle` is
+    the cheapest exit that keeps each answer.
     """
     full = float(fixed["flops_decoder"].iloc[-1])
     rows = -(-(len(policies) + 2) // 3)  # of the legend
@@ -38,24 +36,9 @@ def accuracy_against_flops(
             fixed["flops_decoder"] / full, fixed[column], "-o", color=_INK, ms=3.5, lw=1.2, label="fixed exit, every k"
         )
         for _, row in fixed.iloc[:: max(1, len(fixed) // 8)].iterrows():
-            axis.annotate(
-                f"{int(row['exit_layer'])}",
-                (row["flops_decoder"] / full, row[column]),
-                fontsize=7,
-                xytext=(3, -9),
-                textcoords="offset points",
-                color=_INK,
-            )
-        axis.plot(
-            oracle["flops_decoder"] / full,
-            oracle[column],
-            "*",
-            color=_SOFT,
-            ms=12,
-            mec="black",
-            mew=0.5,
-            label="oracle",
-        )
+            place = row["flops_decoder"] / full, row[column]
+            axis.annotate(f"{int(row['exit_layer'])}", place, (3, -9), textcoords="offset points", **_NUMBER)
+        axis.plot(oracle["flops_decoder"] / full, oracle[column], "*", color=_SOFT, ms=12, label="oracle", **_EDGE)
         for index, (_, row) in enumerate(policies.iterrows()):
             low, high = row[column] - row[f"{column}_low"], row[f"{column}_high"] - row[column]
             axis.errorbar(
@@ -66,9 +49,8 @@ def accuracy_against_flops(
                 fmt=_MARKERS[index % len(_MARKERS)],
                 ms=6,
                 color=_ACCENT,
-                mec="black",
-                mew=0.5,
                 ecolor="black",
+                **_EDGE,
                 capsize=2,
                 label=textwrap.shorten(str(row["policy"]), 42, placeholder=" …"),
             )
@@ -92,12 +74,8 @@ def exit_of_one_question(
 ) -> Figure:
     """The image beside the exit probability of every gate that was asked.
 
-    Args:
-        image: a PIL image.
-        question, answer: what was asked and answered.
-        probability: exit layer k -> what the gate that decides on it said.
-        thresholds: one a gate.
-        exit_layer: k; the number of layers where none fired.
+    `probability` is by exit layer k, `thresholds` are one a gate, `exit_layer` is the number of layers where none
+    fired.
     """
     num_layers = len(thresholds) + 1
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", width_ratios=[1, 1.7])

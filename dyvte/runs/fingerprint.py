@@ -35,22 +35,17 @@ def model_fingerprint(mllm: MLLM) -> dict[str, str]:
     config = mllm.model.config.to_dict()
     for key in ("_name_or_path", "transformers_version"):
         config.pop(key, None)
-    return {"class": type(mllm.model).__name__, "config": _digest(config), "weights": digest.hexdigest()[:16]}
+    return {"class": type(mllm.model).__name__, "config": json_digest(config), "weights": digest.hexdigest()[:16]}
 
 
 def fingerprint(mllm: MLLM, dataset: Dataset, cfg: DictConfig, **settings: Any) -> dict[str, Any]:
     """What a run's tables depend on: the model, the data, and the settings that enter every command's results.
 
-    Args:
-        mllm: the model, loaded.
-        dataset: its samples.
-        cfg: the composed configuration; `model` (without its path), `data`, `seed` and `batch_size` are taken.
-        **settings: whatever else the command's tables depend on.
+    Of the composed configuration `model` (without its path), `data`, `seed` and `batch_size` are taken; `settings` are
+    whatever else the command's tables depend on.
     """
-    model = OmegaConf.to_container(cfg.model, resolve=True)
-    data = OmegaConf.to_container(cfg.data, resolve=True)
-    assert isinstance(model, dict)
-    assert isinstance(data, dict)
+    model: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    data: Any = OmegaConf.to_container(cfg.data, resolve=True)
     for key in ("name", "path", "revision"):  # the digests say what was loaded, wherever it lies
         model.pop(key, None)
     return {
@@ -67,5 +62,6 @@ def fingerprint(mllm: MLLM, dataset: Dataset, cfg: DictConfig, **settings: Any) 
     }
 
 
-def _digest(content: Any) -> str:
+def json_digest(content: Any) -> str:
+    """SHA-256 of plain data, shortened to 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -42,8 +42,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def replace_folder(new: Path, final: Path, overwrite: bool = True) -> None:
     """Rename a finished folder to its final name, in place of what is there; one of several at once stays, whole.
 
-    Raises:
-        FileExistsError: there is something, and `overwrite` is false.
+    Without `overwrite` a `FileExistsError` is raised where there is something.
     """
     old = None
     try:
@@ -70,9 +69,7 @@ def replace_folder(new: Path, final: Path, overwrite: bool = True) -> None:
 def locked(folder: Path, inside: bool = True) -> Iterator[None]:
     """One process after the other goes through the block; file systems without locks let all through.
 
-    Args:
-        folder: what the block works on.
-        inside: lock a file in the folder; else the folder itself, for one that must hold no file of ours.
+    `inside` locks a file in the folder; else the folder itself is locked, for one that must hold no file of ours.
     """
     with ExitStack() as stack:
         if fcntl is not None:
@@ -85,11 +82,7 @@ def locked(folder: Path, inside: bool = True) -> Iterator[None]:
 
 
 def use(folder: Path) -> bool:
-    """Say that this process uses a folder until it ends; call it inside of `locked`.
-
-    Returns:
-        Whether no other process does.
-    """
+    """Say that this process uses a folder until it ends, inside of `locked`; gives whether no other process does."""
     key = folder.resolve()
     if fcntl is None:
         return True

@@ -26,11 +26,7 @@ Compute = Callable[[list[Sample]], Mapping[str, pd.DataFrame | dict[str, torch.T
 
 
 def consecutive_batches(num_samples: int, batch_size: int) -> list[range]:
-    """Sample indices of each batch, in the order of the data.
-
-    Raises:
-        ConfigError: `batch_size` is not a positive number.
-    """
+    """Sample indices of each batch, in the order of the data."""
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; give a positive number")
     return [range(start, min(start + batch_size, num_samples)) for start in range(0, num_samples, batch_size)]
@@ -50,15 +46,11 @@ def run(
     (`accelerate launch`, `torchrun`) take turns at the batches; the shards and what is joined from them stay the same.
 
     Args:
-        folder: where the results go; its finished batches are not computed again.
+        folder: where the results go.
         dataset: the samples.
         batches: sample indices of each batch, the same at every start (see `consecutive_batches`).
         compute: turns the readable samples of a batch into named tables (or tensors, see `RunFolder.write_shard`).
         description: label of the progress bar.
-
-    Raises:
-        DataError: no sample of the whole run could be used.
-        ConfigError: a batch does not fit into memory.
     """
     mine = range(distributed.rank(), len(batches), distributed.world_size())
     todo = [index for index in mine if not folder.has_shard(index)]
@@ -78,7 +70,7 @@ def run(
                 raise odd[0]  # not one sample's fault
             failures += [_failure(dataset, each, error) for each, error in unusable]
             failures.sort(key=lambda failure: failure["index"])
-            folder.write_files(index, files, failures, used, time.perf_counter() - start)
+            folder.write_files(index, files, used, time.perf_counter() - start, failures)
             bar.update(len(batches[index]))
     distributed.barrier()
     with distributed.main_process_first():

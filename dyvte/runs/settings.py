@@ -189,7 +189,7 @@ def check_settings(cfg: DictConfig) -> None:
     device = content.get("device")
     if device is not None and not (isinstance(device, str) and DEVICE.fullmatch(device)):
         raise ConfigError(f"device={device}: give auto, cpu, cuda, cuda:1 or mps")
-    for path, value in _leaves(content):
+    for path, value in leaves(content):
         rule = RULES.get(".".join(path[-2:]), RULES.get(path[-1]))
         if rule is None or (len(path) > 1 and path[0] not in _CHECKED_GROUPS) or "columns" in path:
             continue
@@ -198,14 +198,15 @@ def check_settings(cfg: DictConfig) -> None:
             raise ConfigError(f"{'.'.join(path)}={shown}: give {rule}")
 
 
-def _leaves(content: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def leaves(content: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every setting of a plain configuration, with the keys that lead to it."""
     for key, value in content.items():
         here = (*path, str(key))
         if isinstance(value, Mapping):
-            yield from _leaves(value, here)
+            yield from leaves(value, here)
             continue
         if isinstance(value, list):  # the policies of a composition
             for number, each in enumerate(value):
                 if isinstance(each, Mapping):
-                    yield from _leaves(each, (*here, str(number)))
+                    yield from leaves(each, (*here, str(number)))
         yield here, value

@@ -111,8 +111,7 @@ def overrides_of(config: DictConfig) -> list[str] | None:
 def serialised(tables: Mapping[str, pd.DataFrame | dict[str, torch.Tensor]]) -> dict[str, bytes]:
     """Tables as the bytes of Parquet files, dicts of tensors as those of safetensors, by file name.
 
-    Raises:
-        ValueError: something in them fits into no file (pyarrow's errors are of this kind).
+    What fits into no file raises a `ValueError` (pyarrow's errors are of this kind).
     """
     files = {}
     for name, content in tables.items():
@@ -134,11 +133,7 @@ def _read_record(file: Path) -> dict[str, Any]:
 
 
 class RunFolder:
-    """A folder that holds one run. Use :meth:`open`.
-
-    Attributes:
-        path: the folder.
-    """
+    """A folder that holds one run. Use :meth:`open`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -155,7 +150,7 @@ class RunFolder:
         """Start a run in `path`, or continue the one that is there.
 
         Args:
-            path: the folder; created where it does not exist.
+            path: created where it does not exist.
             run_fingerprint: from :func:`fingerprint`.
             config: the composed configuration, saved as `config.yaml`.
             overwrite: delete the results of an earlier run first.
@@ -227,8 +222,6 @@ class RunFolder:
         for file in [*tables, *(table.with_suffix(".csv") for table in tables), *files]:
             file.unlink(missing_ok=True)
 
-    # ---------------------------------------------------------------- shards
-
     def has_shard(self, index: int) -> bool:
         """Whether batch `index` is finished. One that has lost a file is deleted, to be made again."""
         shard = self._shard(index)
@@ -241,34 +234,19 @@ class RunFolder:
         return False
 
     def write_shard(
-        self,
-        index: int,
-        tables: Mapping[str, pd.DataFrame | dict[str, torch.Tensor]],
-        failures: Sequence[Mapping[str, Any]] = (),
-        num_samples: int = 0,
-        seconds: float = 0.0,
+        self, index: int, tables: Mapping[str, pd.DataFrame | dict[str, torch.Tensor]], num_samples: int, seconds: float
     ) -> None:
-        """Store one finished batch; it exists completely or not at all.
+        """Store one finished batch of samples; it exists completely or not at all.
 
-        Args:
-            index: number of the batch; tables are joined in this order.
-            tables: name -> rows. A batch may leave a table out. A dict of tensors, samples first, is kept beside the
-                tables as safetensors (see `tensors`).
-            failures: JSON objects, one for each sample that could not be used.
-            num_samples: samples in the tables.
-            seconds: what the batch took.
+        Tables are joined in the order of the batches, each of which may leave some out. A dict of tensors, samples
+        first, is kept beside them as safetensors (see `tensors`).
         """
-        self.write_files(index, serialised(tables), failures, num_samples, seconds)
+        self.write_files(index, serialised(tables), num_samples, seconds)
 
     def write_files(
-        self,
-        index: int,
-        files: Mapping[str, bytes],
-        failures: Sequence[Any] = (),
-        num_samples: int = 0,
-        seconds: float = 0,
+        self, index: int, files: Mapping[str, bytes], num_samples: int, seconds: float, failures: Sequence[Any] = ()
     ) -> None:
-        """Like `write_shard`, of tables that are `serialised` already."""
+        """Like `write_shard`, of tables that are `serialised` already; failures are one JSON object a sample."""
         final = self._shard(index)
         temporary = temporary_name(final)
         temporary.mkdir()
@@ -309,17 +287,13 @@ class RunFolder:
         schema = pa.unify_schemas(schemas, promote_options="permissive")
 
         def row_groups() -> Iterator[pa.Table]:
-            waiting: list[pa.Table] = []
+            waiting = [schema.empty_table()]
             for file in files:
-                table = pq.read_table(file).replace_schema_metadata(None)
-                missing = [field for field in schema if field.name not in table.column_names]
-                for field in missing:
-                    table = table.append_column(field, pa.nulls(len(table), field.type))
-                waiting.append(table.select(schema.names).cast(schema))
+                waiting.append(pq.read_table(file).replace_schema_metadata(None))
                 if sum(map(len, waiting)) >= ROWS_PER_GROUP:
-                    yield pa.concat_tables(waiting)
-                    waiting = []
-            yield pa.concat_tables(waiting) if waiting else schema.empty_table()
+                    yield pa.concat_tables(waiting, promote_options="permissive")
+                    waiting = [schema.empty_table()]
+            yield pa.concat_tables(waiting, promote_options="permissive")
 
         def write_parquet(out: BinaryIO) -> None:
             with pq.ParquetWriter(out, schema, compression="zstd") as writer:
@@ -334,8 +308,6 @@ class RunFolder:
         write_atomic(self.path / f"{name}.parquet", write_parquet)
         write_atomic(self.path / f"{name}.csv", write_csv)
 
-    # --------------------------------------------------------------- results
-
     def write_table(self, name: str, frame: pd.DataFrame) -> None:
         """Write a table that was computed from the others, as Parquet and CSV."""
         table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
@@ -343,22 +315,18 @@ class RunFolder:
         write_atomic(self.path / f"{name}.csv", lambda out: pyarrow.csv.write_csv(table, out))
 
     def read_table(self, name: str) -> pd.DataFrame:
-        """A table of this run.
-
-        Raises:
-            RunFolderError: there is none of this name (yet).
-        """
+        """A table of this run; a `RunFolderError` where there is none of this name (yet)."""
         file = self.path / f"{name}.parquet"
         if not file.is_file():
             raise RunFolderError(f"{self.path} has no table {name!r}: the run is not finished")
         return pd.read_parquet(file)
 
-    def tensors(self, name: str, keys: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-        """The tensors `keys` that each shard keeps under `name`, in order; nothing else is read from disk."""
+    def tensors(self, name: str, key: str) -> Iterator[torch.Tensor]:
+        """The tensor `key` that each shard keeps under `name`, in order; nothing else is read from disk."""
         for shard in self._shards():
             if (shard / f"{name}.safetensors").is_file():
                 with safe_open(shard / f"{name}.safetensors", framework="pt") as file:
-                    yield {key: file.get_tensor(key) for key in keys}
+                    yield file.get_tensor(key)
 
     @property
     def seconds(self) -> float:
@@ -370,10 +338,7 @@ class RunFolder:
         return [failure for record in self._shard_records() for failure in record["failures"]]
 
     def write_summary(self, *, model: str, data: str, num_layers: int, **content: Any) -> dict[str, Any]:
-        """Write `summary.json`: the keys that every command shares, then `content`. Returns what was written.
-
-        `seconds` counts the work on all batches, over every session that the run took.
-        """
+        """Write `summary.json`: the keys that every command shares, then `content`. Returns what was written."""
         records = self._shard_records()
         summary = plain(
             {
@@ -391,11 +356,7 @@ class RunFolder:
         return summary
 
     def save_figure(self, name: str, figure: Figure) -> Path:
-        """Write `figures/<name>.png` and `.pdf`, and close the figure; the same one gives the same bytes.
-
-        Returns:
-            The PNG.
-        """
+        """Write `figures/<name>.png` and `.pdf`, the same bytes for the same figure, and close it. Returns the PNG."""
         from matplotlib import pyplot as plt  # slow to import, and most users of run folders draw nothing
 
         folder = self.path / "figures"

@@ -26,9 +26,6 @@ def build(settings: Mapping[str, Any], kind: type, *first: Any, stored: bool = F
         *first: arguments before the settings.
         stored: whether the settings are from a file that somebody else may have written.
         known: a target that the user has named too: stored settings may name it themselves, not those within them.
-
-    Raises:
-        ConfigError: the target is missing, of another kind or not allowed, or it refuses its settings.
     """
     arguments = {key: _built(each, kind, stored) for key, each in settings.items() if key != "_target_"}
     target = find_target(settings["_target_"], kind, stored and settings["_target_"] != known)
@@ -53,10 +50,7 @@ def _built(value: Any, kind: type, stored: bool) -> Any:
 
 
 def find_target(name: Any, kind: type, stored: bool = False) -> Callable[..., Any]:
-    """The class or class method that a `_target_` names.
-
-    Raises:
-        ConfigError: there is none of this name, it is of another kind, or a stored configuration may not name it.
+    """The class or class method that a `_target_` names; a stored configuration may name `KNOWN_PACKAGES` only.
 
     Example:
         >>> from dyvte.data import Dataset

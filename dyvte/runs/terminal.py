@@ -53,10 +53,7 @@ def help_text(root: DictConfig) -> str:
     """What `--help` prints: what the command gives, three examples, its settings; at most a screen.
 
     Examples are the lines of `hydra.help.footer` in the command's file in `conf/`: the words after the command, and
-    after a `#` what they are for.
-
-    Args:
-        root: the composed configuration with Hydra's own part.
+    after a `#` what they are for. `root` is the composed configuration with Hydra's own part.
     """
     name = root.hydra.job.config_name
     known = COMMANDS.get(f"train-{name}") or COMMANDS.get(name.replace("_", "-"))
@@ -149,11 +146,8 @@ BAR = "{desc}: {n_fmt} of {total_fmt} {unit} |{bar:20}| {elapsed} gone, {remaini
 def progress(what: str, counted: str, over: Sequence[Any] | int, **settings: Any) -> tqdm[Any]:
     """A progress bar that says what it counts and how long it will take.
 
-    Args:
-        what: is going on, as `llava_shapes on shapes`.
-        counted: the name of what is counted, in the plural.
-        over: what is gone through, or how many there are.
-        settings: other arguments of tqdm, as `initial` and `disable`.
+    `what` is going on, as `llava_shapes on shapes`; what is `counted` is named in the plural; `over` is what is gone
+    through, or how many there are. Other settings are tqdm's, as `initial` and `disable`.
     """
     items: dict[str, Any] = {"total": over} if isinstance(over, int) else {"iterable": over}
     return tqdm(**items, desc=what, unit=counted, bar_format=BAR, dynamic_ncols=True, **settings)

@@ -21,6 +21,7 @@ Named = tuple[Object, str]
 
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 MAX_COUNT = 3
+MAX_NUMBER = 9
 
 # Probability with which a count question with a given answer is kept, so that the four answers come equally often:
 # inverse to how often a scene admits them (measured over 20,000 scenes; a test holds the outcome to balance).
@@ -40,6 +41,16 @@ class PairFact:
 def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
     """One of the items, each as likely."""
     return items[int(rng.integers(len(items)))]
+
+
+def draw_arithmetic(rng: np.random.Generator) -> tuple[str, int]:
+    """A sum or difference in words, and its result."""
+    result, plus = int(rng.integers(MAX_NUMBER + 1)), bool(rng.integers(2))
+    if plus:
+        first = int(rng.integers(result + 1))
+        return f"{first} plus {result - first}", result
+    second = int(rng.integers(MAX_NUMBER - result + 1))
+    return f"{result + second} minus {second}", result
 
 
 def draw_existence(scene: Scene, rng: np.random.Generator) -> tuple[dict[str, str], bool] | None:

@@ -18,55 +18,40 @@ from __future__ import annotations
 import numpy as np
 
 from dyvte.testbed.facts import pick
-from dyvte.testbed.questions import IMAGE_KINDS, KINDS, PATH_KINDS, STAY, STEPS, ask, follow, unique_names
-from dyvte.testbed.world import ATTRIBUTES, COLUMNS, ROWS, Object, Scene
+from dyvte.testbed.questions import IMAGE_KINDS, KINDS, PATH_KINDS, ask, moves, unique_names
+from dyvte.testbed.tours import PLACE
+from dyvte.testbed.world import ATTRIBUTES, Object, Scene
 
-PLACE = "at"
+ASK_PLACE, BY_PLACE = 0.2, 0.3  # shares of the look-ups that ask where an object is, and of the keys that are places
 BRIEF_KINDS = tuple(k for k in IMAGE_KINDS if k not in PATH_KINDS)
 FILLERS = frozenset(["is", "are", "there", "a", "the", "do", "and", "have", "of", "objects"])
 
 
-def place(item: Object) -> str:
-    """Where an object lies, in two words."""
-    return f"{ROWS[item.row]} {COLUMNS[item.column]}"
-
-
-def look_up(
-    scene: Scene, rng: np.random.Generator, steps: int, by_place: float = 0.3, ask_place: float = 0.2
-) -> tuple[str, str] | None:
-    """A look-up of ``steps`` steps with its answer, or None if the draw admits none.
-
-    Args:
-        steps: steps to follow from the object that the key names.
-        by_place: share of the keys that are places.
-        ask_place: share of the look-ups that ask where an object is.
-    """
-    asked = PLACE if rng.random() < ask_place else str(pick(rng, ATTRIBUTES))
-    if rng.random() < by_place and (asked != PLACE or steps):
+def look_up(scene: Scene, rng: np.random.Generator, steps: int) -> tuple[str, str] | None:
+    """A look-up of ``steps`` steps with its answer, or None if the draw admits none."""
+    asked = PLACE if rng.random() < ASK_PLACE else pick(rng, ATTRIBUTES)
+    if rng.random() < BY_PLACE and (asked != PLACE or steps):
         start: Object = pick(rng, scene.objects)
-        words = [PLACE, place(start)]
+        words = [PLACE, start.place]
     else:
-        names = unique_names(scene, asked if asked != PLACE else str(pick(rng, ATTRIBUTES)))
+        names = unique_names(scene, asked if asked != PLACE else pick(rng, ATTRIBUTES))
         if not names:
             return None
         start, name = pick(rng, names)
         words = [name]
     here = start
     for _ in range(steps):
-        # a step through the asked attribute would give the answer away
-        open_steps = [s for s in STEPS if s not in (STAY, f"same-{asked}") and follow(scene, here, s) is not None]
-        if not open_steps:
+        if not (open_moves := moves(scene, here, asked)):
             return None
-        step = str(pick(rng, open_steps))
+        step, here = pick(rng, open_moves)
         words += ["go", step]
-        here = follow(scene, here, step)  # type: ignore[assignment]
-    return " ".join([*words, asked]), place(here) if asked == PLACE else here[asked]
+    return " ".join([*words, asked]), here.place if asked == PLACE else here[asked]
 
 
 def brief(scene: Scene, rng: np.random.Generator, max_hops: int) -> tuple[str, str] | None:
     """A question that follows no path, of at most ``max_hops`` hops, in its telling words alone, with its answer."""
     kinds = [k for k in BRIEF_KINDS if KINDS[k] <= max_hops]
-    question = ask(scene, str(pick(rng, kinds)), rng, tries=4)
+    question = ask(scene, pick(rng, kinds), rng, tries=4)
     if question is None:
         return None
     return " ".join(w for w in question.text.split() if w not in FILLERS), question.answer

@@ -36,8 +36,21 @@ class TestbedSizes:
         return (IMAGE_SIZE // self.patch_size) ** 2
 
 
+def llava_config(text: LlamaConfig, vision: CLIPVisionConfig, image_token_id: int) -> LlavaConfig:
+    """A LLaVA of this decoder and tower; the tower's last layer is used, its class token dropped."""
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=image_token_id,
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+
+
 def build_config(sizes: TestbedSizes) -> LlavaConfig:
-    """LLaVA configuration of the testbed; the tower's last layer is used, its class token dropped."""
+    """LLaVA configuration of the testbed."""
     words = vocabulary()
     text = LlamaConfig(
         vocab_size=len(words),
@@ -62,15 +75,7 @@ def build_config(sizes: TestbedSizes) -> LlavaConfig:
         patch_size=sizes.patch_size,
         projection_dim=sizes.vision_width,
     )
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=words.index(IMAGE),
-        image_seq_length=sizes.visual_tokens,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=False,
-    )
+    return llava_config(text, vision, words.index(IMAGE))
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ class PackedBatch:
     """Packed sequences of one length N.
 
     Attributes:
-        input_ids: [B, N] token ids, padding filled with ``pad_id``.
+        input_ids: [B, N], padding filled with ``pad_id``.
         position_ids: [B, N] positions as if every branch stood alone.
         branch: [B, N] 0 in the prefix, 1, 2, ... in the branches, -1 at padding.
         labels: [B, N] id of the *next* token of the same branch where it is trained on, else ``IGNORE``.
@@ -62,11 +62,7 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class Branch:
-    """A prompt with the answer that is trained on; ``prompt_weight`` trains (weakly) on the prompt's words too.
-
-    Attributes:
-        decided: which words of the answer carry the full weight; the others weigh as the prompt's do. None: all.
-    """
+    """A prompt with its answer, whose ``decided`` words (None: all) carry the full weight, others the prompt's."""
 
     kind: str
     prompt: Sequence[int]

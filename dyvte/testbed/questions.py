@@ -17,20 +17,30 @@ where either answer was possible.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from PIL import Image
 
-from dyvte.testbed.facts import draw_attribute, draw_comparison, draw_count, draw_existence, draw_relation, pick
-from dyvte.testbed.world import ATTRIBUTES, COLUMNS, GRID, ROWS, Object, Scene, render, sample_scene, scene_generator
+from dyvte.errors import ConfigError
+from dyvte.testbed.facts import (
+    Named,
+    draw_arithmetic,
+    draw_attribute,
+    draw_comparison,
+    draw_count,
+    draw_existence,
+    draw_relation,
+    pick,
+)
+from dyvte.testbed.world import ATTRIBUTES, Object, Scene, render, scene_stream
 
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 STAY = "stay"
 SAME = {f"same-{attribute}": attribute for attribute in ATTRIBUTES}
 STEPS = (STAY, *DIRECTIONS, *SAME)
-MAX_NUMBER = 9
 
 KINDS: dict[str, int] = {
     "arithmetic": 0,
@@ -50,16 +60,11 @@ YES, NO = "yes", "no"
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its one-word answer. ``hops`` counts look-ups in the image (0: needs no image)."""
+    """A question with its one-word answer."""
 
     kind: str
     text: str
     answer: str
-
-    @property
-    def hops(self) -> int:
-        """Look-ups in the image that the answer takes."""
-        return KINDS[self.kind]
 
 
 def describe(item: Object, mentioned: Sequence[str]) -> str:
@@ -68,7 +73,9 @@ def describe(item: Object, mentioned: Sequence[str]) -> str:
     return " ".join(words if len(words) == 2 else [*words, "shape"])
 
 
-def unique_names(scene: Scene, omitted: str) -> list[tuple[Object, str]]:
+def unique_names(
+    scene: Scene, omitted: str, describe: Callable[[Object, Sequence[str]], str] = describe
+) -> list[Named]:
     """All descriptions without the attribute ``omitted`` that fit exactly one object, each with its object."""
     allowed = [a for a in ATTRIBUTES if a != omitted]
     found = []
@@ -87,22 +94,19 @@ def follow(scene: Scene, start: Object, step: str) -> Object | None:
     if step == STAY:
         return start
     if step in DIRECTIONS:
-        row, column = start.row + DIRECTIONS[step][0], start.column + DIRECTIONS[step][1]
-        return scene.at(row, column) if 0 <= row < GRID and 0 <= column < GRID else None
+        return scene.at(start.row + DIRECTIONS[step][0], start.column + DIRECTIONS[step][1])
     attribute = SAME[step]
     others = [o for o in scene.objects if o is not start and o[attribute] == start[attribute]]
     return others[0] if len(others) == 1 else None
 
 
-def _arithmetic(rng: np.random.Generator) -> Question:
-    result, plus = int(rng.integers(MAX_NUMBER + 1)), bool(rng.integers(2))
-    if plus:
-        first = int(rng.integers(result + 1))
-        text = f"what is {first} plus {result - first} ?"
-    else:
-        second = int(rng.integers(MAX_NUMBER - result + 1))
-        text = f"what is {result + second} minus {second} ?"
-    return Question("arithmetic", text, str(result))
+def moves(scene: Scene, start: Object, asked: str = "") -> list[tuple[str, Object]]:
+    """Every step from an object that leads to another, with that one.
+
+    None goes through the attribute that is asked for, which would give the answer away.
+    """
+    steps = [step for step in (*DIRECTIONS, *SAME) if SAME.get(step) != asked]
+    return [(step, end) for step in steps if (end := follow(scene, start, step)) is not None]
 
 
 def _existence(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -132,26 +136,30 @@ def _comparison(scene: Scene, rng: np.random.Generator) -> Question | None:
     return Question("comparison", text, YES if fact.yes else NO)
 
 
-def _steps(kind: str, asked: str, rng: np.random.Generator) -> tuple[str, str]:
-    """Two steps of a path of the given kind; a step through the asked attribute would give the answer away."""
-    same = [name for name, attribute in SAME.items() if attribute != asked]
+def draw_steps(kind: str, asked: str, rng: np.random.Generator) -> tuple[str, ...]:
+    """The steps of a kind of path, from none on; one through the asked attribute would give the answer away."""
+    directions, same = tuple(DIRECTIONS), [name for name, attribute in SAME.items() if attribute != asked]
     if kind == "attribute":
-        return STAY, STAY
+        return ()
+    if kind in ("same_attribute", "neighbor"):
+        return (pick(rng, same if kind == "same_attribute" else directions),)
+    # two directions would add up to one displacement, a single hop in disguise
     if kind == "two_hop":
-        # two directions would add up to one displacement, a single hop in disguise
         first = pick(rng, same)
-        second = pick(rng, [s for s in (*DIRECTIONS, *same) if s != first])
-    else:
-        first, second = pick(rng, same if kind == "same_attribute" else tuple(DIRECTIONS)), STAY
-    return (first, second) if rng.integers(2) else (second, first)
+        second = pick(rng, [s for s in (*directions, *same) if s != first])
+        return (first, second) if rng.integers(2) else (second, first)
+    middle = pick(rng, directions)
+    if rng.integers(2):
+        return pick(rng, same), middle, pick(rng, same)
+    return middle, pick(rng, same), pick(rng, directions)
 
 
-def _path(
-    scene: Scene, kind: str, named: tuple[Object, str], asked: str, rng: np.random.Generator, tries: int
-) -> Question | None:
+def _path(scene: Scene, kind: str, named: Named, asked: str, rng: np.random.Generator, tries: int) -> Question | None:
     start, name = named
     for _ in range(tries):
-        steps = _steps(kind, asked, rng)
+        steps = draw_steps(kind, asked, rng) or (STAY, STAY)
+        if len(steps) == 1:
+            steps = (*steps, STAY) if rng.integers(2) else (STAY, *steps)
         middle = follow(scene, start, steps[0])
         end = follow(scene, middle, steps[1]) if middle is not None else None
         if end is not None and (kind == "attribute" or end is not start):
@@ -163,7 +171,8 @@ def _path(
 def ask(scene: Scene, kind: str, rng: np.random.Generator, tries: int = 12) -> Question | None:
     """Ask one question of a kind about a scene, or None if the scene (or the draw) admits none."""
     if kind == "arithmetic":
-        return _arithmetic(rng)
+        words, result = draw_arithmetic(rng)
+        return Question(kind, f"what is {words} ?", str(result))
     if kind in PATH_KINDS:
         for _ in range(tries):
             asked = pick(rng, ATTRIBUTES)
@@ -197,12 +206,8 @@ def ask_matched(scene: Scene, rng: np.random.Generator, tries: int = 24) -> dict
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """A caption that names every object with its place, in random order."""
-    order = rng.permutation(len(scene.objects))
-    parts = []
-    for i in order:
-        o = scene.objects[int(i)]
-        parts.append(f"a {o.size} {o.color} {o.shape} at {ROWS[o.row]} {COLUMNS[o.column]}")
-    return " , ".join(parts)
+    order = [scene.objects[int(i)] for i in rng.permutation(len(scene.objects))]
+    return " , ".join(f"a {o.size} {o.color} {o.shape} at {o.place}" for o in order)
 
 
 CAPTION_PROMPT = "describe the image ."
@@ -234,7 +239,15 @@ class ShapesRecord:
         return Image.fromarray(render(self.scene))
 
 
-class ShapesQuestions(Sequence[ShapesRecord]):
+def check_questions(num: int, per_scene: int, kinds: Iterable[str], known: Sequence[str]) -> None:
+    """Refuse a request for questions that cannot be asked."""
+    if unknown := [k for k in kinds if k not in known]:
+        raise ConfigError(f"unknown question kinds {unknown}; choose from {known}")
+    if num < 0 or per_scene < 1:
+        raise ConfigError(f"num must be at least 0 and per_scene at least 1, got {num} and {per_scene}")
+
+
+class ShapesQuestions(list[ShapesRecord]):
     """``num`` questions of a split, kinds in turn (so that any prefix is balanced), ``per_scene`` to an image.
 
     With ``matched`` the four path kinds about one scene come as a matched group. The kind ``caption`` asks for a
@@ -250,53 +263,36 @@ class ShapesQuestions(Sequence[ShapesRecord]):
         per_scene: int = 3,
         matched: bool = False,
     ) -> None:
-        known = (*KINDS, "caption")
-        kinds = tuple(kinds) if kinds else tuple(KINDS)
-        if unknown := [k for k in kinds if k not in known]:
-            raise ValueError(f"unknown question kinds {unknown}; choose from {known}")
-        if num < 0 or per_scene < 1:
-            raise ValueError(f"num must be at least 0 and per_scene at least 1, got {num} and {per_scene}")
-        self.split, self.seed, self.kinds = split, seed, kinds
-        stream = self._matched() if matched else self._mixed(per_scene)
-        self._records = [record for record, _ in zip(stream, range(num), strict=False)]
+        chosen = tuple(kinds or KINDS)
+        check_questions(num, per_scene, chosen, (*KINDS, "caption"))
+        stream = _matched(split, seed) if matched else _mixed(split, seed, chosen, per_scene)
+        super().__init__(islice(stream, num))
 
-    def _mixed(self, per_scene: int) -> Iterator[ShapesRecord]:
-        owed = dict.fromkeys(self.kinds, 0)  # questions asked so far: the kind that lags behind is asked next
-        # Fewer kinds than questions an image: each is asked again, in other words if the first ones come up twice.
-        rounds = 1 if len(self.kinds) >= per_scene else 3 * per_scene
-        index = 0
-        while True:
-            scene = sample_scene(self.split, self.seed, index)
-            rng = scene_generator(self.split, self.seed, index, purpose=2)
-            asked: set[str] = set()
-            for _ in range(rounds):
-                least = min(owed.values())
-                for kind in sorted(self.kinds, key=lambda k: (owed[k], self.kinds.index(k))):
-                    if len(asked) == per_scene or owed[kind] > least:
-                        break
-                    if kind == "caption":
-                        question: Question | None = Question("existence", CAPTION_PROMPT, caption(scene, rng))
-                    else:
-                        question = ask(scene, kind, rng)
-                    if question is None or question.text in asked:
-                        continue
-                    owed[kind] += 1
-                    asked.add(question.text)
-                    yield ShapesRecord(scene, f"{scene.image_id}-{len(asked)}", kind, question.text, question.answer)
-            index += 1
 
-    def _matched(self) -> Iterator[ShapesRecord]:
-        index = 0
-        while True:
-            scene = sample_scene(self.split, self.seed, index)
-            group = ask_matched(scene, scene_generator(self.split, self.seed, index, purpose=3))
-            for number, (kind, question) in enumerate((group or {}).items()):
-                name = f"{scene.image_id}-m"
-                yield ShapesRecord(scene, f"{name}{number}", kind, question.text, question.answer, group=name)
-            index += 1
+def _mixed(split: str, seed: int, kinds: tuple[str, ...], per_scene: int) -> Iterator[ShapesRecord]:
+    owed = dict.fromkeys(kinds, 0)  # questions asked so far: the kind that lags behind is asked next
+    # Fewer kinds than questions an image: each is asked again, in other words if the first ones come up twice.
+    rounds = 1 if len(kinds) >= per_scene else 3 * per_scene
+    for scene, rng in scene_stream(split, seed, purpose=2):
+        asked: set[str] = set()
+        for _ in range(rounds):
+            least = min(owed.values())
+            for kind in sorted(kinds, key=lambda k: (owed[k], kinds.index(k))):
+                if len(asked) == per_scene or owed[kind] > least:
+                    break
+                if kind == "caption":
+                    question: Question | None = Question(kind, CAPTION_PROMPT, caption(scene, rng))
+                else:
+                    question = ask(scene, kind, rng)
+                if question is None or question.text in asked:
+                    continue
+                owed[kind] += 1
+                asked.add(question.text)
+                yield ShapesRecord(scene, f"{scene.image_id}-{len(asked)}", kind, question.text, question.answer)
 
-    def __len__(self) -> int:
-        return len(self._records)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        return self._records[index]
+def _matched(split: str, seed: int) -> Iterator[ShapesRecord]:
+    for scene, rng in scene_stream(split, seed, purpose=3):
+        for number, (kind, question) in enumerate((ask_matched(scene, rng) or {}).items()):
+            name = f"{scene.image_id}-m"
+            yield ShapesRecord(scene, f"{name}{number}", kind, question.text, question.answer, group=name)

@@ -8,7 +8,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-from dyvte.testbed.questions import MAX_NUMBER, NO, STEPS, YES
+from dyvte.testbed.facts import MAX_NUMBER
+from dyvte.testbed.questions import NO, STEPS, YES
 from dyvte.testbed.world import COLUMNS, IMAGE_SIZE, ROWS, VALUES
 
 BOS, EOS, PAD, UNKNOWN, IMAGE = "<s>", "</s>", "<pad>", "<unk>", "<image>"
@@ -64,7 +65,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor(patch_size: int) -> LlavaProcessor:
-    """LLaVA processor: images scaled to the world's canvas, values to [-1, 1]."""
+    """The processor of the small testbed."""
+    return llava_processor(build_tokenizer(), patch_size)
+
+
+def llava_processor(tokenizer: PreTrainedTokenizerFast, patch_size: int) -> LlavaProcessor:
+    """LLaVA processor around a tokenizer: images scaled to the world's canvas, values to [-1, 1]."""
     image_processor = CLIPImageProcessorPil(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         do_center_crop=False,
@@ -73,10 +79,10 @@ def build_processor(patch_size: int) -> LlavaProcessor:
     )
     return LlavaProcessor(
         image_processor=image_processor,
-        tokenizer=build_tokenizer(),
+        tokenizer=tokenizer,
         patch_size=patch_size,
         vision_feature_select_strategy="default",
         image_token=IMAGE,
         num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=tokenizer.chat_template,
     )

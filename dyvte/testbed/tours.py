@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dyvte.testbed.facts import pick
-from dyvte.testbed.questions import STAY, STEPS, follow
+from dyvte.testbed.questions import follow, moves
 from dyvte.testbed.world import ATTRIBUTES, COLUMNS, ROWS, Object, Scene
 
 TOUR_PROMPT = "tour the image ."
@@ -37,10 +37,6 @@ def _values(item: Object, fact: str) -> tuple[str, ...]:
     return (ROWS[item.row], COLUMNS[item.column]) if fact == PLACE else (item[fact],)
 
 
-def _steps_from(scene: Scene, item: Object) -> list[str]:
-    return [step for step in STEPS if step != STAY and follow(scene, item, step) is not None]
-
-
 def tour(scene: Scene, rng: np.random.Generator, stops: int, step_share: float = 0.6) -> list[TourWord]:
     """A tour of ``stops`` stops; ``step_share`` of the moves follow a step, the others start anew."""
     words: list[TourWord] = []
@@ -48,12 +44,10 @@ def tour(scene: Scene, rng: np.random.Generator, stops: int, step_share: float =
     fitting = list(scene.objects)  # the objects the tour may be at, as far as its words tell
     for stop in range(stops):
         if stop:
-            steps = _steps_from(scene, here) if rng.random() < step_share else []
-            if steps:
-                step = pick(rng, steps)
+            if rng.random() < step_share and (open_moves := moves(scene, here)):
+                step, here = pick(rng, open_moves)
                 words += [TourWord("go", False), TourWord(step, False)]
                 reached = [end for o in fitting if (end := follow(scene, o, step)) is not None]
-                here = follow(scene, here, step) or here  # the step was chosen among those that lead somewhere
                 fitting = list(dict.fromkeys(reached))
             else:
                 words.append(TourWord(",", False))

@@ -12,14 +12,13 @@ A batch is a pure function of (seed, stage, step), so a killed and resumed run e
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
-import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
 from dyvte.errors import ConfigError
@@ -30,9 +29,10 @@ from dyvte.testbed.questions import IMAGE_KINDS
 from dyvte.testbed.tokenizer import build_processor
 from dyvte.testbed.training.batches import STAGES, Batches, phases
 from dyvte.testbed.training.forward import (
-    choose_precision,
+    device_and_precision,
     fast_training,
     hidden_states,
+    image_accuracy,
     initialise_projector,
     packed_accuracy,
     packed_loss,
@@ -48,10 +48,7 @@ def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
     sizes = TestbedSizes(**OmegaConf.to_container(cfg.sizes))  # type: ignore[arg-type]
     if unknown := [s for s in cfg.stages if s not in STAGES]:
         raise ConfigError(f"unknown testbed stages {unknown}: stages= takes a list from {list(STAGES)}")
-    device = torch.device(cfg.device)
-    precision = choose_precision(cfg.precision, device)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    device, precision = device_and_precision(cfg)
     model = build_model(sizes, cfg.seed).to(device)
     batches = Batches(cfg, sizes)
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
@@ -69,20 +66,16 @@ def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
             states = hidden_states(model, decoder, batch, features)
         return packed_loss(model, states.float(), batch)
 
-    held_out: list[tuple[PackedBatch, Tensor | None]] = []
+    held_out = functools.cache(lambda: batches.validation(cfg.validation_scenes))
 
-    def image_accuracy() -> dict[str, float]:
-        if not held_out:
-            held_out.append(batches.validation(cfg.validation_scenes))
-        batch, images = held_out[0]
+    def accuracy() -> dict[str, float]:
         with fast_training(device, precision):
-            found = packed_accuracy(model, batch.to(device), None if images is None else images.to(device))
-        return {"accuracy": float(np.mean([v for k, v in found.items() if k in IMAGE_KINDS]))} | found
+            return image_accuracy(model, held_out(), IMAGE_KINDS)
 
     def language_accuracy() -> dict[str, float]:
         batch = batches.language(10**6, 1.0, cfg.validation_scenes)  # a step that training never reaches
         with fast_training(device, precision):
-            return packed_accuracy(model, batch.to(device), None)
+            return packed_accuracy(model, batch, None)
 
     if cfg.init_from:
         parts = {"tower": tower, "projector": projector, "talk": talk}
@@ -115,8 +108,8 @@ def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
         batch_of, loss_of, evaluate = {
             "language": (lambda k, p: (steps.language(k, p, cfg.language.batch_size), None), loss, language_accuracy),
             "vision": (lambda k, p: vision_batch(cfg, sizes, k, "vision"), patch_loss, patch_accuracy),
-            "align": (lambda k, p: steps.align(k, cfg.align.batch_size), loss, image_accuracy),
-            "instruct": (steps.instruct_or_text, loss, image_accuracy),
+            "align": (lambda k, p: steps.align(k, cfg.align.batch_size), loss, accuracy),
+            "instruct": (steps.instruct_or_text, loss, accuracy),
         }[stage]
         run_stage(name, folder, modules, settings[stage], batch_of, loss_of, evaluate, settings.seed, cfg.workers)
 
@@ -131,8 +124,7 @@ def train(cfg: DictConfig, folder: Path) -> LlavaForConditionalGeneration:
             if not (folder / "align.pt").exists():
                 torch.manual_seed(cfg.seed)
                 fitted = [sample_scene("caption", cfg.seed, i) for i in range(cfg.align.projector_scenes)]
-                left = initialise_projector(model, fitted, batches.ids)
-                tqdm.write(f"projector starts at the words of the patches, relative squared error {left:.3f}")
+                initialise_projector(model, fitted, batches.ids)
             run(name, cfg, projector=projector)
             talk.requires_grad_(True)
         else:

@@ -7,10 +7,15 @@ images are alike. Everything is a pure function of a seed: scene ``i`` of a spli
 
 from __future__ import annotations
 
+import itertools
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dyvte.errors import ConfigError
 
 COLORS: dict[str, tuple[float, float, float]] = {
     "red": (0.86, 0.14, 0.16),
@@ -57,6 +62,16 @@ class Object:
             raise KeyError(f"an object has no attribute {attribute!r}; choose one of {ATTRIBUTES}")
         return getattr(self, attribute)
 
+    @property
+    def cell(self) -> tuple[int, int]:
+        """Row and column."""
+        return self.row, self.column
+
+    @property
+    def place(self) -> str:
+        """The cell in two words."""
+        return f"{ROWS[self.row]} {COLUMNS[self.column]}"
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -74,13 +89,13 @@ class Scene:
 
     def at(self, row: int, column: int) -> Object | None:
         """The object in a cell, if any."""
-        return next((o for o in self.objects if o.row == row and o.column == column), None)
+        return next((o for o in self.objects if o.cell == (row, column)), None)
 
 
 def scene_generator(split: str, seed: int, index: int, purpose: int = 0) -> np.random.Generator:
     """The random generator of one scene; ``purpose`` separates the scene's own draws from its questions'."""
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; choose one of {sorted(SPLITS)}")
+        raise ConfigError(f"unknown split {split!r}; choose one of {sorted(SPLITS)}")
     return np.random.default_rng([SPLITS[split], seed, index, purpose])
 
 
@@ -133,11 +148,14 @@ def scene_of(image_id: str) -> Scene | None:
         >>> scene_of(sample_scene("test", 0, 12).image_id).index
         12
     """
-    split, _, rest = image_id.rpartition("-")[0].rpartition("-")
-    index = image_id.rpartition("-")[2]
-    if split not in SPLITS or not (rest.isdigit() and index.isdigit() and len(index) >= 7):
-        return None
-    return sample_scene(split, int(rest), int(index))
+    found = re.fullmatch(rf"({'|'.join(SPLITS)})-(\d+)-(\d{{7,}})", image_id)
+    return sample_scene(found[1], int(found[2]), int(found[3])) if found else None
+
+
+def scene_stream(split: str, seed: int, purpose: int) -> Iterator[tuple[Scene, np.random.Generator]]:
+    """Scene after scene of a split without end, each with the generator of its questions."""
+    for index in itertools.count():
+        yield sample_scene(split, seed, index), scene_generator(split, seed, index, purpose)
 
 
 def signed_distance(shape: str, x: NDArray[np.float64], y: NDArray[np.float64], radius: float) -> NDArray[np.float64]:

@@ -91,27 +91,29 @@ def paper_labels(agree: Tensor, nll: Tensor, ratio: float = 1.03, eps: float = 1
     return agree.bool() & (nll <= torch.maximum(ratio * full, full + eps))
 
 
-def release_labels(
-    token_argmax: Tensor, nll: Tensor, valid: Tensor, ratio: float = 1.03, agreement: float = 0.99
-) -> Tensor:
-    """Exit labels as in DyVTE's published code, teacher-forced on the ground truth.
+def token_agreement(token_argmax: Tensor, valid: Tensor) -> Tensor:
+    """[B, L + 1] share of an answer's positions at which an exit's likeliest token is the full model's.
+
+    Args:
+        token_argmax: [B, L + 1, A].
+        valid: [B, A] False at padding.
+    """
+    same = (token_argmax == token_argmax[:, -1:]) & valid[:, None, :]
+    return same.sum(-1) / valid.sum(-1)[:, None]
+
+
+def release_labels(agreement: Tensor, nll: Tensor, ratio: float = 1.03) -> Tensor:
+    """Exit labels [B, L + 1] as in DyVTE's published code, teacher-forced on the ground truth.
 
     y[k] = 1 iff the argmax sequences of exit k and of the full model agree on at least 99% of the positions (end token
     included) and CE_k < 1.03 * CE_full. The full model itself (k = L) is always labelled 1.
 
     Args:
-        token_argmax: [B, L + 1, A] most likely token at every answer position.
+        agreement: [B, L + 1] of `token_agreement`.
         nll: [B, L + 1] cross-entropy of the ground truth, mean over its tokens, in nats.
-        valid: [B, A] False at padding.
         ratio: allowed factor on the full model's cross-entropy.
-        agreement: fraction of positions that must agree.
-
-    Returns:
-        [B, L + 1] boolean.
     """
-    same = (token_argmax == token_argmax[:, -1:]) & valid[:, None, :]
-    share = same.sum(-1) / valid.sum(-1)[:, None]
-    labels = (share >= agreement) & (nll < ratio * nll[:, -1:])
+    labels = (agreement >= 0.99) & (nll < ratio * nll[:, -1:])
     labels[:, -1] = True
     return labels
 

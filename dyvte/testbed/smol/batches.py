@@ -6,6 +6,7 @@ Every batch is a pure function of (seed, phase, step), so a killed and resumed r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 from omegaconf import DictConfig
@@ -18,20 +19,18 @@ from dyvte.testbed.smol.base import ASSISTANT, EOS, HEAD, IMAGE
 from dyvte.testbed.smol.practice import caption, look_up
 from dyvte.testbed.smol.questions import IMAGE_KINDS, KINDS, ask, choose_frame
 from dyvte.testbed.smol.rehearsal import Rehearsed, Teacher
-from dyvte.testbed.training.batches import pixels
-from dyvte.testbed.world import Scene, sample_scene, scene_generator
-
-CAPTION_SCENES = 2 * 10**7  # look-ups and captions are about scenes that no question is ever asked about
+from dyvte.testbed.training.batches import QuestionBatches
+from dyvte.testbed.world import Scene, sample_scene, scene_stream
 
 
-class EnglishBatches:
+class EnglishBatches(QuestionBatches):
     """Batches of one phase.
 
-    Args:
-        phase: What each scene is asked: `captions`, `look_ups` and `questions` a scene, `max_hops`, `kind_weights`;
-            `scenes` images and `texts` rows of plain text a step; `length` in tokens.
-        rehearsed: Texts that keep the language model what it is.
+    The phase says what each scene is asked: `captions`, `look_ups` and `questions` a scene, `max_hops`, `kind_weights`;
+    and how much there is: `scenes` images and `texts` rows of rehearsed text a step, `length` in tokens.
     """
+
+    ask, before_answer, end = staticmethod(ask), ASSISTANT, EOS
 
     def __init__(
         self,
@@ -48,17 +47,7 @@ class EnglishBatches:
         self.prefix = [*self.ids(HEAD), *image]
         weights = dict.fromkeys(KINDS, 1.0) | {str(k): float(v) for k, v in phase.kind_weights.items()}
         self.kinds = [kind for kind in KINDS if KINDS[kind] <= phase.max_hops and weights[kind] > 0]
-        shares = np.array([weights[kind] for kind in self.kinds])
-        self.shares = shares / shares.sum()
-
-    def ids(self, text: str) -> list[int]:
-        """Token ids of a text."""
-        found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return found
-
-    def branch(self, kind: str, question: str, answer: str) -> Branch:
-        """A question with its answer and end token, in the chat format."""
-        return Branch(kind, self.ids(question + ASSISTANT), self.ids(answer + EOS))
+        self.weights = np.array([weights[kind] for kind in self.kinds])
 
     def _caption(self, scene: Scene, rng: np.random.Generator) -> Branch:
         _, frame = choose_frame(phrases.CAPTION, rng, "known")
@@ -71,17 +60,6 @@ class EnglishBatches:
             if len(found) < number and (one := look_up(scene, rng, *shares)) is not None:
                 found[one[0]] = one[1]
         return [self.branch("look_up", question, answer) for question, answer in found.items()]
-
-    def _questions(self, scene: Scene, rng: np.random.Generator, number: int) -> list[Branch]:
-        branches, seen = [], set()
-        for kind in rng.choice(self.kinds, size=2 * number, p=self.shares):
-            question = ask(scene, str(kind), rng, "known", tries=4)
-            if question is not None and question.text not in seen:
-                seen.add(question.text)
-                branches.append(self.branch(question.kind, question.text, question.answer))
-            if len(branches) == number:
-                break
-        return branches
 
     def train(self, step: int, progress: float = 0.0) -> tuple[PackedBatch, Tensor | None, Teacher | None]:
         """Images with what the phase asks of each, and rows of text whose words weigh `text_weight`.
@@ -100,7 +78,7 @@ class EnglishBatches:
             if practice:
                 branches += [self._caption(scene, rng) for _ in range(phase.captions)]
                 branches += self._look_ups(scene, rng, phase.look_ups)
-            branches += self._questions(scene, rng, phase.questions)
+            branches += self.drawn_questions(scene, rng, phase.questions, self.kinds, self.weights)
             rows.append((self.prefix, branches))
             scenes.append(scene)
         teachers: list[Teacher] = []
@@ -110,7 +88,7 @@ class EnglishBatches:
             teachers += [text.teacher for text in texts]
         packed = pack(rows, phase.length, self.pad_id)
         packed.weights[phase.scenes :] *= phase.text_weight
-        return packed, None if self.blind else pixels(scenes), Teacher.concatenate(teachers) if teachers else None
+        return packed, self.images(scenes), Teacher.concatenate(teachers) if teachers else None
 
     def _text_row(self, rng: np.random.Generator) -> list[Rehearsed]:
         row: list[Rehearsed] = []
@@ -124,10 +102,7 @@ class EnglishBatches:
     def validation(self, number: int) -> tuple[PackedBatch, Tensor | None]:
         """Scenes of the validation split with a question of every image kind that each admits, in known paraphrases."""
         rows, scenes = [], []
-        for index in range(number):
-            scene = sample_scene("validation", 0, index)
-            rng = scene_generator("validation", 0, index, purpose=4)
-            asked = [q for kind in IMAGE_KINDS if (q := ask(scene, kind, rng)) is not None]
-            rows.append((self.prefix, [self.branch(q.kind, q.text, q.answer) for q in asked]))
+        for scene, rng in islice(scene_stream("validation", 0, purpose=4), number):
+            rows.append((self.prefix, self.every_question(scene, rng, IMAGE_KINDS)))
             scenes.append(scene)
-        return pack(rows, int(self.phase.length) + 64, self.pad_id), None if self.blind else pixels(scenes)
+        return pack(rows, int(self.phase.length) + 64, self.pad_id), self.images(scenes)

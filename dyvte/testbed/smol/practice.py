@@ -5,21 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from dyvte.testbed.facts import draw_attribute, draw_comparison, draw_count, pick
-from dyvte.testbed.questions import DIRECTIONS, SAME, follow
+from dyvte.testbed.questions import moves
 from dyvte.testbed.smol import phrases
 from dyvte.testbed.smol.questions import choose_frame, fill, tell, unique_nouns
-from dyvte.testbed.world import ATTRIBUTES, COLUMNS, ROWS, Object, Scene
-
-
-def place(item: Object) -> str:
-    """Where an object lies, in two words."""
-    return f"{ROWS[item.row]} {COLUMNS[item.column]}"
+from dyvte.testbed.world import ATTRIBUTES, Scene
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """A sentence for every object, in random order."""
     order = [scene.objects[int(i)] for i in rng.permutation(len(scene.objects))]
-    return " ".join(f"A {o.size} {o.color} {o.shape} at the {place(o)}." for o in order)
+    return " ".join(f"A {o.size} {o.color} {o.shape} at the {o.place}." for o in order)
 
 
 def _step(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
@@ -28,12 +23,9 @@ def _step(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     if not named:
         return None
     item, name = pick(rng, named)
-    # a step through the asked attribute would give the answer away
-    steps = [s for s in (*DIRECTIONS, *SAME) if SAME.get(s) != asked]
-    open_steps = [(s, end) for s in steps if (end := follow(scene, item, s)) is not None]
-    if not open_steps:
+    if not (open_moves := moves(scene, item, asked)):
         return None
-    step, end = pick(rng, open_steps)
+    step, end = pick(rng, open_moves)
     told = tell(name, [step])
     return f"{told[0].upper()}{told[1:]}: which {asked}?", end[asked]
 
@@ -77,14 +69,14 @@ def look_up(
             drawn -= share
     if rng.random() < 0.3:
         item, asked = pick(rng, scene.objects), pick(rng, ATTRIBUTES)
-        return f"The shape at the {place(item)}: which {asked}?", item[asked]
+        return f"The shape at the {item.place}: which {asked}?", item[asked]
     if rng.random() < 0.35:
         named = unique_nouns(scene, pick(rng, ATTRIBUTES))
         if not named:
             return None
         item, name = pick(rng, named)
         _, frame = choose_frame(phrases.PLACE, rng, "known")
-        return fill(frame, x=name), place(item)
+        return fill(frame, x=name), item.place
     asked = pick(rng, ATTRIBUTES)
     named = unique_nouns(scene, asked)
     if not named:

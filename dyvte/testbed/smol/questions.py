@@ -19,7 +19,9 @@ from typing import Literal
 import numpy as np
 
 from dyvte.testbed.facts import (
+    Named,
     PairFact,
+    draw_arithmetic,
     draw_attribute,
     draw_comparison,
     draw_count,
@@ -27,7 +29,7 @@ from dyvte.testbed.facts import (
     draw_relation,
     pick,
 )
-from dyvte.testbed.questions import DIRECTIONS, MAX_NUMBER, SAME, STAY, follow
+from dyvte.testbed.questions import DIRECTIONS, NO, SAME, STAY, YES, draw_steps, follow, unique_names
 from dyvte.testbed.smol import phrases
 from dyvte.testbed.world import ATTRIBUTES, Object, Scene
 
@@ -54,7 +56,6 @@ MATCHED_KINDS: tuple[str, ...] = ("attribute", "neighbor", "two_hop", "three_hop
 """Walked questions asked of one scene as a group, one of each number of hops."""
 
 NUM_PATHS_STEPS = 3
-YES, NO = "yes", "no"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class EnglishQuestion:
     Attributes:
         form: "told" or "walked" for the path kinds, else "".
         paraphrase: Index of its frame among the kind's sixteen.
-        steps: The steps of a path, () elsewhere.
+        steps: Of a path.
         target: Cells (row, column) of the objects that the answer rests on: the asked one last.
     """
 
@@ -79,7 +80,7 @@ class EnglishQuestion:
     @property
     def hops(self) -> int:
         """Look-ups in the image that the answer takes."""
-        return KINDS.get(self.kind, 1)
+        return KINDS[self.kind]
 
 
 def choose_frame(frames: Sequence[str], rng: np.random.Generator, paraphrases: Paraphrases) -> tuple[int, str]:
@@ -99,21 +100,15 @@ def fill(frame: str, **slots: str) -> str:
     return text[0].upper() + text[1:]
 
 
-# ---------------------------------------------------------------- names of objects
 def noun(item: Object, mentioned: Sequence[str]) -> str:
-    """An object by some of its attributes: "small red shape", "red circle", "circle", "small shape"."""
+    """An object by some of its attributes: "the small red shape", "the red circle", "the circle", "the small shape"."""
     words = [item[a] for a in ("size", "color") if a in mentioned]
-    return " ".join([*words, item.shape if "shape" in mentioned else "shape"])
+    return " ".join(["the", *words, item.shape if "shape" in mentioned else "shape"])
 
 
-def unique_nouns(scene: Scene, omitted: str) -> list[tuple[Object, str]]:
+def unique_nouns(scene: Scene, omitted: str) -> list[Named]:
     """Every name without the attribute `omitted` that fits exactly one object, each with its object."""
-    allowed = [a for a in ATTRIBUTES if a != omitted]
-    found = []
-    for mentioned in (allowed, allowed[:1], allowed[1:]):
-        names = [noun(o, mentioned) for o in scene.objects]
-        found += [(o, f"the {n}") for o, n in zip(scene.objects, names, strict=True) if names.count(n) == 1]
-    return found
+    return unique_names(scene, omitted, noun)
 
 
 def tell(name: str, steps: Sequence[str]) -> str:
@@ -126,23 +121,11 @@ def tell(name: str, steps: Sequence[str]) -> str:
     return name
 
 
-def cell(item: Object) -> tuple[int, int]:
-    """Where an object lies in the grid: (row, column)."""
-    return item.row, item.column
-
-
-# ---------------------------------------------------------------- one function a kind
 Asker = Callable[[Scene, np.random.Generator, Paraphrases], "EnglishQuestion | None"]
 
 
 def _arithmetic(scene: Scene, rng: np.random.Generator, paraphrases: Paraphrases) -> EnglishQuestion:
-    result, plus = int(rng.integers(MAX_NUMBER + 1)), bool(rng.integers(2))
-    if plus:
-        first = int(rng.integers(result + 1))
-        asked = f"{first} plus {result - first}"
-    else:
-        second = int(rng.integers(MAX_NUMBER - result + 1))
-        asked = f"{result + second} minus {second}"
+    asked, result = draw_arithmetic(rng)
     index, frame = choose_frame(phrases.ARITHMETIC, rng, paraphrases)
     return EnglishQuestion("arithmetic", fill(frame, sum=asked), str(result), paraphrase=index)
 
@@ -162,7 +145,7 @@ def _existence(scene: Scene, rng: np.random.Generator, paraphrases: Paraphrases)
     values, yes = fact
     words = " ".join([*values.values(), *([] if "shape" in values else ["shape"])])
     index, frame = choose_frame(phrases.EXISTENCE, rng, paraphrases)
-    target = tuple(cell(o) for o in scene.objects if all(o[a] == v for a, v in values.items()))
+    target = tuple(o.cell for o in scene.objects if all(o[a] == v for a, v in values.items()))
     return EnglishQuestion("existence", fill(frame, a=f"a {words}"), YES if yes else NO, "", index, (), target)
 
 
@@ -173,7 +156,7 @@ def _count(scene: Scene, rng: np.random.Generator, paraphrases: Paraphrases) -> 
     attribute, value, number = fact
     plural = {"cross": "crosses"}.get(value, f"{value}s") if attribute == "shape" else f"{value} shapes"
     index, frame = choose_frame(phrases.COUNT, rng, paraphrases)
-    cells = tuple(cell(o) for o in scene.objects if o[attribute] == value)
+    cells = tuple(o.cell for o in scene.objects if o[attribute] == value)
     return EnglishQuestion("count", fill(frame, x=plural), str(number), "", index, (), cells)
 
 
@@ -184,7 +167,7 @@ def _of_a_pair(kind: str, fact: PairFact | None, frames: Sequence[str], slot: st
     words = {"left": "to the left of", "right": "to the right of"}.get(fact.asked, fact.asked)
     index, frame = choose_frame(frames, rng, paraphrases)
     text = fill(frame, x=fact.first[1], y=fact.second[1], **{slot: words})
-    cells = (cell(fact.first[0]), cell(fact.second[0]))
+    cells = fact.first[0].cell, fact.second[0].cell
     return EnglishQuestion(kind, text, YES if fact.yes else NO, "", index, (), cells)
 
 
@@ -209,7 +192,7 @@ def _recall_look(scene: Scene, rng: np.random.Generator, paraphrases: Paraphrase
     thing = pick(rng, tuple(phrases.THINGS[known][item[known]].values()))
     index, frame = choose_frame(phrases.RECALL_LOOK, rng, paraphrases)
     text = fill(frame, asked=asked, known=known, thing=thing)
-    return EnglishQuestion("recall_look", text, item[asked], "", index, (), (cell(item),))
+    return EnglishQuestion("recall_look", text, item[asked], "", index, (), (item.cell,))
 
 
 def _look_recall(scene: Scene, rng: np.random.Generator, paraphrases: Paraphrases) -> EnglishQuestion | None:
@@ -226,28 +209,7 @@ def _look_recall(scene: Scene, rng: np.random.Generator, paraphrases: Paraphrase
     index, frame = choose_frame(phrases.LOOK_RECALL, rng, paraphrases)
     things = f"{', '.join(options[:-1])} or {options[-1]}"
     text = fill(frame, things=things, known=known, x=name)
-    return EnglishQuestion("look_recall", text, words[0], "", index, (), (cell(item),))
-
-
-# ---------------------------------------------------------------- paths
-def _draw_steps(kind: str, asked: str, rng: np.random.Generator) -> tuple[str, ...]:
-    """The steps that a kind of path takes; a step through the asked attribute would give the answer away."""
-    same = [name for name, attribute in SAME.items() if attribute != asked]
-    if kind == "attribute":
-        return ()
-    if kind == "same_attribute":
-        return (pick(rng, same),)
-    if kind == "neighbor":
-        return (pick(rng, tuple(DIRECTIONS)),)
-    # two directions would add up to one displacement, a single hop in disguise
-    if kind == "two_hop":
-        first = pick(rng, same)
-        second = pick(rng, [s for s in (*DIRECTIONS, *same) if s != first])
-        return (first, second) if rng.integers(2) else (second, first)
-    middle = pick(rng, tuple(DIRECTIONS))
-    if rng.integers(2):
-        return pick(rng, same), middle, pick(rng, same)
-    return middle, pick(rng, same), pick(rng, tuple(DIRECTIONS))
+    return EnglishQuestion("look_recall", text, words[0], "", index, (), (item.cell,))
 
 
 def _follow(scene: Scene, start: Object, steps: Sequence[str]) -> list[Object] | None:
@@ -264,7 +226,7 @@ def _follow(scene: Scene, start: Object, steps: Sequence[str]) -> list[Object] |
 def _path(
     scene: Scene,
     kind: str,
-    named: tuple[Object, str],
+    named: Named,
     asked: str,
     rng: np.random.Generator,
     form: str,
@@ -273,7 +235,7 @@ def _path(
 ) -> EnglishQuestion | None:
     start, name = named
     for _ in range(tries):
-        steps = _draw_steps(kind, asked, rng)
+        steps = draw_steps(kind, asked, rng)
         passed = _follow(scene, start, steps)
         if passed is None:
             continue
@@ -286,15 +248,13 @@ def _path(
                 slots.insert(int(rng.integers(len(slots) + 1)), STAY)
             told = dict(zip(("first", "second", "third"), (phrases.STEP_PHRASES[s] for s in slots), strict=True))
             text = fill(words, asked=asked, x=name, **told)
-        target = tuple(cell(o) for o in passed)
+        target = tuple(o.cell for o in passed)
         return EnglishQuestion(kind, text, passed[-1][asked], form, index, steps, target)
     return None
 
 
-def _ask_path(
-    scene: Scene, kind: str, rng: np.random.Generator, paraphrases: Paraphrases, form: str | None
-) -> EnglishQuestion | None:
-    form = form or ("told" if rng.integers(2) else "walked")
+def _ask_path(scene: Scene, kind: str, rng: np.random.Generator, paraphrases: Paraphrases) -> EnglishQuestion | None:
+    form = "told" if rng.integers(2) else "walked"
     asked = pick(rng, ATTRIBUTES)
     named = unique_nouns(scene, asked)
     if not named:
@@ -320,24 +280,15 @@ def ask(
     kind: str,
     rng: np.random.Generator,
     paraphrases: Paraphrases = "known",
-    form: str | None = None,
     tries: int = 12,
 ) -> EnglishQuestion | None:
-    """One question of a kind about a scene, or None if the scene (or the draw) admits none.
-
-    Args:
-        paraphrases: Which frames to draw from.
-        form: Of the path kinds, "told" or "walked"; None draws one.
-
-    Raises:
-        ValueError: unknown kind.
-    """
+    """One question of a kind about a scene, or None if the scene (or the draw) admits none."""
     if kind not in KINDS:
         raise ValueError(f"unknown question kind {kind!r}; choose from {sorted(KINDS)}")
     # a second try at a count would favour the answers that most scenes admit
     for _ in range(1 if kind == "count" else tries):
         if kind in PATH_KINDS:
-            question = _ask_path(scene, kind, rng, paraphrases, form)
+            question = _ask_path(scene, kind, rng, paraphrases)
         else:
             question = _ASKERS[kind](scene, rng, paraphrases)
         if question is not None:

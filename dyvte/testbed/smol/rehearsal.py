@@ -51,15 +51,9 @@ class Rehearsed:
 
 
 def teacher_divergence(logits: Tensor, teacher: Teacher) -> Tensor:
-    """KL divergence (nats) of the teacher's next word from the model's at T positions.
+    """[T] KL divergence (nats) of the teacher's next word from the model's, whose logits are [T, vocabulary].
 
     The words that the teacher's list leaves out are one outcome, so the value is a lower bound of the full divergence.
-
-    Args:
-        logits: [T, vocabulary], of the model.
-
-    Returns:
-        [T].
     """
     model = logits.float().log_softmax(-1).gather(-1, teacher.words.long())
     taught = teacher.log_probabilities.float()

@@ -9,11 +9,10 @@ training are rehearsed along the way. Each phase has its checkpoints; a killed r
 from __future__ import annotations
 
 import json
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from peft import LoraConfig, inject_adapter_in_model
@@ -42,34 +41,16 @@ from dyvte.testbed.smol.batches import EnglishBatches
 from dyvte.testbed.smol.questions import IMAGE_KINDS
 from dyvte.testbed.smol.rehearsal import Rehearsed, Teacher, ask_teacher, teacher_divergence, write_texts
 from dyvte.testbed.training.forward import (
-    choose_precision,
-    cpu_attention,
+    device_and_precision,
+    fast_training,
     hidden_states,
+    image_accuracy,
     initialise_projector,
-    packed_accuracy,
     packed_loss,
     visual_features,
 )
 from dyvte.testbed.training.loop import run_stage
 from dyvte.testbed.world import sample_scene
-
-
-def grouped_matmul_attention(  # type: ignore[no-untyped-def]
-    module, query, key, value, attention_mask, scaling=None, **_
-) -> tuple[Tensor, None]:
-    """Attention as two matrix products a group of query heads, no key repeated.
-
-    On a CPU with bfloat16 units it trains faster than the fused kernel.
-    """
-    batch, heads, length, width = query.shape
-    groups = key.shape[1]
-    scaling = width**-0.5 if scaling is None else scaling
-    folded = (query * scaling).reshape(batch, groups, heads // groups * length, width)
-    scores = (folded @ key.transpose(-1, -2)).view(batch, groups, heads // groups, length, -1)
-    if attention_mask is not None:
-        scores = scores + attention_mask.unsqueeze(1)
-    weights = scores.softmax(-1).view(batch, groups, heads // groups * length, -1)
-    return (weights @ value).view(batch, heads, length, width).transpose(1, 2).contiguous(), None
 
 
 def build_model(cfg: DictConfig) -> tuple[LlavaForConditionalGeneration, Any]:
@@ -86,11 +67,8 @@ def build_model(cfg: DictConfig) -> tuple[LlavaForConditionalGeneration, Any]:
     if cfg.random_decoder:
         language = without_pretraining(language, cfg.seed)
     tower = LlavaForConditionalGeneration.from_pretrained(cfg.tower, local_files_only=True).model.vision_tower
-    ids = tokenizer.convert_tokens_to_ids(["<image>", "<|endoftext|>"])
     torch.manual_seed(cfg.seed)
-    model = join(language, tower.config, *ids)
-    model.model.vision_tower.load_state_dict(tower.state_dict())
-    return model.requires_grad_(False), tokenizer
+    return join(language, tower, tokenizer).requires_grad_(False), tokenizer
 
 
 def add_adapter(model: LlavaForConditionalGeneration, rank: int, seed: int) -> nn.ModuleDict:
@@ -145,11 +123,7 @@ def read_or_write_rehearsal(cfg: DictConfig, folder: Path, model: Any, tokenizer
 
 
 def start_from_parts(parts: Path, projector: nn.Module, adapter: nn.Module | None) -> None:
-    """Load what another run exported, such as the parts that ship, into a fresh projector and adapter.
-
-    Raises:
-        ConfigError: the folder lacks a part, or its adapter has another rank.
-    """
+    """Load what another run exported, such as the parts that ship, into a fresh projector and adapter."""
     files = [parts / "projector.safetensors", *([parts / "adapter" / "adapter_model.safetensors"] if adapter else [])]
     if missing := [str(path) for path in files if not path.is_file()]:
         raise ConfigError(f"init_from={parts} lacks {', '.join(missing)}; name the `parts` folder of a run")
@@ -170,27 +144,19 @@ def start_from_parts(parts: Path, projector: nn.Module, adapter: nn.Module | Non
 
 
 def phase_settings(cfg: DictConfig, name: str) -> DictConfig:
-    """What all phases share, and what one of them changes.
-
-    Raises:
-        ConfigError: no such phase.
-    """
+    """What all phases share, and what one of them changes."""
     if name not in cfg.phases:
         raise ConfigError(f"order names {name!r}; phases are {sorted(cfg.phases)}")
-    both = [OmegaConf.to_container(part, resolve=True) for part in (cfg.common, cfg.phases[name])]
-    merged = OmegaConf.merge(*(OmegaConf.create(part) for part in both))
-    assert isinstance(merged, DictConfig)
-    return merged
+    settings: Any = OmegaConf.merge(
+        *(OmegaConf.to_container(part, resolve=True) for part in (cfg.common, cfg.phases[name]))
+    )
+    return settings
 
 
 def train(cfg: DictConfig, folder: Path) -> None:
     """Run the configured phases; a finished phase is passed over."""
-    device = torch.device(cfg.device)
-    precision = choose_precision(cfg.precision, device)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    device, precision = device_and_precision(cfg)
     model, tokenizer = build_model(cfg)
-    tokens = model.config.image_seq_length
     rehearsed = read_or_write_rehearsal(cfg, folder, model, tokenizer)
     if not (folder / "perplexity.json").is_file():
         before = perplexity(model, tokenizer, HELD_OUT_TEXT.read_text())
@@ -203,8 +169,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
         def word_ids(word: str) -> list[int]:
             return list(tokenizer(f" {word}", add_special_tokens=False)["input_ids"])
 
-        left = initialise_projector(model, scenes, word_ids, cfg.projector.steps)
-        tqdm.write(f"projector starts at the words of the patches, relative squared error {left:.3f}")
+        initialise_projector(model, scenes, word_ids, cfg.projector.steps)
         write_atomic(folder / "projector.pt", lambda out: torch.save(projector.state_dict(), out))
     elif (folder / "projector.pt").is_file():
         projector.load_state_dict(torch.load(folder / "projector.pt", weights_only=True))
@@ -220,7 +185,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
 
     def loss(packed: tuple[PackedBatch, Tensor | None, Teacher | None]) -> Tensor:
         batch, images, teacher = packed[0].to(device), *packed[1:]
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with fast_training(device, precision):
             with torch.no_grad():
                 features = None if images is None else visual_features(model, images.to(device))
             states = hidden_states(model, model.model.language_model, batch, features)
@@ -229,33 +194,18 @@ def train(cfg: DictConfig, folder: Path) -> None:
             taught = teacher.to(device)  # of the text rows, which come last
             return packed_loss(model, states, batch, (len(taught.words), partial(teacher_divergence, teacher=taught)))
 
-    held_out: list[tuple[PackedBatch, Tensor | None]] = []
+    def batches_of(phase: DictConfig) -> EnglishBatches:
+        return EnglishBatches(phase, tokenizer, model.config.image_seq_length, cfg.seed, rehearsed, blind=cfg.blind)
 
-    def image_accuracy() -> dict[str, float]:
-        if not held_out:
-            first = phase_settings(cfg, cfg.order[0])
-            batches = EnglishBatches(first, tokenizer, tokens, cfg.seed, blind=cfg.blind)
-            held_out.append(batches.validation(cfg.validation_scenes))
-        batch, images = held_out[0]
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            found = packed_accuracy(model, batch.to(device), None if images is None else images.to(device), chunk=8)
-        return {"accuracy": float(np.mean([v for k, v in found.items() if k in IMAGE_KINDS]))} | found
+    held_out = cache(lambda: batches_of(phase_settings(cfg, cfg.order[0])).validation(cfg.validation_scenes))
 
-    with cpu_attention(grouped_matmul_attention, device):
-        for name in cfg.order:
-            phase = phase_settings(cfg, name)
-            batches = EnglishBatches(phase, tokenizer, tokens, cfg.seed, rehearsed, blind=cfg.blind)
-            run_stage(
-                name,
-                folder=folder,
-                modules=modules,
-                cfg=phase,
-                batch_of=batches.train,
-                loss_of=loss,
-                evaluate=image_accuracy,
-                seed_everything=cfg.seed,
-                workers=cfg.workers,
-            )
+    def accuracy() -> dict[str, float]:
+        with fast_training(device, precision):
+            return image_accuracy(model, held_out(), IMAGE_KINDS, chunk=8)
+
+    for name in cfg.order:
+        phase = phase_settings(cfg, name)
+        run_stage(name, folder, modules, phase, batches_of(phase).train, loss, accuracy, cfg.seed, cfg.workers)
     logs = [json.loads(line) for name in cfg.order for line in (folder / f"{name}.jsonl").read_text().splitlines()]
     record = {"settings": OmegaConf.to_container(cfg, resolve=True), "log": logs}
     trained = modules["adapter"].state_dict() if "adapter" in modules else None

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any
+
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from dyvte.errors import ConfigError
 from dyvte.testbed.lookups import brief, look_up
 from dyvte.testbed.model import TestbedSizes
 from dyvte.testbed.packing import Branch, PackedBatch, pack
 from dyvte.testbed.questions import CAPTION_PROMPT, IMAGE_KINDS, KINDS, ask, caption
-from dyvte.testbed.tokenizer import ASSISTANT, BOS, EOS, IMAGE, SYSTEM_PROMPT, USER, build_processor
+from dyvte.testbed.tokenizer import ASSISTANT, BOS, EOS, IMAGE, SYSTEM_PROMPT, USER, build_tokenizer
 from dyvte.testbed.tours import TOUR_PROMPT, tour
-from dyvte.testbed.world import MAX_OBJECTS, MIN_OBJECTS, Scene, render, sample_scene, scene_generator
+from dyvte.testbed.world import MAX_OBJECTS, MIN_OBJECTS, Scene, render, sample_scene, scene_stream
 
 STAGES = ("language", "vision", "align", "instruct")
 MAX_HOPS = max(KINDS.values())
@@ -25,9 +30,6 @@ def phases(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
     """The phases of instruction in order: the name of each one's files, and the settings with its own put in.
 
     The last is named as the stage. Each phase draws scenes from a seed of its own.
-
-    Raises:
-        ConfigError: a phase without settings under ``phases``.
     """
     chosen = list(cfg.instruct.phases)
     if unknown := [p for p in chosen if p not in cfg.phases]:
@@ -37,32 +39,71 @@ def phases(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
     found = []
     for number, phase in enumerate(chosen):
         settings = {"instruct": cfg.phases[phase].settings, "kind_weights": cfg.phases[phase].kind_weights}
-        merged = OmegaConf.merge(cfg, settings, {"seed": cfg.seed + number})
-        assert isinstance(merged, DictConfig)
+        merged: Any = OmegaConf.merge(cfg, settings, {"seed": cfg.seed + number})
         found.append(("instruct" if number == len(chosen) - 1 else f"instruct_{phase}", merged))
     return found
 
 
-class Batches:
+class QuestionBatches:
+    """What both testbeds' batches share: the chat format, and questions drawn by the weights of their kinds.
+
+    Attributes:
+        ask: a question of a kind about a scene, or None.
+        before_answer, end: what stands around an answer.
+        blind: no image is shown.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    ask: Callable[..., Any]
+    before_answer: str
+    end: str
+    blind: bool
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text, without the start token."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def branch(self, kind: str, question: str, answer: str) -> Branch:
+        """A question with its answer and end token, in the chat format."""
+        return Branch(kind, self.ids(question + self.before_answer), self.ids(answer + self.end))
+
+    def drawn_questions(
+        self, scene: Scene, rng: np.random.Generator, number: int, kinds: Sequence[str], weights: Any
+    ) -> list[Branch]:
+        """At most ``number`` different questions about a scene, kinds by their weights."""
+        found: dict[str, Branch] = {}
+        for kind in rng.choice(kinds, size=2 * number, p=weights / weights.sum()):
+            question = self.ask(scene, str(kind), rng, tries=4)
+            if question is not None and question.text not in found:
+                found[question.text] = self.branch(question.kind, question.text, question.answer)
+            if len(found) == number:
+                break
+        return list(found.values())
+
+    def every_question(self, scene: Scene, rng: np.random.Generator, kinds: Sequence[str]) -> list[Branch]:
+        """A question of every kind that a scene admits."""
+        asked = [q for kind in kinds if (q := self.ask(scene, kind, rng)) is not None]
+        return [self.branch(q.kind, q.text, q.answer) for q in asked]
+
+    def images(self, scenes: list[Scene]) -> Tensor | None:
+        """Their `pixels`, for the blind control none."""
+        return None if self.blind else pixels(scenes)
+
+
+class Batches(QuestionBatches):
     """The training batches of every stage, each a pure function of (seed, stage, step)."""
 
+    ask, before_answer, end = staticmethod(ask), f" {ASSISTANT}", f" {EOS}"
+
     def __init__(self, cfg: DictConfig, sizes: TestbedSizes) -> None:
-        self.cfg, self.sizes = cfg, sizes
-        self.tokenizer = build_processor(sizes.patch_size).tokenizer
+        self.cfg, self.sizes, self.blind = cfg, sizes, cfg.instruct.blind
+        self.tokenizer = build_tokenizer()
         self.pad_id: int = self.tokenizer.pad_token_id
         self.head = self.ids(f"{BOS} {SYSTEM_PROMPT} {USER}")
         self.image = self.ids(IMAGE) * sizes.visual_tokens
         names, shares = zip(*cfg.kind_weights.items(), strict=True)
         self.kinds: tuple[str, ...] = names
         self.shares = np.array(shares, dtype=float) / sum(shares)
-
-    def ids(self, text: str) -> list[int]:
-        """Token ids of words, without the start token."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def branch(self, kind: str, question: str, answer: str) -> Branch:
-        """A question with its answer and end token, in the chat format."""
-        return Branch(kind, self.ids(f"{question} {ASSISTANT}"), self.ids(f"{answer} {EOS}"))
 
     def tour(self, scene: Scene, rng: np.random.Generator) -> Branch:
         """A tour of the scene; only what the image decides carries the full loss."""
@@ -95,16 +136,8 @@ class Batches:
 
     def questions(self, scene: Scene, rng: np.random.Generator, number: int, max_hops: int = MAX_HOPS) -> list[Branch]:
         """At most ``number`` different questions of at most ``max_hops`` each about a scene, kinds by their weights."""
-        branches, seen = [], set()
-        shares = self.shares * np.array([KINDS[k] <= max_hops for k in self.kinds])
-        for kind in rng.choice(len(self.kinds), size=2 * number, p=shares / shares.sum()):
-            question = ask(scene, self.kinds[kind], rng, tries=4)
-            if question is not None and question.text not in seen:
-                seen.add(question.text)
-                branches.append(self.branch(question.kind, question.text, question.answer))
-            if len(branches) == number:
-                break
-        return branches
+        short = np.array([KINDS[k] <= max_hops for k in self.kinds])
+        return self.drawn_questions(scene, rng, number, self.kinds, self.shares * short)
 
     def descriptions(self, scene: Scene, rng: np.random.Generator, number: int) -> list[Branch]:
         """Tours of a scene, a ``caption_share`` of them replaced by captions."""
@@ -135,17 +168,14 @@ class Batches:
     @property
     def prefix(self) -> list[int]:
         """What stands before a question: the system prompt and the image, for the blind control no image."""
-        return self.head if self.cfg.instruct.blind else [*self.head, *self.image]
-
-    def _images(self, scenes: list[Scene]) -> Tensor | None:
-        return None if self.cfg.instruct.blind else pixels(scenes)
+        return self.head if self.blind else [*self.head, *self.image]
 
     def instruct(self, step: int, progress: float, size: int) -> tuple[PackedBatch, Tensor | None]:
         """Images of question scenes with a random mix of questions, and of caption scenes with look-ups."""
         rng = self.rng("instruct", step)
         settings = self.cfg.instruct
         early, late = settings.look_up_share
-        share = 0.0 if settings.blind else late + (early - late) * max(1 - progress / settings.curriculum, 0.0)
+        share = 0.0 if self.blind else late + (early - late) * max(1 - progress / settings.curriculum, 0.0)
         hops = 1 + sum(progress >= start for start in settings.more_hops_from)
         rows, scenes = [], []
         for i in range(size):
@@ -160,29 +190,26 @@ class Batches:
                 branches = self.questions(scene, rng, settings.questions, hops)
             rows.append((self.prefix, branches))
             scenes.append(scene)
-        return pack(rows, settings.length, self.pad_id, settings.prompt_weight), self._images(scenes)
+        return pack(rows, settings.length, self.pad_id, settings.prompt_weight), self.images(scenes)
 
     def instruct_or_text(self, step: int, progress: float) -> tuple[PackedBatch, Tensor | None]:
         """A batch of images, or with probability ``text_share`` one of scenes in words."""
         size = self.cfg.instruct.batch_size
         # the draw that picks a batch of text must not be the first of the batch itself
-        if self.rng("instruct", 10**8 + step).random() < self.cfg.instruct.text_share and not self.cfg.instruct.blind:
+        if self.rng("instruct", 10**8 + step).random() < self.cfg.instruct.text_share and not self.blind:
             return self.language(10**6 + step, progress, size, stage="instruct"), None
         return self.instruct(step, progress, size)
 
     def validation(self, number: int) -> tuple[PackedBatch, Tensor | None]:
         """Images of validation scenes with look-ups and one question of every image kind that each admits."""
         rows, scenes = [], []
-        for index in range(number):
-            scene = sample_scene("validation", 0, index)
-            rng = scene_generator("validation", 0, index, purpose=2)
-            asked = [q for k in IMAGE_KINDS if (q := ask(scene, k, rng)) is not None]
-            branches = [self.branch(q.kind, q.text, q.answer) for q in asked]
-            if not self.cfg.instruct.blind:
+        for scene, rng in islice(scene_stream("validation", 0, purpose=2), number):
+            branches = self.every_question(scene, rng, IMAGE_KINDS)
+            if not self.blind:
                 branches += self.look_ups(scene, rng, 6, 1)
             rows.append((self.prefix, branches))
             scenes.append(scene)
-        return pack(rows, self.cfg.instruct.length, self.pad_id), self._images(scenes)
+        return pack(rows, self.cfg.instruct.length, self.pad_id), self.images(scenes)
 
 
 def pixels(scenes: list[Scene]) -> Tensor:

@@ -47,16 +47,14 @@ def run_stage(
     cfg: DictConfig,
     batch_of: Callable[[int, float], Any],
     loss_of: Callable[..., Tensor],
-    evaluate: Callable[[], dict[str, float]] | None,
+    evaluate: Callable[[], dict[str, float]],
     seed_everything: int,
     workers: int,
 ) -> None:
     """Train ``modules`` for one stage; resume from, and write, ``folder/<name>.pt``. A finished stage is a no-op.
 
-    Args:
-        batch_of: maps (step, progress 0..1) to a batch; all randomness must come from the step.
-        loss_of: maps a batch to its loss.
-        cfg: the stage's settings (steps, lr, warmup, decay, weight_decay, clip, checkpoint_every, eval_every).
+    ``batch_of`` maps (step, progress 0..1) to a batch and takes all randomness from the step; ``loss_of`` maps a batch
+    to its loss. ``cfg`` holds steps, lr, warmup, decay, weight_decay, clip, checkpoint_every and eval_every.
     """
     path = folder / f"{name}.pt"
     parameters = [p for m in modules.values() for p in m.parameters()]
@@ -108,7 +106,7 @@ def run_stage(
             if done % cfg.eval_every == 0 or done == cfg.steps:
                 elapsed = seconds + time.monotonic() - started
                 record: dict[str, Any] = {"stage": name, "step": done, "seconds": round(elapsed, 1), "loss": running}
-                record |= {"grad_norm": float(norm)} | (evaluate() if evaluate else {})
+                record |= {"grad_norm": float(norm)} | evaluate()
                 for key, number in record.items():
                     if isinstance(number, float):
                         board.add_scalar(f"{name}/{key}", number, done)
