@@ -71,11 +71,13 @@ pytest: $(STAMP) ## Run the tests (WORKERS=2 processes)
 zoo: $(STAMP) ## Every check on a small model of every architecture of transformers (CI runs the quick ones)
 	OMP_NUM_THREADS=1 DYVTE_ZOO=all $(BIN)/python -m pytest -q -n $(WORKERS) tests/zoo tests/test_models.py
 
-# Beside the version in constraints.txt: TRANSFORMERS=5.24.0 make test-transformers
+# In an environment of its own: TRANSFORMERS=5.24.0 make test-transformers
 OTHER   := .venv-transformers
-test-transformers: $(STAMP) ## Run the engine's tests with another version of transformers (TRANSFORMERS=)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OTHER) transformers==$(TRANSFORMERS)
-	PYTHONPATH=$(OTHER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal tests \
+test-transformers: ## Run the engine's tests with another version of transformers (TRANSFORMERS=)
+	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	grep -v -E '^(transformers|tokenizers|huggingface.hub|safetensors)==' constraints.txt > $(OTHER)/constraints.txt
+	$(OTHER)/bin/python -m pip install --no-compile --quiet --disable-pip-version-check -c $(OTHER)/constraints.txt -e '.[dev]' 'transformers==$(TRANSFORMERS)'
+	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal tests \
 		--ignore-glob '*test_docs*' --ignore-glob '*test_notebooks*' --ignore-glob '*test_packaging*' --ignore-glob '*test_gallery*'
 
 # In an environment of its own: lmms-eval brings many packages along, among them a wandb that wants an older protobuf.

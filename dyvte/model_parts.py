@@ -213,6 +213,16 @@ def cache_among(values: Mapping[str, Any]) -> Any:
     return next((values[name] for name in CACHE_NAMES if values.get(name) is not None), None)
 
 
+def renamed(values: dict[str, Any], old: str, new: str) -> dict[str, Any]:
+    """The same with another key for one of the values, if it is there.
+
+    Example:
+        >>> renamed({"cache": 1, "use_cache": True}, "cache", "past_key_values")
+        {'past_key_values': 1, 'use_cache': True}
+    """
+    return {new if name == old else name: value for name, value in values.items()}
+
+
 def inner_models(model: Any) -> list[Any]:
     """The models that the `generate` of a wrapper calls directly: PEFT's base model, the language model of BLIP-2."""
     base = getattr(model, "get_base_model", None)

@@ -21,7 +21,15 @@ from torch import Tensor, nn
 
 from dyvte.errors import UnsupportedError
 from dyvte.instrument.role_attention import added_to_scores
-from dyvte.model_parts import CACHE_NAMES, DRIVEN_INDEXERS, indexer_of, layer_kinds, self_attention_of, undrivable
+from dyvte.model_parts import (
+    CACHE_NAMES,
+    DRIVEN_INDEXERS,
+    indexer_of,
+    layer_kinds,
+    renamed,
+    self_attention_of,
+    undrivable,
+)
 
 if TYPE_CHECKING:
     from dyvte.mllm import MLLM
@@ -153,13 +161,9 @@ def combine_mask(packed: Tensor, valid: Tensor | None, key_bias: Tensor | None, 
     """A mask between packed queries and packed keys, without padding and with a bias on the keys.
 
     Args:
-        packed: [b, 1, q, k] boolean or additive, or [b, k] (flash attention).
+        packed: [b, 1, q, k] boolean or additive, or [b, k] (flash attention, which takes no bias).
         valid: [b, 1, 1, k] False where a key is padding; None where none is.
-        key_bias: [b, 1, 1, k] added to the scores of a key; None for nothing.
-        dtype: type of an additive mask made here.
-
-    Raises:
-        UnsupportedError: a bias, with flash attention.
+        key_bias: [b, 1, 1, k] added to the scores of a key; None for nothing. The mask is then of `dtype`.
     """
     if packed.ndim == 2:
         if key_bias is not None:
@@ -182,11 +186,9 @@ _MADE_ANEW = ("prev_topk_indices",)
 
 @dataclass
 class LayerCall:
-    """One call of a decoder layer: its arguments by name, and how to repeat it on other positions.
+    """One call of a decoder layer, and how to repeat it on other positions.
 
-    Attributes:
-        hidden: [B, N, d] input states.
-        arguments: everything else that the layer got, by name; the KV cache as `past_key_values` in any case.
+    `hidden` are its input states [B, N, d], `arguments` all else by name, the KV cache always as `past_key_values`.
     """
 
     index: int
@@ -371,12 +373,6 @@ class Streams:
         return states.unflatten(2, (self.number, -1)).movedim(2, self.axis).contiguous()
 
 
-def _renamed(arguments: dict[str, Any], name: str, new_name: str) -> dict[str, Any]:
-    if name in arguments:
-        arguments[new_name] = arguments.pop(name)
-    return arguments
-
-
 @contextmanager
 def drive_layers(mllm: MLLM, run: Callable[[LayerCall], Any]) -> Iterator[None]:
     """Within the block, calling decoder layer i runs `run(call)` instead; `run` must return what the layer would.
@@ -393,10 +389,10 @@ def drive_layers(mllm: MLLM, run: Callable[[LayerCall], Any]) -> Iterator[None]:
         own_name = next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
 
         def layer_itself(states: Tensor, **arguments: Any) -> Any:
-            return forward(states, **_renamed(arguments, CACHE_NAMES[0], own_name))
+            return forward(states, **renamed(arguments, CACHE_NAMES[0], own_name))
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            arguments = _renamed(dict(zip(names, args, strict=False)) | kwargs, own_name, CACHE_NAMES[0])
+            arguments = renamed(dict(zip(names, args, strict=False)) | kwargs, own_name, CACHE_NAMES[0])
             hidden = arguments.pop(names[0])
             if hidden.ndim == 3:
                 return run(LayerCall(index, layer_itself, hidden, arguments, uses_flash))
@@ -429,14 +425,14 @@ def check_model(mllm: MLLM) -> None:
         if (reason := undrivable(layer, kind)) is not None:
             raise UnsupportedError(f"decoder layer {index} is of kind {kind!r}: {reason}")
     for index, attention in enumerate(map(self_attention_of, mllm.layers)):
-        kind = type(indexer_of(attention)).__name__
-        if indexer_of(attention) is not None and kind not in DRIVEN_INDEXERS:
+        indexer = indexer_of(attention)
+        if indexer is not None and (kind := type(indexer).__name__) not in DRIVEN_INDEXERS:
             raise UnsupportedError(
                 f"decoder layer {index} chooses its keys with a {kind}, which dyvte cannot run on some positions only"
             )
-        if indexer_of(attention) is not None and getattr(attention, "is_kv_shared_layer", False):
+        if indexer is not None and getattr(attention, "is_kv_shared_layer", False):
             raise UnsupportedError(
-                f"decoder layer {index} borrows keys of an earlier layer and chooses among them itself"
+                f"decoder layer {index} borrows an earlier layer's keys and chooses among them itself"
             )
         if getattr(attention, "skip_topk", False):
             raise UnsupportedError(
