@@ -24,13 +24,12 @@ from .measuring.exits import measurement, questions_and_captions
 from .measuring.runs import closing_line, finish_run, measure_dataset, run_facts
 from .plots import exits as plots
 from .statistics import exits as exit_statistics
-from .statistics.bands import bands_to_dict, cluster_mean, count_images
+from .statistics.bands import LEVEL, bands_to_dict, cluster_mean
 from .statistics.entropy import entropy_change
 from .statistics.exit_summary import (
     CAPTIONS,
     EXIT_MEASURES,
     FLOPS,
-    LEVEL,
     QUESTIONS,
     ExitResults,
     QuestionGroup,
@@ -88,7 +87,7 @@ def outline(summary: Mapping[str, Any]) -> str:
 
 def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, Any]:
     """Everything that follows from the tables: curves, K*, findings, figures, summary."""
-    everything = ExitResults.read(folder)
+    everything = ExitResults.read(folder, cfg.bootstrap, cfg.seed)
     asks = (everything.samples["part"] == QUESTIONS).to_numpy() & (everything.samples["visual_tokens"] > 0).to_numpy()
     if not asks.any():
         raise ConfigError(
@@ -113,22 +112,19 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, An
     findings = {
         "contribution_stops": overall.stops,
         "early_exit_disturbs_text_entropy": exit_statistics.early_exit_disturbs(
-            *entropies, overall.stops.exit_layer, results.images, level=LEVEL, n_boot=cfg.bootstrap, seed=cfg.seed
+            *entropies, overall.stops.exit_layer, results.bootstrap
         ),
         "exit_depth_depends_on_kind": exit_statistics.depth_depends_on_kind(
-            results.samples["exit_depth"],
+            results.samples["exit_depth"].to_numpy(float),
             kinds,
-            results.images,
+            results.bootstrap.images,
             overall.stops.details.get("contributes", False),
-            level=LEVEL,
-            n_perm=cfg.permutations,
-            seed=cfg.seed,
+            cfg.permutations,
+            cfg.seed,
         ),
     }
-    kl_exits = exit_statistics.kl_exits(
-        results.exits["kl"], results.images, list(cfg.etas), cfg.kl_start, LEVEL, cfg.bootstrap, cfg.seed
-    )
-    entropy = entropy_summary(results, cfg)
+    kl_exits = exit_statistics.kl_exits(results.exits["kl"], results.bootstrap, list(cfg.etas), cfg.kl_start)
+    entropy = entropy_summary(results)
     of_tokens = folder.read_table("tokens").merge(
         everything.samples[["id", "part", "image_id"]], on="id", how="left", validate="many_to_one"
     )
@@ -140,7 +136,7 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, An
         {
             **run_facts(cfg, mllm),
             "num_questions": len(results.samples),
-            "num_images": count_images(results.images),
+            "num_images": results.bootstrap.num_images,
             "num_captions": int((everything.samples["part"] == CAPTIONS).sum()),
             "num_without_image": int((everything.samples["visual_tokens"] == 0).sum()),
             **{name: overall.curves[name].mean for name in EXIT_MEASURES},
@@ -154,9 +150,7 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, An
             "needs_image_by": said_by,
             "kinds": {name.removeprefix("kind="): group for name, group in summaries.items()},
             "entropy": entropy,
-            "entropy_change": bands_to_dict(
-                entropy_change(*entropies, results.exits["agree"], results.images, cfg.bootstrap, cfg.seed)
-            ),
+            "entropy_change": bands_to_dict(entropy_change(*entropies, results.exits["agree"], results.bootstrap)),
             "tokens": token_summary(token_depths(of_tokens), cfg),
             "settings": {"level": LEVEL, "bootstrap": cfg.bootstrap, "permutations": cfg.permutations, **cfg.findings},
         }

@@ -43,7 +43,7 @@ from dyvte.runs.terminal import progress
 from .measuring.methods import ALL, describe, encoded, known_methods, load_calibration
 from .measuring.runs import run_facts
 from .plots.style import figure_style
-from .statistics.bands import cluster_bootstrap, cluster_mean, percentile_band
+from .statistics.bands import ImageBootstrap, percentile_band
 
 COLUMNS = 5
 BRIGHTEST = 2.0
@@ -219,8 +219,8 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, grid: View, num_quest
         rows = table[table["method"] == name]
         if rows.empty:
             continue
-        draws = cluster_bootstrap(rows["mean_place"], rows["image_id"].tolist(), cfg.bootstrap, cfg.seed)
-        band = percentile_band(cluster_mean(rows["mean_place"]), draws)
+        bootstrap = ImageBootstrap(rows["image_id"].to_numpy(), cfg.bootstrap, cfg.seed)
+        band = percentile_band(*bootstrap.mean(rows["mean_place"]))
         share = torch.tensor(maps[maps["method"] == name]["share"].to_numpy(copy=True))
         found.append(
             {

@@ -28,8 +28,8 @@ from .measuring.key_sets import knows_targets
 from .measuring.knockout import KnockoutMeasurement
 from .measuring.runs import closing_line, finish_run, measure_dataset, run_facts
 from .plots import causal as plots
-from .statistics.bands import MIN_CLUSTERS, Band, bands_to_dict, count_images
-from .statistics.causal import LEVEL, effect_bands, mass_reached, over_control, sample_effects
+from .statistics.bands import LEVEL, MIN_CLUSTERS, Band, ImageBootstrap, bands_to_dict
+from .statistics.causal import effect_bands, mass_reached, over_control, sample_effects
 
 
 @command("knockout")
@@ -74,7 +74,7 @@ def summarise(cfg: DictConfig, folder: store.RunFolder, measure: KnockoutMeasure
             f"no question of data={cfg.data.name} has an image"
             + (" and a right answer (only_right=true)" if cfg.only_right else "")
         )
-    ids, images = samples["id"].to_numpy(), samples["image_id"].to_numpy()
+    ids, bootstrap = samples["id"].to_numpy(), ImageBootstrap(samples["image_id"].to_numpy(), cfg.bootstrap, cfg.seed)
     effects = sample_effects(folder.read_table("knockouts"), ids, "cut", "window")
     windows = all_windows(measure.mllm.num_layers)
     entry_exit = {}
@@ -90,15 +90,15 @@ def summarise(cfg: DictConfig, folder: store.RunFolder, measure: KnockoutMeasure
     bands, groups = {}, {}
     for name, mask in masks.items():
         # A bootstrap over a few images means nothing: such kinds are left out. Data without kinds call theirs "all".
-        if name != "all" and count_images(images[mask]) < MIN_CLUSTERS:
+        among = bootstrap[mask]
+        if name != "all" and among.num_images < MIN_CLUSTERS:
             continue
         bands[name], of_map = (
-            effect_bands({key: each[mask] for key, each in values.items()}, images[mask], cfg.bootstrap, cfg.seed)
-            for values in (effects, entry_exit)
+            effect_bands({key: each[mask] for key, each in values.items()}, among) for values in (effects, entry_exit)
         )
         groups[name] = {
             "num_samples": int(mask.sum()),
-            "num_images": count_images(images[mask]),
+            "num_images": among.num_images,
             "effects": {
                 cut: bands_to_dict({key: band[i] for key, band in bands[name].items()}) for i, cut in enumerate(names)
             },
@@ -109,7 +109,7 @@ def summarise(cfg: DictConfig, folder: store.RunFolder, measure: KnockoutMeasure
         {
             **run_facts(cfg, measure.mllm),
             "num_questions": len(samples),
-            "num_images": count_images(images),
+            "num_images": bootstrap.num_images,
             "accuracy": samples["right"].mean() if samples["right"].notna().any() else None,
             "only_right": cfg.only_right,
             "width": max(stop - start for start, stop in measure.windows),
@@ -118,7 +118,7 @@ def summarise(cfg: DictConfig, folder: store.RunFolder, measure: KnockoutMeasure
             "entry_exit_windows": windows if cfg.entry_exit else None,
             "overall": groups.pop("all"),
             "kinds": groups,
-            "over_control": over_control(effects, names, images, cfg.bootstrap, cfg.seed),
+            "over_control": over_control(effects, names, bootstrap),
             "mass_reached": mass_reached(folder.read_table("equal_mass"), ids) if measure.of_equal_mass else {},
             "settings": {"level": LEVEL, "bootstrap": cfg.bootstrap},
         }

@@ -22,7 +22,7 @@ from .measuring.attention import file_name
 from .measuring.lens import LensMeasurement, patch_words
 from .measuring.runs import closing_line, finish_run, measure_dataset, run_facts
 from .plots import lens as plots
-from .statistics.bands import count_images, keyed_array, mean_band, rate_band
+from .statistics.bands import ImageBootstrap, count_images, keyed_array, mean_band, rate_band
 
 
 @command("lens")
@@ -61,7 +61,7 @@ def summarise_lens(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict
         ids, images = rows.drop_duplicates("id")[["id", "image_id"]].to_numpy().T
         probability, right = (keyed_array(rows, each, ids, "layer") for each in ("answer_probability", "is_answer"))
         curves[name] = {
-            "answer_probability": mean_band(probability, images, n_boot=cfg.bootstrap, seed=cfg.seed).to_dict(),
+            "answer_probability": mean_band(probability, ImageBootstrap(images, cfg.bootstrap, cfg.seed)).to_dict(),
             "is_answer": rate_band(right, images).to_dict(),
         }
     content = {

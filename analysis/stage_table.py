@@ -24,14 +24,7 @@ from .plots.causal import draw_stage_table
 from .statistics.bands import count_images
 from .statistics.markdown import markdown_table, write_table_page
 from .statistics.segments import registered_split
-from .statistics.stage_table import (
-    LEVEL,
-    StageEvidence,
-    attention_stages,
-    causal_stages,
-    losses_of,
-    stage_rows,
-)
+from .statistics.stage_table import LEVEL, StageEvidence, attention_stages, causal_stages, losses_of, stage_rows
 from .statistics.stages import recipe_verdict
 from .statistics.verdicts import stages_held_in_words, verdict_word
 

@@ -1,7 +1,6 @@
 """Attention between image and text, layer by layer, and the stages it falls into: `python -m analysis.stages`.
 
-Reads the data in batches, writes one row per sample and layer, and makes from that table the curves with their bands,
-the stage verdict (`docs/stage_rules.md`), the same per question kind, and attention maps of a few samples.
+Curves with their bands, the stage verdict (`docs/stage_rules.md`), both by question kind, and maps of a few samples.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from omegaconf import DictConfig
 
@@ -42,14 +40,13 @@ from .plots.heads import draw_contributions, draw_frames, draw_heads
 from .statistics.attention.contributions import compare_looking_and_writing, looking_and_writing_in_words
 from .statistics.attention.frames import summarise_frames
 from .statistics.attention.heads import heads_in_words, summarise_heads
-from .statistics.bands import Array, Band, bands_to_dict, keyed_array, mean_band
+from .statistics.bands import LEVEL, Array, Band, ImageBootstrap, bands_to_dict, keyed_array, mean_band
 from .statistics.segments import registered_split, stage_splits
 from .statistics.stages import StageVerdict, stage_verdict
 from .statistics.verdicts import verdict_in_words, verdict_word
 
 ENDPOINT, BESIDE = "enrichment_no_sink", "mass"
 """What the verdict looks at, fixed before any data were seen; and what the same claims are made of beside it."""
-LEVEL = 0.95
 Bands = dict[str, Band]
 
 
@@ -83,56 +80,53 @@ class LayerTable:
 
     Attributes:
         table: a row per sample and layer.
-        samples: `id`, `image_id` and `kind` of each sample, n rows.
+        ids: of the n samples.
+        bootstrap: over their images.
     """
 
-    def __init__(self, table: pd.DataFrame) -> None:
+    def __init__(self, table: pd.DataFrame, draws: int = 1000, seed: int = 0) -> None:
         self.table = table
-        self.samples = table.drop_duplicates("id")[["id", "image_id", "kind"]].reset_index(drop=True)
+        self.ids, images = table.drop_duplicates("id")[["id", "image_id"]].to_numpy().T
+        self.bootstrap = ImageBootstrap(images, draws, seed)
 
     def of_kinds(self) -> dict[str, LayerTable]:
         """One table a question kind; empty for data without kinds, whose samples are all called "all"."""
-        groups = self.table.groupby("kind", sort=True)
-        return {str(kind): LayerTable(rows) for kind, rows in groups if kind != "all"}
+        groups, draws = self.table.groupby("kind", sort=True), (self.bootstrap.draws, self.bootstrap.seed)
+        return {str(kind): LayerTable(rows, *draws) for kind, rows in groups if kind != "all"}
 
     def by_layer(self, column: str) -> Array:
         """`[n, L]`."""
-        return keyed_array(self.table, column, self.samples["id"], "layer")
-
-    @property
-    def images(self) -> npt.NDArray[Any]:
-        """`[n]` image of each sample."""
-        return self.samples["image_id"].to_numpy()
+        return keyed_array(self.table, column, self.ids, "layer")
 
     def counts(self) -> dict[str, int]:
         """How many samples and images."""
-        return {"num_samples": len(self.samples), "num_images": self.samples["image_id"].nunique()}
+        return {"num_samples": len(self.ids), "num_images": self.bootstrap.num_images}
 
-    def bands(self, columns: Mapping[str, str], cfg: DictConfig) -> Bands:
+    def bands(self, columns: Mapping[str, str]) -> Bands:
         """Mean curve with a pointwise 95% band for each column, by the keys of `columns`; without empty ones."""
         curves = np.stack([self.by_layer(column) for column in columns.values()], axis=1)  # [n, columns, L]
-        band = mean_band(curves, self.images, LEVEL, cfg.bootstrap, cfg.seed)
+        band = mean_band(curves, self.bootstrap)
         return {name: band[index] for index, name in enumerate(columns) if np.isfinite(band.mean[index]).any()}
 
-    def verdict(self, cfg: DictConfig, level: float = LEVEL, measure: str = ENDPOINT) -> StageVerdict:
+    def verdict(self, level: float = LEVEL, measure: str = ENDPOINT) -> StageVerdict:
         """The stage verdict on these samples."""
         cross, visual = (self.by_layer(f"{curve}_{measure}") for curve in ("cross", "visual"))
-        return stage_verdict(cross, visual, self.images, level=level, n_boot=cfg.bootstrap, seed=cfg.seed)
+        return stage_verdict(cross, visual, self.bootstrap, level)
 
 
 def summarize_stages(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM, dataset: Dataset) -> dict[str, Any]:
     """Everything that follows from the table: curves, verdicts, maps, figures, summary."""
-    layers = LayerTable(folder.read_table(LAYERS_TABLE))
+    layers = LayerTable(folder.read_table(LAYERS_TABLE), cfg.bootstrap, cfg.seed)
     if layers.table["cross_mass"].isna().all():
         raise ConfigError(
             f"no sample of the data ({cfg.data.name}) has an image: there is no attention on it to look at"
         )
     curves = {
-        name: layers.bands({curve: f"{curve}_{name}" for curve in (*CURVES, "answer_cross")}, cfg) for name in MEASURES
+        name: layers.bands({curve: f"{curve}_{name}" for curve in (*CURVES, "answer_cross")}) for name in MEASURES
     }
-    entropies = layers.bands({name: name for name in ENTROPIES}, cfg)
+    entropies = layers.bands({name: name for name in ENTROPIES})
     endpoint_columns = {curve: f"{curve}_{ENDPOINT}" for curve in CURVES}
-    of_kinds = ((kind, rows, rows.bands(endpoint_columns, cfg)) for kind, rows in layers.of_kinds().items())
+    of_kinds = ((kind, rows, rows.bands(endpoint_columns)) for kind, rows in layers.of_kinds().items())
     kinds = {kind: (rows, found) for kind, rows, found in of_kinds if "cross" in found}
     # Many kinds are many chances of a false finding: Bonferroni.
     level = 1 - (1 - LEVEL) / max(1, len(kinds))
@@ -149,16 +143,16 @@ def summarize_stages(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM, datas
             "curves": {curve: curves[ENDPOINT][curve].mean for curve in CURVES if curve in curves[ENDPOINT]},
             "bands": {name: bands_to_dict(found) for name, found in curves.items()},
             "entropy": bands_to_dict(entropies),
-            "stages": layers.verdict(cfg).to_dict(),
-            "stages_by_mass": layers.verdict(cfg, measure=BESIDE).to_dict(),
+            "stages": layers.verdict().to_dict(),
+            "stages_by_mass": layers.verdict(measure=BESIDE).to_dict(),
             "kinds": {
                 kind: rows.counts()
-                | {"bands": {ENDPOINT: bands_to_dict(found)}, "stages": rows.verdict(cfg, level).to_dict()}
+                | {"bands": {ENDPOINT: bands_to_dict(found)}, "stages": rows.verdict(level).to_dict()}
                 for kind, (rows, found) in kinds.items()
             },
             "maps": [record for record, _ in maps.values()],
-            "contributions": contributions_of(layers, cfg) if cfg.contributions else None,
-            "heads": heads_of(layers, folder.read_table(HEADS_TABLE), cfg) if cfg.heads else None,
+            "contributions": contributions_of(layers) if cfg.contributions else None,
+            "heads": heads_of(layers, folder.read_table(HEADS_TABLE)) if cfg.heads else None,
             "frames": frames_of(folder, cfg),
         }
     )
@@ -192,25 +186,24 @@ def frames_of(folder: store.RunFolder, cfg: DictConfig) -> dict[str, Any] | None
     """Which frame of the videos is looked at; None where no sample showed one."""
     if not (folder.path / f"{FRAMES_TABLE}.parquet").is_file():
         return None
-    return summarise_frames(folder.read_table(FRAMES_TABLE), LEVEL, cfg.bootstrap, cfg.seed)
+    return summarise_frames(folder.read_table(FRAMES_TABLE), cfg.bootstrap, cfg.seed)
 
 
-def contributions_of(layers: LayerTable, cfg: DictConfig) -> dict[str, Any]:
+def contributions_of(layers: LayerTable) -> dict[str, Any]:
     """The curves of what the image writes, and how they go with those of attention on it."""
     curves = ("cross", "visual", "answer_cross")
-    bands = {name: layers.bands({curve: f"{curve}_{name}" for curve in curves}, cfg) for name in CONTRIBUTIONS}
+    bands = {name: layers.bands({curve: f"{curve}_{name}" for curve in curves}) for name in CONTRIBUTIONS}
     looking, writing = (layers.by_layer(f"cross_{name}") for name in ("mass", "contribution_share"))
-    found = compare_looking_and_writing(looking, writing, layers.images, cfg.bootstrap, cfg.seed)
+    found = compare_looking_and_writing(looking, writing, layers.bootstrap)
     words = looking_and_writing_in_words(found)
     return {"bands": {name: bands_to_dict(each) for name, each in bands.items()}, **found, "in_words": words}
 
 
-def heads_of(layers: LayerTable, table: pd.DataFrame, cfg: DictConfig) -> dict[str, Any]:
+def heads_of(layers: LayerTable, table: pd.DataFrame) -> dict[str, Any]:
     """What the heads do, at the registered split of the layers."""
-    ids = layers.samples["id"]
-    mass, enrichment = (keyed_array(table, name, ids, "layer", "head") for name in HEAD_MEASURES)
+    mass, enrichment = (keyed_array(table, name, layers.ids, "layer", "head") for name in HEAD_MEASURES)
     split = registered_split(mass.shape[1]) if len(stage_splits(mass.shape[1])) else None
-    found = summarise_heads(mass, enrichment, layers.images, split, cfg.bootstrap, cfg.seed)
+    found = summarise_heads(mass, enrichment, split, layers.bootstrap)
     return {**found, "in_words": heads_in_words(found)}
 
 

@@ -20,6 +20,7 @@ from analysis.measuring.attention import answer_maps, attention_map, choose_samp
 from analysis.measuring.token_attention import TokenAttention
 from analysis.statistics.attention.contributions import compare_looking_and_writing
 from analysis.statistics.attention.heads import CARRIED, summarise_heads
+from analysis.statistics.bands import ImageBootstrap
 from analysis.statistics.stages import MIN_EFFECT
 from dyvte.data.shapes import ShapesDataset
 from dyvte.errors import ConfigError
@@ -111,7 +112,7 @@ def test_maps_of_answer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_head_numbers_equal_those_counted_one_by_one(layers: int, heads: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     mass, enrichment = rng.random((6, layers, heads)), rng.lognormal(0, 1, (6, layers, heads))
-    found = summarise_heads(mass, enrichment, range(6), (1, 2), 20)
+    found = summarise_heads(mass, enrichment, (1, 2), ImageBootstrap(range(6), 20))
     looks = enrichment.mean(0)
     assert found["looking"]["mean"] == pytest.approx([(row > 1).mean() for row in looks])
     for row, share in zip(mass.mean(0), found["carrying"]["mean"], strict=True):
@@ -127,11 +128,11 @@ def test_head_numbers_equal_those_counted_one_by_one(layers: int, heads: int, se
 def test_looking_and_writing() -> None:
     rng = np.random.default_rng(0)
     looking = np.array([0.1, 0.3, 0.6, 0.2]) + 0.01 * rng.normal(size=(20, 4))
-    same = compare_looking_and_writing(looking, 2 * looking, range(20), 50)
+    same = compare_looking_and_writing(looking, 2 * looking, ImageBootstrap(range(20), 50))
     assert same["rank_correlation"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
     assert same["peak_looking"]["layer"] == same["peak_writing"]["layer"] == 2
-    other = compare_looking_and_writing(looking, -looking, range(20), 50)
+    other = compare_looking_and_writing(looking, -looking, ImageBootstrap(range(20), 50))
     assert other["rank_correlation"]["mean"] == -1
     assert (other["peak_writing"]["low"], other["peak_writing"]["high"]) == (0, 0)
     with pytest.raises(ValueError, match="one shape"):
-        compare_looking_and_writing(looking, looking[:, :2], range(20))
+        compare_looking_and_writing(looking, looking[:, :2], ImageBootstrap(range(20)))

@@ -23,6 +23,7 @@ from dyvte.instrument.states import TEXT_STATUS
 from dyvte.instrument.sweep.criteria import exit_depth
 from dyvte.mllm import MLLM
 
+from ..statistics.bands import ImageBootstrap
 from ..statistics.gates.claims import (
     PRICES,
     Estimate,
@@ -86,7 +87,7 @@ def image_folds(images: list[str], folds: int) -> npt.NDArray[np.int64]:
     return np.array([int(hashlib.sha256(image.encode()).hexdigest()[:8], 16) % folds for image in images])
 
 
-def claim_figures(gates: Gates, labels: LabelSet, folds: int, bootstrap: int, seed: int) -> dict[str, Any]:
+def claim_figures(gates: Gates, labels: LabelSet, folds: int, draws: int, seed: int) -> dict[str, Any]:
     """Every number of the four tests, JSON types only."""
     asked = Asked.of(gates, labels)
     images = labels.samples["image_id"].tolist()
@@ -131,7 +132,7 @@ def claim_figures(gates: Gates, labels: LabelSet, folds: int, bootstrap: int, se
             "exits": [each.to_dict() for each in dose_response(dosed_exits.numpy(), images)["means"]],
             "exit_slope": dose_response(dosed_exits.numpy(), images)["slope"].to_dict(),
         },
-        "cost": _costs(natural, labels, images, kinds, texts, folds, bootstrap, seed),
+        "cost": _costs(natural, labels, kinds, texts, folds, ImageBootstrap(images, draws, seed)),
     }
 
 
@@ -165,14 +166,12 @@ def all_seeing_frontier(training: LabelSet, labels: LabelSet) -> list[tuple[floa
 def _costs(
     exits: Tensor,
     labels: LabelSet,
-    images: list[str],
     kinds: npt.NDArray[Any],
     texts: list[str],
     folds: int,
-    bootstrap: int,
-    seed: int,
+    bootstrap: ImageBootstrap,
 ) -> dict[str, Any]:
-    agree, cost = labels.agree, labels.cost
+    agree, cost, images = labels.agree, labels.cost, list(bootstrap.images)
     own_agree, own_cost = at_exit(agree, exits).double(), at_exit(cost, exits).double()
     share, low, high = (float(each) for each in share_interval(own_agree, images))
     loss = (labels.correct[:, -1] - at_exit(labels.correct, exits)).double()
@@ -193,9 +192,7 @@ def _costs(
     table = agree.double().numpy(), cost.double().numpy()
     for name, groups in (("kind", None), ("text", texts)):
         constants = constant_frontier(*table, kinds.tolist(), groups, image_folds(images, folds))
-        each = compare_with_constants(
-            own_agree.numpy(), own_cost.numpy(), *table, constants, images, bootstrap=bootstrap, seed=seed
-        )
+        each = compare_with_constants(own_agree.numpy(), own_cost.numpy(), *table, constants, bootstrap)
         found[name] = {
             "cost": each.cost,
             "ratio": each.ratio.to_dict(),

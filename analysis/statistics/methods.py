@@ -17,8 +17,9 @@ from dyvte.policies.registry import labels
 from dyvte.runs.store import RunFolder
 
 from ..measuring.methods import CALIBRATION, UNPUBLISHED_BUDGET, from_reference, plan
+from .bands import Array, ImageBootstrap
 from .markdown import heading, markdown_table, percent_with_limits, published
-from .pairwise import Contest, Values, pairs_of, standings
+from .pairwise import Contest, pairs_of, standings
 from .published import beside, published_page
 
 
@@ -41,11 +42,11 @@ class Outcome:
     method: str
     budget: float | None
     setting: str
-    correct: Values
-    agree: Values
-    cost: Values
-    exit_layer: Values
-    tokens: Values
+    correct: Array
+    agree: Array
+    cost: Array
+    exit_layer: Array
+    tokens: Array
     deciding: float = 0.0
 
     def spent(self, counted: str) -> float:
@@ -89,7 +90,7 @@ def _from_runs(
     position = pd.Series(np.arange(len(reference)), index=reference.samples["id"])
     full_answer = reference.samples["answer"].to_numpy()
     names = ("correct", "agree", "flops_decoder", "exit_layer", "visual_tokens")
-    by_seed: dict[str, list[Values]] = {name: [] for name in names}
+    by_seed: dict[str, list[Array]] = {name: [] for name in names}
     for _, one in rows.groupby("seed"):
         ordered = one.iloc[np.argsort(position.loc[one["id"]].to_numpy())]
         for name, columns in by_seed.items():
@@ -110,7 +111,7 @@ def _from_runs(
 
 
 def exit_mixture(
-    reference: LabelSet, method: str, budget: float | None, judged: Values | None, counted: str = "flops"
+    reference: LabelSet, method: str, budget: float | None, judged: Array | None, counted: str = "flops"
 ) -> Outcome | None:
     """Exits after two fixed layers, mixed at random over the questions so that they cost the budget on average.
 
@@ -142,7 +143,7 @@ def exit_mixture(
         return None
     below, above, share = mixture
 
-    def mixed(table: Values) -> Values:
+    def mixed(table: Array) -> Array:
         return (1 - share) * table[:, below] + share * table[:, above]
 
     which = f"{above}" if below == above else f"{below} or {above} ({share:.0%})"
@@ -159,7 +160,7 @@ def exit_mixture(
     )
 
 
-def accuracy_of(correct: Values, images: Sequence[Any], name: str = "accuracy") -> dict[str, Any]:
+def accuracy_of(correct: Array, images: Sequence[Any], name: str = "accuracy") -> dict[str, Any]:
     """Accuracy over questions and seeds with its interval, which knows of both, and the number of questions.
 
     Args:
@@ -235,7 +236,7 @@ def compare_methods(
                 costs = {each.method: float(each.cost[chosen].mean()) for each in matched if counted == "flops"}
                 about.append({"on": name, "budget": budget, "counted": counted, "costs": costs, "not_matched": off})
     verdicts = []
-    for head, standing in zip(about, standings(contests, images, cfg.bootstrap, cfg.seed), strict=True):
+    for head, standing in zip(about, standings(contests, ImageBootstrap(images, cfg.bootstrap, cfg.seed)), strict=True):
         best, names = standing.best, standing.methods
         leads = {
             names[i]: [float(lead), float(lead - margin), float(lead + margin)]

@@ -14,9 +14,8 @@ import numpy.typing as npt
 
 from dyvte.gates.metrics import half_width, mixture_cost, mixture_hull, wilson_limits
 
-from ..bands import Array, Clusters, cluster_bootstrap
+from ..bands import LEVEL, Array, Clusters, ImageBootstrap
 
-LEVEL = 0.95
 PRICES = np.geomspace(1e-2, 1e4, 120)
 """What a changed answer may cost, in full prefills: each price gives one choice of constants."""
 TEXT_WEIGHT = 4.0
@@ -187,9 +186,7 @@ def compare_with_constants(
     agree: Array,
     cost: Array,
     constants: npt.NDArray[np.int64],
-    clusters: Clusters,
-    bootstrap: int = 2000,
-    seed: int = 0,
+    bootstrap: ImageBootstrap,
 ) -> CostComparison:
     """The gates' cost over that of constants mixed so that they agree as often; paired bootstrap over images.
 
@@ -197,8 +194,7 @@ def compare_with_constants(
         own_agree, own_cost: [n] what the gates' exits come to.
         agree, cost: [n, L + 1] what every exit comes to.
         constants: [P, n] of `constant_frontier`; exit L of every question is added.
-        clusters: length n.
-        bootstrap: draws; hull and agreement are drawn, the constants stay.
+        bootstrap: hull and agreement are drawn, the constants stay.
     """
     everyone = np.arange(len(agree))
     last = np.full((1, len(agree)), agree.shape[1] - 1)
@@ -213,7 +209,7 @@ def compare_with_constants(
         return price, float(costs[0] / price)
 
     price, found = ratio(values.mean(0))
-    draws = [ratio(each)[1] for each in cluster_bootstrap(values, clusters, bootstrap, seed)]
+    draws = [ratio(each)[1] for each in bootstrap.replicates(values)]
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return CostComparison(price, Estimate(found, float(low), float(high)))
 
