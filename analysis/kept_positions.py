@@ -2,16 +2,14 @@
 
 Methods get settings of the same cost (`dyvte.policies.method`) and run on the same questions; one that cannot meet it
 runs as its paper or its defaults have it, and is marked. A map says in which share of the questions, and of the layers
-that a method has thinned, a place is still seen. Places are numbered in the order of the visual tokens; their mean
-number, 0 for the first and 1 for the last, is 0.5 for a method that has no preference; twice that less one is the
-position bias, -1 for the first token alone and 1 for the last. Ranking by attention is known to favour late places,
-whose tokens are nearest to the question. A matrix says how far every two methods keep the same tokens.
+that a method has thinned, a place is still seen. Position bias is twice the mean place less one: -1 for the first token
+alone, 1 for the last, 0 without a preference. Ranking by attention is known to favour late places, whose tokens are
+nearest to the question. A matrix says how far every two methods keep the same tokens.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
@@ -41,7 +39,7 @@ from dyvte.runs.store import RunFolder, fingerprint
 from dyvte.runs.terminal import progress
 
 from .measuring.methods import ALL, describe, encoded, known_methods, load_calibration
-from .measuring.runs import run_facts
+from .measuring.runs import fill_shards, run_facts
 from .plots.style import figure_style
 from .statistics.bands import ImageBootstrap, percentile_band
 
@@ -58,10 +56,7 @@ def main(cfg: DictConfig) -> str | None:
 
 
 def kept_positions(cfg: DictConfig) -> dict[str, Any] | None:
-    """Run every method over the questions; write the maps as a table, a figure and `summary.json`.
-
-    Returns:
-        The summary; None in all processes but the first.
+    """Run every method over the questions; write maps and summary. None in all processes but the first.
 
     Raises:
         ConfigError: an unknown method.
@@ -78,23 +73,20 @@ def kept_positions(cfg: DictConfig) -> dict[str, Any] | None:
     batches = list(encoded(mllm, dataset, cfg.batch_size))
     grid, chosen = common_grid(mllm, [sample for samples, _ in batches for sample in samples])
     calibration = load_calibration(mllm, cfg)
-    for index, name in enumerate(progress("kept positions", "methods", cfg.methods)):
-        if folder.has_shard(index):
-            continue
-        started = time.perf_counter()
-        policy = methods()[name].at_cost(calibration, cfg.budget)
-        at_budget = policy is not None
-        policy = policy or own_setting(methods()[name], calibration)
+
+    def kept_by(name: str) -> tuple[dict[str, pd.DataFrame], int]:
+        at_budget = methods()[name].at_cost(calibration, cfg.budget)
+        policy = at_budget or own_setting(methods()[name], calibration)
         rows = [] if policy is None else places(mllm, policy, batches, chosen)
-        described = "cannot" if policy is None else describe(policy)
-        setting = {"method": name, "setting": described, "at_budget": at_budget}
-        tables: dict[str, Any] = {"settings": pd.DataFrame([setting])}
+        setting = {"method": name, "setting": "cannot" if policy is None else describe(policy)}
+        tables = {"settings": pd.DataFrame([{**setting, "at_budget": at_budget is not None}])}
         if rows:
             mean = np.stack([json.loads(each["share"]) for each in rows]).mean(0)
             tables["places"] = pd.DataFrame(rows).assign(method=name)
             tables["maps"] = pd.DataFrame({"method": name, "place": np.arange(len(mean)), "share": mean})
-        folder.write_shard(index, tables, num_samples=len(rows), seconds=time.perf_counter() - started)
-    folder.merge()
+        return tables, len(rows)
+
+    fill_shards(folder, progress("kept positions", "methods", cfg.methods), kept_by)
     return report(cfg, mllm, folder, grid, len(chosen))
 
 
@@ -119,9 +111,7 @@ def kept_by_layer(mllm: MLLM, batch: Batch, policy: Policy) -> list[Tensor]:
 
 
 def share_kept(kept: Tensor) -> Tensor | None:
-    """[V] share of the thinned layers that see each visual token; None where no layer is thinned.
-
-    A layer is thinned if it sees some and not all visual tokens.
+    """[V] share of the thinned layers, which see some and not all visual tokens, that see each; None without any.
 
     Args:
         kept: [L, V] boolean.
@@ -143,11 +133,9 @@ def common_grid(mllm: MLLM, samples: Sequence[Sample]) -> tuple[View, set[str]]:
         DataError: there is none.
     """
     by_shape: dict[tuple[int, int], dict[str, View]] = {}
-    for sample in samples:
-        if sample.image is not None:
-            found = view(mllm, mllm.encode([sample.image], [sample.question]))
-            if found is not None:
-                by_shape.setdefault((found.rows, found.columns), {})[sample.id] = found
+    for sample in (each for each in samples if each.image is not None):
+        if (found := view(mllm, mllm.encode([sample.image], [sample.question]))) is not None:
+            by_shape.setdefault((found.rows, found.columns), {})[sample.id] = found
     if not by_shape:
         raise DataError("no question shows an image whose visual tokens lie on one grid")
     chosen = max(by_shape.values(), key=len)
@@ -173,17 +161,13 @@ def overlap(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> 
 
 def overlaps(table: pd.DataFrame, names: Sequence[str]) -> list[list[float]]:
     """`overlap` of every two methods, over the questions that both thin."""
-    of_method = {name: rows.set_index("id")["share"] for name, rows in table.groupby("method")}
+    of_method = {name: rows.set_index("id")["share"].map(json.loads) for name, rows in table.groupby("method")}
 
-    def stacked(name: str, ids: pd.Index) -> npt.NDArray[np.float64]:
-        return np.stack([json.loads(each) for each in of_method[name].loc[ids]])
+    def shared(one: str, other: str) -> float:
+        ids = of_method[one].index.intersection(of_method[other].index)
+        return overlap(*(np.stack(of_method[name].loc[ids]) for name in (one, other))) if len(ids) else np.nan
 
-    found = []
-    for one in names:
-        both = [of_method[one].index.intersection(of_method[other].index) for other in names]
-        pairs = zip(names, both, strict=True)
-        found.append([overlap(stacked(one, ids), stacked(other, ids)) if len(ids) else np.nan for other, ids in pairs])
-    return found
+    return [[shared(one, other) for other in names] for one in names]
 
 
 def places(
@@ -193,14 +177,10 @@ def places(
     rows = []
     for samples, batch in batches:
         for sample, kept in zip(samples, kept_by_layer(mllm, batch, policy), strict=True):
-            share = share_kept(kept) if sample.id in chosen else None
-            if share is not None:
-                place = {
-                    "mean_place": mean_place(share),
-                    "kept": float(share.mean()),
-                    "share": json.dumps(share.tolist()),
-                }
-                rows.append({"id": sample.id, "image_id": sample.image_id, **place})
+            if sample.id in chosen and (share := share_kept(kept)) is not None:
+                place = {"mean_place": mean_place(share), "kept": float(share.mean())}
+                shares = {"share": json.dumps(share.tolist())}
+                rows.append({"id": sample.id, "image_id": sample.image_id, **place, **shares})
     return rows
 
 
@@ -213,15 +193,12 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, grid: View, num_quest
     settings = folder.read_table("settings").set_index("method")
     if not (folder.path / "places.parquet").is_file():
         raise ConfigError(f"at budget={cfg.budget} no method lets a layer see some and not all visual tokens")
-    table, maps = folder.read_table("places"), folder.read_table("maps")
+    table, maps = folder.read_table("places"), folder.read_table("maps").groupby("method")["share"]
     found = []
-    for name in cfg.methods:
-        rows = table[table["method"] == name]
-        if rows.empty:
-            continue
+    for name, rows in table.groupby("method", sort=False):  # in the order of `cfg.methods`, as their shards
         bootstrap = ImageBootstrap(rows["image_id"].to_numpy(), cfg.bootstrap, cfg.seed)
         band = percentile_band(*bootstrap.mean(rows["mean_place"]))
-        share = torch.tensor(maps[maps["method"] == name]["share"].to_numpy(copy=True))
+        mean, low, high = map(float, (band.mean, band.low, band.high))
         found.append(
             {
                 "method": name,
@@ -229,21 +206,22 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, grid: View, num_quest
                 "at_budget": bool(settings.loc[name, "at_budget"]),
                 "questions": len(rows),
                 "kept": float(rows["kept"].mean()),
-                "mean_place": float(band.mean),
-                "mean_place_ci": [float(band.low), float(band.high)],
-                "position_bias": 2 * float(band.mean) - 1,
-                "preference": preference(float(band.low), float(band.high)),
-                "map": grid.arrange(share).tolist(),
+                "mean_place": mean,
+                "mean_place_ci": [low, high],
+                "position_bias": 2 * mean - 1,
+                "preference": preference(low, high),
+                "map": grid.arrange(torch.tensor(maps.get_group(name).to_numpy(copy=True))).tolist(),
             }
         )
     names = [each["method"] for each in found]
     shared = overlaps(table, names)
     folder.write_table("overlap", pd.DataFrame(shared, columns=names).assign(method=names)[["method", *names]])
-    note = (
-        f"{num_questions} questions; bias: -1 the first visual token, 1 the last; intervals 95%, bootstrap over images"
+    title = (
+        f"{cfg.model.name} on {cfg.data.name}, {num_questions} questions; bias: -1 the first visual token, 1 the last; "
+        "intervals 95%, bootstrap over images"
     )
     with figure_style():
-        path = folder.save_figure("kept_positions", figure(found, f"{cfg.model.name} on {cfg.data.name}, {note}"))
+        path = folder.save_figure("kept_positions", figure(found, title))
         matrix = folder.save_figure("overlap", overlap_figure([labels()[name] for name in names], shared))
     summary = folder.write_summary(
         **run_facts(cfg, mllm),

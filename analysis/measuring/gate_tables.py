@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,16 +34,14 @@ from dyvte.train import Split, fit_gates, split_labels
 
 from ..statistics.bands import rate_band
 from ..statistics.markdown import heading, markdown_table, percent_with_limits, published, write_table_page
-from .runs import run_facts
+from .runs import fill_shards, run_facts
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Gates to compare.
+    """Gates to compare, which look at parts of the status.
 
     Attributes:
-        name: what the table calls them.
-        status: status parts that they look at.
         kind: the kind of question that they are trained on alone; None for all.
         source: folder or Hub id of gates that are there already, which are not trained.
     """
@@ -56,10 +53,7 @@ class Variant:
 
 
 def gate_table(cfg: DictConfig) -> dict[str, Any] | None:
-    """Train the gates of an experiment, compare their exits, and write the table.
-
-    Returns:
-        The summary; None in all processes but the first.
+    """Train the gates of an experiment, compare their exits, and write the table; None but in the first process.
 
     Raises:
         ModelError: ready gates are for a model of another width or depth.
@@ -80,19 +74,14 @@ def gate_table(cfg: DictConfig) -> dict[str, Any] | None:
     if not distributed.is_main():
         return None
     split = split_labels(training, cfg)
-    asked_for = variants(cfg.experiment, split)
-    for index, variant in enumerate(progress(cfg.experiment.name, "sets of gates", asked_for)):
-        if folder.has_shard(index):
-            continue
-        started = time.perf_counter()
+
+    def exits(variant: Variant) -> tuple[dict[str, pd.DataFrame], int]:
         gates = load_gates(variant.source) if variant.source else train_variant(mllm, variant, split, cfg)
         gates.check(mllm)
-        rows = exits_of(gates, asked).assign(gates=variant.name)
         about = pd.DataFrame([{"gates": variant.name, "status": "+".join(gates.status)}])
-        folder.write_shard(
-            index, {"exits": rows, "gates": about}, num_samples=len(rows), seconds=time.perf_counter() - started
-        )
-    folder.merge()
+        return {"exits": exits_of(gates, asked).assign(gates=variant.name), "gates": about}, len(asked)
+
+    fill_shards(folder, progress(cfg.experiment.name, "sets of gates", variants(cfg.experiment, split)), exits)
     return report(cfg, mllm, folder, asked)
 
 
@@ -160,7 +149,7 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, asked: LabelSet) -> d
             "cost": asked.cost[:, -1].double().numpy(),
         }
     )
-    known = dict(zip(about["gates"], about["status"], strict=True))
+    known = about.set_index("gates")["status"]
     table: list[dict[str, Any]] = []
     by_kind: list[dict[str, Any]] = []
     for name, own in {"full model": full, **dict(list(exits.groupby("gates", sort=False)))}.items():

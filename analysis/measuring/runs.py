@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import pandas as pd
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
@@ -18,6 +20,8 @@ from dyvte.loading import SHIPPED_MODELS
 from dyvte.mllm import MLLM
 from dyvte.runs import distributed, runner
 from dyvte.runs.store import RunFolder, fingerprint
+
+T = TypeVar("T")
 
 
 def measure_dataset(
@@ -37,6 +41,19 @@ def measure_dataset(
     batches = runner.consecutive_batches(len(dataset), cfg.batch_size)
     runner.run(folder, dataset, batches, measure, f"{cfg.model.name} on {cfg.data.name}")
     return folder if distributed.is_main() else None
+
+
+def fill_shards(folder: RunFolder, jobs: Iterable[T], make: Callable[[T], tuple[dict[str, pd.DataFrame], int]]) -> None:
+    """Write what `make` says of every job (tables, and how many samples they are of) as a shard, and merge them.
+
+    A job whose shard is there already is left out.
+    """
+    for index, job in enumerate(jobs):
+        if not folder.has_shard(index):
+            started = time.perf_counter()
+            tables, number = make(job)
+            folder.write_shard(index, tables, num_samples=number, seconds=time.perf_counter() - started)
+    folder.merge()
 
 
 def columns_of(samples: Sequence[Sample], *names: str) -> dict[str, list[Any]]:
