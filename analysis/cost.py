@@ -41,12 +41,7 @@ def main(cfg: DictConfig) -> str:
 
 
 def cost(cfg: DictConfig) -> dict[str, Any]:
-    """Measure, and write the table and the repeats.
-
-    Raises:
-        ConfigError: an unknown method.
-        DataError: fewer prompts with an image than the largest batch.
-    """
+    """Measure, and write the table and the repeats."""
     mllm, dataset, gates = load_model(cfg), build_dataset(cfg.data), gates_of(cfg)
     settings = cfg.cost
     budget, calibration = cfg.experiment.budgets[0], load_calibration(mllm, cfg, gates)
@@ -104,10 +99,8 @@ def measure(
 def time_generation(mllm: MLLM, batch: Batch, policy: Policy, new_tokens: int) -> dict[str, float]:
     """Seconds of one generation of so many tokens, all of a batch's rows together, the policy's work included.
 
-    Returns:
-        `vision_seconds` up to the decoder's start (vision tower, projector, embedding), `prefill_seconds` of the first
-        forward with it, `deciding_seconds` of the policy's own work, most of it in that, and `decode_seconds` of one
-        later step.
+    `vision_seconds` up to the decoder's start (vision tower, projector, embedding), `prefill_seconds` of the first
+    forward with it, `deciding_seconds` of the policy's own work, most of it in that, `decode_seconds` of a later step.
     """
     clock, deciding, decoder = Stopwatch(mllm.device), Stopwatch(mllm.device), mllm.decoder
 

@@ -104,7 +104,6 @@ def page(cfg: DictConfig, table: pd.DataFrame, apart: Mapping[str, Band], questi
     Args:
         table: `option` and `FIGURES` of every option, the one that all are compared with first.
         apart: mean cost of every other option less that of the first.
-        questions, images: held out.
     """
     base = table["option"].iloc[0]
     differences = {name: with_limits(band.to_dict(), "+.3f", "mean") for name, band in apart.items()}

@@ -56,12 +56,7 @@ def main(cfg: DictConfig) -> str | None:
 
 
 def kept_positions(cfg: DictConfig) -> dict[str, Any] | None:
-    """Run every method over the questions; write maps and summary. None in all processes but the first.
-
-    Raises:
-        ConfigError: an unknown method.
-        DataError: no question shows an image whose visual tokens lie on a grid.
-    """
+    """Run every method over the questions; write maps and summary. None in all processes but the first."""
     mllm, dataset = load_model(cfg), build_dataset(cfg.data)
     thinning = [name for name, method in methods().items() if method.acts == "thins"]
     cfg.methods = thinning if cfg.methods == ALL else known_methods(cfg.methods, "methods")
@@ -111,11 +106,7 @@ def kept_by_layer(mllm: MLLM, batch: Batch, policy: Policy) -> list[Tensor]:
 
 
 def share_kept(kept: Tensor) -> Tensor | None:
-    """[V] share of the thinned layers, which see some and not all visual tokens, that see each; None without any.
-
-    Args:
-        kept: [L, V] boolean.
-    """
+    """[V] share of the thinned layers, which see some and not all of `kept` [L, V], that see each; None without any."""
     thinned = kept.any(1) & ~kept.all(1)
     return kept[thinned].double().mean(0) if thinned.any() else None
 
@@ -127,11 +118,7 @@ def mean_place(share: Tensor) -> float:
 
 
 def common_grid(mllm: MLLM, samples: Sequence[Sample]) -> tuple[View, set[str]]:
-    """The most frequent arrangement of visual tokens, and the ids of the samples that have it.
-
-    Raises:
-        DataError: there is none.
-    """
+    """The most frequent arrangement of visual tokens, and the ids of the samples that have it."""
     by_shape: dict[tuple[int, int], dict[str, View]] = {}
     for sample in (each for each in samples if each.image is not None):
         if (found := view(mllm, mllm.encode([sample.image], [sample.question]))) is not None:
@@ -146,10 +133,7 @@ def overlap(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> 
     """How far two methods keep the same tokens: 1 if always, 0 if as often as by chance, below if they avoid it.
 
     The mean over questions of sum min(a, b), less what tokens drawn at random in the same numbers share, as a part of
-    the most that it could be.
-
-    Args:
-        first, second: [n, V] share of the thinned layers that see each visual token, of the same questions.
+    the most that it could be. Both are [n, V] shares of the thinned layers that see each visual token.
     """
     shared = np.minimum(first, second).sum(1)
     most = np.minimum(first.sum(1), second.sum(1))
@@ -165,7 +149,7 @@ def overlaps(table: pd.DataFrame, names: Sequence[str]) -> list[list[float]]:
 
     def shared(one: str, other: str) -> float:
         ids = of_method[one].index.intersection(of_method[other].index)
-        return overlap(*(np.stack(of_method[name].loc[ids]) for name in (one, other))) if len(ids) else np.nan
+        return overlap(*(np.stack(of_method[name].loc[ids].to_list()) for name in (one, other))) if len(ids) else np.nan
 
     return [[shared(one, other) for other in names] for one in names]
 
@@ -178,32 +162,26 @@ def places(
     for samples, batch in batches:
         for sample, kept in zip(samples, kept_by_layer(mllm, batch, policy), strict=True):
             if sample.id in chosen and (share := share_kept(kept)) is not None:
-                place = {"mean_place": mean_place(share), "kept": float(share.mean())}
-                shares = {"share": json.dumps(share.tolist())}
-                rows.append({"id": sample.id, "image_id": sample.image_id, **place, **shares})
+                row: dict[str, Any] = {"id": sample.id, "image_id": sample.image_id, "mean_place": mean_place(share)}
+                rows.append(row | {"kept": float(share.mean()), "share": json.dumps(share.tolist())})
     return rows
 
 
 def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, grid: View, num_questions: int) -> dict[str, Any]:
-    """Maps and mean places with intervals, of every method that thins a layer.
-
-    Raises:
-        ConfigError: none does.
-    """
-    settings = folder.read_table("settings").set_index("method")
+    """Maps and mean places with intervals, of every method that thins a layer."""
+    settings: Any = folder.read_table("settings").set_index("method").to_dict("index")
     if not (folder.path / "places.parquet").is_file():
         raise ConfigError(f"at budget={cfg.budget} no method lets a layer see some and not all visual tokens")
     table, maps = folder.read_table("places"), folder.read_table("maps").groupby("method")["share"]
-    found = []
-    for name, rows in table.groupby("method", sort=False):  # in the order of `cfg.methods`, as their shards
+    found: list[dict[str, Any]] = []
+    for name, rows in table.groupby("method", sort=False):  # in the order of `cfg.methods`, as their shards are
         bootstrap = ImageBootstrap(rows["image_id"].to_numpy(), cfg.bootstrap, cfg.seed)
         band = percentile_band(*bootstrap.mean(rows["mean_place"]))
         mean, low, high = map(float, (band.mean, band.low, band.high))
         found.append(
             {
                 "method": name,
-                "setting": settings.loc[name, "setting"],
-                "at_budget": bool(settings.loc[name, "at_budget"]),
+                **settings[name],
                 "questions": len(rows),
                 "kept": float(rows["kept"].mean()),
                 "mean_place": mean,

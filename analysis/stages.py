@@ -5,12 +5,13 @@ Curves with their bands, the stage verdict (`docs/stage_rules.md`), both by ques
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from dyvte.data import Dataset, build_dataset
@@ -34,13 +35,13 @@ from .measuring.attention import (
     map_name,
     measure_attention,
 )
-from .measuring.runs import closing_line, finish_run, measure_dataset, run_facts
+from .measuring.runs import finish_run, measure_dataset, run_facts
 from .plots.attention import draw_attention_map, draw_measures, draw_stages_by_kind, draw_three_stages
 from .plots.heads import draw_contributions, draw_frames, draw_heads
 from .statistics.attention.contributions import compare_looking_and_writing, looking_and_writing_in_words
 from .statistics.attention.frames import summarise_frames
 from .statistics.attention.heads import heads_in_words, summarise_heads
-from .statistics.bands import LEVEL, Array, Band, ImageBootstrap, bands_to_dict, keyed_array, mean_band
+from .statistics.bands import LEVEL, Array, Band, ImageBootstrap, bands_table, bands_to_dict, keyed_array, mean_band
 from .statistics.segments import registered_split, stage_splits
 from .statistics.stages import StageVerdict, stage_verdict
 from .statistics.verdicts import verdict_in_words, verdict_word
@@ -57,22 +58,21 @@ def main(cfg: DictConfig) -> str | None:
     mllm = load_model(cfg)
     extras: dict[str, Any] = {name: True for name in ("contributions", "heads") if cfg[name]}
     folder = measure_dataset(cfg, mllm, dataset, partial(measure_attention, mllm, **extras), **extras)
-    if folder is None:
-        return None
-    summary = summarize_stages(cfg, folder, mllm, dataset)
-    if summary["layers_without_attention"]:
-        print(f"layers that do not attend: {', '.join(map(str, summary['layers_without_attention']))}")
-    for reason in summary["stages"]["reasons"][1:]:
-        print(f"also: {reason}")
-    for claim, found in summary["stages"]["claims"].items():
-        print(f"{claim.replace('_', ' ')}: {verdict_word(found)}")
-    print(f"of the raw attention mass: {verdict_word(summary['stages_by_mass']['verdict'])}")
-    for part in [name for name in ("contributions", "heads", "frames") if summary[name]]:
-        print(f"{part}: {summary[part]['in_words']}")
-    if summary["stages"]["boundaries"]:
-        print(f"95% intervals of the boundaries: {summary['stages']['boundaries_ci']}")
-    print(closing_line(summary, folder))
-    return verdict_in_words(summary["stages"])
+    return None if folder is None else verdict_in_words(summarize_stages(cfg, folder, mllm, dataset)["stages"])
+
+
+def outline(summary: Mapping[str, Any]) -> str:
+    """What the verdict rests on and what else was found, for the terminal."""
+    stages, silent = summary["stages"], summary["layers_without_attention"]
+    lines = [f"layers that do not attend: {', '.join(map(str, silent))}"] if silent else []
+    lines += [f"also: {reason}" for reason in stages["reasons"][1:]]
+    lines += [f"{claim.replace('_', ' ')}: {verdict_word(found)}" for claim, found in stages["claims"].items()]
+    lines.append(f"of the raw attention mass: {verdict_word(summary['stages_by_mass']['verdict'])}")
+    parts = [name for name in ("contributions", "heads", "frames") if summary[name]]
+    lines += [f"{part}: {summary[part]['in_words']}" for part in parts]
+    if stages["boundaries"]:
+        lines.append(f"95% intervals of the boundaries: {stages['boundaries_ci']}")
+    return "\n".join(lines)
 
 
 class LayerTable:
@@ -134,52 +134,48 @@ def summarize_stages(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM, datas
     groups = {"all": everything, **{kind: {ENDPOINT: found} for kind, (_, found) in kinds.items()}}
     folder.write_table("curves", curves_table(groups))
     maps = maps_of(cfg, mllm, dataset)
-    content = store.plain(
-        {
-            **run_facts(cfg, mllm),
-            "layers_without_attention": sorted({*range(mllm.num_layers)} - {*mllm.attention_layers}),
-            "num_images": layers.counts()["num_images"],
-            "endpoint": ENDPOINT,
-            "curves": {curve: curves[ENDPOINT][curve].mean for curve in CURVES if curve in curves[ENDPOINT]},
-            "bands": {name: bands_to_dict(found) for name, found in curves.items()},
-            "entropy": bands_to_dict(entropies),
-            "stages": layers.verdict().to_dict(),
-            "stages_by_mass": layers.verdict(measure=BESIDE).to_dict(),
-            "kinds": {
-                kind: rows.counts()
-                | {"bands": {ENDPOINT: bands_to_dict(found)}, "stages": rows.verdict(level).to_dict()}
-                for kind, (rows, found) in kinds.items()
-            },
-            "maps": [record for record, _ in maps.values()],
-            "contributions": contributions_of(layers) if cfg.contributions else None,
-            "heads": heads_of(layers, folder.read_table(HEADS_TABLE)) if cfg.heads else None,
-            "frames": frames_of(folder, cfg),
-        }
-    )
-    shown = {**content, **layers.counts()}
-    figures = {"stages": draw_three_stages(shown), "measures": draw_measures(shown)}
-    if cfg.contributions:
-        figures["contributions"] = draw_contributions(shown)
-    if cfg.heads:
-        figures["heads"] = draw_heads(shown)
-    if content["frames"]:
-        figures["frames"] = draw_frames(shown)
-    if len(kinds) > 1:
-        figures["kinds"] = draw_stages_by_kind(shown)
-    figures |= {name: draw_attention_map(record, image) for name, (record, image) in maps.items()}
-    return finish_run(folder, content, figures)
+    content = {
+        **run_facts(cfg, mllm),
+        "layers_without_attention": sorted({*range(mllm.num_layers)} - {*mllm.attention_layers}),
+        **layers.counts(),
+        "endpoint": ENDPOINT,
+        "curves": {curve: curves[ENDPOINT][curve].mean for curve in CURVES if curve in curves[ENDPOINT]},
+        "bands": {name: bands_to_dict(found) for name, found in curves.items()},
+        "entropy": bands_to_dict(entropies),
+        "stages": layers.verdict().to_dict(),
+        "stages_by_mass": layers.verdict(measure=BESIDE).to_dict(),
+        "kinds": {
+            kind: rows.counts() | {"bands": {ENDPOINT: bands_to_dict(found)}, "stages": rows.verdict(level).to_dict()}
+            for kind, (rows, found) in kinds.items()
+        },
+        "maps": [record for record, _ in maps],
+        "contributions": contributions_of(layers) if cfg.contributions else None,
+        "heads": heads_of(layers, folder.read_table(HEADS_TABLE)) if cfg.heads else None,
+        "frames": frames_of(folder, cfg),
+    }
+    return finish_run(folder, content, partial(draw, maps), outline)
 
 
-def maps_of(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Map]:
-    """The maps that are drawn, by figure: what `attention_maps` or `answer_maps` says, and the image."""
+def draw(maps: Sequence[Map], summary: Mapping[str, Any]) -> dict[str, Figure]:
+    """All figures, by file name, from the maps and what `summary.json` will say."""
+    figures = {"stages": draw_three_stages(summary), "measures": draw_measures(summary)}
+    parts = {"contributions": draw_contributions, "heads": draw_heads, "frames": draw_frames}
+    figures |= {name: of_part(summary) for name, of_part in parts.items() if summary[name]}
+    if len(summary["kinds"]) > 1:
+        figures["kinds"] = draw_stages_by_kind(summary)
+    return figures | {map_name(record): draw_attention_map(record, image) for record, image in maps}
+
+
+def maps_of(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> list[Map]:
+    """The maps that are drawn: what `attention_maps` or `answer_maps` says."""
+    asked = cfg.maps
     maps: list[Map] = []
-    for sample in choose_samples(dataset, cfg.maps.count, cfg.maps.ids):
-        if cfg.maps.query != "answer":
-            maps += attention_maps(mllm, sample, cfg.maps.query)
-        elif (of_answer := answer_maps(mllm, sample, cfg.maps.max_new_tokens, cfg.maps.sinks)) is not None:
-            records, image = of_answer
-            maps += [(record, image) for record in records]
-    return {map_name(record): (record, image) for record, image in maps}
+    for sample in choose_samples(dataset, asked.count, asked.ids):
+        if asked.query == "answer":
+            maps += answer_maps(mllm, sample, asked.max_new_tokens, asked.sinks)
+        else:
+            maps += attention_maps(mllm, sample, asked.query)
+    return maps
 
 
 def frames_of(folder: store.RunFolder, cfg: DictConfig) -> dict[str, Any] | None:
@@ -209,15 +205,13 @@ def heads_of(layers: LayerTable, table: pd.DataFrame) -> dict[str, Any]:
 
 def curves_table(groups: Mapping[str, Mapping[str, Bands]]) -> pd.DataFrame:
     """Every curve of every group (`all` and the question kinds) in long form."""
-    rows = [
-        pd.DataFrame(
-            {"kind": kind, "measure": name, "curve": curve, "layer": np.arange(len(band.mean)), **band.to_dict()}
-        )
+    curves = (
+        ({"kind": kind, "measure": name, "curve": curve}, band)
         for kind, of_measures in groups.items()
         for name, curves in of_measures.items()
         for curve, band in curves.items()
-    ]
-    return pd.concat(rows, ignore_index=True)
+    )
+    return bands_table(curves, "layer")
 
 
 if __name__ == "__main__":

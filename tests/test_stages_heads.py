@@ -78,10 +78,9 @@ def test_maps_of_answer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first token's is that of the prompt's last token; sinks are marked, or their attention is left out."""
     mllm, dataset = random_model(), ShapesDataset("test", 8)
     (sample,) = choose_samples(dataset, 1, None)
-    found, plain = answer_maps(mllm, sample, 3), attention_map(mllm, sample, "last")
-    assert found is not None
+    records, plain = [record for record, _ in answer_maps(mllm, sample, 3)], attention_map(mllm, sample, "last")
+    assert records
     assert plain is not None
-    records, _ = found
     assert [record["number"] for record in records] == list(range(len(records)))
     np.testing.assert_allclose(records[0]["maps"], plain[0]["maps"], atol=1e-5)
     np.testing.assert_allclose(records[0]["mass"], records[0]["heads"].mean(1), atol=1e-5)
@@ -97,9 +96,9 @@ def test_maps_of_answer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = mllm.encode([sample.image], [sample.question])
     first = int(batch.layout.visual[0].nonzero()[0])
     monkeypatch.setattr(module, "token_attention", with_a_sink)
-    (marked, _), (left_out, _) = (answer_maps(mllm, sample, 3, how) for how in ("mark", "leave_out"))  # type: ignore[misc]
-    assert all(record["sinks"][:, 0, 0].all() for record in marked)
-    for mark, left in zip(marked, left_out, strict=True):
+    marked, left_out = (answer_maps(mllm, sample, 3, how) for how in ("mark", "leave_out"))
+    assert all(record["sinks"][:, 0, 0].all() for record, _ in marked)
+    for (mark, _), (left, _) in zip(marked, left_out, strict=True):
         assert (mark["maps"][:, 0, 0] > 0).all()
         assert not left["maps"][:, 0, 0].any()
         np.testing.assert_allclose(left["mass"], mark["mass"] - mark["maps"][:, 0, 0], atol=1e-5)

@@ -19,7 +19,7 @@ from dyvte.gates.module import SHIPPED_GATES
 from dyvte.loading import SHIPPED_MODELS
 from dyvte.mllm import MLLM
 from dyvte.runs import distributed, runner
-from dyvte.runs.store import RunFolder, fingerprint
+from dyvte.runs.store import RunFolder, fingerprint, plain
 
 T = TypeVar("T")
 
@@ -66,17 +66,29 @@ def run_facts(cfg: DictConfig, mllm: MLLM) -> dict[str, Any]:
     return {"model": cfg.model.name, "data": cfg.data.name, "num_layers": mllm.num_layers}
 
 
-def finish_run(folder: RunFolder, content: Mapping[str, Any], figures: Mapping[str, Figure]) -> dict[str, Any]:
-    """Save the figures by their names, and the summary, which names them. Returns the summary."""
+def finish_run(
+    folder: RunFolder,
+    content: Mapping[str, Any],
+    draw: Callable[[dict[str, Any]], Mapping[str, Figure]],
+    outline: Callable[[dict[str, Any]], str] | None = None,
+) -> dict[str, Any]:
+    """Save figures and summary, and print what came out, how many samples were left out, and where the results are.
+
+    Args:
+        content: of the summary, beside what `RunFolder.write_summary` knows.
+        draw: the figures by their names, from that content as JSON types.
+        outline: what came out, from the summary, which is returned.
+    """
+    known: dict[str, Any] = plain(content)
+    figures = draw(known)
     for name, figure in figures.items():
         folder.save_figure(name, figure)
-    return folder.write_summary(**content, figures=sorted(figures))
-
-
-def closing_line(summary: dict[str, Any], folder: RunFolder) -> str:
-    """What a command prints last: how many samples there were, how many were left out, and where the results are."""
+    summary = folder.write_summary(**known, figures=sorted(figures))
+    if outline is not None:
+        print(outline(summary))
     failed = f", {summary['num_failed']} left out (failures.jsonl)" if summary["num_failed"] else ""
-    return f"{summary['num_samples']} samples{failed}; results in {folder.path}"
+    print(f"{summary['num_samples']} samples{failed}; results in {folder.path}")
+    return summary
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,6 +55,12 @@ def bands_to_dict(bands: Mapping[str, Band]) -> dict[str, dict[str, Any]]:
     return {name: band.to_dict() for name, band in bands.items()}
 
 
+def bands_table(bands: Iterable[tuple[dict[str, Any], Band]], axis: str) -> pd.DataFrame:
+    """Curves `[K]` with their bands in long form: what tells each from the others, and its values along `axis`."""
+    tables = [pd.DataFrame({**labels, axis: np.arange(len(band.mean)), **band.to_dict()}) for labels, band in bands]
+    return pd.concat(tables, ignore_index=True)
+
+
 def generator(seed: int, purpose: str) -> np.random.Generator:
     """Random numbers for one purpose, independent of those that `seed` draws for any other.
 
@@ -66,14 +72,11 @@ def generator(seed: int, purpose: str) -> np.random.Generator:
 def keyed_array(table: pd.DataFrame, column: str, ids: Clusters | pd.Series, *axes: str) -> Array:
     """A column of a table in long form as `[n, ...]`, placed by its keys, whatever the order of the rows.
 
-    Args:
-        table: has `id`, a column for each axis that counts from 0, and `column`.
-        column: the values; booleans and missing values become 0, 1 and NaN.
-        ids: the samples in the order wanted; rows of others are left out.
-        axes: names of the columns that count along the axes after the first.
+    Booleans become 0 and 1; NaN where a value is missing, or the row.
 
-    Returns:
-        NaN where the table has no row.
+    Args:
+        ids: the samples in the order wanted, as in the column `id`; rows of others are left out.
+        axes: names of the columns that count, from 0, along the axes after the first.
     """
     row = pd.Index(np.asarray(ids)).get_indexer(table["id"])
     places = [table[axis].to_numpy() for axis in axes]
@@ -89,7 +92,6 @@ def long_table(labels: Mapping[str, Sequence[Any]], values: Mapping[str, npt.Arr
 
     Args:
         labels: columns that say which sample it is, n values each.
-        values: arrays of one shape.
         axes: names of the columns that count along the axes after the first.
 
     Example:

@@ -19,6 +19,7 @@ from .bands import (
     Array,
     Band,
     ImageBootstrap,
+    bands_table,
     bands_to_dict,
     cluster_mean,
     keyed_array,
@@ -201,15 +202,12 @@ def token_summary(depths: pd.DataFrame, cfg: DictConfig) -> dict[str, Any]:
 
 def exit_curves_table(groups: Mapping[str, QuestionGroup]) -> pd.DataFrame:
     """Every curve of every group of questions, one row per exit layer."""
-    tables = [
-        pd.DataFrame(
-            {"group": name, "num_samples": len(group.results.samples), "measure": measure}
-            | {"exit_layer": np.arange(len(band.mean)), **band.to_dict()}
-        )
+    curves = (
+        ({"group": name, "num_samples": len(group.results.samples), "measure": measure}, band)
         for name, group in groups.items()
         for measure, band in group.curves.items()
-    ]
-    return pd.concat(tables, ignore_index=True)
+    )
+    return bands_table(curves, "exit_layer")
 
 
 def entropy_mean_table(summary: Mapping[str, Any]) -> pd.DataFrame:

@@ -297,7 +297,6 @@ def depth_depends_on_kind(
 
     Args:
         depth: `[n]`, exit depth of each sample in layers.
-        kinds, images: `[n]`.
         contributes: from `details` of finding 1.
     """
     finding = partial(ExitFinding, DEPENDS, details={"level": LEVEL, "permutations": n_perm})

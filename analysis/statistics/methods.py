@@ -108,7 +108,7 @@ def _from_runs(
 def exit_mixture(
     reference: LabelSet, method: str, budget: float | None, judged: Array | None, counted: str = "flops"
 ) -> Outcome | None:
-    """Exits after two fixed layers, mixed at random over the questions so that they cost the budget on average.
+    """Exits after two fixed layers, mixed at random over questions to cost the budget on average; None if they cannot.
 
     Of all pairs of layers it is the best on the calibration prompts (`dyvte.gates.metrics.best_mixture`). What layers
     cost is that on the questions that are asked, which the reference holds; their answers play no part in it.
@@ -119,9 +119,6 @@ def exit_mixture(
         judged: [L + 1] what the calibration prompts say of every exit, large where it is good: the share of answers
             that stay for a fixed exit, the negative divergence for VTW. None: the full model.
         counted: what the budget is a share of, see `dyvte.policies.method.Counted`.
-
-    Returns:
-        None if the cheapest exit costs more than the budget.
     """
     costs = reference.cost.numpy()
     last = reference.num_layers

@@ -18,8 +18,7 @@ def summarise_frames(table: pd.DataFrame, draws: int, seed: int) -> dict[str, An
         draws: of the bootstrap over videos.
 
     Returns:
-        `frames` F, `num_samples` and `num_videos` that are counted, `left_out` samples of videos of another length,
-        `share` with `mean`, `low` and `high` [L, F], and `in_words`.
+        `num_samples` and `num_videos` that are counted, `left_out` samples of videos of another length; `share` [L, F].
     """
     samples = table.drop_duplicates("id")
     count = int(samples["frames"].mode().min())
