@@ -8,7 +8,7 @@ of them: ratios to the unchanged model are taken within a repeat.
 from __future__ import annotations
 
 import time
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -144,11 +144,10 @@ class Stopwatch:
 
     def seconds(self) -> list[float]:
         """Between one mark and the next."""
-        pairs = list(zip(self.marks[:-1], self.marks[1:], strict=True))
-        if self.cuda:
-            torch.cuda.synchronize()
-            return [start.elapsed_time(end) / 1e3 for start, end in pairs]
-        return [end - start for start, end in pairs]
+        if not self.cuda:
+            return [end - start for start, end in pairwise(self.marks)]
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in pairwise(self.marks)]
 
 
 @torch.no_grad()

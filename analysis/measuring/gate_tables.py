@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import Tensor
 
 from dyvte.data.base import build_dataset
 from dyvte.errors import DataError
@@ -75,13 +75,14 @@ def gate_table(cfg: DictConfig) -> dict[str, Any] | None:
         return None
     split = split_labels(training, cfg)
 
-    def exits(variant: Variant) -> tuple[dict[str, pd.DataFrame], int]:
+    def exits_of(variant: Variant) -> tuple[dict[str, pd.DataFrame], int]:
         gates = load_gates(variant.source) if variant.source else train_variant(mllm, variant, split, cfg)
         gates.check(mllm)
+        exits = first_exit(gate_probabilities(gates, asked.status(list(gates.status))), gates.thresholds())
         about = pd.DataFrame([{"gates": variant.name, "status": "+".join(gates.status)}])
-        return {"exits": exits_of(gates, asked).assign(gates=variant.name), "gates": about}, len(asked)
+        return {"exits": outcome_of(exits, asked).assign(gates=variant.name), "gates": about}, len(asked)
 
-    fill_shards(folder, progress(cfg.experiment.name, "sets of gates", variants(cfg.experiment, split)), exits)
+    fill_shards(folder, progress(cfg.experiment.name, "sets of gates", variants(cfg.experiment, split)), exits_of)
     return report(cfg, mllm, folder, asked)
 
 
@@ -120,17 +121,14 @@ def train_variant(mllm: MLLM, variant: Variant, split: Split, cfg: DictConfig) -
     return fit_gates(mllm, split, cfg, list(variant.status)).gates
 
 
-def exits_of(gates: Gates, asked: LabelSet) -> pd.DataFrame:
-    """Where gates let every question's visual tokens leave, and what that makes of the answer and the cost."""
-    status = asked.status(list(gates.status))
-    exits = first_exit(gate_probabilities(gates, status), gates.thresholds())
+def outcome_of(exits: Tensor, asked: LabelSet) -> pd.DataFrame:
+    """What leaving at exits [n] makes of every question's answer and cost."""
+    tables = {"correct": asked.correct, "agree": asked.agree, "cost": asked.cost}
     return pd.DataFrame(
         {
             "id": asked.samples["id"],
             "exit_layer": exits.where(asked.has_image, torch.tensor(0)).numpy(),
-            "correct": at_exit(asked.correct, exits).double().numpy(),
-            "agree": at_exit(asked.agree, exits).double().numpy(),
-            "cost": at_exit(asked.cost, exits).double().numpy(),
+            **{name: at_exit(table, exits).double().numpy() for name, table in tables.items()},
         }
     )
 
@@ -141,14 +139,7 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, asked: LabelSet) -> d
     images = asked.samples["image_id"].tolist()
     kinds = asked.samples["kind"].astype(str).to_numpy()
     has_image = asked.has_image.numpy()
-    full = pd.DataFrame(
-        {
-            "exit_layer": np.where(has_image, asked.num_layers, 0),
-            "correct": asked.correct[:, -1].double().numpy(),
-            "agree": 1.0,
-            "cost": asked.cost[:, -1].double().numpy(),
-        }
-    )
+    full = outcome_of(torch.full((len(asked),), asked.num_layers), asked).assign(agree=1.0)
     known = about.set_index("gates")["status"]
     table: list[dict[str, Any]] = []
     by_kind: list[dict[str, Any]] = []

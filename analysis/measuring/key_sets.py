@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from dyvte.instrument.views import view
 from dyvte.mllm import MLLM
 from dyvte.testbed.world import GRID
 
+from ..statistics.bands import generator
 from .token_attention import watch_rows
 
 TARGET = "target"
@@ -60,15 +60,10 @@ def target_keys(mllm: MLLM, batch: Batch, samples: Sequence[Sample], seed: int) 
         of_objects, elsewhere = number[inside], number[~inside].numpy()
         if len(of_objects) > len(elsewhere):
             continue
-        generator = _generator(seed, sample.id, "patches")
-        drawn = torch.from_numpy(generator.choice(elsewhere, size=len(of_objects), replace=False))
+        some = generator(seed, f"{sample.id} patches").choice(elsewhere, size=len(of_objects), replace=False)
         objects[row, positions[of_objects]] = True
-        others[row, positions[drawn]] = True
+        others[row, positions[torch.from_numpy(some)]] = True
     return objects, others
-
-
-def _generator(seed: int, sample: str, purpose: str) -> np.random.Generator:
-    return np.random.default_rng([seed, zlib.crc32(f"{sample} {purpose}".encode())])
 
 
 def as_many_keys(batch: Batch, ids: Sequence[str], keys: str, seed: int, purpose: str) -> Tensor:
@@ -77,7 +72,7 @@ def as_many_keys(batch: Batch, ids: Sequence[str], keys: str, seed: int, purpose
     drawn = torch.zeros_like(wanted)
     for row, name in enumerate(ids):
         prompt = (~batch.layout.padding[row]).nonzero().flatten().cpu().numpy()
-        some = _generator(seed, name, purpose).choice(prompt, size=int(wanted[row].sum()), replace=False)
+        some = generator(seed, f"{name} {purpose}").choice(prompt, size=int(wanted[row].sum()), replace=False)
         drawn[row, torch.as_tensor(some, device=drawn.device)] = True
     return drawn
 
@@ -153,7 +148,7 @@ def equal_mass_keys(
     wanted, reached = torch.zeros(2, len(ids), len(windows), dtype=torch.float64)
     for row, name in enumerate(ids):
         text = (~visual[row] & ~padding[row]).nonzero().flatten()
-        order = torch.from_numpy(_generator(seed, name, purpose).permutation(text.numpy()))
+        order = torch.from_numpy(generator(seed, f"{name} {purpose}").permutation(text.numpy()))
         for window, (start, stop) in enumerate(windows):
             mass = received[row, start:stop].double().sum(0)
             wanted[row, window] = mass[visual[row]].sum()

@@ -1,8 +1,8 @@
 """The stage finding by attention: valley, stages or a bend, and the recipe over runs (`docs/stage_rules.md`).
 
-Layers are not samples: deviations that all questions share at a
-layer belong to the one model at hand, and no amount of data averages them away. A claim about one model therefore has
-images as its units; a claim about a way of training has independently seeded runs.
+Layers are not samples: deviations that all questions share at a layer belong to the one model at hand, and no amount of
+data averages them away. A claim about one model therefore has images as its units; a claim about a way of training has
+independently seeded runs.
 """
 
 from __future__ import annotations
