@@ -143,7 +143,7 @@ def overlap(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> 
     return float(np.mean((shared - chance)[room > 0] / room[room > 0])) if (room > 0).any() else np.nan
 
 
-def overlaps(table: pd.DataFrame, names: Sequence[str]) -> list[list[float]]:
+def overlaps(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     """`overlap` of every two methods, over the questions that both thin."""
     of_method = {name: rows.set_index("id")["share"].map(json.loads) for name, rows in table.groupby("method")}
 
@@ -151,7 +151,7 @@ def overlaps(table: pd.DataFrame, names: Sequence[str]) -> list[list[float]]:
         ids = of_method[one].index.intersection(of_method[other].index)
         return overlap(*(np.stack(of_method[name].loc[ids].to_list()) for name in (one, other))) if len(ids) else np.nan
 
-    return [[shared(one, other) for other in names] for one in names]
+    return pd.DataFrame([[shared(one, other) for other in names] for one in names], names, names)
 
 
 def places(
@@ -191,23 +191,22 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, grid: View, num_quest
                 "map": grid.arrange(torch.tensor(maps.get_group(name).to_numpy(copy=True))).tolist(),
             }
         )
-    names = [each["method"] for each in found]
-    shared = overlaps(table, names)
-    folder.write_table("overlap", pd.DataFrame(shared, columns=names).assign(method=names)[["method", *names]])
+    shared = overlaps(table, [each["method"] for each in found])
+    folder.write_table("overlap", shared.rename_axis("method").reset_index())
     title = (
         f"{cfg.model.name} on {cfg.data.name}, {num_questions} questions; bias: -1 the first visual token, 1 the last; "
         "intervals 95%, bootstrap over images"
     )
     with figure_style():
         path = folder.save_figure("kept_positions", figure(found, title))
-        matrix = folder.save_figure("overlap", overlap_figure([labels()[name] for name in names], shared))
+        matrix = folder.save_figure("overlap", overlap_figure(shared.rename(labels())))
     summary = folder.write_summary(
         **run_facts(cfg, mllm),
         num_samples=num_questions,
         budget=cfg.budget,
         grid=[grid.rows, grid.columns],
         methods=found,
-        overlap={one: dict(zip(names, row, strict=True)) for one, row in zip(names, shared, strict=True)},
+        overlap=shared.to_dict("index"),
     )
     for each in found:
         low, high = each["mean_place_ci"]
@@ -219,17 +218,16 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, grid: View, num_quest
     return summary
 
 
-def overlap_figure(names: Sequence[str], shared: Sequence[Sequence[float]]) -> Figure:
-    """The matrix of overlaps, with its numbers."""
-    side = 1.8 + 0.34 * len(names)
+def overlap_figure(shared: pd.DataFrame) -> Figure:
+    """The matrix of overlaps, with its numbers; rows are called by the methods' labels."""
+    side, names = 1.8 + 0.34 * len(shared), shared.index
     drawing, axis = plt.subplots(figsize=(side, side), layout="constrained")
     axis.imshow(shared, cmap="RdBu", vmin=-1, vmax=1)
-    for row, values in enumerate(shared):
-        for column, value in enumerate(values):
-            if row != column:
-                ink = "white" if abs(value) > 0.55 else "black"  # on the dark ends of the colours
-                shown = f"{value:.2f}".replace("0.", ".")
-                axis.text(column, row, shown, ha="center", va="center", fontsize=6, color=ink)
+    for (row, column), value in np.ndenumerate(shared.to_numpy()):
+        if row != column:
+            ink = "white" if abs(value) > 0.55 else "black"  # on the dark ends of the colours
+            shown = f"{value:.2f}".replace("0.", ".")
+            axis.text(column, row, shown, ha="center", va="center", fontsize=6, color=ink)
     axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
     axis.set_yticks(range(len(names)), names, fontsize=7)
     axis.set_title("Tokens that two methods both keep:\n1 as many as can be, 0 as by chance", fontsize=max(8, side))

@@ -38,12 +38,7 @@ def main(cfg: DictConfig) -> str:
 
 
 def make_stage_table(cfg: DictConfig) -> dict[str, Any]:
-    """The command; returns its summary.
-
-    Raises:
-        RunFolderError: a run is not finished.
-        ConfigError: the two runs are of different models or data, or no split has both kinds of evidence.
-    """
+    """The command; returns its summary."""
     stages, knockout = read_summary(cfg.stages), read_summary(cfg.knockout)
     for key in SHARED:
         if stages[key] != knockout[key]:

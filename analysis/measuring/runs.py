@@ -92,11 +92,7 @@ def finish_run(
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:
-    """What a finished run says: its `summary.json`.
-
-    Raises:
-        RunFolderError: there is none.
-    """
+    """What a finished run says: its `summary.json`. RunFolderError without one."""
     file = Path(folder) / "summary.json"
     if not file.is_file():
         raise RunFolderError(f"{folder} has no summary.json: the run is not finished, or it is another folder")

@@ -145,11 +145,7 @@ class ImageBootstrap:
         return count_images(self.images)
 
     def replicates(self, values: npt.ArrayLike) -> Array:
-        """`[B, ...]` means over samples of `values [n, ...]`, as `cluster_mean`; NaN without a finite value.
-
-        Raises:
-            ValueError: there are no samples, or not one image each.
-        """
+        """`[B, ...]` means over samples of `values [n, ...]`, as `cluster_mean`; NaN without a finite value."""
         values = np.asarray(values, dtype=np.float64)
         if len(values) == 0:
             raise ValueError("ImageBootstrap: no samples")

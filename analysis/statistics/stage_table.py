@@ -225,9 +225,6 @@ def losses_of(table: pd.DataFrame, split: Sequence[int], num_layers: int, ids: C
     Args:
         table: `id`, `name` (path and what was done to it), `start`, `stop`, `agree`.
         ids: the questions, in the order wanted.
-
-    Raises:
-        DataError: the run did not cut what the split asks for.
     """
     changed = 1 - table.pivot_table(index="id", columns=["name", "start", "stop"], values="agree").reindex(
         np.asarray(ids)

@@ -139,9 +139,6 @@ def stage_verdict(
             the model.
         level: of each one-sided limit.
 
-    Raises:
-        ValueError: the arrays do not have one shape `[n, L]`.
-
     Example:
         >>> noise = np.random.default_rng(0).lognormal(0, 0.1, (60, 15))
         >>> cross = np.repeat([1.0, 0.3, 0.8], 5) * noise

@@ -26,9 +26,6 @@ def compare_looking_and_writing(
         `rank_correlation` over layers (Spearman's, of the mean curves) as mean, low, high; `peak_looking` and
         `peak_writing` as layer, share there, and the 95% interval of the layer. Images are drawn together for both.
 
-    Raises:
-        ValueError: the two are not of one shape `[n, L]`.
-
     Example:
         >>> three = ImageBootstrap(range(3), 20)
         >>> found = compare_looking_and_writing([[0.1, 0.4, 0.2]] * 3, [[0.3, 0.2, 0.1]] * 3, three)
@@ -41,9 +38,8 @@ def compare_looking_and_writing(
     mean, draws = bootstrap.mean(np.stack([looking, writing], axis=1))
     draws = draws[np.isfinite(draws).all((1, 2))]
     correlation = percentile_band(_rank_correlation(mean[None])[0], _rank_correlation(draws))
-    return {"rank_correlation": correlation.to_dict(), **{
-        f"peak_{name}": _peak(mean[which], draws[:, which]) for which, name in enumerate(("looking", "writing"))
-    }}  # fmt: skip
+    peaks = {f"peak_{name}": _peak(mean[i], draws[:, i]) for i, name in enumerate(("looking", "writing"))}
+    return {"rank_correlation": correlation.to_dict(), **peaks}
 
 
 def _rank_correlation(curves: Array) -> Array:
