@@ -82,7 +82,7 @@ def _row(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def training_facts(cfg: DictConfig) -> dict[str, Any]:
-    """How the gates were made, and `seconds` of their training, None where `cfg.training` is the run of others."""
+    """How the gates were made, and `seconds` of their training, None where `cfg.training` is not their run."""
     facts = load_gates(cfg.policy.gates).facts
     known: dict[str, Any] = facts["validation"]
     file = Path(cfg.training) / "summary.json"

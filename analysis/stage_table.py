@@ -99,16 +99,15 @@ def known_splits(stages: Mapping[str, Any], num_layers: int) -> dict[tuple[int, 
 
 def numbers_table(evidence: dict[tuple[int, int], tuple[list[StageEvidence], list[StageEvidence]]]) -> pd.DataFrame:
     """Every number behind the table, one row each."""
-    return pd.DataFrame(
-        [
-            {"first_boundary": split[0], "second_boundary": split[1], "stage": each.stage, "evidence": kind,
-             "number": name, "estimate": limits[0], "low": limits[1], "high": limits[2]}
-            for split, both in evidence.items()
-            for kind, of_kind in zip(("attention", "cause"), both, strict=True)
-            for each in of_kind
-            for name, limits in each.numbers.items()
-        ]
-    )  # fmt: skip
+    rows = [
+        (*split, each.stage, kind, name, *limits)
+        for split, both in evidence.items()
+        for kind, of_kind in zip(("attention", "cause"), both, strict=True)
+        for each in of_kind
+        for name, limits in each.numbers.items()
+    ]
+    columns = ["first_boundary", "second_boundary", "stage", "evidence", "number", "estimate", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def page(summary: dict[str, Any]) -> list[str]:

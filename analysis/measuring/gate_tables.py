@@ -75,14 +75,14 @@ def gate_table(cfg: DictConfig) -> dict[str, Any] | None:
         return None
     split = split_labels(training, cfg)
 
-    def exits_of(variant: Variant) -> tuple[dict[str, pd.DataFrame], int]:
+    def made_and_asked(variant: Variant) -> tuple[dict[str, pd.DataFrame], int]:
         gates = load_gates(variant.source) if variant.source else train_variant(mllm, variant, split, cfg)
         gates.check(mllm)
         exits = first_exit(gate_probabilities(gates, asked.status(list(gates.status))), gates.thresholds())
         about = pd.DataFrame([{"gates": variant.name, "status": "+".join(gates.status)}])
         return {"exits": outcome_of(exits, asked).assign(gates=variant.name), "gates": about}, len(asked)
 
-    fill_shards(folder, progress(cfg.experiment.name, "sets of gates", variants(cfg.experiment, split)), exits_of)
+    fill_shards(folder, progress(cfg.experiment.name, "sets of gates", variants(cfg.experiment, split)), made_and_asked)
     return report(cfg, mllm, folder, asked)
 
 

@@ -151,8 +151,7 @@ def constant_frontier(
             number = np.bincount(text[learn], minlength=text.max() + 1)[text[ask], None]
             own = _means(1 - agree[learn], text[learn], text.max() + 1)[text[ask]]
             changed = (number * own + TEXT_WEIGHT * changed) / (number + TEXT_WEIGHT)
-        for index, price in enumerate(PRICES):
-            chosen[index, ask] = (costs + price * changed).argmin(1)
+        chosen[:, ask] = (costs + PRICES[:, None, None] * changed).argmin(2)
     return chosen
 
 
