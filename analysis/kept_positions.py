@@ -143,7 +143,7 @@ def overlap(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> 
     return float(np.mean((shared - chance)[room > 0] / room[room > 0])) if (room > 0).any() else np.nan
 
 
-def overlaps(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+def overlaps(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     """`overlap` of every two methods, over the questions that both thin."""
     of_method = {name: rows.set_index("id")["share"].map(json.loads) for name, rows in table.groupby("method")}
 

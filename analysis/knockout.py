@@ -88,8 +88,7 @@ def summarise(cfg: DictConfig, folder: store.RunFolder, measure: KnockoutMeasure
             effect_bands({key: each[mask] for key, each in values.items()}, among) for values in (effects, entry_exit)
         )
         groups[name] = {
-            "num_samples": int(mask.sum()),
-            "num_images": among.num_images,
+            **among.counts(),
             "effects": {
                 cut: bands_to_dict({key: band[i] for key, band in bands[name].items()}) for i, cut in enumerate(names)
             },

@@ -98,10 +98,6 @@ class LayerTable:
         """`[n, L]`."""
         return keyed_array(self.table, column, self.ids, "layer")
 
-    def counts(self) -> dict[str, int]:
-        """How many samples and images."""
-        return {"num_samples": len(self.ids), "num_images": self.bootstrap.num_images}
-
     def bands(self, columns: Mapping[str, str]) -> Bands:
         """Mean curve with a pointwise 95% band for each column, by the keys of `columns`; without empty ones."""
         curves = np.stack([self.by_layer(column) for column in columns.values()], axis=1)  # [n, columns, L]
@@ -137,7 +133,7 @@ def summarize_stages(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM, datas
     content = {
         **run_facts(cfg, mllm),
         "layers_without_attention": sorted({*range(mllm.num_layers)} - {*mllm.attention_layers}),
-        **layers.counts(),
+        **layers.bootstrap.counts(),
         "endpoint": ENDPOINT,
         "curves": {curve: curves[ENDPOINT][curve].mean for curve in CURVES if curve in curves[ENDPOINT]},
         "bands": {name: bands_to_dict(found) for name, found in curves.items()},
@@ -145,7 +141,8 @@ def summarize_stages(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM, datas
         "stages": layers.verdict().to_dict(),
         "stages_by_mass": layers.verdict(measure=BESIDE).to_dict(),
         "kinds": {
-            kind: rows.counts() | {"bands": {ENDPOINT: bands_to_dict(found)}, "stages": rows.verdict(level).to_dict()}
+            kind: rows.bootstrap.counts()
+            | {"bands": {ENDPOINT: bands_to_dict(found)}, "stages": rows.verdict(level).to_dict()}
             for kind, (rows, found) in kinds.items()
         },
         "maps": [record for record, _ in maps],

@@ -144,6 +144,10 @@ class ImageBootstrap:
         """How many images the samples are about."""
         return count_images(self.images)
 
+    def counts(self) -> dict[str, int]:
+        """How many samples and images, as summaries call them."""
+        return {"num_samples": len(self.images), "num_images": self.num_images}
+
     def replicates(self, values: npt.ArrayLike) -> Array:
         """`[B, ...]` means over samples of `values [n, ...]`, as `cluster_mean`; NaN without a finite value."""
         values = np.asarray(values, dtype=np.float64)

@@ -121,8 +121,7 @@ class QuestionGroup:
         results, depths = self.results, self.results.samples["exit_depth"]
         entropy = results.entropies["text_entropy"]
         return {
-            "num_samples": len(depths),
-            "num_images": results.bootstrap.num_images,
+            **results.bootstrap.counts(),
             **{name: self.curves[name].mean for name in ("accuracy", "agreement", "kl")},
             **{name: cluster_mean(results.exits[name]) for name in FLOPS},
             "bands": bands_to_dict(self.curves),

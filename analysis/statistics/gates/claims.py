@@ -44,7 +44,7 @@ def verdict(estimate: Estimate, claim: float, above: bool = True) -> str:
 
 def mean_estimate(values: Array, clusters: Clusters, level: float = LEVEL) -> Estimate:
     """Mean of [n] values; normal interval with the variance between totals of clusters."""
-    return Estimate(*cluster_interval(torch.from_numpy(values), clusters, level))
+    return Estimate(*cluster_interval(torch.from_numpy(values), list(clusters), level))
 
 
 # ---------------------------------------------------------------- 1. within a text
