@@ -441,5 +441,5 @@ def test_curves_do_not_depend_on_the_order_of_rows(finished: Path) -> None:
     table = pd.read_parquet(finished / "layers.parquet")
     by_sample = stages.LayerTable(table)
     shuffled = stages.LayerTable(table.sample(frac=1, random_state=0))
-    rows = shuffled.samples["id"].map({each: row for row, each in enumerate(by_sample.samples["id"])})
+    rows = [by_sample.ids.tolist().index(each) for each in shuffled.ids]
     np.testing.assert_array_equal(shuffled.by_layer("cross_mass"), by_sample.by_layer("cross_mass")[rows])
