@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from dyvte.gates.metrics import cluster_interval, half_width, mixture_cost, mixture_hull, wilson_limits
+from dyvte.gates.metrics import half_width, mixture_cost, mixture_hull, wilson_limits
 
 from ..bands import LEVEL, Array, Clusters, ImageBootstrap
 
@@ -44,7 +43,9 @@ def verdict(estimate: Estimate, claim: float, above: bool = True) -> str:
 
 def mean_estimate(values: Array, clusters: Clusters, level: float = LEVEL) -> Estimate:
     """Mean of [n] values; normal interval with the variance between totals of clusters."""
-    return Estimate(*cluster_interval(torch.from_numpy(values), list(clusters), level))
+    mean = float(values.mean())
+    half = half_width((values - mean) / len(values), clusters, level)
+    return Estimate(mean, mean - half, mean + half)
 
 
 # ---------------------------------------------------------------- 1. within a text
