@@ -8,6 +8,7 @@ of them: ratios to the unchanged model are taken within a repeat.
 from __future__ import annotations
 
 import time
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,8 @@ from dyvte.policies.registry import labels
 from dyvte.runs.config import command, load_model
 from dyvte.runs.store import RunFolder, fingerprint
 
-from .measuring.methods import describe, encoded, gates_of, load_calibration, policy_at
-from .measuring.runs import run_facts
+from .measuring.methods import describe, gates_of, load_calibration, policy_at
+from .measuring.runs import fill_shards, run_facts
 from .statistics.markdown import heading, markdown_table, published, write_table_page
 
 
@@ -40,27 +41,16 @@ def main(cfg: DictConfig) -> str:
 
 
 def cost(cfg: DictConfig) -> dict[str, Any]:
-    """Measure, and write the table and the repeats.
-
-    Returns:
-        The summary.
-
-    Raises:
-        ConfigError: an unknown method.
-        DataError: fewer prompts with an image than the largest batch.
-    """
+    """Measure, and write the table and the repeats."""
     mllm, dataset, gates = load_model(cfg), build_dataset(cfg.data), gates_of(cfg)
     settings = cfg.cost
     budget, calibration = cfg.experiment.budgets[0], load_calibration(mllm, cfg, gates)
     methods = {name: policy_at(name, budget, calibration) for name in dict.fromkeys(["none", *cfg.experiment.methods])}
     policies = {name: policy for name, policy in methods.items() if policy is not None}  # who can meet the budget
-    prompts = [
-        each for samples, _ in encoded(mllm, dataset, cfg.batch_size) for each in samples if each.image is not None
-    ][: max(settings.batch_sizes)]
-    if len(prompts) < max(settings.batch_sizes):
-        raise DataError(
-            f"a batch of {max(settings.batch_sizes)} needs as many questions with an image; set data.limit="
-        )
+    largest = max(settings.batch_sizes)
+    prompts = list(islice((each for each in dataset.readable() if each.image is not None), largest))
+    if len(prompts) < largest:
+        raise DataError(f"a batch of {largest} needs as many questions with an image; set data.limit=")
     made_of = {
         "experiment": OmegaConf.to_container(cfg.experiment, resolve=True),
         "cost": OmegaConf.to_container(settings, resolve=True),
@@ -68,17 +58,16 @@ def cost(cfg: DictConfig) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
     }
     folder = RunFolder.open(cfg.output_dir, fingerprint(mllm, dataset, cfg, **made_of), cfg, cfg.overwrite)
-    for index, batch_size in enumerate(settings.batch_sizes):
-        if folder.has_shard(index):
-            continue
-        started = time.perf_counter()
+
+    def of_batch(batch_size: int) -> tuple[dict[str, pd.DataFrame], int]:
         part = prompts[:batch_size]
         batch = mllm.encode([each.image for each in part], [each.question for each in part])
         repeats = measure(mllm, batch, policies, settings.repeats, settings.new_tokens, cfg.seed)
         constants = pd.DataFrame([{"method": name, **constant(mllm, batch, each)} for name, each in policies.items()])
-        found = {"repeats": repeats.assign(batch_size=batch_size), "constants": constants.assign(batch_size=batch_size)}
-        folder.write_shard(index, found, num_samples=batch_size, seconds=time.perf_counter() - started)
-    folder.merge()
+        found = {"repeats": repeats, "constants": constants}
+        return {name: table.assign(batch_size=batch_size) for name, table in found.items()}, batch_size
+
+    fill_shards(folder, settings.batch_sizes, of_batch)
     table = summarize(folder.read_table("repeats"), folder.read_table("constants"), settings.new_tokens)
     table["setting"] = table["method"].map({name: describe(policy) for name, policy in policies.items()})
     folder.write_table("cost", table)
@@ -96,11 +85,7 @@ def cost(cfg: DictConfig) -> dict[str, Any]:
 def measure(
     mllm: MLLM, batch: Batch, policies: dict[str, Policy], repeats: int, new_tokens: int, seed: int
 ) -> pd.DataFrame:
-    """Time every policy in every repeat, in an order drawn anew; one more repeat before them warms up.
-
-    Returns:
-        One row a repeat and policy: what `time_generation` returns.
-    """
+    """`time_generation` of every policy in every repeat, in an order drawn anew; one more repeat before warms up."""
     order = np.random.default_rng(seed)
     rows = []
     for repeat in range(repeats + 1):
@@ -114,10 +99,8 @@ def measure(
 def time_generation(mllm: MLLM, batch: Batch, policy: Policy, new_tokens: int) -> dict[str, float]:
     """Seconds of one generation of so many tokens, all of a batch's rows together, the policy's work included.
 
-    Returns:
-        `vision_seconds` up to the decoder's start (vision tower, projector, embedding), `prefill_seconds` of the first
-        forward with it, `deciding_seconds` of the policy's own work, most of it in that, and `decode_seconds` of one
-        later step.
+    `vision_seconds` up to the decoder's start (vision tower, projector, embedding), `prefill_seconds` of the first
+    forward with it, `deciding_seconds` of the policy's own work, most of it in that, `decode_seconds` of a later step.
     """
     clock, deciding, decoder = Stopwatch(mllm.device), Stopwatch(mllm.device), mllm.decoder
 
@@ -161,11 +144,10 @@ class Stopwatch:
 
     def seconds(self) -> list[float]:
         """Between one mark and the next."""
-        pairs = list(zip(self.marks[:-1], self.marks[1:], strict=True))
-        if self.cuda:
-            torch.cuda.synchronize()
-            return [start.elapsed_time(end) / 1e3 for start, end in pairs]
-        return [end - start for start, end in pairs]
+        if not self.cuda:
+            return [end - start for start, end in pairwise(self.marks)]
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in pairwise(self.marks)]
 
 
 @torch.no_grad()

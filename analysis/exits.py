@@ -21,16 +21,15 @@ from dyvte.runs import store
 from dyvte.runs.config import command, load_model
 
 from .measuring.exits import measurement, questions_and_captions
-from .measuring.runs import closing_line, finish_run, measure_dataset, run_facts
+from .measuring.runs import finish_run, measure_dataset, run_facts
 from .plots import exits as plots
 from .statistics import exits as exit_statistics
-from .statistics.bands import bands_to_dict, cluster_mean, count_images
+from .statistics.bands import LEVEL, bands_to_dict, cluster_mean
 from .statistics.entropy import entropy_change
 from .statistics.exit_summary import (
     CAPTIONS,
     EXIT_MEASURES,
     FLOPS,
-    LEVEL,
     QUESTIONS,
     ExitResults,
     QuestionGroup,
@@ -54,20 +53,11 @@ def main(cfg: DictConfig) -> str | None:
 
 
 def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any] | None:
-    """The command with a model and data that are loaded already.
-
-    Returns:
-        The summary; None in processes other than the main one.
-    """
+    """The command with a model and data that are loaded already; None in processes other than the main one."""
     measure = measurement(mllm, dataset, cfg)
     settings = {"max_new_tokens": cfg.max_new_tokens, "accuracy": cfg.accuracy}
     folder = measure_dataset(cfg, mllm, dataset, measure, **settings)
-    if folder is None:
-        return None
-    summary = report(cfg, folder, mllm)
-    print(outline(summary))
-    print(closing_line(summary, folder))
-    return summary
+    return None if folder is None else report(cfg, folder, mllm)
 
 
 def outline(summary: Mapping[str, Any]) -> str:
@@ -88,7 +78,7 @@ def outline(summary: Mapping[str, Any]) -> str:
 
 def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, Any]:
     """Everything that follows from the tables: curves, K*, findings, figures, summary."""
-    everything = ExitResults.read(folder)
+    everything = ExitResults.read(folder, cfg.bootstrap, cfg.seed)
     asks = (everything.samples["part"] == QUESTIONS).to_numpy() & (everything.samples["visual_tokens"] > 0).to_numpy()
     if not asks.any():
         raise ConfigError(
@@ -113,22 +103,19 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, An
     findings = {
         "contribution_stops": overall.stops,
         "early_exit_disturbs_text_entropy": exit_statistics.early_exit_disturbs(
-            *entropies, overall.stops.exit_layer, results.images, level=LEVEL, n_boot=cfg.bootstrap, seed=cfg.seed
+            *entropies, overall.stops.exit_layer, results.bootstrap
         ),
         "exit_depth_depends_on_kind": exit_statistics.depth_depends_on_kind(
-            results.samples["exit_depth"],
+            results.samples["exit_depth"].to_numpy(float),
             kinds,
-            results.images,
+            results.bootstrap.images,
             overall.stops.details.get("contributes", False),
-            level=LEVEL,
-            n_perm=cfg.permutations,
-            seed=cfg.seed,
+            cfg.permutations,
+            cfg.seed,
         ),
     }
-    kl_exits = exit_statistics.kl_exits(
-        results.exits["kl"], results.images, list(cfg.etas), cfg.kl_start, LEVEL, cfg.bootstrap, cfg.seed
-    )
-    entropy = entropy_summary(results, cfg)
+    kl_exits = exit_statistics.kl_exits(results.exits["kl"], results.bootstrap, list(cfg.etas), cfg.kl_start)
+    entropy = entropy_summary(results)
     of_tokens = folder.read_table("tokens").merge(
         everything.samples[["id", "part", "image_id"]], on="id", how="left", validate="many_to_one"
     )
@@ -136,32 +123,28 @@ def report(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, An
     folder.write_table("entropy_mean", entropy_mean_table(entropy))
     folder.write_table("token_curves", token_curves(of_tokens))
     summaries = {name: group.summary() for name, group in groups.items()}
-    content = store.plain(
-        {
-            **run_facts(cfg, mllm),
-            "num_questions": len(results.samples),
-            "num_images": count_images(results.images),
-            "num_captions": int((everything.samples["part"] == CAPTIONS).sum()),
-            "num_without_image": int((everything.samples["visual_tokens"] == 0).sum()),
-            **{name: overall.curves[name].mean for name in EXIT_MEASURES},
-            **{name: cluster_mean(results.exits[name]) for name in FLOPS},
-            "k_star": {f"{each.eta:g}": each.layer for each in kl_exits},
-            "k_star_details": [asdict(each) for each in kl_exits],
-            "kl_start": cfg.kl_start,
-            "findings": {name: asdict(finding) for name, finding in findings.items()},
-            "overall": summaries.pop("all"),
-            "needs_image": summaries.pop("needs_image", None),
-            "needs_image_by": said_by,
-            "kinds": {name.removeprefix("kind="): group for name, group in summaries.items()},
-            "entropy": entropy,
-            "entropy_change": bands_to_dict(
-                entropy_change(*entropies, results.exits["agree"], results.images, cfg.bootstrap, cfg.seed)
-            ),
-            "tokens": token_summary(token_depths(of_tokens), cfg),
-            "settings": {"level": LEVEL, "bootstrap": cfg.bootstrap, "permutations": cfg.permutations, **cfg.findings},
-        }
-    )
-    return finish_run(folder, content, draw(content))
+    content = {
+        **run_facts(cfg, mllm),
+        "num_questions": len(results.samples),
+        "num_images": results.bootstrap.num_images,
+        "num_captions": int((everything.samples["part"] == CAPTIONS).sum()),
+        "num_without_image": int((everything.samples["visual_tokens"] == 0).sum()),
+        **{name: overall.curves[name].mean for name in EXIT_MEASURES},
+        **{name: cluster_mean(results.exits[name]) for name in FLOPS},
+        "k_star": {f"{each.eta:g}": each.layer for each in kl_exits},
+        "k_star_details": [asdict(each) for each in kl_exits],
+        "kl_start": cfg.kl_start,
+        "findings": {name: asdict(finding) for name, finding in findings.items()},
+        "overall": summaries.pop("all"),
+        "needs_image": summaries.pop("needs_image", None),
+        "needs_image_by": said_by,
+        "kinds": {name.removeprefix("kind="): group for name, group in summaries.items()},
+        "entropy": entropy,
+        "entropy_change": bands_to_dict(entropy_change(*entropies, results.exits["agree"], results.bootstrap)),
+        "tokens": token_summary(token_depths(of_tokens), cfg),
+        "settings": {"level": LEVEL, "bootstrap": cfg.bootstrap, "permutations": cfg.permutations, **cfg.findings},
+    }
+    return finish_run(folder, content, draw, outline)
 
 
 def draw(summary: Mapping[str, Any]) -> dict[str, plt.Figure]:

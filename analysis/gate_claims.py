@@ -6,7 +6,6 @@ they need is made once, whatever the gates; a pass that was killed goes on.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,8 +48,7 @@ def main(cfg: DictConfig) -> str | None:
         return None
     found = findings(cfg, labels, tested)
     if training is not None:
-        frontier = all_seeing_frontier(training, labels)
-        found["bound"] = {"questions": len(training), "frontier": [list(each) for each in frontier]}
+        found["bound"] = {"questions": len(training), "frontier": all_seeing_frontier(training, labels)}
     folder.write_summary(
         **run_facts(cfg, mllm),
         num_samples=len(labels),
@@ -86,7 +84,7 @@ def findings(cfg: DictConfig, labels: LabelSet, tested: Mapping[str, Gates]) -> 
             for name, gates in tested.items()
         },
     }
-    return dict(plain(json.loads(json.dumps(found, default=float))))
+    return dict(plain(found))
 
 
 def page(found: Mapping[str, Any]) -> str:
@@ -139,27 +137,16 @@ def conclusion(tests: Mapping[str, Any]) -> str:
 
 def _tests(tests: Mapping[str, Any]) -> list[str]:
     within, withheld, dose, cost = (tests[name] for name in ("within_text", "withheld", "dose", "cost"))
+    of_kind, of_text = cost["kind"], cost["text"]
     rows = [
-        ["1", "AUC within a text", with_limits(within), "above .5", within["verdict"]],
-        ["2", "p(exit), image withheld less seen", with_limits(withheld, "+.3f"), "below 0", withheld["verdict"]],
-        ["3", "slope of p(exit) per layer that saw the image", with_limits(dose, "+.4f"), "above 0", dose["verdict"]],
-        [
-            "4a",
-            "cost over constants of the kind",
-            with_limits(cost["kind"]["ratio"]),
-            "below 1",
-            cost["kind"]["verdict"],
-        ],
-        [
-            "4b",
-            "cost over constants of the text",
-            with_limits(cost["text"]["ratio"]),
-            "below 1",
-            cost["text"]["verdict"],
-        ],
+        ("1", "AUC within a text", with_limits(within), "above .5", within),
+        ("2", "p(exit), image withheld less seen", with_limits(withheld, "+.3f"), "below 0", withheld),
+        ("3", "slope of p(exit) per layer that saw the image", with_limits(dose, "+.4f"), "above 0", dose),
+        ("4a", "cost over constants of the kind", with_limits(of_kind["ratio"]), "below 1", of_kind),
+        ("4b", "cost over constants of the text", with_limits(of_text["ratio"]), "below 1", of_text),
     ]
-    rows = [[*row[:4], f"**{row[4]}**"] for row in rows]
-    return markdown_table(["test", "statistic", "found", "claimed", "verdict"], rows)
+    cells = [(*texts, f"**{test['verdict']}**") for *texts, test in rows]
+    return markdown_table(["test", "statistic", "found", "claimed", "verdict"], cells)
 
 
 def _kinds(within: Mapping[str, Any]) -> list[str]:

@@ -76,16 +76,13 @@ def _row(found: Mapping[str, Any]) -> dict[str, Any]:
     """The columns that are shown, from `figures` or from a row of controls, which name their intervals differently."""
     row: dict[str, Any] = {}
     for column in ("agreement", "accuracy", "accuracy_loss"):
-        limits = found[f"{column}_ci"] if f"{column}_ci" in found else (found[f"{column}_low"], found[f"{column}_high"])
-        row[column], row[f"{column}_ci"] = found[column], list(limits)
+        limits = found.get(f"{column}_ci") or (found[f"{column}_low"], found[f"{column}_high"])
+        row |= {column: found[column], f"{column}_ci": list(limits)}
     return row | {column: found[column] for column in ("mean_exit_layer", "cost", "cost_of_fixed_exits", "cost_ratio")}
 
 
 def training_facts(cfg: DictConfig) -> dict[str, Any]:
-    """How the gates were made: what they say of themselves, and the seconds that their training run took.
-
-    `seconds` is None where `cfg.training` is not the run that they came from.
-    """
+    """How the gates were made, and `seconds` of their training, None where `cfg.training` is not their run."""
     facts = load_gates(cfg.policy.gates).facts
     known: dict[str, Any] = facts["validation"]
     file = Path(cfg.training) / "summary.json"
@@ -119,38 +116,29 @@ def findings(cfg: DictConfig, summary: Mapping[str, Any]) -> dict[str, Any]:
 # --------------------------------------------------------------------------- verdicts
 
 
-def criteria(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What was asked of the gates, what they reach, and whether that is enough."""
+def criteria(row: Mapping[str, Any]) -> list[tuple[str, str, str, bool]]:
+    """What was asked of the gates, what they reach, and whether that is enough: criterion, asked, reached, met."""
     loss, agreement, cost = row["accuracy_loss_ci"][1], row["agreement"], row["cost_ratio"]
-    loss_limit, flops = "accuracy loss, upper end of its 95% interval", "decoder FLOPs over those of fixed exits"
-    rows = (
-        (loss_limit, f"at most {100 * MAX_LOSS:g} point", f"{100 * loss:.2f} points", loss <= MAX_LOSS),
-        (
-            "answers equal to the full model's",
-            f"at least {100 * MIN_AGREEMENT:.1f}%",
-            f"{100 * agreement:.2f}%",
-            agreement >= MIN_AGREEMENT,
-        ),
-        (f"{flops} at the same agreement", f"at most {MAX_COST_RATIO:g}", f"{cost:.3f}", cost <= MAX_COST_RATIO),
-    )
-    return [dict(zip(("criterion", "asked", "reached", "met"), each, strict=True)) for each in rows]
+    limit, least = f"at most {100 * MAX_LOSS:g} point", f"at least {100 * MIN_AGREEMENT:.1f}%"
+    flops = "decoder FLOPs over those of fixed exits at the same agreement"
+    return [
+        ("accuracy loss, upper end of its 95% interval", limit, f"{100 * loss:.2f} points", loss <= MAX_LOSS),
+        ("answers equal to the full model's", least, f"{100 * agreement:.2f}%", agreement >= MIN_AGREEMENT),
+        (flops, f"at most {MAX_COST_RATIO:g}", f"{cost:.3f}", cost <= MAX_COST_RATIO),
+    ]
 
 
 def hops_verdict(rows: Sequence[Mapping[str, Any]]) -> str:
     """Whether depth rises with hops: `found`, `opposite found` or `not found`.
 
     Found if every further hop, from the first one on, adds depth with a 95% interval above 0; the opposite if every one
-    takes depth away likewise. The step from no hop to one only tells questions that need the image from others.
-
-    Args:
-        rows: of one measure, in the columns of `exits_by_hops`.
+    takes depth away likewise. The step from no hop to one only tells questions that need the image from others. The
+    rows are those of one measure of `exits_by_hops`.
     """
-    steps = [(row["step_low"], row["step_high"]) for row in rows if _compared(row)]
-    if not steps:
-        return "not found"
-    if all(low > 0 for low, _ in steps):
+    steps = [row for row in rows if _compared(row)]
+    if steps and all(row["step_low"] > 0 for row in steps):
         return "found"
-    return "opposite found" if all(high < 0 for _, high in steps) else "not found"
+    return "opposite found" if steps and all(row["step_high"] < 0 for row in steps) else "not found"
 
 
 def _compared(row: Mapping[str, Any]) -> bool:
@@ -192,10 +180,8 @@ def _intro(found: Mapping[str, Any]) -> str:
 
 
 def _table(found: Mapping[str, Any]) -> str:
-    head = [
-        *("", "agreement", "accuracy", "loss, points", f"mean exit of {found['num_layers']}", "cost"),
-        "over fixed exits",
-    ]
+    head = ["", "agreement", "accuracy", "loss, points", f"mean exit of {found['num_layers']}", "cost"]
+    head.append("over fixed exits")
     cells = []
     for row in found["rows"]:
         low, high = row["agreement_ci"]
@@ -209,8 +195,8 @@ def _table(found: Mapping[str, Any]) -> str:
 
 def _criteria(row: Mapping[str, Any]) -> str:
     checks = criteria(row)
-    cells = [[each["criterion"], each["asked"], each["reached"], _met(each["met"])] for each in checks]
-    met = sum(each["met"] for each in checks)
+    cells = [(*texts, _met(met)) for *texts, met in checks]
+    met = sum(is_met for *_, is_met in checks)
     title = f"**What was asked of them**, on image questions: {met} of {len(checks)} met."
     return "\n".join([title, "", *markdown_table(["", "asked", "reached", ""], cells)])
 
@@ -230,8 +216,7 @@ def _share(own: float, oracle: float) -> str:
 
 def _hops(found: Mapping[str, Any]) -> str:
     everything, paths = by_measure(found["hops"]), by_measure(found["hops_of_paths"])
-    verdicts = {title: hops_verdict(rows) for title, rows in everything.items()}
-    of_paths = {title: hops_verdict(rows) for title, rows in paths.items()}
+    verdicts, of_paths = ({title: hops_verdict(rows) for title, rows in each.items()} for each in (everything, paths))
     text = (
         "**Do more hops exit later?** The hypothesis, stated before any figure, says yes. It counts as found if each "
         "further hop, from one to two and from two to three, adds depth with a 95% interval above 0, its opposite if "
@@ -264,10 +249,8 @@ def _interval(low: float | None, high: float | None) -> str:
 
 
 def _training(facts: Mapping[str, Any]) -> str:
-    seconds = facts["seconds"]
-    if seconds is None:
-        took = "The run that trained them is not at hand, so its time is not stated."
-    else:
+    took = "The run that trained them is not at hand, so its time is not stated."
+    if (seconds := facts["seconds"]) is not None:
         took = (
             f"From the labels on disk training took {seconds:.0f} seconds, the gates that see the question only "
             f"included (asked: under {MAX_TRAINING_SECONDS}, {_met(seconds < MAX_TRAINING_SECONDS)})."
@@ -301,11 +284,7 @@ def with_section(text: str, found: Mapping[str, Any]) -> str:
 
 
 def finish(cfg: DictConfig) -> dict[str, Any] | None:
-    """Start or continue the evaluation; one of other weights or settings is replaced.
-
-    Returns:
-        Its summary; None in all processes but the first.
-    """
+    """Start or continue the evaluation; one of other weights or settings is replaced. None but in the first process."""
     try:
         return evaluate(cfg)
     except RunFolderError:

@@ -24,7 +24,7 @@ from dyvte.runs.store import RunFolder, write_atomic
 from dyvte.train import Split, fit_gates, label_settings, split_labels
 
 from .measuring.runs import run_facts
-from .statistics.bands import Band
+from .statistics.bands import Band, ImageBootstrap
 from .statistics.gates.recipes import cost_differences
 from .statistics.markdown import markdown_table, with_limits
 
@@ -58,8 +58,9 @@ def main(cfg: DictConfig) -> str | None:
         print(", ".join([name, *(f"{key} {rows[-1][key]:.4g}" for key in FIGURES if key in rows[-1])]))
     table = pd.DataFrame(rows)
     images = split.column("image_id", split.validation)
-    apart = cost_differences(frontiers, next(iter(folders)), images, AGREEMENTS, cfg.bootstrap, cfg.seed)
-    text = page(cfg, table, apart, len(images), len(set(images)))
+    bootstrap = ImageBootstrap(images, cfg.bootstrap, cfg.seed)
+    apart = cost_differences(frontiers, next(iter(folders)), bootstrap, AGREEMENTS)
+    text = page(cfg, table, apart, len(images), bootstrap.num_images)
     if cfg.page is not None:
         write_atomic(Path(cfg.page), lambda out: out.write(text.encode()))
     print(text)
@@ -103,7 +104,6 @@ def page(cfg: DictConfig, table: pd.DataFrame, apart: Mapping[str, Band], questi
     Args:
         table: `option` and `FIGURES` of every option, the one that all are compared with first.
         apart: mean cost of every other option less that of the first.
-        questions, images: held out.
     """
     base = table["option"].iloc[0]
     differences = {name: with_limits(band.to_dict(), "+.3f", "mean") for name, band in apart.items()}

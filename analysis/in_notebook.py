@@ -93,14 +93,7 @@ def provenance(summary: Mapping[str, Any]) -> str:
 
 
 def write_question_folder(folder: str | Path, dataset: Dataset) -> Path:
-    """Write images and questions as files in the form of LLaVA's evaluation data; a folder that is there is kept.
-
-    Args:
-        folder: gets `images/*.png` and `questions.jsonl` with `question_id`, `image`, `text`, `answer`, `category`.
-
-    Returns:
-        `questions.jsonl`.
-    """
+    """Write images/*.png and questions.jsonl in the form of LLaVA's evaluation data; a folder that is there is kept."""
     file = Path(folder) / "questions.jsonl"
     if file.is_file():
         return file

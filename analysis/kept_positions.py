@@ -2,16 +2,14 @@
 
 Methods get settings of the same cost (`dyvte.policies.method`) and run on the same questions; one that cannot meet it
 runs as its paper or its defaults have it, and is marked. A map says in which share of the questions, and of the layers
-that a method has thinned, a place is still seen. Places are numbered in the order of the visual tokens; their mean
-number, 0 for the first and 1 for the last, is 0.5 for a method that has no preference; twice that less one is the
-position bias, -1 for the first token alone and 1 for the last. Ranking by attention is known to favour late places,
-whose tokens are nearest to the question. A matrix says how far every two methods keep the same tokens.
+that a method has thinned, a place is still seen. Position bias is twice the mean place less one: -1 for the first token
+alone, 1 for the last, 0 without a preference. Ranking by attention is known to favour late places, whose tokens are
+nearest to the question. A matrix says how far every two methods keep the same tokens.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
@@ -41,9 +39,9 @@ from dyvte.runs.store import RunFolder, fingerprint
 from dyvte.runs.terminal import progress
 
 from .measuring.methods import ALL, describe, encoded, known_methods, load_calibration
-from .measuring.runs import run_facts
+from .measuring.runs import fill_shards, run_facts
 from .plots.style import figure_style
-from .statistics.bands import cluster_bootstrap, cluster_mean, percentile_band
+from .statistics.bands import ImageBootstrap, percentile_band
 
 COLUMNS = 5
 BRIGHTEST = 2.0
@@ -58,15 +56,7 @@ def main(cfg: DictConfig) -> str | None:
 
 
 def kept_positions(cfg: DictConfig) -> dict[str, Any] | None:
-    """Run every method over the questions; write the maps as a table, a figure and `summary.json`.
-
-    Returns:
-        The summary; None in all processes but the first.
-
-    Raises:
-        ConfigError: an unknown method.
-        DataError: no question shows an image whose visual tokens lie on a grid.
-    """
+    """Run every method over the questions; write maps and summary. None in all processes but the first."""
     mllm, dataset = load_model(cfg), build_dataset(cfg.data)
     thinning = [name for name, method in methods().items() if method.acts == "thins"]
     cfg.methods = thinning if cfg.methods == ALL else known_methods(cfg.methods, "methods")
@@ -78,23 +68,20 @@ def kept_positions(cfg: DictConfig) -> dict[str, Any] | None:
     batches = list(encoded(mllm, dataset, cfg.batch_size))
     grid, chosen = common_grid(mllm, [sample for samples, _ in batches for sample in samples])
     calibration = load_calibration(mllm, cfg)
-    for index, name in enumerate(progress("kept positions", "methods", cfg.methods)):
-        if folder.has_shard(index):
-            continue
-        started = time.perf_counter()
-        policy = methods()[name].at_cost(calibration, cfg.budget)
-        at_budget = policy is not None
-        policy = policy or own_setting(methods()[name], calibration)
+
+    def kept_by(name: str) -> tuple[dict[str, pd.DataFrame], int]:
+        at_budget = methods()[name].at_cost(calibration, cfg.budget)
+        policy = at_budget or own_setting(methods()[name], calibration)
         rows = [] if policy is None else places(mllm, policy, batches, chosen)
-        described = "cannot" if policy is None else describe(policy)
-        setting = {"method": name, "setting": described, "at_budget": at_budget}
-        tables: dict[str, Any] = {"settings": pd.DataFrame([setting])}
+        setting = {"method": name, "setting": "cannot" if policy is None else describe(policy)}
+        tables = {"settings": pd.DataFrame([{**setting, "at_budget": at_budget is not None}])}
         if rows:
             mean = np.stack([json.loads(each["share"]) for each in rows]).mean(0)
             tables["places"] = pd.DataFrame(rows).assign(method=name)
             tables["maps"] = pd.DataFrame({"method": name, "place": np.arange(len(mean)), "share": mean})
-        folder.write_shard(index, tables, num_samples=len(rows), seconds=time.perf_counter() - started)
-    folder.merge()
+        return tables, len(rows)
+
+    fill_shards(folder, progress("kept positions", "methods", cfg.methods), kept_by)
     return report(cfg, mllm, folder, grid, len(chosen))
 
 
@@ -119,13 +106,7 @@ def kept_by_layer(mllm: MLLM, batch: Batch, policy: Policy) -> list[Tensor]:
 
 
 def share_kept(kept: Tensor) -> Tensor | None:
-    """[V] share of the thinned layers that see each visual token; None where no layer is thinned.
-
-    A layer is thinned if it sees some and not all visual tokens.
-
-    Args:
-        kept: [L, V] boolean.
-    """
+    """[V] share of the thinned layers, which see some and not all of `kept` [L, V], that see each; None without any."""
     thinned = kept.any(1) & ~kept.all(1)
     return kept[thinned].double().mean(0) if thinned.any() else None
 
@@ -137,17 +118,11 @@ def mean_place(share: Tensor) -> float:
 
 
 def common_grid(mllm: MLLM, samples: Sequence[Sample]) -> tuple[View, set[str]]:
-    """The most frequent arrangement of visual tokens, and the ids of the samples that have it.
-
-    Raises:
-        DataError: there is none.
-    """
+    """The most frequent arrangement of visual tokens, and the ids of the samples that have it."""
     by_shape: dict[tuple[int, int], dict[str, View]] = {}
-    for sample in samples:
-        if sample.image is not None:
-            found = view(mllm, mllm.encode([sample.image], [sample.question]))
-            if found is not None:
-                by_shape.setdefault((found.rows, found.columns), {})[sample.id] = found
+    for sample in (each for each in samples if each.image is not None):
+        if (found := view(mllm, mllm.encode([sample.image], [sample.question]))) is not None:
+            by_shape.setdefault((found.rows, found.columns), {})[sample.id] = found
     if not by_shape:
         raise DataError("no question shows an image whose visual tokens lie on one grid")
     chosen = max(by_shape.values(), key=len)
@@ -158,10 +133,7 @@ def overlap(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> 
     """How far two methods keep the same tokens: 1 if always, 0 if as often as by chance, below if they avoid it.
 
     The mean over questions of sum min(a, b), less what tokens drawn at random in the same numbers share, as a part of
-    the most that it could be.
-
-    Args:
-        first, second: [n, V] share of the thinned layers that see each visual token, of the same questions.
+    the most that it could be. Both are [n, V] shares of the thinned layers that see each visual token.
     """
     shared = np.minimum(first, second).sum(1)
     most = np.minimum(first.sum(1), second.sum(1))
@@ -171,19 +143,15 @@ def overlap(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> 
     return float(np.mean((shared - chance)[room > 0] / room[room > 0])) if (room > 0).any() else np.nan
 
 
-def overlaps(table: pd.DataFrame, names: Sequence[str]) -> list[list[float]]:
+def overlaps(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     """`overlap` of every two methods, over the questions that both thin."""
-    of_method = {name: rows.set_index("id")["share"] for name, rows in table.groupby("method")}
+    of_method = {name: rows.set_index("id")["share"].map(json.loads) for name, rows in table.groupby("method")}
 
-    def stacked(name: str, ids: pd.Index) -> npt.NDArray[np.float64]:
-        return np.stack([json.loads(each) for each in of_method[name].loc[ids]])
+    def shared(one: str, other: str) -> float:
+        ids = of_method[one].index.intersection(of_method[other].index)
+        return overlap(*(np.stack(of_method[name].loc[ids].to_list()) for name in (one, other))) if len(ids) else np.nan
 
-    found = []
-    for one in names:
-        both = [of_method[one].index.intersection(of_method[other].index) for other in names]
-        pairs = zip(names, both, strict=True)
-        found.append([overlap(stacked(one, ids), stacked(other, ids)) if len(ids) else np.nan for other, ids in pairs])
-    return found
+    return pd.DataFrame([[shared(one, other) for other in names] for one in names], names, names)
 
 
 def places(
@@ -193,65 +161,52 @@ def places(
     rows = []
     for samples, batch in batches:
         for sample, kept in zip(samples, kept_by_layer(mllm, batch, policy), strict=True):
-            share = share_kept(kept) if sample.id in chosen else None
-            if share is not None:
-                place = {
-                    "mean_place": mean_place(share),
-                    "kept": float(share.mean()),
-                    "share": json.dumps(share.tolist()),
-                }
-                rows.append({"id": sample.id, "image_id": sample.image_id, **place})
+            if sample.id in chosen and (share := share_kept(kept)) is not None:
+                row: dict[str, Any] = {"id": sample.id, "image_id": sample.image_id, "mean_place": mean_place(share)}
+                rows.append(row | {"kept": float(share.mean()), "share": json.dumps(share.tolist())})
     return rows
 
 
 def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, grid: View, num_questions: int) -> dict[str, Any]:
-    """Maps and mean places with intervals, of every method that thins a layer.
-
-    Raises:
-        ConfigError: none does.
-    """
-    settings = folder.read_table("settings").set_index("method")
+    """Maps and mean places with intervals, of every method that thins a layer."""
+    settings: Any = folder.read_table("settings").set_index("method").to_dict("index")
     if not (folder.path / "places.parquet").is_file():
         raise ConfigError(f"at budget={cfg.budget} no method lets a layer see some and not all visual tokens")
-    table, maps = folder.read_table("places"), folder.read_table("maps")
-    found = []
-    for name in cfg.methods:
-        rows = table[table["method"] == name]
-        if rows.empty:
-            continue
-        draws = cluster_bootstrap(rows["mean_place"], rows["image_id"].tolist(), cfg.bootstrap, cfg.seed)
-        band = percentile_band(cluster_mean(rows["mean_place"]), draws)
-        share = torch.tensor(maps[maps["method"] == name]["share"].to_numpy(copy=True))
+    table, maps = folder.read_table("places"), folder.read_table("maps").groupby("method")["share"]
+    found: list[dict[str, Any]] = []
+    for name, rows in table.groupby("method", sort=False):  # in the order of `cfg.methods`, as their shards are
+        bootstrap = ImageBootstrap(rows["image_id"].to_numpy(), cfg.bootstrap, cfg.seed)
+        band = percentile_band(*bootstrap.mean(rows["mean_place"]))
+        mean, low, high = map(float, (band.mean, band.low, band.high))
         found.append(
             {
                 "method": name,
-                "setting": settings.loc[name, "setting"],
-                "at_budget": bool(settings.loc[name, "at_budget"]),
+                **settings[name],
                 "questions": len(rows),
                 "kept": float(rows["kept"].mean()),
-                "mean_place": float(band.mean),
-                "mean_place_ci": [float(band.low), float(band.high)],
-                "position_bias": 2 * float(band.mean) - 1,
-                "preference": preference(float(band.low), float(band.high)),
-                "map": grid.arrange(share).tolist(),
+                "mean_place": mean,
+                "mean_place_ci": [low, high],
+                "position_bias": 2 * mean - 1,
+                "preference": preference(low, high),
+                "map": grid.arrange(torch.tensor(maps.get_group(name).to_numpy(copy=True))).tolist(),
             }
         )
-    names = [each["method"] for each in found]
-    shared = overlaps(table, names)
-    folder.write_table("overlap", pd.DataFrame(shared, columns=names).assign(method=names)[["method", *names]])
-    note = (
-        f"{num_questions} questions; bias: -1 the first visual token, 1 the last; intervals 95%, bootstrap over images"
+    shared = overlaps(table, [each["method"] for each in found])
+    folder.write_table("overlap", shared.rename_axis("method").reset_index())
+    title = (
+        f"{cfg.model.name} on {cfg.data.name}, {num_questions} questions; bias: -1 the first visual token, 1 the last; "
+        "intervals 95%, bootstrap over images"
     )
     with figure_style():
-        path = folder.save_figure("kept_positions", figure(found, f"{cfg.model.name} on {cfg.data.name}, {note}"))
-        matrix = folder.save_figure("overlap", overlap_figure([labels()[name] for name in names], shared))
+        path = folder.save_figure("kept_positions", figure(found, title))
+        matrix = folder.save_figure("overlap", overlap_figure(shared.rename(labels())))
     summary = folder.write_summary(
         **run_facts(cfg, mllm),
         num_samples=num_questions,
         budget=cfg.budget,
         grid=[grid.rows, grid.columns],
         methods=found,
-        overlap={one: dict(zip(names, row, strict=True)) for one, row in zip(names, shared, strict=True)},
+        overlap=shared.to_dict("index"),
     )
     for each in found:
         low, high = each["mean_place_ci"]
@@ -263,17 +218,16 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, grid: View, num_quest
     return summary
 
 
-def overlap_figure(names: Sequence[str], shared: Sequence[Sequence[float]]) -> Figure:
-    """The matrix of overlaps, with its numbers."""
-    side = 1.8 + 0.34 * len(names)
+def overlap_figure(shared: pd.DataFrame) -> Figure:
+    """The matrix of overlaps, with its numbers; rows are called by the methods' labels."""
+    side, names = 1.8 + 0.34 * len(shared), shared.index
     drawing, axis = plt.subplots(figsize=(side, side), layout="constrained")
     axis.imshow(shared, cmap="RdBu", vmin=-1, vmax=1)
-    for row, values in enumerate(shared):
-        for column, value in enumerate(values):
-            if row != column:
-                ink = "white" if abs(value) > 0.55 else "black"  # on the dark ends of the colours
-                shown = f"{value:.2f}".replace("0.", ".")
-                axis.text(column, row, shown, ha="center", va="center", fontsize=6, color=ink)
+    for (row, column), value in np.ndenumerate(shared.to_numpy()):
+        if row != column:
+            ink = "white" if abs(value) > 0.55 else "black"  # on the dark ends of the colours
+            shown = f"{value:.2f}".replace("0.", ".")
+            axis.text(column, row, shown, ha="center", va="center", fontsize=6, color=ink)
     axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
     axis.set_yticks(range(len(names)), names, fontsize=7)
     axis.set_title("Tokens that two methods both keep:\n1 as many as can be, 0 as by chance", fontsize=max(8, side))

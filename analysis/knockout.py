@@ -26,10 +26,10 @@ from dyvte.runs.config import command, load_model
 
 from .measuring.key_sets import knows_targets
 from .measuring.knockout import KnockoutMeasurement
-from .measuring.runs import closing_line, finish_run, measure_dataset, run_facts
+from .measuring.runs import finish_run, measure_dataset, run_facts
 from .plots import causal as plots
-from .statistics.bands import MIN_CLUSTERS, Band, bands_to_dict, count_images
-from .statistics.causal import LEVEL, effect_bands, mass_reached, over_control, sample_effects
+from .statistics.bands import LEVEL, MIN_CLUSTERS, Band, ImageBootstrap, bands_to_dict
+from .statistics.causal import effect_bands, mass_reached, over_control, sample_effects
 
 
 @command("knockout")
@@ -41,11 +41,7 @@ def main(cfg: DictConfig) -> str | None:
 
 
 def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any] | None:
-    """The command with a model and data that are loaded already.
-
-    Returns:
-        The summary; None in processes other than the main one.
-    """
+    """The command with a model and data that are loaded already; None in processes other than the main one."""
     check_cuts(mllm)
     known = cfg.objects is not False and knows_targets(dataset)
     if cfg.objects and not known:
@@ -58,12 +54,7 @@ def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any] | None:
     settings["objects"] = known
     settings |= {"equal_mass": True} if measure.of_equal_mass else {}
     folder = measure_dataset(cfg, mllm, dataset, measure, **settings)
-    if folder is None:
-        return None
-    summary = summarise(cfg, folder, measure)
-    print(outline(summary))
-    print(closing_line(summary, folder))
-    return summary
+    return None if folder is None else summarise(cfg, folder, measure)
 
 
 def summarise(cfg: DictConfig, folder: store.RunFolder, measure: KnockoutMeasurement) -> dict[str, Any]:
@@ -74,7 +65,7 @@ def summarise(cfg: DictConfig, folder: store.RunFolder, measure: KnockoutMeasure
             f"no question of data={cfg.data.name} has an image"
             + (" and a right answer (only_right=true)" if cfg.only_right else "")
         )
-    ids, images = samples["id"].to_numpy(), samples["image_id"].to_numpy()
+    ids, bootstrap = samples["id"].to_numpy(), ImageBootstrap(samples["image_id"].to_numpy(), cfg.bootstrap, cfg.seed)
     effects = sample_effects(folder.read_table("knockouts"), ids, "cut", "window")
     windows = all_windows(measure.mllm.num_layers)
     entry_exit = {}
@@ -90,40 +81,37 @@ def summarise(cfg: DictConfig, folder: store.RunFolder, measure: KnockoutMeasure
     bands, groups = {}, {}
     for name, mask in masks.items():
         # A bootstrap over a few images means nothing: such kinds are left out. Data without kinds call theirs "all".
-        if name != "all" and count_images(images[mask]) < MIN_CLUSTERS:
+        among = bootstrap[mask]
+        if name != "all" and among.num_images < MIN_CLUSTERS:
             continue
         bands[name], of_map = (
-            effect_bands({key: each[mask] for key, each in values.items()}, images[mask], cfg.bootstrap, cfg.seed)
-            for values in (effects, entry_exit)
+            effect_bands({key: each[mask] for key, each in values.items()}, among) for values in (effects, entry_exit)
         )
         groups[name] = {
-            "num_samples": int(mask.sum()),
-            "num_images": count_images(images[mask]),
+            **among.counts(),
             "effects": {
                 cut: bands_to_dict({key: band[i] for key, band in bands[name].items()}) for i, cut in enumerate(names)
             },
             "entry_exit": bands_to_dict(of_map) or None,
         }
     folder.write_table("curves", curves_table(bands, names, measure.windows))
-    content = store.plain(
-        {
-            **run_facts(cfg, measure.mllm),
-            "num_questions": len(samples),
-            "num_images": count_images(images),
-            "accuracy": samples["right"].mean() if samples["right"].notna().any() else None,
-            "only_right": cfg.only_right,
-            "width": max(stop - start for start, stop in measure.windows),
-            "windows": measure.windows,
-            "splits": measure.splits,
-            "entry_exit_windows": windows if cfg.entry_exit else None,
-            "overall": groups.pop("all"),
-            "kinds": groups,
-            "over_control": over_control(effects, names, images, cfg.bootstrap, cfg.seed),
-            "mass_reached": mass_reached(folder.read_table("equal_mass"), ids) if measure.of_equal_mass else {},
-            "settings": {"level": LEVEL, "bootstrap": cfg.bootstrap},
-        }
-    )
-    return finish_run(folder, content, draw(content))
+    content = {
+        **run_facts(cfg, measure.mllm),
+        "num_questions": len(samples),
+        "num_images": bootstrap.num_images,
+        "accuracy": samples["right"].mean() if samples["right"].notna().any() else None,
+        "only_right": cfg.only_right,
+        "width": max(stop - start for start, stop in measure.windows),
+        "windows": measure.windows,
+        "splits": measure.splits,
+        "entry_exit_windows": windows if cfg.entry_exit else None,
+        "overall": groups.pop("all"),
+        "kinds": groups,
+        "over_control": over_control(effects, names, bootstrap),
+        "mass_reached": mass_reached(folder.read_table("equal_mass"), ids) if measure.of_equal_mass else {},
+        "settings": {"level": LEVEL, "bootstrap": cfg.bootstrap},
+    }
+    return finish_run(folder, content, draw, outline)
 
 
 def counted_samples(folder: store.RunFolder, only_right: bool) -> pd.DataFrame:

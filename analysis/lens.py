@@ -6,6 +6,7 @@ the built-in tasks how often that is true of the object under it (`docs/causes.m
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from matplotlib import pyplot as plt
@@ -20,9 +21,9 @@ from dyvte.runs.config import command, load_model
 
 from .measuring.attention import file_name
 from .measuring.lens import LensMeasurement, patch_words
-from .measuring.runs import closing_line, finish_run, measure_dataset, run_facts
+from .measuring.runs import finish_run, measure_dataset, run_facts
 from .plots import lens as plots
-from .statistics.bands import count_images, keyed_array, mean_band, rate_band
+from .statistics.bands import ImageBootstrap, count_images, keyed_array, mean_band, rate_band
 
 
 @command("lens")
@@ -34,11 +35,7 @@ def main(cfg: DictConfig) -> str | None:
 
 
 def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any] | None:
-    """The command with a model and data that are loaded already.
-
-    Returns:
-        The summary; None in processes other than the main one.
-    """
+    """The command with a model and data that are loaded already; None in processes other than the main one."""
     check_model(mllm)
     if cfg.exit_layer is not None and not 0 <= cfg.exit_layer <= mllm.num_layers:
         raise ConfigError(f"exit_layer is {cfg.exit_layer}; this model has exit layers 0..{mllm.num_layers}")
@@ -46,10 +43,7 @@ def run(cfg: DictConfig, mllm: MLLM, dataset: Dataset) -> dict[str, Any] | None:
     folder = measure_dataset(cfg, mllm, dataset, measure, exit_layer=cfg.exit_layer)
     if folder is None:
         return None
-    content = store.plain(summarise_lens(cfg, folder, mllm))
-    summary = finish_run(folder, content, draw(content, mllm, dataset, cfg.grids))
-    print(closing_line(summary, folder))
-    return summary
+    return finish_run(folder, summarise_lens(cfg, folder, mllm), partial(draw, mllm, dataset, cfg.grids))
 
 
 def summarise_lens(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict[str, Any]:
@@ -61,7 +55,7 @@ def summarise_lens(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict
         ids, images = rows.drop_duplicates("id")[["id", "image_id"]].to_numpy().T
         probability, right = (keyed_array(rows, each, ids, "layer") for each in ("answer_probability", "is_answer"))
         curves[name] = {
-            "answer_probability": mean_band(probability, images, n_boot=cfg.bootstrap, seed=cfg.seed).to_dict(),
+            "answer_probability": mean_band(probability, ImageBootstrap(images, cfg.bootstrap, cfg.seed)).to_dict(),
             "is_answer": rate_band(right, images).to_dict(),
         }
     content = {
@@ -82,7 +76,7 @@ def summarise_lens(cfg: DictConfig, folder: store.RunFolder, mllm: MLLM) -> dict
     return content
 
 
-def draw(content: dict[str, Any], mllm: MLLM, dataset: Dataset, grids: int) -> dict[str, plt.Figure]:
+def draw(mllm: MLLM, dataset: Dataset, grids: int, content: dict[str, Any]) -> dict[str, plt.Figure]:
     """All figures, by file name."""
     figures = {"answer": plots.draw_answer_lens(content)}
     if content["patches"]:

@@ -24,14 +24,7 @@ from .plots.causal import draw_stage_table
 from .statistics.bands import count_images
 from .statistics.markdown import markdown_table, write_table_page
 from .statistics.segments import registered_split
-from .statistics.stage_table import (
-    LEVEL,
-    StageEvidence,
-    attention_stages,
-    causal_stages,
-    losses_of,
-    stage_rows,
-)
+from .statistics.stage_table import LEVEL, StageEvidence, attention_stages, causal_stages, losses_of, stage_rows
 from .statistics.stages import recipe_verdict
 from .statistics.verdicts import stages_held_in_words, verdict_word
 
@@ -45,12 +38,7 @@ def main(cfg: DictConfig) -> str:
 
 
 def make_stage_table(cfg: DictConfig) -> dict[str, Any]:
-    """The command; returns its summary.
-
-    Raises:
-        RunFolderError: a run is not finished.
-        ConfigError: the two runs are of different models or data, or no split has both kinds of evidence.
-    """
+    """The command; returns its summary."""
     stages, knockout = read_summary(cfg.stages), read_summary(cfg.knockout)
     for key in SHARED:
         if stages[key] != knockout[key]:
@@ -111,16 +99,15 @@ def known_splits(stages: Mapping[str, Any], num_layers: int) -> dict[tuple[int, 
 
 def numbers_table(evidence: dict[tuple[int, int], tuple[list[StageEvidence], list[StageEvidence]]]) -> pd.DataFrame:
     """Every number behind the table, one row each."""
-    return pd.DataFrame(
-        [
-            {"first_boundary": split[0], "second_boundary": split[1], "stage": each.stage, "evidence": kind,
-             "number": name, "estimate": limits[0], "low": limits[1], "high": limits[2]}
-            for split, both in evidence.items()
-            for kind, of_kind in zip(("attention", "cause"), both, strict=True)
-            for each in of_kind
-            for name, limits in each.numbers.items()
-        ]
-    )  # fmt: skip
+    rows = [
+        (*split, each.stage, kind, name, *limits)
+        for split, both in evidence.items()
+        for kind, of_kind in zip(("attention", "cause"), both, strict=True)
+        for each in of_kind
+        for name, limits in each.numbers.items()
+    ]
+    columns = ["first_boundary", "second_boundary", "stage", "evidence", "number", "estimate", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def page(summary: dict[str, Any]) -> list[str]:

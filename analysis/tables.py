@@ -28,6 +28,7 @@ from dyvte.runs.store import RunFolder, fingerprint
 from dyvte.runs.terminal import progress
 
 from .measuring.methods import REMEMBERED_BYTES, encoded, gates_of, load_calibration, plan, run_job
+from .measuring.runs import run_facts
 from .plots.methods import draw_methods_at_cost
 from .plots.style import figure_style
 from .statistics.markdown import write_table_page
@@ -53,14 +54,7 @@ def main(cfg: DictConfig) -> str | None:
 
 
 def tables(cfg: DictConfig) -> dict[str, Any] | None:
-    """Run what is missing of an experiment and write its table.
-
-    Returns:
-        The summary; None in all processes but the first.
-
-    Raises:
-        ConfigError: an unknown method.
-    """
+    """Run what is missing of an experiment and write its table; None in all processes but the first."""
     experiment = cfg.experiment
     if experiment.measures == "cost":
         from .cost import cost
@@ -130,9 +124,7 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, reference: LabelSet) 
         folder.save_figure("accuracy_against_cost", draw_methods_at_cost(rows, leading, labels(), note))
     write_table_page(folder, comparison_page(cfg, rows, by_kind, verdicts, note))
     return folder.write_summary(
-        model=cfg.model.name,
-        data=cfg.data.name,
-        num_layers=mllm.num_layers,
+        **run_facts(cfg, mllm),
         num_samples=len(images),
         num_images=len(set(images)),
         experiment=cfg.experiment.name,

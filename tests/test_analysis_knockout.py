@@ -22,6 +22,7 @@ from test_exits import random_model
 from analysis import knockout
 from analysis.measuring.key_sets import target_keys
 from analysis.measuring.knockout import KnockoutMeasurement, cuts_of, windows_to_cut
+from analysis.statistics.bands import ImageBootstrap
 from analysis.statistics.causal import effect_band
 from dyvte.data.english import EnglishDataset
 from dyvte.data.shapes import ShapesDataset
@@ -97,23 +98,23 @@ def test_images_of_one_image_id_are_cut_each_for_itself(tmp_path: Path) -> None:
 
 def test_bands_have_a_width_where_all_agree() -> None:
     for value, limits in ((0, (-100, 0)), (-100, (-100, 0)), (0, (-100, 100)), (100, (-100, 100))):
-        band = effect_band(np.full((20, 2, 3), value), range(20), 100, 0, limits)
+        band = effect_band(np.full((20, 2, 3), value), ImageBootstrap(range(20), 100), limits)
         assert (band.mean == value).all()
         assert (band.low == value).all() if value == limits[0] else (band.low < value - 10).all()
         assert (band.high == value).all() if value == limits[1] else (band.high > value + 10).all()
-    one_image = effect_band(np.arange(8.0)[:, None], [0] * 8, 100, 0, (-100, 100))
+    one_image = effect_band(np.arange(8.0)[:, None], ImageBootstrap([0] * 8, 100), (-100, 100))
     assert one_image.low < 0
     assert one_image.high > 10
 
 
 def test_nothing_is_claimed_where_an_unbounded_effect_does_not_vary() -> None:
     values = np.stack([np.zeros(20), np.full(20, -1.5), np.arange(20.0)], axis=1)
-    band = effect_band(values, range(20), 100, 0)
+    band = effect_band(values, ImageBootstrap(range(20), 100))
     assert np.allclose(band.mean, [0, -1.5, 9.5])
     assert np.isnan(band.low[:2]).all()
     assert np.isnan(band.high[:2]).all()
     assert band.low[2] < 9.5 < band.high[2]
-    assert np.isnan(effect_band(values, [0] * 20, 100, 0).low).all()  # one image shows nothing of others
+    assert np.isnan(effect_band(values, ImageBootstrap([0] * 20, 100)).low).all()  # one image shows nothing of others
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from analysis import exits
 from analysis.measuring.exits import Measurement, OtherImages, logit_change, questions_and_captions
 from analysis.statistics import exits as exit_statistics
+from analysis.statistics.bands import ImageBootstrap
 from analysis.statistics.entropy import entropy_change, rank_correlation
 from analysis.statistics.exit_summary import after_exit
 from dyvte.cost.flops import plan_decoder_flops
@@ -284,7 +285,7 @@ def questions(rng: np.random.Generator, right: np.ndarray, num: int) -> tuple[np
 
 def stops(correct: np.ndarray, images: np.ndarray, **settings: Any) -> exit_statistics.ExitFinding:
     agree = (correct == correct[:, -1:]).astype(float)
-    return exit_statistics.contribution_stops(correct, agree, CHANGE, images, n_boot=200, **settings)
+    return exit_statistics.contribution_stops(correct, agree, CHANGE, ImageBootstrap(images, 200), **settings)
 
 
 def test_the_layer_where_accuracy_settles_is_found():
@@ -311,7 +312,8 @@ def test_no_gain_through_the_image_is_no_finding():
 def test_without_references_agreement_is_not_evidence():
     correct, images = questions(np.random.default_rng(0), RIGHT, 400)
     agree = (correct == correct[:, -1:]).astype(float)
-    finding = exit_statistics.contribution_stops(np.full_like(correct, np.nan), agree, CHANGE, images, n_boot=100)
+    unknown, bootstrap = np.full_like(correct, np.nan), ImageBootstrap(images, 100)
+    finding = exit_statistics.contribution_stops(unknown, agree, CHANGE, bootstrap)
     assert finding.verdict == "undetermined"
     assert "no references" in finding.reasons[0]
     assert finding.estimates["answers_settle"][0] == 5
@@ -319,7 +321,7 @@ def test_without_references_agreement_is_not_evidence():
 
 def test_no_observed_loss_is_not_certainty():
     correct = np.ones((12, 13))
-    _, upper = exit_statistics.one_sided_limits(1 - correct, np.arange(12))
+    _, upper = exit_statistics.one_sided_limits(1 - correct, ImageBootstrap(np.arange(12)), 0.95)
     assert (upper > 0.1).all()  # twelve images cannot exclude a loss of ten percent
 
 
@@ -336,7 +338,7 @@ def test_k_star_lies_in_its_interval_and_the_interval_shrinks():
     widths = []
     for num in (30, 3000):
         divergence = mean * rng.exponential(1.0, (num, 1))
-        for each in exit_statistics.kl_exits(divergence, np.arange(num), [0.11, 1e-3], start=2, n_boot=200):
+        for each in exit_statistics.kl_exits(divergence, ImageBootstrap(np.arange(num), 200), [0.11, 1e-3], 2):
             assert each.layer == kl_exit_layer(torch.from_numpy(divergence.mean(0)), each.eta, 2)
             assert each.layer is not None
             low, high = each.interval
@@ -345,7 +347,7 @@ def test_k_star_lies_in_its_interval_and_the_interval_shrinks():
             assert low <= each.layer <= high
             widths.append(high - low)
     assert widths[0] > widths[2]
-    (none,) = exit_statistics.kl_exits(np.full((12, 4), 0.5), np.arange(12), [0.1], n_boot=50)
+    (none,) = exit_statistics.kl_exits(np.full((12, 4), 0.5), ImageBootstrap(np.arange(12), 50), [0.1], 0)
     assert (none.layer, none.interval) == (None, [None, None])
 
 
@@ -381,12 +383,13 @@ def swapped(num: int = 60, num_layers: int = 8) -> np.ndarray:
 def test_entropy_is_disturbed_early_and_not_late(early: float, late: float, verdict: str):
     images = np.arange(60) // 2
     entropy = entropies(early, late, 3)
-    finding = exit_statistics.early_exit_disturbs(entropy, swapped(), 3, images, n_boot=200)
+    finding = exit_statistics.early_exit_disturbs(entropy, swapped(), 3, ImageBootstrap(images, 200))
     assert finding.verdict == verdict
     assert finding.estimates["early_change"][0] == pytest.approx(2.0 * early, rel=0.15)
     assert finding.estimates["early_floor"][0] == pytest.approx(FLOOR)
-    assert exit_statistics.early_exit_disturbs(entropy, swapped(), None, images).verdict == "undetermined"
-    nobody = exit_statistics.early_exit_disturbs(entropy, np.full((60, 8), np.nan), 3, images)
+    nowhere = exit_statistics.early_exit_disturbs(entropy, swapped(), None, ImageBootstrap(images))
+    assert nowhere.verdict == "undetermined"
+    nobody = exit_statistics.early_exit_disturbs(entropy, np.full((60, 8), np.nan), 3, ImageBootstrap(images))
     assert nobody.verdict == "undetermined"
     assert "no floor" in nobody.reasons[0]
 
@@ -395,7 +398,7 @@ def test_changes_that_cancel_are_no_change():
     """Absolute values would have called this a disturbance."""
     entropy = entropies(0.0, 0.0, 3)
     entropy[:, 0] += np.where(np.arange(60) % 2, 0.5, -0.5)[:, None]
-    change = entropy_change(entropy, swapped(), np.ones((60, 9)), np.arange(60), 50)
+    change = entropy_change(entropy, swapped(), np.ones((60, 9)), ImageBootstrap(np.arange(60), 50))
     assert np.abs(change["signed"].mean).max() < 1e-9
     np.testing.assert_allclose(change["floor"].mean, FLOOR)
     assert np.isnan(change["answers"].mean).all()  # no answer changed: nothing to correlate with
@@ -406,7 +409,7 @@ def test_the_link_to_answers_is_spearmans(seed: int, num: int):
     rng = np.random.default_rng(seed)
     values, changed = rng.normal(size=(num, 3)).round(1), (rng.random((num, 3)) < 0.5).astype(float)
     changed[0], changed[1] = 0, 1
-    found = rank_correlation(values, changed, np.arange(num), 20, 0)
+    found = rank_correlation(values, changed, ImageBootstrap(np.arange(num), 20))
     for column in range(3):
         expected = spearmanr(values[:, column], changed[:, column]).statistic
         assert found.mean[column] == pytest.approx(expected, abs=1e-9)

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from analysis import gate_recipes
+from analysis.statistics.bands import ImageBootstrap
 from analysis.statistics.gates.recipes import cost_differences, mean_mixture_cost
 from dyvte.errors import ConfigError, ModelError
 from dyvte.gates import Gates
@@ -256,7 +257,7 @@ def test_differences_are_of_the_same_images_drawn_again(seed: int, images: int) 
     kept[:, :, 0] = 1  # one threshold is never reached
     wanted, draws = (0.8, 0.9), 40
     frontiers = {name: (costs[i], kept[i]) for i, name in enumerate("ab")}
-    found = cost_differences(frontiers, "a", image, wanted, draws, seed)["b"]
+    found = cost_differences(frontiers, "a", ImageBootstrap(image, draws, seed), wanted)["b"]
 
     def difference(rows: np.ndarray) -> float:
         one, other = (mean_mixture_cost(costs[i][rows].mean(0), kept[i][rows].mean(0), wanted) for i in (0, 1))
@@ -280,7 +281,8 @@ def test_intervals_hold_for_all_recipes_at_once() -> None:
         rng = np.random.default_rng(world)
         shared = np.repeat(rng.normal(size=40), 3)[:, None]
         recipes = {name: (shared + rng.normal(size=(120, 1)), np.ones((120, 1))) for name in "abcdef"}
-        found = cost_differences(recipes, "a", np.repeat(np.arange(40), 3), [0.9], 200, world)
+        bootstrap = ImageBootstrap(np.repeat(np.arange(40), 3), 200, world)
+        found = cost_differences(recipes, "a", bootstrap, [0.9])
         missed += not all(each.low <= 0 <= each.high for each in found.values())
     assert missed <= 9  # a chance of 0.3% if it is 5%
 

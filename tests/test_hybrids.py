@@ -22,6 +22,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 from transformers.modeling_outputs import ModelOutput
 
 import dyvte
+from analysis.statistics.bands import ImageBootstrap
 from analysis.statistics.stages import stage_verdict
 from dyvte.batch import Batch
 from dyvte.errors import UnsupportedError
@@ -363,10 +364,10 @@ def test_flops_of_an_exit(family: str) -> None:
 def test_stages_are_looked_for_among_the_layers_that_attend() -> None:
     noise = np.random.default_rng(0).lognormal(0, 0.1, (60, 15))
     cross = np.repeat([1.0, 0.3, 0.8], 5) * noise
-    plain = stage_verdict(cross, np.ones_like(cross), range(60), n_boot=200)
+    plain = stage_verdict(cross, np.ones_like(cross), ImageBootstrap(range(60), 200))
     whole = np.full((60, 60), np.nan)
     whole[:, 3::4] = cross  # every fourth layer attends, as in Qwen3.5
-    found = stage_verdict(whole, np.where(np.isnan(whole), np.nan, 1.0), range(60), n_boot=200)
+    found = stage_verdict(whole, np.where(np.isnan(whole), np.nan, 1.0), ImageBootstrap(range(60), 200))
     assert plain.boundaries is not None
     assert plain.boundaries_ci is not None
     assert found.verdict == plain.verdict == "three_stage"

@@ -17,6 +17,7 @@ from test_exits import random_model
 
 from analysis import knockout
 from analysis.stage_table import make_stage_table
+from analysis.statistics.bands import ImageBootstrap
 from analysis.statistics.stage_table import (
     LEVEL,
     Losses,
@@ -181,7 +182,7 @@ def test_the_command_joins_two_runs(tmp_path: Path) -> None:
 
     noise = np.random.default_rng(0).lognormal(0, 0.05, (2, 60, 8))
     cross = np.repeat([1.0, 0.3, 0.8], [3, 2, 3]) * noise[0]
-    found = stage_verdict(cross, noise[1], range(60), n_boot=50)
+    found = stage_verdict(cross, noise[1], ImageBootstrap(range(60), 50))
     stages = write_stages_run(tmp_path / "stages", found, 8)
     made = [f"stages={stages}", f"knockout={tmp_path}/knockout", f"output_dir={tmp_path}/table"]
     summary = make_stage_table(compose("stage_table", [*made, f"seed_runs=[{stages},{stages},{stages}]"]))

@@ -25,7 +25,7 @@ from analysis import stages
 from analysis.measuring.attention import file_name, measure_attention
 from analysis.plots import attention as plots
 from analysis.plots import style
-from analysis.statistics.bands import Band
+from analysis.statistics.bands import Band, ImageBootstrap
 from analysis.statistics.stages import stage_verdict
 from dyvte.data import build_dataset
 from dyvte.errors import ConfigError, DataError, ModelError, RunFolderError
@@ -330,7 +330,7 @@ def test_no_finding_on_random_weights(family: str) -> None:
             for curve in CURVES:
                 curves[curve].append(probe.stats.mean_curve(curve, stages.ENDPOINT))
         cross, visual = (torch.cat(curves[curve]).numpy() for curve in ("cross", "visual"))
-        verdict = stage_verdict(cross, visual, np.arange(len(cross)), n_boot=200)
+        verdict = stage_verdict(cross, visual, ImageBootstrap(np.arange(len(cross)), 200))
         assert verdict.verdict != "three_stage", (family, seed)
         assert verdict.boundaries is None
 
@@ -350,7 +350,7 @@ def test_planted_layer_is_found() -> None:
         cross, visual = (torch.cat(curves[curve]).numpy() for curve in ("cross", "visual"))
         assert np.isnan(cross[:, exit_layer:]).all()  # nothing to see is no enrichment; the table says 0
         cross = np.nan_to_num(cross)
-        outcome = stage_verdict(cross, visual, np.arange(len(cross)), n_boot=100)
+        outcome = stage_verdict(cross, visual, ImageBootstrap(np.arange(len(cross)), 100))
         assert outcome.verdict == "other"
         assert outcome.contrasts is not None
         assert exit_layer in outcome.contrasts.split
@@ -441,5 +441,5 @@ def test_curves_do_not_depend_on_the_order_of_rows(finished: Path) -> None:
     table = pd.read_parquet(finished / "layers.parquet")
     by_sample = stages.LayerTable(table)
     shuffled = stages.LayerTable(table.sample(frac=1, random_state=0))
-    rows = shuffled.samples["id"].map({each: row for row, each in enumerate(by_sample.samples["id"])})
+    rows = [by_sample.ids.tolist().index(each) for each in shuffled.ids]
     np.testing.assert_array_equal(shuffled.by_layer("cross_mass"), by_sample.by_layer("cross_mass")[rows])

@@ -20,6 +20,7 @@ from analysis.measuring.attention import answer_maps, attention_map, choose_samp
 from analysis.measuring.token_attention import TokenAttention
 from analysis.statistics.attention.contributions import compare_looking_and_writing
 from analysis.statistics.attention.heads import CARRIED, summarise_heads
+from analysis.statistics.bands import ImageBootstrap
 from analysis.statistics.stages import MIN_EFFECT
 from dyvte.data.shapes import ShapesDataset
 from dyvte.errors import ConfigError
@@ -77,10 +78,9 @@ def test_maps_of_answer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first token's is that of the prompt's last token; sinks are marked, or their attention is left out."""
     mllm, dataset = random_model(), ShapesDataset("test", 8)
     (sample,) = choose_samples(dataset, 1, None)
-    found, plain = answer_maps(mllm, sample, 3), attention_map(mllm, sample, "last")
-    assert found is not None
+    records, plain = [record for record, _ in answer_maps(mllm, sample, 3)], attention_map(mllm, sample, "last")
+    assert records
     assert plain is not None
-    records, _ = found
     assert [record["number"] for record in records] == list(range(len(records)))
     np.testing.assert_allclose(records[0]["maps"], plain[0]["maps"], atol=1e-5)
     np.testing.assert_allclose(records[0]["mass"], records[0]["heads"].mean(1), atol=1e-5)
@@ -96,9 +96,9 @@ def test_maps_of_answer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = mllm.encode([sample.image], [sample.question])
     first = int(batch.layout.visual[0].nonzero()[0])
     monkeypatch.setattr(module, "token_attention", with_a_sink)
-    (marked, _), (left_out, _) = (answer_maps(mllm, sample, 3, how) for how in ("mark", "leave_out"))  # type: ignore[misc]
-    assert all(record["sinks"][:, 0, 0].all() for record in marked)
-    for mark, left in zip(marked, left_out, strict=True):
+    marked, left_out = (answer_maps(mllm, sample, 3, how) for how in ("mark", "leave_out"))
+    assert all(record["sinks"][:, 0, 0].all() for record, _ in marked)
+    for (mark, _), (left, _) in zip(marked, left_out, strict=True):
         assert (mark["maps"][:, 0, 0] > 0).all()
         assert not left["maps"][:, 0, 0].any()
         np.testing.assert_allclose(left["mass"], mark["mass"] - mark["maps"][:, 0, 0], atol=1e-5)
@@ -111,7 +111,7 @@ def test_maps_of_answer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_head_numbers_equal_those_counted_one_by_one(layers: int, heads: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     mass, enrichment = rng.random((6, layers, heads)), rng.lognormal(0, 1, (6, layers, heads))
-    found = summarise_heads(mass, enrichment, range(6), (1, 2), 20)
+    found = summarise_heads(mass, enrichment, (1, 2), ImageBootstrap(range(6), 20))
     looks = enrichment.mean(0)
     assert found["looking"]["mean"] == pytest.approx([(row > 1).mean() for row in looks])
     for row, share in zip(mass.mean(0), found["carrying"]["mean"], strict=True):
@@ -127,11 +127,11 @@ def test_head_numbers_equal_those_counted_one_by_one(layers: int, heads: int, se
 def test_looking_and_writing() -> None:
     rng = np.random.default_rng(0)
     looking = np.array([0.1, 0.3, 0.6, 0.2]) + 0.01 * rng.normal(size=(20, 4))
-    same = compare_looking_and_writing(looking, 2 * looking, range(20), 50)
+    same = compare_looking_and_writing(looking, 2 * looking, ImageBootstrap(range(20), 50))
     assert same["rank_correlation"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
     assert same["peak_looking"]["layer"] == same["peak_writing"]["layer"] == 2
-    other = compare_looking_and_writing(looking, -looking, range(20), 50)
+    other = compare_looking_and_writing(looking, -looking, ImageBootstrap(range(20), 50))
     assert other["rank_correlation"]["mean"] == -1
     assert (other["peak_writing"]["low"], other["peak_writing"]["high"]) == (0, 0)
     with pytest.raises(ValueError, match="one shape"):
-        compare_looking_and_writing(looking, looking[:, :2], range(20))
+        compare_looking_and_writing(looking, looking[:, :2], ImageBootstrap(range(20)))

@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 
 from analysis.statistics import segments
 from analysis.statistics.bands import (
-    cluster_bootstrap,
+    ImageBootstrap,
     generator,
     mean_band,
     one_sided_band,
@@ -59,7 +59,7 @@ def test_clear_stages_are_found_where_they_are(depth: int) -> None:
 
 def test_no_boundaries_without_a_finding() -> None:
     cross = np.exp(0.3 * np.random.default_rng(0).normal(size=(200, 12)))
-    flat = stage_verdict(cross, np.ones_like(cross), np.arange(200))
+    flat = stage_verdict(cross, np.ones_like(cross), ImageBootstrap(np.arange(200)))
     assert (flat.verdict, flat.boundaries, flat.boundaries_ci) == ("other", None, None)
     assert flat.reasons
 
@@ -68,7 +68,7 @@ def test_effect_below_the_minimum_is_no_finding_however_precise() -> None:
     rng = np.random.default_rng(0)
     curve = levels(24, 6, 15, (0.02, 0.0, 0.02))  # two percent, seen with tiny errors
     cross = np.exp(curve + 0.001 * rng.normal(size=(400, 24)))
-    outcome = stage_verdict(cross, np.ones_like(cross), np.arange(400))
+    outcome = stage_verdict(cross, np.ones_like(cross), ImageBootstrap(np.arange(400)))
     assert outcome.claims == {"valley": "not_found", "shape": "found", "visual_peak": NOT_TESTED}
     assert outcome.verdict == "other"
 
@@ -77,7 +77,7 @@ def test_a_bend_is_a_valley_and_no_stages() -> None:
     rng = np.random.default_rng(0)
     for curve in (6 * (unit(24) - 0.5) ** 2, np.exp(-8 * unit(24)) + 0.6 * unit(24) ** 2):
         cross, image = samples(curve, rng)
-        outcome = stage_verdict(cross, np.ones_like(cross), image, n_boot=200)
+        outcome = stage_verdict(cross, np.ones_like(cross), ImageBootstrap(image, 200))
         assert outcome.claims["valley"] == "found"
         assert outcome.claims["shape"] != "found"
         assert outcome.verdict != "three_stage"
@@ -97,22 +97,22 @@ def test_visual_attention_is_tested_by_itself(middle: float, claim: str) -> None
     rng = np.random.default_rng(0)
     cross, image = samples(levels(12, 4, 8, (0.7, -0.6, 0.2)), rng)
     visual, _ = samples(levels(12, 4, 8, (0.0, middle, 0.0)), rng)
-    outcome = stage_verdict(cross, visual, image, n_boot=100)
+    outcome = stage_verdict(cross, visual, ImageBootstrap(image, 100))
     assert (outcome.claims["visual_peak"], outcome.boundaries) == (claim, [4, 8])
     assert outcome.contrasts is not None
     assert outcome.contrasts.visual_in is not None
     assert outcome.contrasts.visual_in[0] == pytest.approx(middle, abs=0.15)
-    upside_down = stage_verdict(cross, 1 / visual, image, n_boot=100)
+    upside_down = stage_verdict(cross, 1 / visual, ImageBootstrap(image, 100))
     assert upside_down.boundaries == outcome.boundaries
 
 
 def test_too_little_data_is_undetermined() -> None:
     rng = np.random.default_rng(0)
     cross, image = samples(three_stages(24, rng), rng, images=5)
-    few_images = stage_verdict(cross, np.ones_like(cross), image)
+    few_images = stage_verdict(cross, np.ones_like(cross), ImageBootstrap(image))
     assert (few_images.verdict, few_images.boundaries) == ("undetermined", None)
     shallow = np.exp(rng.normal(size=(40, 4)))
-    few_layers = stage_verdict(shallow, shallow, np.arange(40))
+    few_layers = stage_verdict(shallow, shallow, ImageBootstrap(np.arange(40)))
     assert few_layers.verdict == "undetermined"
     assert "4 layers" in few_layers.reasons[0]
 
@@ -121,9 +121,9 @@ def test_samples_without_an_image_are_left_out() -> None:
     rng = np.random.default_rng(1)
     cross, image = samples(three_stages(12, rng), rng)
     with_text_only = np.vstack([cross, np.full((3, 12), np.nan)])
-    expected = stage_verdict(cross, np.ones_like(cross), image, n_boot=50)
+    expected = stage_verdict(cross, np.ones_like(cross), ImageBootstrap(image, 50))
     clusters = [*map(str, image), "x", "y", "z"]
-    actual = stage_verdict(with_text_only, np.ones_like(with_text_only), clusters, n_boot=50)
+    actual = stage_verdict(with_text_only, np.ones_like(with_text_only), ImageBootstrap(clusters, 50))
     assert actual.contrasts == expected.contrasts
     assert actual.settings["num_samples"] == len(cross)
 
@@ -133,7 +133,7 @@ def test_visual_queries_that_see_nothing_but_themselves() -> None:
     rng = np.random.default_rng(2)
     cross, image = samples(three_stages(12, rng), rng)
     cross[:, 6:] = 0.0
-    outcome = stage_verdict(cross, np.full_like(cross, np.nan), image, n_boot=50)
+    outcome = stage_verdict(cross, np.full_like(cross, np.nan), ImageBootstrap(image, 50))
     assert outcome.verdict == "other"
     assert outcome.claims["visual_peak"] == NOT_TESTED
     assert outcome.contrasts is not None
@@ -143,9 +143,9 @@ def test_visual_queries_that_see_nothing_but_themselves() -> None:
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(4, 12\), \(4, 11\)"):
-        stage_verdict(np.ones((4, 12)), np.ones((4, 11)), range(4))
+        stage_verdict(np.ones((4, 12)), np.ones((4, 11)), ImageBootstrap(range(4)))
     with pytest.raises(ValueError, match="3 samples but 2"):
-        cluster_bootstrap(np.ones((3, 2)), [0, 1])
+        ImageBootstrap([0, 1]).replicates(np.ones((3, 2)))
 
 
 def run_with(fall: float, rise: float, boundaries: tuple[int, int] | None, num_layers: int = 24) -> dict:
@@ -190,11 +190,11 @@ def test_bootstrap_respects_clusters() -> None:
     rng = np.random.default_rng(3)
     values = rng.normal(size=50)
     copied = np.repeat(values, 8)
-    alone = mean_band(values, np.arange(50))
-    together = mean_band(copied, np.repeat(np.arange(50), 8))
+    alone = mean_band(values, ImageBootstrap(np.arange(50)))
+    together = mean_band(copied, ImageBootstrap(np.repeat(np.arange(50), 8)))
     assert together.low == pytest.approx(alone.low)
     assert together.high == pytest.approx(alone.high)
-    naive = mean_band(copied, np.arange(400))
+    naive = mean_band(copied, ImageBootstrap(np.arange(400)))
     assert naive.high - naive.low < 0.5 * (together.high - together.low)
 
 
@@ -204,7 +204,7 @@ def test_bootstrap_band_covers() -> None:
     for _ in range(200):
         image_effect = rng.normal(size=60)
         values = np.repeat(image_effect, 3) + rng.normal(size=180)
-        band = mean_band(values, np.repeat(np.arange(60), 3), n_boot=200, seed=int(rng.integers(2**31)))
+        band = mean_band(values, ImageBootstrap(np.repeat(np.arange(60), 3), 200, int(rng.integers(2**31))))
         hits += bool(band.low <= 0 <= band.high)
     assert binomtest(hits, 200, 0.93, alternative="less").pvalue > 0.01
 
@@ -214,7 +214,7 @@ def test_simultaneous_band_covers_every_entry_at_once() -> None:
     hits = 0
     for seed in range(150):
         values = rng.normal(size=(80, 20))
-        replicates = cluster_bootstrap(values, np.arange(80), 200, seed)
+        replicates = ImageBootstrap(np.arange(80), 200, seed).replicates(values)
         band = simultaneous_band(values.mean(0), replicates)
         hits += bool(((band.low <= 0) & (band.high >= 0)).all())
     assert binomtest(hits, 150, 0.92, alternative="less").pvalue > 0.01
@@ -225,7 +225,7 @@ def test_one_sided_limits_hold_for_every_entry_at_once() -> None:
     below = above = 0
     for seed in range(150):
         values = rng.normal(size=(80, 20))
-        band = one_sided_band(values.mean(0), cluster_bootstrap(values, np.arange(80), 200, seed))
+        band = one_sided_band(values.mean(0), ImageBootstrap(np.arange(80), 200, seed).replicates(values))
         below += bool((band.low <= 0).all())
         above += bool((band.high >= 0).all())
     for hits in (below, above):
@@ -237,12 +237,12 @@ def test_one_sided_limits_hold_for_every_entry_at_once() -> None:
 def test_bootstrap_is_paired_and_ignores_missing_values(num_samples: int, width: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     values = rng.normal(size=(num_samples, width))
-    clusters = rng.integers(0, 5, num_samples)
-    replicates = cluster_bootstrap(values, clusters, 20, seed)
+    bootstrap = ImageBootstrap(rng.integers(0, 5, num_samples), 20, seed)
+    replicates = bootstrap.replicates(values)
     assert replicates.shape == (20, width)
-    np.testing.assert_allclose(cluster_bootstrap(values + 1, clusters, 20, seed), replicates + 1)
+    np.testing.assert_allclose(bootstrap.replicates(values + 1), replicates + 1)
     padded = np.concatenate([values, np.full((num_samples, 1), np.nan)], axis=1)
-    again = cluster_bootstrap(padded, clusters, 20, seed)
+    again = bootstrap.replicates(padded)
     np.testing.assert_allclose(again[:, :width], replicates)
     assert np.isnan(again[:, width]).all()
 
@@ -253,7 +253,7 @@ def test_the_best_split_is_the_least_squares_one(seed: int, num_layers: int) -> 
     rng = np.random.default_rng(seed)
     curve = rng.normal(size=num_layers)
     cross = np.exp(np.tile(curve, (12, 1)))
-    found = stage_verdict(cross, np.ones_like(cross), range(12), n_boot=5)
+    found = stage_verdict(cross, np.ones_like(cross), ImageBootstrap(range(12), 5))
     assert found.contrasts is not None
 
     def residual(first: int, second: int) -> float:

@@ -33,9 +33,10 @@ from analysis.measuring.methods import (
     visual_share,
 )
 from analysis.plots.methods import draw_methods_at_cost
+from analysis.statistics.bands import ImageBootstrap
 from analysis.statistics.methods import Outcome, accuracy_of, compare_methods, exit_mixture, sentence
 from analysis.statistics.needs_image import in_words, known_hops, needs_image
-from analysis.statistics.pairwise import Contest, pairs_of, seeded_bootstrap, standings
+from analysis.statistics.pairwise import Contest, pairs_of, seeded_replicates, standings
 from analysis.statistics.published import beside, published_page, published_pruning
 from analysis.tables import tables
 from docs.tooling import comparison
@@ -331,10 +332,10 @@ def test_the_band_covers_all_differences_together() -> None:
         rng = np.random.default_rng(world)
         easy = rng.random((120, 1)) < 0.5
         right = [(easy ^ (rng.random((120, 1)) < 0.15)).astype(float) for _ in range(8)]
-        images = [index // 3 for index in range(120)]
-        (found,) = standings([Contest("abcdefgh", right)], images, 200, world)
+        bootstrap = ImageBootstrap([index // 3 for index in range(120)], 200, world)
+        (found,) = standings([Contest("abcdefgh", right)], bootstrap)
         false += bool((np.abs(found.lead) > found.margin).any())
-        drawn = np.stack([seeded_bootstrap(each, images, 200, world) for each in right], 1)
+        drawn = np.stack([seeded_replicates(each, bootstrap) for each in right], 1)
         error = (drawn[:, :, None] - drawn[:, None]).std(0)
         alone += bool((np.abs(found.lead) > 1.96 * error + 1e-9).any())
     assert false <= 8  # 5% of 60 are 3
@@ -344,9 +345,9 @@ def test_the_band_covers_all_differences_together() -> None:
 def test_seeds_are_drawn_again_too() -> None:
     rng = np.random.default_rng(0)
     seeds = (rng.random((200, 4)) < [[0.2, 0.4, 0.6, 0.8]]).astype(float)
-    images = list(range(200))
-    fixed = seeded_bootstrap(seeds.mean(1, keepdims=True), images, 500, 0)
-    both = seeded_bootstrap(seeds, images, 500, 0)
+    bootstrap = ImageBootstrap(range(200), 500)
+    fixed = seeded_replicates(seeds.mean(1, keepdims=True), bootstrap)
+    both = seeded_replicates(seeds, bootstrap)
     assert both.mean() == pytest.approx(fixed.mean(), abs=0.02)
     assert both.std() > 2 * fixed.std()
 
@@ -356,11 +357,11 @@ def test_methods_that_answer_alike_do_not_break_the_band() -> None:
     almost = right.copy()
     almost[0] = 0
     contests = [Contest(["a", "b", "c"], [right, right, almost])]
-    (found,) = standings(contests, list(range(100)), 200, 0)
+    (found,) = standings(contests, ImageBootstrap(range(100), 200))
     assert pairs_of(contests) == 3
     assert found.best == 0
     assert found.tied == [1, 2]
-    assert standings([], list(range(100)), 200, 0) == []
+    assert standings([], ImageBootstrap(range(100), 200)) == []
 
 
 def rows_of_a_comparison() -> list[dict[str, Any]]:

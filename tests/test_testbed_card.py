@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from analysis.statistics.bands import ImageBootstrap
 from analysis.statistics.stages import stage_verdict
 from docs.tooling.testbed_card import (
     accuracy_markdown,
@@ -121,8 +122,8 @@ def test_verdicts_of_the_training_stages_say_what_they_rest_on() -> None:
     rng = np.random.default_rng(0)
     level = np.repeat([1.0, 0.2, 1.0], 5)
     cross = level * rng.lognormal(0, 0.1, (60, 15))
-    found = stage_verdict(cross, 2.0 - level + np.zeros_like(cross), np.arange(60))
-    few = stage_verdict(cross[:, :3], cross[:, :3], np.arange(60))
+    found = stage_verdict(cross, 2.0 - level + np.zeros_like(cross), ImageBootstrap(np.arange(60)))
+    few = stage_verdict(cross[:, :3], cross[:, :3], ImageBootstrap(np.arange(60)))
     runs = {
         "main": {"attention": {"language": {"stages": few.to_dict()}, "instruct": {"stages": found.to_dict()}}},
         "blind": {"attention": {}},

@@ -50,9 +50,6 @@ def measure_attention(
     Args:
         contributions: also what the image writes into the instruction, the image and the answer.
         heads: also the table `heads`, a row per sample, layer and head: the question's attention on the image.
-
-    Raises:
-        ModelError: the attention of a sample is not a number.
     """
     answers = [sample.answer for sample in samples]
     batch = mllm.encode(
@@ -98,13 +95,9 @@ def measure_attention(
 
 
 def frames_table(mllm: MLLM, batch: Batch, samples: Sequence[Sample], received: Tensor) -> pd.DataFrame | None:
-    """A row per sample with a video, layer and frame: the frame's share of the attention that goes to the video.
+    """A row per sample with a video, layer and frame: its share of the attention on the video; None without videos.
 
-    Args:
-        received: [B, L, H, N] attention that every position receives from the prompt's last token.
-
-    Returns:
-        None where no sample shows a video.
+    `received` [B, L, H, N] is what every position receives from the prompt's last token.
     """
     rows = [row for row, sample in enumerate(samples) if isinstance(sample.image, Video)]
     if not rows:
@@ -119,11 +112,7 @@ def frames_table(mllm: MLLM, batch: Batch, samples: Sequence[Sample], received: 
 
 
 def choose_samples(dataset: Dataset, count: int, ids: list[str] | None, setting: str = "maps.ids") -> list[Sample]:
-    """Samples to draw maps of: those named, or the first ones with an image, one of each question kind in turn.
-
-    Raises:
-        ConfigError: an id in `ids` is not in the data.
-    """
+    """Samples to draw maps of: those named, or the first ones with an image, one of each question kind in turn."""
     chosen: list[Sample] = []
     again: list[Sample] = []
     for sample in dataset.readable():
@@ -149,26 +138,19 @@ Map = tuple[dict[str, Any], npt.NDArray[Any]]
 def attention_map(mllm: MLLM, sample: Sample, query: str) -> Map | None:
     """Attention on the image in every layer, and the image as the model saw it; None where tokens have no place in it.
 
-    Args:
-        sample: with an image.
-        query: `last` prompt token, or mean over the `instruction`.
+    The attention is that of the `last` prompt token, or the mean over the `instruction`.
     """
     return next(iter(attention_maps(mllm, sample, query)), None)
 
 
 @torch.no_grad()
 def attention_maps(mllm: MLLM, sample: Sample, query: str) -> list[Map]:
-    """`attention_map` of an image, or one of each frame of a video (`frame_maps`); none where tokens have no place.
-
-    Raises:
-        ConfigError: `query` is neither `last` nor `instruction`.
-    """
+    """`attention_map` of an image, or one of each frame of a video (`frame_maps`); none where tokens have no place."""
     if query not in QUERIES:
         raise ConfigError(f"whose attention: {query!r}; choose last or instruction")
     batch = mllm.encode([sample.image], [sample.question])
-    is_video = isinstance(sample.image, Video)
-    place = None if is_video else view(mllm, batch)
-    if place is None and not is_video:
+    place = None if isinstance(sample.image, Video) else view(mllm, batch)
+    if place is None and not isinstance(sample.image, Video):
         return []
     with AttentionProbe(mllm, layout=batch.layout) as probe:
         run_for_attention(mllm, batch)
@@ -194,30 +176,20 @@ def _picture(image: Any) -> npt.NDArray[Any]:
 
 
 @torch.no_grad()
-def answer_maps(
-    mllm: MLLM, sample: Sample, max_new_tokens: int = 16, sinks: str = "mark"
-) -> tuple[list[dict[str, Any]], npt.NDArray[Any]] | None:
-    """A map for every generated token, the end token included; None where visual tokens have no place in the image.
+def answer_maps(mllm: MLLM, sample: Sample, max_new_tokens: int = 16, sinks: str = "mark") -> list[Map]:
+    """A map for every generated token, the end token included; none where visual tokens have no place in the image.
 
-    Args:
-        sample: with an image.
-        sinks: what becomes of patches that are sinks (`analysis.measuring.token_attention`): `mark` them, or
-            `leave_out` the attention on them, of the map and of its share.
-
-    Returns:
-        Records like those of `attention_map`, with `token` and `number`; `maps` is the mean over heads of the attention
-        of the query that predicts the token, `heads` [L, H] the share of each head's attention on the image, `sinks`
-        [L, rows, columns] where the sinks are. And the image as the model saw it.
-
-    Raises:
-        ConfigError: `sinks` is neither.
+    Like `attention_map`, with `token` and `number`; `maps` is the mean over heads of the attention of the query that
+    predicts the token, `heads` [L, H] the share of each head's attention on the image, `sinks` [L, rows, columns] where
+    the sinks are (`analysis.measuring.token_attention`): to `mark` them, or to `leave_out` the attention on them of map
+    and share.
     """
     if sinks not in SINKS:
         raise ConfigError(f"maps.sinks is {sinks!r}; choose mark or leave_out")
     batch = mllm.encode([sample.image], [sample.question])
     place = view(mllm, batch)
     if place is None:
-        return None
+        return []
     answer = greedy_answer_ids(mllm, batch, max_new_tokens)
     found = token_attention(mllm, batch, answer)
     here = batch.layout.visual[0].cpu().nonzero().flatten()
@@ -227,7 +199,8 @@ def answer_maps(
     visual = rows.mean(1)  # [L, A, V]
     texts = [mllm.decode([[token]])[0] for token in answer[0].tolist()]
     whole = _record(sample, mllm.decode([answer[0].tolist()])[0], "answer")
-    records = [
+    image = _picture(sample.image) if place.image is None else place.image
+    records = (
         whole
         | {
             "number": number,
@@ -239,22 +212,16 @@ def answer_maps(
             "sinks_are": sinks,
         }
         for number, text in enumerate(texts)
-    ]
-    return records, _picture(sample.image) if place.image is None else place.image
+    )
+    return [(record, image) for record in records]
 
 
 def frame_maps(mllm: MLLM, sample: Sample, batch: Batch, received: Tensor, record: dict[str, Any]) -> list[Map]:
-    """A map for each frame of a sample's video; none where the tokens of its frames form no grid.
+    """A map for each frame of a sample's video, from `received` [L, N]; none where tokens of frames form no grid.
 
-    Args:
-        sample: with a video.
-        received: [L, N] attention on every position.
-        record: what the maps have in common.
-
-    Returns:
-        For each frame `record` with `maps` [L, rows, columns], `mass` [L] on the frame, `frame` counted from 0 and
-        `frames`, how many there are; and the frame as a picture. Where a family merges frames in time, the first of
-        those that were merged is shown.
+    `record`, what the maps have in common, with `maps` [L, rows, columns], `mass` [L] on the frame, `frame` counted
+    from 0 and `frames`, how many there are; and the frame as a picture. Where a family merges frames in time, the first
+    of those that were merged is shown.
     """
     assert isinstance(sample.image, Video)
     numbers = frame_numbers(mllm, batch)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -68,14 +69,13 @@ class OtherImages:
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
-        self._pool: list[Sample] | None = None
 
     def of(self, samples: Sequence[Sample]) -> list[Any]:
         """For each sample the image of the next one in the batch that shows another scene; None where there is none."""
         others = []
         for index, sample in enumerate(samples):
             in_order = [*samples[index + 1 :], *samples[:index]]
-            found = self._first(in_order, sample) or self._first(self._two_scenes(), sample)
+            found = self._first(in_order, sample) or self._first(self._two_scenes, sample)
             others.append(None if found is None or sample.image is None else found.image)
         return others
 
@@ -84,16 +84,16 @@ class OtherImages:
         fitting = (each for each in candidates if each.image is not None and each.image_id != sample.image_id)
         return next(fitting, None)
 
+    @cached_property
     def _two_scenes(self) -> list[Sample]:
         """The first two scenes of the data, for batches that show one scene only."""
-        if self._pool is None:
-            self._pool = []
-            for sample in self.dataset.readable():
-                if sample.image is not None and all(sample.image_id != each.image_id for each in self._pool):
-                    self._pool.append(sample)
-                if len(self._pool) == 2:
-                    break
-        return self._pool
+        found: dict[str, Sample] = {}
+        for sample in self.dataset.readable():
+            if sample.image is not None:
+                found.setdefault(sample.image_id, sample)
+            if len(found) == 2:
+                break
+        return list(found.values())
 
 
 def part_of(sample: Sample) -> str:
@@ -211,13 +211,9 @@ class Measurement:
 
 
 def logit_change(logits: Tensor) -> Tensor:
-    """Root mean square change of the logits under every exit, relative to the full model's spread.
+    """[B, L + 1] root mean square change of the logits under every exit, relative to the full model's spread.
 
-    Args:
-        logits: [B, L + 1, vocab]; tokens that the model rules out (-inf) are left out.
-
-    Returns:
-        [B, L + 1]; 0 at L.
+    Of `logits` [B, L + 1, vocab] those of tokens that the model rules out (-inf) are left out.
     """
     possible = torch.isfinite(logits).all(1, keepdim=True)
     logits = torch.where(possible, logits, 0.0).double()
@@ -230,11 +226,7 @@ def logit_change(logits: Tensor) -> Tensor:
 
 
 def measurement(mllm: MLLM, dataset: Dataset, cfg: DictConfig) -> Measurement:
-    """The measurement that a configuration asks for.
-
-    Raises:
-        ConfigError: a setting is out of range.
-    """
+    """The measurement that a configuration asks for."""
     if cfg.max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {cfg.max_new_tokens}: answers would be empty; give a positive number")
     if not 0 <= cfg.kl_start <= mllm.num_layers:

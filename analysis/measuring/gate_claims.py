@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from dyvte.instrument.states import TEXT_STATUS
 from dyvte.instrument.sweep.criteria import exit_depth
 from dyvte.mllm import MLLM
 
+from ..statistics.bands import Array, ImageBootstrap
 from ..statistics.gates.claims import (
     PRICES,
     Estimate,
@@ -35,6 +35,8 @@ from ..statistics.gates.claims import (
     verdict,
     within_group_auc,
 )
+
+EVERY = slice(None)
 
 
 def claim_labels(mllm: MLLM, dataset: Dataset, cfg: DictConfig) -> LabelSet:
@@ -49,102 +51,67 @@ def claim_labels(mllm: MLLM, dataset: Dataset, cfg: DictConfig) -> LabelSet:
     return collect_labels(mllm, dataset, cfg, cfg.labels_dir, settings, "every exit of every question")
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What some gates say about n questions, L - 1 gates each, and where they let the image go.
-
-    Attributes:
-        seen: [n, L - 1] exit probability, the image seen as it was.
-        dosed: [n, L, L - 1] the same in runs whose image left at exit j = 0..L-1; j = 0 never saw it.
-        swapped: [n, L - 1] in a run with another image.
-        thresholds: of the gates.
-    """
-
-    seen: Tensor
-    dosed: Tensor
-    swapped: Tensor
-    thresholds: list[float]
-
-    @classmethod
-    def of(cls, gates: Gates, labels: LabelSet) -> Asked:
-        """Ask the gates about a label set of `claim_labels`."""
-        dosed = labels.counterfactual("exits", gates.status)
-        return cls(
-            gate_probabilities(gates, labels.status(gates.status)),
-            torch.stack([gate_probabilities(gates, dosed[:, j]) for j in range(dosed.shape[1])], dim=1),
-            gate_probabilities(gates, labels.counterfactual("swapped", gates.status)[:, 0]),
-            gates.thresholds(),
-        )
-
-    def exits(self, probability: Tensor) -> Tensor:
-        """[n] exit layer that the gates choose when they say so."""
-        return first_exit(probability, self.thresholds)
-
-
-def image_folds(images: list[str], folds: int) -> npt.NDArray[np.int64]:
-    """[n] fold of every question, from its image's id alone."""
-    return np.array([int(hashlib.sha256(image.encode()).hexdigest()[:8], 16) % folds for image in images])
-
-
-def claim_figures(gates: Gates, labels: LabelSet, folds: int, bootstrap: int, seed: int) -> dict[str, Any]:
+def claim_figures(gates: Gates, labels: LabelSet, folds: int, draws: int, seed: int) -> dict[str, Any]:
     """Every number of the four tests, JSON types only."""
-    asked = Asked.of(gates, labels)
-    images = labels.samples["image_id"].tolist()
-    kinds = labels.samples["kind"].astype(str).to_numpy()
-    texts = labels.samples["question"].tolist()
+    images, kinds, texts = _columns(labels)
     stable = labels.labels("stable")[:, 1:-1].numpy()
-    seen = asked.seen.double().numpy()
-    pooled, pairs = within_group_auc(seen, stable, texts, images)
-    of_kinds = {
-        str(kind): _auc(seen[kinds == kind], stable[kinds == kind], labels, kinds == kind) for kind in np.unique(kinds)
-    }
-    of_gates = [
-        within_group_auc(seen[:, [gate]], stable[:, [gate]], texts, images)[0].to_dict()
-        for gate in range(seen.shape[1])
-    ]
-    withheld = _difference(asked.dosed[:, 0], asked.seen, images)
-    doses = dose_response(asked.dosed.double().mean(2).numpy(), images)
-    dosed_exits = torch.stack([asked.exits(each) for each in asked.dosed.unbind(1)], 1).double()
-    natural = asked.exits(asked.seen)
+    runs = {run: labels.counterfactual(run, gates.status) for run in ("exits", "swapped")}
+    # exit probabilities [n, L - 1], the image seen as it was; with another; [n, L, L - 1] if it left at j, 0 never seen
+    seen = gate_probabilities(gates, labels.status(gates.status))
+    swapped = gate_probabilities(gates, runs["swapped"][:, 0])
+    dosed = torch.stack([gate_probabilities(gates, each) for each in runs["exits"].unbind(1)], dim=1)
+
+    def auc(groups: npt.NDArray[Any], rows: Any = EVERY, gate: Any = EVERY) -> tuple[Estimate, int]:
+        said, label = (each[rows][:, gate] for each in (seen.double().numpy(), stable))
+        return within_group_auc(said, label, groups[rows], images[rows])
+
+    def exits(probability: Tensor) -> Array:
+        return first_exit(probability, gates.thresholds()).double().numpy()
+
+    def difference(changed: Tensor) -> Estimate:
+        return mean_estimate((changed.double() - seen.double()).mean(1).numpy(), images)
+
+    pooled, pairs = auc(texts)
+    of_kinds = {str(kind): (kinds == kind, *auc(texts, kinds == kind)) for kind in np.unique(kinds)}
+    withheld = difference(dosed[:, 0])
+    doses = dose_response(dosed.double().mean(2).numpy(), images)
+    dosed_exits = np.stack([exits(each) for each in dosed.unbind(1)], axis=1)
+    exit_doses = dose_response(dosed_exits, images)
     return {
         "within_text": {
             **pooled.to_dict(),
             "pairs": pairs,
             "verdict": verdict(pooled, 0.5),
-            "within_kind": within_group_auc(seen, stable, kinds.tolist(), images)[0].to_dict(),
-            "kinds": of_kinds,
-            "gates": of_gates,
+            "within_kind": auc(kinds)[0].to_dict(),
+            "kinds": {
+                kind: {**found.to_dict(), "pairs": number, "texts": len(np.unique(texts[rows]))}
+                for kind, (rows, found, number) in of_kinds.items()
+            },
+            "gates": [auc(texts, gate=[gate])[0].to_dict() for gate in range(seen.shape[1])],
         },
         "withheld": {
             **withheld.to_dict(),
             "verdict": verdict(withheld, 0.0, above=False),
-            "swapped": _difference(asked.swapped, asked.seen, images).to_dict(),
-            "exit_seen": mean_estimate(natural.double().numpy(), images).to_dict(),
-            "exit_withheld": mean_estimate(dosed_exits[:, 0].numpy(), images).to_dict(),
-            "exit_swapped": mean_estimate(asked.exits(asked.swapped).double().numpy(), images).to_dict(),
+            "swapped": difference(swapped).to_dict(),
+            "exit_seen": mean_estimate(exits(seen), images).to_dict(),
+            "exit_withheld": mean_estimate(dosed_exits[:, 0], images).to_dict(),
+            "exit_swapped": mean_estimate(exits(swapped), images).to_dict(),
         },
         "dose": {
             **doses["slope"].to_dict(),
             "verdict": dose_verdict(doses),
             "means": [each.to_dict() for each in doses["means"]],
             "steps": [each.to_dict() for each in doses["steps"]],
-            "exits": [each.to_dict() for each in dose_response(dosed_exits.numpy(), images)["means"]],
-            "exit_slope": dose_response(dosed_exits.numpy(), images)["slope"].to_dict(),
+            "exits": [each.to_dict() for each in exit_doses["means"]],
+            "exit_slope": exit_doses["slope"].to_dict(),
         },
-        "cost": _costs(natural, labels, images, kinds, texts, folds, bootstrap, seed),
+        "cost": _costs(first_exit(seen, gates.thresholds()), labels, folds, ImageBootstrap(images, draws, seed)),
     }
 
 
-def _auc(
-    scores: npt.NDArray[np.float64], stable: npt.NDArray[np.bool_], labels: LabelSet, rows: npt.NDArray[np.bool_]
-) -> dict[str, Any]:
-    of_kind = labels.samples[rows]
-    found, pairs = within_group_auc(scores, stable, of_kind["question"].tolist(), of_kind["image_id"].tolist())
-    return {**found.to_dict(), "pairs": pairs, "texts": int(of_kind["question"].nunique())}
-
-
-def _difference(changed: Tensor, seen: Tensor, images: list[str]) -> Estimate:
-    return mean_estimate((changed.double() - seen.double()).mean(1).numpy(), images)
+def _columns(labels: LabelSet) -> tuple[npt.NDArray[Any], ...]:
+    """Image, kind and text of every question."""
+    return tuple(labels.samples[name].astype(str).to_numpy() for name in ("image_id", "kind", "question"))
 
 
 def all_seeing_frontier(training: LabelSet, labels: LabelSet) -> list[tuple[float, float]]:
@@ -162,44 +129,33 @@ def all_seeing_frontier(training: LabelSet, labels: LabelSet) -> list[tuple[floa
     return frontier_points(labels.agree.double().numpy(), labels.cost.double().numpy(), chosen)
 
 
-def _costs(
-    exits: Tensor,
-    labels: LabelSet,
-    images: list[str],
-    kinds: npt.NDArray[Any],
-    texts: list[str],
-    folds: int,
-    bootstrap: int,
-    seed: int,
-) -> dict[str, Any]:
-    agree, cost = labels.agree, labels.cost
+def _costs(exits: Tensor, labels: LabelSet, folds: int, bootstrap: ImageBootstrap) -> dict[str, Any]:
+    agree, cost, (images, kinds, texts) = labels.agree, labels.cost, _columns(labels)
     own_agree, own_cost = at_exit(agree, exits).double(), at_exit(cost, exits).double()
-    share, low, high = (float(each) for each in share_interval(own_agree, images))
     loss = (labels.correct[:, -1] - at_exit(labels.correct, exits)).double()
     known = ~loss.isnan()
-    lost = cluster_interval(
-        loss[known], [each for each, there in zip(images, known.tolist(), strict=True) if there], largest=1.0
-    )
+    lost = cluster_interval(loss[known], images[known.numpy()], largest=1.0)
     oracle = float(at_exit(cost, exit_depth(agree)).mean())
     spent = float(own_cost.mean())
+    limits = ("value", "low", "high")
     found: dict[str, Any] = {
-        "agreement": {"value": share, "low": low, "high": high},
-        "loss": dict(zip(("value", "low", "high"), lost, strict=True)),
+        "agreement": dict(zip(limits, map(float, share_interval(own_agree, images)), strict=True)),
+        "loss": dict(zip(limits, lost, strict=True)),
         "cost": spent,
         "mean_exit_layer": float(exits.double().mean()),
         "oracle": oracle,
         "share_of_oracle": (1 - spent) / (1 - oracle) if oracle < 1 else None,
     }
+    # a question's fold follows from its image alone
+    fold = np.array([int(hashlib.sha256(image.encode()).hexdigest()[:8], 16) % folds for image in images])
     table = agree.double().numpy(), cost.double().numpy()
     for name, groups in (("kind", None), ("text", texts)):
-        constants = constant_frontier(*table, kinds.tolist(), groups, image_folds(images, folds))
-        each = compare_with_constants(
-            own_agree.numpy(), own_cost.numpy(), *table, constants, images, bootstrap=bootstrap, seed=seed
-        )
+        constants = constant_frontier(*table, kinds, groups, fold)
+        least, ratio = compare_with_constants(own_agree.numpy(), own_cost.numpy(), *table, constants, bootstrap)
         found[name] = {
-            "cost": each.cost,
-            "ratio": each.ratio.to_dict(),
-            "verdict": verdict(each.ratio, 1.0, above=False),
+            "cost": least,
+            "ratio": ratio.to_dict(),
+            "verdict": verdict(ratio, 1.0, above=False),
             "frontier": frontier_points(*table, constants),
         }
     return found

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import copy
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import Tensor
 
 from dyvte.data.base import build_dataset
 from dyvte.errors import DataError
@@ -35,16 +34,14 @@ from dyvte.train import Split, fit_gates, split_labels
 
 from ..statistics.bands import rate_band
 from ..statistics.markdown import heading, markdown_table, percent_with_limits, published, write_table_page
-from .runs import run_facts
+from .runs import fill_shards, run_facts
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Gates to compare.
+    """Gates to compare, which look at parts of the status.
 
     Attributes:
-        name: what the table calls them.
-        status: status parts that they look at.
         kind: the kind of question that they are trained on alone; None for all.
         source: folder or Hub id of gates that are there already, which are not trained.
     """
@@ -56,10 +53,7 @@ class Variant:
 
 
 def gate_table(cfg: DictConfig) -> dict[str, Any] | None:
-    """Train the gates of an experiment, compare their exits, and write the table.
-
-    Returns:
-        The summary; None in all processes but the first.
+    """Train the gates of an experiment, compare their exits, and write the table; None but in the first process.
 
     Raises:
         ModelError: ready gates are for a model of another width or depth.
@@ -80,19 +74,15 @@ def gate_table(cfg: DictConfig) -> dict[str, Any] | None:
     if not distributed.is_main():
         return None
     split = split_labels(training, cfg)
-    asked_for = variants(cfg.experiment, split)
-    for index, variant in enumerate(progress(cfg.experiment.name, "sets of gates", asked_for)):
-        if folder.has_shard(index):
-            continue
-        started = time.perf_counter()
+
+    def made_and_asked(variant: Variant) -> tuple[dict[str, pd.DataFrame], int]:
         gates = load_gates(variant.source) if variant.source else train_variant(mllm, variant, split, cfg)
         gates.check(mllm)
-        rows = exits_of(gates, asked).assign(gates=variant.name)
+        exits = first_exit(gate_probabilities(gates, asked.status(list(gates.status))), gates.thresholds())
         about = pd.DataFrame([{"gates": variant.name, "status": "+".join(gates.status)}])
-        folder.write_shard(
-            index, {"exits": rows, "gates": about}, num_samples=len(rows), seconds=time.perf_counter() - started
-        )
-    folder.merge()
+        return {"exits": outcome_of(exits, asked).assign(gates=variant.name), "gates": about}, len(asked)
+
+    fill_shards(folder, progress(cfg.experiment.name, "sets of gates", variants(cfg.experiment, split)), made_and_asked)
     return report(cfg, mllm, folder, asked)
 
 
@@ -131,17 +121,14 @@ def train_variant(mllm: MLLM, variant: Variant, split: Split, cfg: DictConfig) -
     return fit_gates(mllm, split, cfg, list(variant.status)).gates
 
 
-def exits_of(gates: Gates, asked: LabelSet) -> pd.DataFrame:
-    """Where gates let every question's visual tokens leave, and what that makes of the answer and the cost."""
-    status = asked.status(list(gates.status))
-    exits = first_exit(gate_probabilities(gates, status), gates.thresholds())
+def outcome_of(exits: Tensor, asked: LabelSet) -> pd.DataFrame:
+    """What leaving at exits [n] makes of every question's answer and cost."""
+    tables = {"correct": asked.correct, "agree": asked.agree, "cost": asked.cost}
     return pd.DataFrame(
         {
             "id": asked.samples["id"],
             "exit_layer": exits.where(asked.has_image, torch.tensor(0)).numpy(),
-            "correct": at_exit(asked.correct, exits).double().numpy(),
-            "agree": at_exit(asked.agree, exits).double().numpy(),
-            "cost": at_exit(asked.cost, exits).double().numpy(),
+            **{name: at_exit(table, exits).double().numpy() for name, table in tables.items()},
         }
     )
 
@@ -152,15 +139,8 @@ def report(cfg: DictConfig, mllm: MLLM, folder: RunFolder, asked: LabelSet) -> d
     images = asked.samples["image_id"].tolist()
     kinds = asked.samples["kind"].astype(str).to_numpy()
     has_image = asked.has_image.numpy()
-    full = pd.DataFrame(
-        {
-            "exit_layer": np.where(has_image, asked.num_layers, 0),
-            "correct": asked.correct[:, -1].double().numpy(),
-            "agree": 1.0,
-            "cost": asked.cost[:, -1].double().numpy(),
-        }
-    )
-    known = dict(zip(about["gates"], about["status"], strict=True))
+    full = outcome_of(torch.full((len(asked),), asked.num_layers), asked).assign(agree=1.0)
+    known = about.set_index("gates")["status"]
     table: list[dict[str, Any]] = []
     by_kind: list[dict[str, Any]] = []
     for name, own in {"full model": full, **dict(list(exits.groupby("gates", sort=False)))}.items():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,16 +12,15 @@ from torch import Tensor
 
 from dyvte.batch import IGNORE_INDEX, Batch
 from dyvte.data import Dataset, Sample
-from dyvte.errors import UnsupportedError
-from dyvte.instrument.attention_calls import AttentionCall, watch_attention
 from dyvte.instrument.causal.groups import group_masks
-from dyvte.instrument.role_attention import Geometry, Groups, allowed_pairs
+from dyvte.instrument.role_attention import Block, Geometry
 from dyvte.instrument.sweep.answers import teacher_forced
 from dyvte.instrument.views import view
 from dyvte.mllm import MLLM
 from dyvte.testbed.world import GRID
 
-from .token_attention import run_for_attention
+from ..statistics.bands import generator
+from .token_attention import watch_rows
 
 TARGET = "target"
 """Entry of a sample's metadata: cells (row, column) of the drawn scene's grid, those of the objects on the way."""
@@ -44,9 +42,8 @@ def knows_targets(dataset: Dataset) -> bool:
 def target_keys(mllm: MLLM, batch: Batch, samples: Sequence[Sample], seed: int) -> tuple[Tensor, Tensor]:
     """Visual tokens of the objects that each answer rests on, and as many others of the same image, drawn at random.
 
-    Returns:
-        Two masks [B, N]. Rows are empty where the data name no object, where tokens have no place in the image, and
-        where the objects cover more than half of it.
+    Two masks [B, N]. Rows are empty where the data name no object, where tokens have no place in the image, and where
+    the objects cover more than half of it.
     """
     objects, others = (torch.zeros_like(batch.layout.visual) for _ in range(2))
     for row, sample in enumerate(samples):
@@ -63,15 +60,10 @@ def target_keys(mllm: MLLM, batch: Batch, samples: Sequence[Sample], seed: int) 
         of_objects, elsewhere = number[inside], number[~inside].numpy()
         if len(of_objects) > len(elsewhere):
             continue
-        generator = _generator(seed, sample.id, "patches")
-        drawn = torch.from_numpy(generator.choice(elsewhere, size=len(of_objects), replace=False))
+        some = generator(seed, f"{sample.id} patches").choice(elsewhere, size=len(of_objects), replace=False)
         objects[row, positions[of_objects]] = True
-        others[row, positions[drawn]] = True
+        others[row, positions[torch.from_numpy(some)]] = True
     return objects, others
-
-
-def _generator(seed: int, sample: str, purpose: str) -> np.random.Generator:
-    return np.random.default_rng([seed, zlib.crc32(f"{sample} {purpose}".encode())])
 
 
 def as_many_keys(batch: Batch, ids: Sequence[str], keys: str, seed: int, purpose: str) -> Tensor:
@@ -80,7 +72,7 @@ def as_many_keys(batch: Batch, ids: Sequence[str], keys: str, seed: int, purpose
     drawn = torch.zeros_like(wanted)
     for row, name in enumerate(ids):
         prompt = (~batch.layout.padding[row]).nonzero().flatten().cpu().numpy()
-        some = _generator(seed, name, purpose).choice(prompt, size=int(wanted[row].sum()), replace=False)
+        some = generator(seed, f"{name} {purpose}").choice(prompt, size=int(wanted[row].sum()), replace=False)
         drawn[row, torch.as_tensor(some, device=drawn.device)] = True
     return drawn
 
@@ -89,19 +81,11 @@ def received_by_group(mllm: MLLM, batch: Batch, answers: Tensor, queries: Sequen
     """What each position of the prompts receives from a group of queries, without what these give themselves.
 
     The sum over queries, mean over heads, of attention probabilities: what a cut of the path from these queries to that
-    key removes in a layer. Layers that do not attend have 0.
+    key removes in a layer. Layers that do not attend have 0. Group -> [B, L, N], on the CPU in float32.
 
     Args:
-        mllm: the model, with attention that goes through transformers' functions.
-        batch: prompts.
         answers: [B, A] teacher-forced, -100 at padding; queries that predict a token of theirs are in the group `last`.
         queries: of `dyvte.instrument.causal.GROUPS`.
-
-    Returns:
-        Group -> [B, L, N], on the CPU in float32.
-
-    Raises:
-        UnsupportedError: the attention cannot be followed, or a policy is on.
 
     Example:
         >>> received = received_by_group(mllm, batch, answers, ["last"])  # doctest: +SKIP
@@ -117,25 +101,16 @@ def received_by_group(mllm: MLLM, batch: Batch, answers: Tensor, queries: Sequen
     behind = torch.arange(place.shape[1], device=ids.device) - inputs.layout.last_prompt[:, None]
     predicts = behind < (answers != IGNORE_INDEX).sum(1, keepdim=True).to(ids.device)
     weights = torch.stack([members[name] & predicts for name in queries], dim=1).float()  # [B, G, N']
-    groups, length = Groups.of(inputs.layout), inputs.layout.roles.shape[1]
     received = torch.zeros(mllm.num_layers, *weights.shape)
 
-    def see(layer: int, call: AttentionCall) -> None:
-        if call.query.shape[2] != length:
-            raise UnsupportedError(
-                f"decoder layer {layer} ran on {call.query.shape[2]} of {length} positions: a policy drives the model"
-            )
-        allowed, bias = allowed_pairs(call.mask, length, call.causal, call.sliding_window, call.query.device)
-        geometry = Geometry.of(groups, allowed, bias, mllm.num_heads)
-        rows_of = call.rows(geometry)
+    def see(layer: int, geometry: Geometry, rows_of: Callable[[Block], Tensor]) -> None:
         for block in geometry.blocks:
             rows = rows_of(block).mean(1)  # [B, queries, keys]
-            itself = torch.arange(length, device=rows.device)
+            itself = torch.arange(weights.shape[-1], device=rows.device)
             rows = rows.masked_fill(itself[block.rows, None] == itself[None, block.columns], 0)
             received[layer][..., block.columns] += (weights[..., block.rows].to(rows) @ rows).float().cpu()
 
-    with torch.no_grad(), watch_attention(mllm, see):
-        run_for_attention(mllm, inputs)
+    watch_rows(mllm, inputs, see)
     at_prompt = torch.zeros(mllm.num_layers, len(ids), len(queries), ids.shape[1] + 1)
     at_prompt.scatter_(-1, place.cpu()[None, :, None].expand_as(received), received)
     return {name: at_prompt[:, :, index, 1:].transpose(0, 1) for index, name in enumerate(queries)}
@@ -165,7 +140,6 @@ def equal_mass_keys(
 
     Args:
         received: [B, L, N] of `received_by_group`.
-        ids: [B] names of the samples.
         windows: [start, stop) of layers.
         purpose: what tells this draw from others.
     """
@@ -174,7 +148,7 @@ def equal_mass_keys(
     wanted, reached = torch.zeros(2, len(ids), len(windows), dtype=torch.float64)
     for row, name in enumerate(ids):
         text = (~visual[row] & ~padding[row]).nonzero().flatten()
-        order = torch.from_numpy(_generator(seed, name, purpose).permutation(text.numpy()))
+        order = torch.from_numpy(generator(seed, f"{name} {purpose}").permutation(text.numpy()))
         for window, (start, stop) in enumerate(windows):
             mass = received[row, start:stop].double().sum(0)
             wanted[row, window] = mass[visual[row]].sum()
@@ -185,17 +159,10 @@ def equal_mass_keys(
 
 
 def keys_of_mass(mass: npt.NDArray[np.float64], wanted: float) -> npt.NDArray[np.intp]:
-    """Which keys together have a mass near to the one wanted, going through them in order.
+    """Which keys of `mass` [n], not negative, together have one near to `wanted`, going through them in order.
 
     A key is taken unless the sum would pass `wanted`; at last one more, if that brings the sum nearer. Keys that
     receive nothing, such as those behind all queries, are left out.
-
-    Args:
-        mass: [n] of each key, not negative.
-        wanted: their sum.
-
-    Returns:
-        Indices, all of the keys with a mass if these have no more than `wanted` together.
 
     Example:
         >>> keys_of_mass(np.array([0.4, 0.2, 0.1]), 0.32).tolist()

@@ -50,50 +50,39 @@ class Cut:
         """As in tables and `summary.json`."""
         return f"{self.queries}->{self.keys}" + ("" if self.what == "cut" else f" ({self.what})")
 
+    @property
+    def mode(self) -> str:
+        """Of `dyvte.knockout`: "cut" where other keys than the path's are."""
+        return self.what if self.what in REPLACEMENTS else "cut"
+
 
 OF_THE_IMAGE = ("objects", "other patches")
-CUT_IN_PLACE = ("random", "mass", *OF_THE_IMAGE)
-"""Other keys than the path's are cut."""
+REPLACEMENTS = ("mean", "swap")
 
 
 def cuts_of(cfg: DictConfig, objects: bool = False) -> list[Cut]:
-    """What a configuration asks for, controls behind the paths.
-
-    Args:
-        objects: also cut the objects that an answer rests on off the instruction.
-
-    Raises:
-        ConfigError: unknown groups or replacements.
-    """
+    """What a configuration asks for, controls behind the paths; with `objects` also those that answers rest on."""
     paths = [tuple(path) for path in cfg.paths]
     if not paths:
         raise ConfigError("paths is empty: give one or more, for instance paths=[[instruction,visual]]")
     for path in paths:
         if len(path) != 2 or not set(path) <= set(GROUPS):
             raise ConfigError(f"paths: {list(path)} is not [queries, keys] from {', '.join(GROUPS)}")
-    if unknown := set(cfg.replace) - {"mean", "swap"}:
+    if unknown := set(cfg.replace) - set(REPLACEMENTS):
         raise ConfigError(f"replace: {min(unknown)!r} is neither mean nor swap")
-    equal_mass = cfg.control and cfg.equal_mass
+    of_the_image = [*cfg.replace, *(OF_THE_IMAGE if objects else ())]
+    # The image's own queries see next to no text that could stand in for the image.
+    looking = [queries for queries, keys in paths if keys == "visual" and queries != "visual"]
     return [
-        *(Cut(path[0], path[1], "cut") for path in paths),
-        *(Cut("instruction", "visual", what) for what in cfg.replace),
-        *(Cut("instruction", "visual", what) for what in OF_THE_IMAGE if objects),
-        *(Cut(path[0], path[1], "random") for path in paths if cfg.control),
-        # The image's own queries see next to no text that could stand in for the image.
-        *(
-            Cut(path[0], path[1], "mass")
-            for path in paths
-            if equal_mass and path[1] == "visual" and path[0] != "visual"
-        ),
+        *(Cut(queries, keys, "cut") for queries, keys in paths),
+        *(Cut("instruction", "visual", what) for what in of_the_image),
+        *(Cut(queries, keys, "random") for queries, keys in paths if cfg.control),
+        *(Cut(queries, "visual", "mass") for queries in looking if cfg.control and cfg.equal_mass),
     ]
 
 
 def windows_to_cut(cfg: DictConfig, num_layers: int) -> list[tuple[int, int]]:
-    """The windows [start, stop) that a configuration asks for: those named, or all of one width.
-
-    Raises:
-        ConfigError: a window that is none, or a width beside windows.
-    """
+    """The windows [start, stop) that a configuration asks for: those named, or all of one width."""
     if cfg.windows is None:
         width = max(1, round(ZHANG_WIDTH * num_layers)) if cfg.width is None else cfg.width
         return windows_of_width(num_layers, width)
@@ -109,11 +98,7 @@ def windows_to_cut(cfg: DictConfig, num_layers: int) -> list[tuple[int, int]]:
 
 
 def splits_of(cfg: DictConfig, num_layers: int) -> list[tuple[int, int]]:
-    """The splits that the stage table is to be made for; none where the decoder is too short for three stages.
-
-    Raises:
-        ConfigError: a split does not cut the decoder into three stages.
-    """
+    """The splits that the stage table is to be made for; none where the decoder is too short for three stages."""
     possible = [tuple(split) for split in stage_splits(num_layers).tolist()]
     if cfg.splits is None:
         return [registered_split(num_layers)] if possible else []
@@ -226,35 +211,25 @@ class KnockoutMeasurement:
         self, samples: list[Sample], batch: Batch, answers: Tensor, equal_mass: dict[str, Tensor]
     ) -> pd.DataFrame:
         ids = [sample.id for sample in samples]
+        random = [each for each in self.cuts if each.what == "random"]
+        sets = {each.name: as_many_keys(batch, ids, each.keys, self.seed, each.name) for each in random} | equal_mass
+        of_image = {each.what: index for index, each in enumerate(self.cuts) if each.what in OF_THE_IMAGE}
+        unknown: list[str] = []  # samples whose objects are: their rows of these would say nothing
+        if of_image:
+            masks = target_keys(self.mllm, batch, samples, self.seed)
+            unknown = [name for name, found in zip(ids, masks[0].any(1).tolist(), strict=True) if not found]
+            sets |= {self.cuts[of_image[what]].name: mask for what, mask in zip(OF_THE_IMAGE, masks, strict=True)}
         tables = []
-        for mode in ("cut", "mean", "swap"):
-            indices = [
-                index
-                for index, each in enumerate(self.cuts)
-                if each.what == mode or (each.what in CUT_IN_PLACE and mode == "cut")
-            ]
-            if not indices:
-                continue
-            chosen = [self.cuts[index] for index in indices]
-            sets = {
-                each.name: as_many_keys(batch, ids, each.keys, self.seed, each.name)
-                for each in chosen
-                if each.what == "random"
-            }
-            sets |= equal_mass if mode == "cut" else {}
-            of_image = [each for each in chosen if each.what in OF_THE_IMAGE]
-            if of_image:
-                keys = dict(zip(OF_THE_IMAGE, target_keys(self.mllm, batch, samples, self.seed), strict=True))
-                sets |= {each.name: keys[each.what] for each in of_image}
-            paths = [(each.queries, each.name if each.name in sets else each.keys) for each in chosen]
-            table = self._table(samples, batch, answers, paths, self.windows, mode, key_sets=sets)
-            table["cut"] = np.array(indices)[table["cut"]]
-            if of_image:  # rows whose objects are unknown say nothing
-                unknown = [ids[row] for row, found in enumerate(keys["objects"].any(1).tolist()) if not found]
-                numbers = [self.cuts.index(each) for each in of_image]
-                table = table[~(table["id"].isin(unknown) & table["cut"].isin(numbers))]
-            tables.append(table)
-        joined = pd.concat(tables, ignore_index=True)
+        for mode in ("cut", *REPLACEMENTS):
+            indices = [index for index, each in enumerate(self.cuts) if each.mode == mode]
+            if indices:
+                chosen = [self.cuts[index] for index in indices]
+                paths = [(each.queries, each.name if each.name in sets else each.keys) for each in chosen]
+                own_sets = sets if mode == "cut" else {}
+                table = self._table(samples, batch, answers, paths, self.windows, mode, key_sets=own_sets)
+                tables.append(table.assign(cut=np.array(indices)[table["cut"]]))
+        joined = pd.concat(tables)
+        joined = joined[~(joined["id"].isin(unknown) & joined["cut"].isin(of_image.values()))].reset_index(drop=True)
         joined.insert(2, "name", [self.cuts[index].name for index in joined["cut"]])
         return joined
 

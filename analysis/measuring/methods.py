@@ -68,11 +68,7 @@ def plan(experiment: DictConfig) -> list[Job]:
 
 
 def encoded(mllm: MLLM, dataset: Dataset, batch_size: int) -> Iterator[tuple[list[Sample], Batch]]:
-    """The readable questions of a data set, in batches ready for the model.
-
-    Raises:
-        DataError: none can be read.
-    """
+    """The readable questions of a data set, in batches ready for the model."""
     samples = list(dataset.readable())  # the others are in the failures of the label set
     if not samples:
         raise DataError("no question can be read")
@@ -82,11 +78,7 @@ def encoded(mllm: MLLM, dataset: Dataset, batch_size: int) -> Iterator[tuple[lis
 
 
 def gates_of(cfg: DictConfig) -> Gates | None:
-    """The gates that the methods of an experiment need; None where none does.
-
-    Raises:
-        ConfigError: no method, or an unknown one.
-    """
+    """The gates that the methods of an experiment need; None where none does. ConfigError for an unknown method."""
     names = cfg.experiment.methods = known_methods(cfg.experiment.methods, "experiment.methods")
     return load_gates(cfg.gates) if any("gates" in methods()[name].needs for name in names) else None
 
@@ -98,11 +90,7 @@ def budgeted_methods() -> list[str]:
 
 
 def known_methods(names: Sequence[str] | str, key: str) -> list[str]:
-    """The names, checked; those of `budgeted_methods` for "all".
-
-    Raises:
-        ConfigError: none, or an unknown one.
-    """
+    """The names, checked; those of `budgeted_methods` for "all"."""
     known = ", ".join(methods())
     if names == ALL:
         return budgeted_methods()
@@ -161,20 +149,19 @@ def run_job(
     What is made of images goes to `memory`, for the runs that follow.
     """
     mllm = calibration.mllm
-    if job.method == CALIBRATION:
-        with remember_images(mllm, memory):
+    label = {"method": job.method, "budget": job.budget, "seed": job.seed}
+    with remember_images(mllm, memory):
+        if job.method == CALIBRATION:
             kl = mean_divergence(mllm, calibration.batches).tolist()
             agreement = exit_agreement(calibration, max_new_tokens).tolist()
-        return {CALIBRATION: pd.DataFrame({"exit_layer": range(len(kl)), "kl": kl, "agreement": agreement})}
-    with remember_images(mllm, memory):
+            return {CALIBRATION: pd.DataFrame({"exit_layer": range(len(kl)), "kl": kl, "agreement": agreement})}
         policy = policy_at(job.method, job.budget, calibration)
-    label = {"method": job.method, "budget": job.budget, "seed": job.seed}
-    if policy is None:
-        columns = [*label, "id", "answer", "correct", "flops_decoder", "visual_tokens", "exit_layer"]
-        return {"answers": pd.DataFrame(columns=columns), "settings": pd.DataFrame([{**label, "setting": "cannot"}])}
-    if isinstance(policy, RandomDrop):
-        policy.seed = job.seed
-    with remember_images(mllm, memory):
+        if policy is None:
+            columns = [*label, "id", "answer", "correct", "flops_decoder", "visual_tokens", "exit_layer"]
+            nothing, cannot = pd.DataFrame(columns=columns), pd.DataFrame([{**label, "setting": "cannot"}])
+            return {"answers": nothing, "settings": cannot}
+        if isinstance(policy, RandomDrop):
+            policy.seed = job.seed
         rows = [row for samples, batch in batches for row in answer(mllm, policy, samples, batch, max_new_tokens)]
     deciding = deciding_cost(calibration, policy) if job.seed == 0 else 0.0
     return {

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import pandas as pd
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
@@ -17,7 +19,9 @@ from dyvte.gates.module import SHIPPED_GATES
 from dyvte.loading import SHIPPED_MODELS
 from dyvte.mllm import MLLM
 from dyvte.runs import distributed, runner
-from dyvte.runs.store import RunFolder, fingerprint
+from dyvte.runs.store import RunFolder, fingerprint, plain
+
+T = TypeVar("T")
 
 
 def measure_dataset(
@@ -39,6 +43,19 @@ def measure_dataset(
     return folder if distributed.is_main() else None
 
 
+def fill_shards(folder: RunFolder, jobs: Iterable[T], make: Callable[[T], tuple[dict[str, pd.DataFrame], int]]) -> None:
+    """Write what `make` says of every job (tables, and how many samples they are of) as a shard, and merge them.
+
+    A job whose shard is there already is left out.
+    """
+    for index, job in enumerate(jobs):
+        if not folder.has_shard(index):
+            started = time.perf_counter()
+            tables, number = make(job)
+            folder.write_shard(index, tables, num_samples=number, seconds=time.perf_counter() - started)
+    folder.merge()
+
+
 def columns_of(samples: Sequence[Sample], *names: str) -> dict[str, list[Any]]:
     """Attributes of some samples, as the columns of a table."""
     return {name: [getattr(sample, name) for sample in samples] for name in names}
@@ -49,25 +66,33 @@ def run_facts(cfg: DictConfig, mllm: MLLM) -> dict[str, Any]:
     return {"model": cfg.model.name, "data": cfg.data.name, "num_layers": mllm.num_layers}
 
 
-def finish_run(folder: RunFolder, content: Mapping[str, Any], figures: Mapping[str, Figure]) -> dict[str, Any]:
-    """Save the figures by their names, and the summary, which names them. Returns the summary."""
+def finish_run(
+    folder: RunFolder,
+    content: Mapping[str, Any],
+    draw: Callable[[dict[str, Any]], Mapping[str, Figure]],
+    outline: Callable[[dict[str, Any]], str] | None = None,
+) -> dict[str, Any]:
+    """Save figures and summary, and print what came out, how many samples were left out, and where the results are.
+
+    Args:
+        content: of the summary, beside what `RunFolder.write_summary` knows.
+        draw: the figures by their names, from that content as JSON types.
+        outline: what came out, from the summary, which is returned.
+    """
+    known: dict[str, Any] = plain(content)
+    figures = draw(known)
     for name, figure in figures.items():
         folder.save_figure(name, figure)
-    return folder.write_summary(**content, figures=sorted(figures))
-
-
-def closing_line(summary: dict[str, Any], folder: RunFolder) -> str:
-    """What a command prints last: how many samples there were, how many were left out, and where the results are."""
+    summary = folder.write_summary(**known, figures=sorted(figures))
+    if outline is not None:
+        print(outline(summary))
     failed = f", {summary['num_failed']} left out (failures.jsonl)" if summary["num_failed"] else ""
-    return f"{summary['num_samples']} samples{failed}; results in {folder.path}"
+    print(f"{summary['num_samples']} samples{failed}; results in {folder.path}")
+    return summary
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:
-    """What a finished run says: its `summary.json`.
-
-    Raises:
-        RunFolderError: there is none.
-    """
+    """What a finished run says: its `summary.json`. RunFolderError without one."""
     file = Path(folder) / "summary.json"
     if not file.is_file():
         raise RunFolderError(f"{folder} has no summary.json: the run is not finished, or it is another folder")

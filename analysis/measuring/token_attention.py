@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,45 +52,29 @@ class TokenAttention:
     sinks: Tensor
 
 
-class _Watcher:
-    """Takes the rows of the answer's queries, and sums over all queries, from each layer's attention call."""
-
-    def __init__(self, inputs: Batch, num_answers: int, num_heads: int) -> None:
-        self.layout = inputs.layout
-        self.length = inputs.layout.roles.shape[1]
-        self.groups = Groups.of(inputs.layout)
-        self.num_heads = num_heads
-        last = int(inputs.layout.last_prompt[0])
-        self.answers = Block(slice(last, last + num_answers), slice(0, self.length), True)
-        self.rows: dict[int, Tensor] = {}
-        self.received: dict[int, Tensor] = {}
-
-    def see(self, layer: int, call: AttentionCall) -> None:
-        """Note one layer's call."""
-        if call.query.shape[2] != self.length or layer in self.rows:
-            raise UnsupportedError(
-                f"decoder layer {layer} ran on {call.query.shape[2]} of {self.length} positions: a policy or a sweep "
-                "drives the model; look at it outside of their blocks"
-            )
-        allowed, bias = allowed_pairs(call.mask, self.length, call.causal, call.sliding_window, call.query.device)
-        geometry = Geometry.of(self.groups, allowed, bias, self.num_heads)
-        rows_of = call.rows(geometry)
-        self.rows[layer] = rows_of(self.answers)[0].float().cpu()
-        total = call.query.new_zeros(self.length, dtype=torch.float32)
-        for block in geometry.blocks:
-            total[block.columns] += rows_of(block)[0].mean(0).sum(0)
-        self.received[layer] = (total / self._uniform(allowed, total.device)).cpu()
-
-    def _uniform(self, allowed: Tensor | None, device: torch.device) -> Tensor:
-        """[N] what each key would receive in all if every query spread its attention evenly."""
-        if allowed is None:
-            pairs = torch.ones(self.length, self.length, device=device).tril()
-        else:
-            pairs = allowed[0].float()
-        return (pairs / pairs.sum(1, keepdim=True).clamp(min=1)).sum(0).clamp(min=torch.finfo(torch.float32).tiny)
-
-
 @torch.no_grad()
+def watch_rows(mllm: MLLM, batch: Batch, see: Callable[[int, Geometry, Callable[[Block], Tensor]], None]) -> None:
+    """Run the model and show `see` every decoder layer: its number, what it allows, and what makes rows of attention.
+
+    Raises:
+        UnsupportedError: the attention cannot be followed, or a policy is on.
+    """
+    groups, length = Groups.of(batch.layout), batch.layout.roles.shape[1]
+
+    def see_call(layer: int, call: AttentionCall) -> None:
+        if call.query.shape[2] != length:
+            raise UnsupportedError(
+                f"decoder layer {layer} ran on {call.query.shape[2]} of {length} positions: a policy or a sweep drives "
+                "the model; look at it outside of their blocks"
+            )
+        allowed, bias = allowed_pairs(call.mask, length, call.causal, call.sliding_window, call.query.device)
+        geometry = Geometry.of(groups, allowed, bias, mllm.num_heads)
+        see(layer, geometry, call.rows(geometry))
+
+    with watch_attention(mllm, see_call):
+        run_for_attention(mllm, batch)
+
+
 def token_attention(mllm: MLLM, batch: Batch, answer_ids: Tensor) -> TokenAttention:
     """Attention of every answer token, by layer and head, from one pass over a teacher-forced answer.
 
@@ -97,7 +82,6 @@ def token_attention(mllm: MLLM, batch: Batch, answer_ids: Tensor) -> TokenAttent
     j - 1 after that. Rows are softmax probabilities in float32, as in `dyvte.AttentionProbe`.
 
     Args:
-        mllm: the model, with attention that goes through transformers' functions.
         batch: a single prompt without padding.
         answer_ids: [1, A] the answer, end token included.
 
@@ -112,16 +96,35 @@ def token_attention(mllm: MLLM, batch: Batch, answer_ids: Tensor) -> TokenAttent
     if len(batch["input_ids"]) != 1 or batch.layout.padding.any():
         raise ValueError("token_attention() needs a batch of one prompt without padding")
     inputs, _ = teacher_forced(mllm, batch, answer_ids)
-    watcher = _Watcher(inputs, answer_ids.shape[1], mllm.num_heads)
-    with watch_attention(mllm, watcher.see):
-        run_for_attention(mllm, inputs)
-    if len(watcher.rows) != mllm.num_layers:
+    length, last = inputs.layout.roles.shape[1], int(inputs.layout.last_prompt[0])
+    predicting = Block(slice(last, last + answer_ids.shape[1]), slice(0, length), True)
+    answer_rows: dict[int, Tensor] = {}
+    over_uniform: dict[int, Tensor] = {}
+
+    def see(layer: int, geometry: Geometry, rows_of: Callable[[Block], Tensor]) -> None:
+        if layer in answer_rows:
+            raise UnsupportedError(f"decoder layer {layer} attends more than once in a pass: a sweep drives the model")
+        rows = rows_of(predicting)[0].float()
+        answer_rows[layer] = rows.cpu()
+        total = rows.new_zeros(length)
+        for block in geometry.blocks:
+            total[block.columns] += rows_of(block)[0].mean(0).sum(0)
+        over_uniform[layer] = (total / _uniform(geometry.allowed, length, total.device)).cpu()
+
+    watch_rows(mllm, inputs, see)
+    if len(answer_rows) != mllm.num_layers:
         raise UnsupportedError(
-            f"{len(watcher.rows)} of {mllm.num_layers} decoder layers showed their attention: the others do not go "
+            f"{len(answer_rows)} of {mllm.num_layers} decoder layers showed their attention: the others do not go "
             "through transformers' attention functions"
         )
-    rows = pad_sequence([watcher.rows[layer] for layer in sorted(watcher.rows)], True, torch.nan)
-    received = torch.stack([watcher.received[layer] for layer in sorted(watcher.received)])
+    rows = pad_sequence([answer_rows[layer] for layer in range(mllm.num_layers)], True, torch.nan)
+    received = torch.stack([over_uniform[layer] for layer in range(mllm.num_layers)])
     sinks = received > SINK_RATIO
     sinks[:, int(batch.layout.first_token[0])] = True
     return TokenAttention(rows, received, sinks)
+
+
+def _uniform(allowed: Tensor | None, length: int, device: torch.device) -> Tensor:
+    """[N] what each key would receive in all if every query spread its attention evenly."""
+    pairs = torch.ones(length, length, device=device).tril() if allowed is None else allowed[0].float()
+    return (pairs / pairs.sum(1, keepdim=True).clamp(min=1)).sum(0).clamp(min=torch.finfo(torch.float32).tiny)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,10 @@ from dyvte.gates.metrics import share_interval
 Array = npt.NDArray[np.float64]
 Clusters = Sequence[Any] | npt.NDArray[Any]
 """The image of each sample, length n."""
+LEVEL = 0.95
+"""Of every interval that does not say otherwise."""
+TAILS = (100 * (1 - LEVEL) / 2, 100 - 100 * (1 - LEVEL) / 2)
+"""Percentiles at its ends."""
 MIN_CLUSTERS = 10
 """Below this number of images a bootstrap over images means nothing."""
 ROUNDING = 1e-12
@@ -51,6 +55,12 @@ def bands_to_dict(bands: Mapping[str, Band]) -> dict[str, dict[str, Any]]:
     return {name: band.to_dict() for name, band in bands.items()}
 
 
+def bands_table(bands: Iterable[tuple[dict[str, Any], Band]], axis: str) -> pd.DataFrame:
+    """Curves `[K]` with their bands in long form: what tells each from the others, and its values along `axis`."""
+    tables = [pd.DataFrame({**labels, axis: np.arange(len(band.mean)), **band.to_dict()}) for labels, band in bands]
+    return pd.concat(tables, ignore_index=True)
+
+
 def generator(seed: int, purpose: str) -> np.random.Generator:
     """Random numbers for one purpose, independent of those that `seed` draws for any other.
 
@@ -62,14 +72,11 @@ def generator(seed: int, purpose: str) -> np.random.Generator:
 def keyed_array(table: pd.DataFrame, column: str, ids: Clusters | pd.Series, *axes: str) -> Array:
     """A column of a table in long form as `[n, ...]`, placed by its keys, whatever the order of the rows.
 
-    Args:
-        table: has `id`, a column for each axis that counts from 0, and `column`.
-        column: the values; booleans and missing values become 0, 1 and NaN.
-        ids: the samples in the order wanted; rows of others are left out.
-        axes: names of the columns that count along the axes after the first.
+    Booleans become 0 and 1; NaN where a value is missing, or the row.
 
-    Returns:
-        NaN where the table has no row.
+    Args:
+        ids: the samples in the order wanted, as in the column `id`; rows of others are left out.
+        axes: names of the columns that count, from 0, along the axes after the first.
     """
     row = pd.Index(np.asarray(ids)).get_indexer(table["id"])
     places = [table[axis].to_numpy() for axis in axes]
@@ -85,7 +92,6 @@ def long_table(labels: Mapping[str, Sequence[Any]], values: Mapping[str, npt.Arr
 
     Args:
         labels: columns that say which sample it is, n values each.
-        values: arrays of one shape.
         axes: names of the columns that count along the axes after the first.
 
     Example:
@@ -114,81 +120,90 @@ def cluster_mean(values: npt.ArrayLike) -> Array:
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
-def cluster_bootstrap(values: npt.ArrayLike, clusters: Clusters, n_boot: int = 1000, seed: int = 0) -> Array:
-    """Bootstrap replicates of the mean over samples, drawing whole clusters with replacement.
+@dataclass(frozen=True)
+class ImageBootstrap:
+    """Draws of whole images with replacement, the same ones for whatever is asked of it.
 
-    The same `seed`, `clusters` and `n_boot` draw the same clusters, so replicates of two quantities measured on
-    the same samples are paired and may be subtracted.
+    Replicates of two quantities measured on the same samples are therefore paired and may be subtracted.
 
-    Args:
-        values: `[n, ...]`, one row a sample; NaN entries are left out of the mean they belong to.
-        clusters: length n, the cluster (image) of each sample.
-
-    Returns:
-        `[B, ...]`; NaN where a replicate holds no finite value.
-
-    Raises:
-        ValueError: there are no samples, or not one cluster each.
+    Attributes:
+        images: length n, the image of each sample.
+        draws: number of replicates, B.
     """
-    values = np.asarray(values, dtype=np.float64)
-    if len(values) == 0:
-        raise ValueError("cluster_bootstrap: no samples")
-    if len(clusters) != len(values):
-        raise ValueError(f"cluster_bootstrap: {len(values)} samples but {len(clusters)} cluster labels")
-    _, index = np.unique(np.asarray(clusters).astype(str), return_inverse=True)
-    n_clusters = int(index.max()) + 1
-    flat = values.reshape(len(values), -1)
-    finite = np.isfinite(flat)
-    sums = np.zeros((n_clusters, flat.shape[1]))
-    counts = np.zeros_like(sums)
-    np.add.at(sums, index, np.where(finite, flat, 0.0))
-    np.add.at(counts, index, finite)
-    rng = np.random.default_rng(seed)
-    even = np.full(n_clusters, 1.0 / n_clusters)
-    means = np.full((n_boot, flat.shape[1]), np.nan)
-    at_once = max(1, WEIGHTS_AT_ONCE // n_clusters)
-    for start in range(0, n_boot, at_once):
-        rows = means[start : start + at_once]
-        weights = rng.multinomial(n_clusters, even, size=len(rows)).astype(np.float64)
-        count = weights @ counts
-        np.divide(weights @ sums, count, out=rows, where=count > 0)
-    return means.reshape(n_boot, *values.shape[1:])
+
+    images: Clusters
+    draws: int = 1000
+    seed: int = 0
+
+    def __getitem__(self, samples: Any) -> ImageBootstrap:
+        """That of some of the samples."""
+        return replace(self, images=np.asarray(self.images)[samples])
+
+    @property
+    def num_images(self) -> int:
+        """How many images the samples are about."""
+        return count_images(self.images)
+
+    def counts(self) -> dict[str, int]:
+        """How many samples and images, as summaries call them."""
+        return {"num_samples": len(self.images), "num_images": self.num_images}
+
+    def replicates(self, values: npt.ArrayLike) -> Array:
+        """`[B, ...]` means over samples of `values [n, ...]`, as `cluster_mean`; NaN without a finite value."""
+        values = np.asarray(values, dtype=np.float64)
+        if len(values) == 0:
+            raise ValueError("ImageBootstrap: no samples")
+        if len(self.images) != len(values):
+            raise ValueError(f"ImageBootstrap: {len(values)} samples but {len(self.images)} images")
+        _, index = np.unique(np.asarray(self.images).astype(str), return_inverse=True)
+        n_images = int(index.max()) + 1
+        flat = values.reshape(len(values), -1)
+        finite = np.isfinite(flat)
+        sums, counts = np.zeros((2, n_images, flat.shape[1]))
+        np.add.at(sums, index, np.where(finite, flat, 0.0))
+        np.add.at(counts, index, finite)
+        rng = np.random.default_rng(self.seed)
+        means = np.full((self.draws, flat.shape[1]), np.nan)
+        at_once = max(1, WEIGHTS_AT_ONCE // n_images)
+        for start in range(0, self.draws, at_once):
+            rows = means[start : start + at_once]
+            weights = rng.multinomial(n_images, np.full(n_images, 1 / n_images), size=len(rows)).astype(np.float64)
+            count = weights @ counts
+            np.divide(weights @ sums, count, out=rows, where=count > 0)
+        return means.reshape(self.draws, *values.shape[1:])
+
+    def mean(self, values: npt.ArrayLike) -> tuple[Array, Array]:
+        """Mean over samples of `values [n, ...]`, and its replicates `[B, ...]`."""
+        return cluster_mean(values), self.replicates(values)
 
 
-def percentile_band(mean: npt.ArrayLike, replicates: Array, level: float = 0.95) -> Band:
+def percentile_band(mean: npt.ArrayLike, replicates: Array) -> Band:
     """Pointwise percentile interval of `replicates [B, ...]` around `mean [...]`."""
-    tail = 100 * (1 - level) / 2
     mean = np.asarray(mean, dtype=np.float64)
     low, high = np.full(mean.shape, np.nan), np.full(mean.shape, np.nan)
     known = np.isfinite(replicates).any(0)
     if known.any():
-        low[known], high[known] = np.nanpercentile(replicates[:, known], [tail, 100 - tail], axis=0)
+        low[known], high[known] = np.nanpercentile(replicates[:, known], TAILS, axis=0)
     return Band(mean, low, high)
 
 
-def mean_band(
-    values: npt.ArrayLike,
-    clusters: Clusters,
-    level: float = 0.95,
-    n_boot: int = 1000,
-    seed: int = 0,
-) -> Band:
-    """Mean over samples of `values [n, ...]` with a pointwise bootstrap band clustered by image.
+def mean_band(values: npt.ArrayLike, bootstrap: ImageBootstrap) -> Band:
+    """Mean over samples of `values [n, ...]` with a pointwise 95% band.
 
     No limits (NaN) where no draw of images differs from another: there is one image, or all have one value, which shows
     nothing of how far others would be off.
 
     Example:
-        >>> band = mean_band([2.0] * 3, range(3))
+        >>> band = mean_band([2.0] * 3, ImageBootstrap(range(3)))
         >>> float(band.mean), float(band.low)
         (2.0, nan)
     """
-    band = percentile_band(cluster_mean(values), cluster_bootstrap(values, clusters, n_boot, seed), level)
+    band = percentile_band(*bootstrap.mean(values))
     varies = band.high - band.low > ROUNDING * np.abs(band.mean)
     return Band(band.mean, np.where(varies, band.low, np.nan), np.where(varies, band.high, np.nan))
 
 
-def rate_band(values: npt.ArrayLike, clusters: Clusters, level: float = 0.95) -> Band:
+def rate_band(values: npt.ArrayLike, clusters: Clusters) -> Band:
     """Mean over samples of `values [n, ...]` from 0 to 1 with `dyvte.gates.metrics.share_interval`: no zero width.
 
     Example:
@@ -196,35 +211,26 @@ def rate_band(values: npt.ArrayLike, clusters: Clusters, level: float = 0.95) ->
         >>> float(band.mean), round(float(band.low), 2), float(band.high)
         (1.0, 0.65, 1.0)
     """
-    return Band(*(np.asarray(each) for each in share_interval(values, clusters, level)))
+    return Band(*(np.asarray(each) for each in share_interval(values, clusters, LEVEL)))
 
 
-def simultaneous_band(estimate: npt.ArrayLike, replicates: Array, level: float = 0.95) -> Band:
-    """Band that covers *all* entries at once with probability `level` (sup-t band).
+def simultaneous_band(estimate: npt.ArrayLike, replicates: Array) -> Band:
+    """Band around `estimate [...]` that covers *all* entries at once (sup-t), from `replicates [B, ...]`.
 
-    The half width is `c * se`, `se` the bootstrap standard error of each entry and `c` the `level` quantile over
+    The half width is `c * se`, `se` the bootstrap standard error of each entry and `c` the `LEVEL` quantile over
     replicates of the largest standardised deviation. An entry may therefore be picked after looking at the data.
-
-    Args:
-        estimate: `[...]`.
-        replicates: `[B, ...]`.
     """
     estimate = np.asarray(estimate, dtype=np.float64)
     error, deviation = _standardised(estimate, replicates)
-    critical = float(np.quantile(np.abs(deviation).max(1), level))
+    critical = float(np.quantile(np.abs(deviation).max(1), LEVEL))
     return Band(estimate, estimate - critical * error, estimate + critical * error)
 
 
-def one_sided_band(estimate: npt.ArrayLike, replicates: Array, level: float = 0.95) -> Band:
+def one_sided_band(estimate: npt.ArrayLike, replicates: Array, level: float = LEVEL) -> Band:
     """Lower limits that hold for *all* entries at once with probability `level`, and upper limits that do (sup-t).
 
     As :func:`simultaneous_band`, each side by itself: `c` is the `level` quantile of the largest deviation upwards for
     the lower limits, downwards for the upper ones.
-
-    Args:
-        estimate: `[...]`.
-        replicates: `[B, ...]`.
-        level: of each side.
     """
     estimate = np.asarray(estimate, dtype=np.float64)
     error, deviation = _standardised(estimate, replicates)

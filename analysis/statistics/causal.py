@@ -10,18 +10,8 @@ import pandas as pd
 
 from dyvte.gates.metrics import wilson_limits
 
-from .bands import (
-    Array,
-    Band,
-    Clusters,
-    cluster_bootstrap,
-    cluster_mean,
-    count_images,
-    keyed_array,
-    simultaneous_band,
-)
+from .bands import LEVEL, Array, Band, Clusters, ImageBootstrap, keyed_array, simultaneous_band
 
-LEVEL = 0.95
 NO_WIDTH = 1e-9
 """A band that is no wider comes from samples that do not vary, up to rounding."""
 MEASURES = {"agreement_points": "agree", "nats": "nats", "first_token_percent": "first_percent"}
@@ -35,14 +25,10 @@ def sample_effects(table: pd.DataFrame, ids: Clusters, *axes: str) -> dict[str, 
     return values
 
 
-def effect_band(
-    values: Array, images: Clusters, n_boot: int, seed: int, limits: tuple[float, float] | None = None
-) -> Band:
+def effect_band(values: Array, bootstrap: ImageBootstrap, limits: tuple[float, float] | None = None) -> Band:
     """Mean over samples of `values [n, ...]` with a band that covers every entry at once (sup-t over images).
 
     Args:
-        values: effects of each sample.
-        images: length n.
         limits: the least and the largest value that a sample can have, if there are such. The band stays between them,
             and has a width where all samples agree: as Wilson's interval, Bonferroni over the entries, where the mean
             is at a limit or no sample shows an effect.
@@ -51,28 +37,24 @@ def effect_band(
         Limits are NaN, that is, no interval is claimed, where `limits` are not given and nothing varies over images:
         all samples have one value, or there is one image. How far a value without bounds could go cannot be told then.
     """
-    replicates = cluster_bootstrap(values, images, n_boot, seed)
-    mean = cluster_mean(values)
-    band = simultaneous_band(mean, replicates, LEVEL)
-    flat = ~(band.high - band.low > NO_WIDTH)
+    band = simultaneous_band(*bootstrap.mean(values))
+    mean, flat = band.mean, ~(band.high - band.low > NO_WIDTH)
     if limits is None:
         return Band(mean, np.where(flat, np.nan, band.low), np.where(flat, np.nan, band.high))
     least, largest = limits
-    _, reach = wilson_limits(0.0, count_images(images), 1 - (1 - LEVEL) / max(1, mean.size))
+    _, reach = wilson_limits(0.0, bootstrap.num_images, 1 - (1 - LEVEL) / max(1, mean.size))
     low = np.where(flat, np.minimum(band.low, mean + reach * (least - mean)), band.low)
     high = np.where(flat, np.maximum(band.high, mean + reach * (largest - mean)), band.high)
     return Band(mean, np.maximum(low, least), np.minimum(high, largest))
 
 
-def effect_bands(values: Mapping[str, Array], images: Clusters, n_boot: int, seed: int) -> dict[str, Band]:
+def effect_bands(values: Mapping[str, Array], bootstrap: ImageBootstrap) -> dict[str, Band]:
     """`effect_band` of each of `MEASURES`; agreement, in points, is at most what it was."""
     limits = {"agreement_points": (-100.0, 0.0)}
-    return {name: effect_band(each, images, n_boot, seed, limits.get(name)) for name, each in values.items()}
+    return {name: effect_band(each, bootstrap, limits.get(name)) for name, each in values.items()}
 
 
-def over_control(
-    effects: dict[str, Array], names: Sequence[str], images: Clusters, n_boot: int, seed: int
-) -> dict[str, Any]:
+def over_control(effects: dict[str, Array], names: Sequence[str], bootstrap: ImageBootstrap) -> dict[str, Any]:
     """How much more each path does than its controls, question by question: control -> measure -> band.
 
     The controls of a path are as many random keys, and text keys that get as much attention; that of an image's objects
@@ -88,7 +70,7 @@ def over_control(
     for measure, values in effects.items():
         difference = np.stack([values[:, path] - values[:, names.index(control)] for control, path in pairs], axis=1)
         limits = (-100.0, 100.0) if measure == "agreement_points" else None
-        band = effect_band(difference, images, n_boot, seed, limits)
+        band = effect_band(difference, bootstrap, limits)
         for index, (control, _) in enumerate(pairs):
             found[control][measure] = band[index].to_dict()
     return found
@@ -97,12 +79,7 @@ def over_control(
 def mass_reached(table: pd.DataFrame, ids: Clusters) -> dict[str, list[float | None]]:
     """How near the keys cut in the image's place came to its attention: name -> share of it by window, over samples.
 
-    Args:
-        table: `equal_mass` of a run.
-        ids: the samples that count.
-
-    Returns:
-        Sum of `mass` over sum of `image_mass`; None in a window without attention on the image.
+    From the table `equal_mass` of a run, for the samples that count; None in a window without attention on the image.
     """
     sums = table[table["id"].isin(ids)].groupby(["name", "window"])[["mass", "image_mass"]].sum()
     share = (sums["mass"] / sums["image_mass"]).where(sums["image_mass"] > 0)

@@ -1,6 +1,6 @@
 """What an exit does to the entropy of the text's self-attention: direction, a floor to hold it against, and answers.
 
-Pure functions of E[k, l], the entropy in layer l under exit k (arXiv 2411.19628, Fig. 4). A mean of absolute changes
+E[k, l] is the entropy in layer l under exit k (arXiv 2411.19628, Fig. 4). A mean of absolute changes
 would have a positive floor of its own and no direction, so changes keep their sign, and the floor is measured: how far
 the entropy of the same question moves in the same layers when another image is shown.
 """
@@ -11,19 +11,13 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
 
-from .bands import Array, Band, Clusters, cluster_bootstrap, cluster_mean, mean_band, percentile_band
+from .bands import Array, Band, ImageBootstrap, mean_band, percentile_band
 
 
 def layers_after(values: Array) -> Array:
-    """Mean over the layers l > k for every exit k = 0..L-2.
+    """`[n, L - 1]` mean over the layers l > k for every exit k = 0..L-2, of `[n, L + 1, L]`, or `[n, L]` for all exits.
 
     Layer l = k itself is left out: there the text does not know of the exit yet.
-
-    Args:
-        values: `[n, L]`, the same for every exit, or `[n, L + 1, L]`.
-
-    Returns:
-        `[n, L - 1]`.
     """
     num_layers = values.shape[-1]
     columns = [(values if values.ndim == 2 else values[:, k])[:, k + 1 :].mean(1) for k in range(num_layers - 1)]
@@ -31,13 +25,10 @@ def layers_after(values: Array) -> Array:
 
 
 def exit_change(entropy: npt.ArrayLike) -> Array:
-    """Signed change in nats that every exit brings to the layers after it.
+    """`[n, L - 1]` mean over l > k of E[k, l] - E[L, l]: what exit k changes, with its sign, in the layers after it.
 
     Args:
         entropy: E[k, l] of each question, `[n, L + 1, L]`; row L is the full model.
-
-    Returns:
-        `[n, L - 1]` for k = 0..L-2: mean over l > k of E[k, l] - E[L, l].
 
     Example:
         >>> entropy = np.zeros((1, 4, 3)); entropy[0, 0] = 0.5
@@ -49,27 +40,24 @@ def exit_change(entropy: npt.ArrayLike) -> Array:
 
 
 def swap_floor(entropy: npt.ArrayLike, swapped: npt.ArrayLike) -> Array:
-    """How far another image moves the entropy in the layers after each exit, in nats, whatever the direction.
+    """`[n, L - 1]` |mean over l > k of E_swapped[l] - E[L, l]|: how far another image moves the entropy, in nats.
 
     Args:
         entropy: `[n, L + 1, L]` as above.
         swapped: `[n, L]` of the full model with another scene's image; NaN where there is none.
-
-    Returns:
-        `[n, L - 1]`: |mean over l > k of E_swapped[l] - E[L, l]|.
     """
     entropy = np.asarray(entropy, dtype=np.float64)
     return np.abs(layers_after(np.asarray(swapped, dtype=np.float64) - entropy[:, -1]))
 
 
-def rank_correlation(values: Array, changed: Array, clusters: Clusters, n_boot: int, seed: int) -> Band:
+def rank_correlation(values: Array, changed: Array, bootstrap: ImageBootstrap) -> Band:
     """Spearman's correlation between `values [n, K]` and `changed [n, K]`, column by column, with a 95% interval.
 
     The interval draws images, with the ranks of all questions kept. NaN where either does not vary.
 
     Example:
         >>> rising = np.arange(12.0)[:, None]
-        >>> float(rank_correlation(rising, rising**3, range(12), 50, 0).mean[0])
+        >>> float(rank_correlation(rising, rising**3, ImageBootstrap(range(12), 50)).mean[0])
         1.0
     """
     x, y = (rankdata(each, axis=0) for each in (values, changed))
@@ -81,21 +69,15 @@ def rank_correlation(values: Array, changed: Array, clusters: Clusters, n_boot: 
         spread = np.maximum((mxx - mx**2) * (myy - my**2), 0)
         return np.divide(mxy - mx * my, np.sqrt(spread), out=np.full(mx.shape, np.nan), where=spread > 1e-9)
 
-    draws = correlation(cluster_bootstrap(moments, clusters, n_boot, seed))
-    return percentile_band(correlation(cluster_mean(moments)), draws)
+    return percentile_band(*map(correlation, bootstrap.mean(moments)))
 
 
-def entropy_change(
-    entropy: Array, swapped: Array, agree: Array, clusters: Clusters, n_boot: int = 1000, seed: int = 0
-) -> dict[str, Band]:
+def entropy_change(entropy: Array, swapped: Array, agree: Array, bootstrap: ImageBootstrap) -> dict[str, Band]:
     """What every exit k = 0..L-2 does to the entropy, beside another image and the answers.
 
     Args:
-        entropy: E[k, l] of each question, `[n, L + 1, L]`.
-        swapped: `[n, L]` of the full model with another image.
+        entropy, swapped: as above.
         agree: `[n, L + 1]` whether an exit keeps the answer.
-        clusters: length n, the image of each question.
-        n_boot: draws of images.
 
     Returns:
         Bands `[L - 1]`: `signed`, the mean change in nats; `floor`, the mean distance that another image brings, in
@@ -104,7 +86,7 @@ def entropy_change(
     """
     change = exit_change(entropy)
     return {
-        "signed": mean_band(change, clusters, n_boot=n_boot, seed=seed),
-        "floor": mean_band(swap_floor(entropy, swapped), clusters, n_boot=n_boot, seed=seed),
-        "answers": rank_correlation(change, 1 - agree[:, : change.shape[1]], clusters, n_boot, seed),
+        "signed": mean_band(change, bootstrap),
+        "floor": mean_band(swap_floor(entropy, swapped), bootstrap),
+        "answers": rank_correlation(change, 1 - agree[:, : change.shape[1]], bootstrap),
     }

@@ -15,12 +15,13 @@ from dyvte.instrument.sweep import ENTROPIES
 from dyvte.runs import store
 
 from .bands import (
+    LEVEL,
     Array,
     Band,
+    ImageBootstrap,
+    bands_table,
     bands_to_dict,
-    cluster_bootstrap,
     cluster_mean,
-    count_images,
     keyed_array,
     mean_band,
     percentile_band,
@@ -30,7 +31,7 @@ from .exits import ExitFinding, contribution_stops, settled_layer
 
 QUESTIONS, CAPTIONS, TEXT_ONLY = "questions", "captions", "text_only"
 """Parts of the data: findings are about questions on images; captions and questions without image are kept apart."""
-LEVEL, LEAST_ANSWERS = 0.95, 10
+LEAST_ANSWERS = 10
 EXIT_MEASURES = {"accuracy": "correct", "agreement": "agree", "kl": "kl", "kl_reverse": "kl_reverse", "nll": "nll"}
 """What is reported for every exit and group of questions, with its column in the table `exits`."""
 RATES = ("accuracy", "agreement")
@@ -52,15 +53,17 @@ class ExitResults:
         exits: column -> `[n, L + 1]`.
         entropies: name -> E[k, l] of each sample, `[n, L + 1, L]`; NaN where exit k is still to come.
         swapped_entropy: the full model's text entropy with another scene's image, `[n, L]`; NaN where there is none.
+        bootstrap: over the images of the samples.
     """
 
     samples: pd.DataFrame
     exits: dict[str, Array]
     entropies: dict[str, Array]
     swapped_entropy: Array
+    bootstrap: ImageBootstrap
 
     @classmethod
-    def read(cls, folder: store.RunFolder) -> ExitResults:
+    def read(cls, folder: store.RunFolder, draws: int, seed: int) -> ExitResults:
         """From the run folder."""
         samples, exits, entropy, swapped = (
             folder.read_table(name) for name in ("samples", "exits", "entropy", "entropy_swapped")
@@ -72,6 +75,7 @@ class ExitResults:
             {name: keyed_array(exits, name, ids, "exit_layer") for name in columns},
             {name: keyed_array(entropy, name, ids, "exit_layer", "layer") for name in ENTROPIES},
             keyed_array(swapped, "text_entropy", ids, "layer"),
+            ImageBootstrap(samples["image_id"].to_numpy(), draws, seed),
         )
 
     def where(self, mask: npt.NDArray[np.bool_]) -> ExitResults:
@@ -81,17 +85,8 @@ class ExitResults:
             {name: values[mask] for name, values in self.exits.items()},
             {name: values[mask] for name, values in self.entropies.items()},
             self.swapped_entropy[mask],
+            self.bootstrap[mask],
         )
-
-    @property
-    def images(self) -> npt.NDArray[Any]:
-        """`[n]` image of each sample."""
-        return self.samples["image_id"].to_numpy()
-
-    @property
-    def num_layers(self) -> int:
-        """L."""
-        return self.exits["agree"].shape[1] - 1
 
 
 @dataclass(frozen=True)
@@ -109,17 +104,16 @@ class QuestionGroup:
 
         Accuracy is NaN without reference answers.
         """
-        images = results.images
+        bootstrap = results.bootstrap
         curves = {
-            name: rate_band(results.exits[column], images, LEVEL)
+            name: rate_band(results.exits[column], bootstrap.images)
             if name in RATES
-            else mean_band(results.exits[column], images, LEVEL, cfg.bootstrap, cfg.seed)
+            else mean_band(results.exits[column], bootstrap)
             for name, column in EXIT_MEASURES.items()
         }
-        depth = mean_band(results.samples["exit_depth"], images, LEVEL, cfg.bootstrap, cfg.seed)
+        depth = mean_band(results.samples["exit_depth"], bootstrap)
         right, agree, change = (results.exits[name] for name in ("correct", "agree", "logit_change"))
-        settings = {name: cfg.findings[name] for name in ("max_loss", "min_gain")} | {"level": level}
-        stops = contribution_stops(right, agree, change, images, **settings, n_boot=cfg.bootstrap, seed=cfg.seed)
+        stops = contribution_stops(right, agree, change, bootstrap, **cfg.findings, level=level)
         return cls(results, curves, depth, stops)
 
     def summary(self) -> dict[str, Any]:
@@ -127,14 +121,13 @@ class QuestionGroup:
         results, depths = self.results, self.results.samples["exit_depth"]
         entropy = results.entropies["text_entropy"]
         return {
-            "num_samples": len(depths),
-            "num_images": count_images(results.images),
+            **results.bootstrap.counts(),
             **{name: self.curves[name].mean for name in ("accuracy", "agreement", "kl")},
             **{name: cluster_mean(results.exits[name]) for name in FLOPS},
             "bands": bands_to_dict(self.curves),
             "exit_depth": {
                 **self.depth.to_dict(),
-                "counts": np.bincount(depths, minlength=results.num_layers + 1),
+                "counts": np.bincount(depths, minlength=entropy.shape[1]),
                 "lucky_mean": results.samples["lucky_exit_depth"].mean(),
             },
             "text_entropy": cluster_mean(entropy),
@@ -143,16 +136,15 @@ class QuestionGroup:
         }
 
 
-def entropy_summary(results: ExitResults, cfg: DictConfig) -> dict[str, Any]:
+def entropy_summary(results: ExitResults) -> dict[str, Any]:
     """E[k, l] and E[k, l] - E[L, l], means over samples, each with a band."""
-    summary = {}
-    for name, entropy in results.entropies.items():
-        both = {"matrix": entropy, "difference": entropy - entropy[:, -1:]}
-        summary[name] = {
-            part: mean_band(values, results.images, LEVEL, cfg.bootstrap, cfg.seed).to_dict()
-            for part, values in both.items()
+    return {
+        name: {
+            "matrix": mean_band(entropy, results.bootstrap).to_dict(),
+            "difference": mean_band(entropy - entropy[:, -1:], results.bootstrap).to_dict(),
         }
-    return summary
+        for name, entropy in results.entropies.items()
+    }
 
 
 def token_curves(tokens: pd.DataFrame) -> pd.DataFrame:
@@ -188,7 +180,7 @@ def token_summary(depths: pd.DataFrame, cfg: DictConfig) -> dict[str, Any]:
         of_part = depths[depths["part"] == part]
         of_index = {index: rows for index, rows in of_part.groupby("token") if len(rows) >= LEAST_ANSWERS}
         bands = [
-            mean_band(rows["depth"], rows["image_id"].to_numpy(), LEVEL, cfg.bootstrap, cfg.seed)
+            mean_band(rows["depth"], ImageBootstrap(rows["image_id"].to_numpy(), cfg.bootstrap, cfg.seed))
             for rows in of_index.values()
         ]
         summary[part] = {
@@ -200,25 +192,21 @@ def token_summary(depths: pd.DataFrame, cfg: DictConfig) -> dict[str, Any]:
         whole = depths.groupby(["id", "part", "image_id"], as_index=False)["depth"].max()  # every token is predicted
         in_part = whole["part"].to_numpy()[:, None] == [CAPTIONS, QUESTIONS]
         values = np.where(in_part, whole["depth"].to_numpy()[:, None], np.nan)
-        replicates = cluster_bootstrap(values, whole["image_id"].to_numpy(), cfg.bootstrap, cfg.seed)
-        means = cluster_mean(values)
+        means, replicates = ImageBootstrap(whole["image_id"].to_numpy(), cfg.bootstrap, cfg.seed).mean(values)
         for index, part in enumerate((CAPTIONS, QUESTIONS)):
-            summary[part]["whole_answer"] = percentile_band(means[index], replicates[:, index], LEVEL).to_dict()
-        summary["captions_minus_questions"] = percentile_band(means @ [1, -1], replicates @ [1, -1], LEVEL).to_dict()
+            summary[part]["whole_answer"] = percentile_band(means[index], replicates[:, index]).to_dict()
+        summary["captions_minus_questions"] = percentile_band(means @ [1, -1], replicates @ [1, -1]).to_dict()
     return summary
 
 
 def exit_curves_table(groups: Mapping[str, QuestionGroup]) -> pd.DataFrame:
     """Every curve of every group of questions, one row per exit layer."""
-    tables = [
-        pd.DataFrame(
-            {"group": name, "num_samples": len(group.results.samples), "measure": measure}
-            | {"exit_layer": np.arange(len(band.mean)), **band.to_dict()}
-        )
+    curves = (
+        ({"group": name, "num_samples": len(group.results.samples), "measure": measure}, band)
         for name, group in groups.items()
         for measure, band in group.curves.items()
-    ]
-    return pd.concat(tables, ignore_index=True)
+    )
+    return bands_table(curves, "exit_layer")
 
 
 def entropy_mean_table(summary: Mapping[str, Any]) -> pd.DataFrame:

@@ -1,9 +1,7 @@
 """Statistics of visual-token exits: where exits stop to matter, and which of the paper's findings hold.
 
-Pure functions of numpy arrays. Exit layers k = 0..L are the last axis of every table `[n, L + 1]`; row L is the full
-model. Intervals resample images (see `analysis.statistics.bands`). `docs/exits.md` explains the findings on one page.
-
-Two facts shape the rules for a finding:
+Exit layers k = 0..L are the last axis of every table `[n, L + 1]`; row L is the full model. `docs/exits.md` explains
+the findings on one page. Two facts shape the rules for a finding:
 
 * Agreement with the full model rises towards k = L for *any* model, trained or not, because a late exit changes few
   layers. So a finding about contribution needs answers that are right because of the image, or an exit that changes
@@ -17,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,15 +25,7 @@ import torch
 from dyvte.gates.metrics import wilson_limits
 from dyvte.instrument.sweep.criteria import kl_exit_layer, kl_stays_below
 
-from .bands import (
-    MIN_CLUSTERS,
-    Array,
-    Clusters,
-    cluster_bootstrap,
-    cluster_mean,
-    count_images,
-    generator,
-)
+from .bands import LEVEL, MIN_CLUSTERS, TAILS, Array, Clusters, ImageBootstrap, cluster_mean, generator
 from .entropy import exit_change, swap_floor
 
 ROUNDING = 1e-4
@@ -55,17 +46,14 @@ def settled_layer(curves: npt.ArrayLike, limit: float) -> npt.NDArray[np.int64]:
     return np.asarray(fine.shape[-1] - fine.cumprod(-1).sum(-1))
 
 
-def one_sided_limits(
-    values: npt.ArrayLike, clusters: Clusters, level: float = 0.95, n_boot: int = 1000, seed: int = 0
-) -> tuple[Array, Array]:
+def one_sided_limits(values: npt.ArrayLike, bootstrap: ImageBootstrap, level: float) -> tuple[Array, Array]:
     """Lower and upper confidence limit of the mean over samples of `values [n, ...]`, each on its own at `level`.
 
     Percentiles of the bootstrap over images. Rates near 0 or 1 leave a bootstrap without spread, so no limit comes
     closer to the mean than Wilson's interval comes to a rate of 0 with as many draws as there are images.
     """
-    replicates = cluster_bootstrap(values, clusters, n_boot, seed)
-    mean = cluster_mean(values)
-    _, least = wilson_limits(0.0, count_images(clusters), 2 * level - 1)  # one-sided
+    mean, replicates = bootstrap.mean(values)
+    _, least = wilson_limits(0.0, bootstrap.num_images, 2 * level - 1)  # one-sided
     low, high = np.nanpercentile(replicates, [100 * (1 - level), 100 * level], axis=0)
     return np.minimum(low, mean - least), np.maximum(high, mean + least)
 
@@ -88,16 +76,12 @@ class Settling:
     upper: list[float]
 
 
-def settling(
-    loss: npt.ArrayLike, clusters: Clusters, limit: float, level: float = 0.95, n_boot: int = 1000, seed: int = 0
-) -> Settling:
+def settling(loss: Array, bootstrap: ImageBootstrap, limit: float, level: float) -> Settling:
     """Where the mean of `loss [n, L + 1]` (0 at L) falls within `limit` for good."""
-    loss = np.asarray(loss, dtype=np.float64)
-    mean = cluster_mean(loss)
-    replicates = cluster_bootstrap(loss, clusters, n_boot, seed)
+    mean, replicates = bootstrap.mean(loss)
     tail = 100 * (1 - level) / 2
     interval = np.percentile(settled_layer(replicates, limit), [tail, 100 - tail], method="nearest")
-    _, upper = one_sided_limits(loss, clusters, level, n_boot, seed)
+    _, upper = one_sided_limits(loss, bootstrap, level)
     upper[-1] = 0.0  # the full model is what the others are compared with
     return Settling(
         estimate=int(settled_layer(mean, limit)),
@@ -128,24 +112,15 @@ class KlExit:
     stays: int | None
 
 
-def kl_exits(
-    divergence: npt.ArrayLike,
-    clusters: Clusters,
-    etas: Sequence[float],
-    start: int = 0,
-    level: float = 0.95,
-    n_boot: int = 1000,
-    seed: int = 0,
-) -> list[KlExit]:
+def kl_exits(divergence: Array, bootstrap: ImageBootstrap, etas: Sequence[float], start: int) -> list[KlExit]:
     """K* for every threshold from the divergence of each sample, `[n, L + 1]` in nats."""
-    mean = torch.from_numpy(cluster_mean(divergence))
-    replicates = torch.from_numpy(cluster_bootstrap(divergence, clusters, n_boot, seed))
-    none, tail = len(mean), 100 * (1 - level) / 2  # "no exit" counts as later than all exits
+    mean, replicates = map(torch.from_numpy, bootstrap.mean(divergence))
+    none = len(mean)  # "no exit" counts as later than all exits
     results = []
     for eta in etas:
         drawn = [kl_exit_layer(row, eta, start) for row in replicates]
         layers = np.array([none if layer is None else layer for layer in drawn])
-        limits = np.percentile(layers, [tail, 100 - tail], method="nearest")
+        limits = np.percentile(layers, TAILS, method="nearest")
         interval = [None if limit == none else int(limit) for limit in limits]
         found = KlExit(float(eta), kl_exit_layer(mean, eta, start), interval, kl_stays_below(mean, eta, start))
         results.append(found)
@@ -190,13 +165,11 @@ def contribution_stops(
     correct: npt.ArrayLike,
     agree: npt.ArrayLike,
     logit_change: npt.ArrayLike,
-    clusters: Clusters,
+    bootstrap: ImageBootstrap,
     *,
     max_loss: float = 0.05,
     min_gain: float = 0.05,
-    level: float = 0.95,
-    n_boot: int = 1000,
-    seed: int = 0,
+    level: float = LEVEL,
 ) -> ExitFinding:
     """Finding 1: visual tokens contribute to the answers, and stop to from some layer on (arXiv 2411.19628, Fig. 3).
 
@@ -211,54 +184,37 @@ def contribution_stops(
         correct: `[n, L + 1]`, 1 where the answer under exit k is right; NaN where there is no reference answer.
         agree: `[n, L + 1]`, 1 where it is the full model's answer.
         logit_change: see :func:`unchanged_from`. Rounding in half precision is larger, so there it is no evidence.
-        clusters: length n, the image of each sample.
         max_loss, min_gain: shares of the questions.
     """
     correct, agree = np.asarray(correct, dtype=np.float64), np.asarray(agree, dtype=np.float64)
-    num_layers, num_images = agree.shape[1] - 1, count_images(clusters)
+    num_layers, num_images = agree.shape[1] - 1, bootstrap.num_images
+    exact = unchanged_from(logit_change)
     details: dict[str, Any] = {"max_loss": max_loss, "min_gain": min_gain, "level": level}
-    details |= {"num_samples": len(agree), "num_images": num_images}
-    exact = details["unchanged_from"] = unchanged_from(logit_change)
+    details |= {"num_samples": len(agree), "num_images": num_images, "unchanged_from": exact}
+    estimates: dict[str, Any] = {}
+    finding = partial(ExitFinding, STOPS, estimates=estimates, details=details)
     if exact == 0:
         why = "no exit changes the logits, not even showing the decoder no image: visual tokens do not contribute"
-        return ExitFinding(STOPS, "not_found", [why], details=details)
+        return finding("not_found", [why])
     before = float(np.asarray(logit_change, dtype=np.float64)[:, exact - 1].mean())
     if exact < num_layers and before > 10 * ROUNDING:
-        why = f"exits from layer {exact} on leave the logits as they are, up to rounding"
         details |= {"evidence": "exact", "contributes": True}
-        return ExitFinding(STOPS, "found", [why], exact, {"exit_layer": exact}, details)
+        estimates["exit_layer"] = exact
+        return finding("found", [f"exits from layer {exact} on leave the logits as they are, up to rounding"], exact)
     if num_images < MIN_CLUSTERS:
         why = f"{num_images} images; fewer than {MIN_CLUSTERS} give no interval (data.limit=)"
-        return ExitFinding(STOPS, "undetermined", [why], details=details)
-    answers = settling(1 - agree, clusters, max_loss, level, n_boot, seed)
+        return finding("undetermined", [why])
+    answers = settling(1 - agree, bootstrap, max_loss, level)
     details["changed_answers"] = asdict(answers)
-    estimates: dict[str, Any] = {"answers_settle": [answers.estimate, *answers.interval]}
+    estimates["answers_settle"] = [answers.estimate, *answers.interval]
     usable = np.isfinite(correct).all(1)
     if not usable.any():
         why = "no answer is known to be right (accuracy=false or no references), and agreement rises for any model"
-        return ExitFinding(STOPS, "undetermined", [why], None, estimates, details)
-    images = np.asarray(clusters)[usable]
-    return _stops_by_accuracy(correct[usable], images, max_loss, min_gain, level, n_boot, seed, estimates, details)
-
-
-def _stops_by_accuracy(
-    correct: Array,
-    clusters: Clusters,
-    max_loss: float,
-    min_gain: float,
-    level: float,
-    n_boot: int,
-    seed: int,
-    estimates: dict[str, Any],
-    details: dict[str, Any],
-) -> ExitFinding:
-    """Finding 1 on the evidence of right answers; `estimates` and `details` are added to."""
-    num_layers = correct.shape[1] - 1
-    loss = correct[:, -1:] - correct
-    low, high = one_sided_limits(loss, clusters, level, n_boot, seed)
-    accuracy = settling(loss, clusters, max_loss, level, n_boot, seed)
-    details["loss"] = asdict(accuracy)
-    details["contributes"] = bool(low[0] > min_gain)
+        return finding("undetermined", [why])
+    loss, bootstrap = correct[usable, -1:] - correct[usable], bootstrap[usable]
+    low, high = one_sided_limits(loss, bootstrap, level)
+    accuracy = settling(loss, bootstrap, max_loss, level)
+    details |= {"loss": asdict(accuracy), "contributes": bool(low[0] > min_gain)}
     estimates["gain"] = [accuracy.mean[0], float(low[0]), float(high[0])]
     estimates["accuracy_settles"] = [accuracy.estimate, *accuracy.interval]
     latest = num_layers - math.ceil(MIN_SAVED * num_layers)
@@ -268,22 +224,15 @@ def _stops_by_accuracy(
     if accuracy.confirmed > latest:
         reasons.append(f"no exit up to layer {latest} keeps its loss of accuracy clearly below {max_loss:g}")
     if not reasons:
-        reasons = [f"upper limit of the loss of accuracy at most {max_loss:g} from layer {accuracy.confirmed} on"]
         details["evidence"] = "accuracy"
-        return ExitFinding(STOPS, "found", reasons, accuracy.confirmed, estimates, details)
+        why = f"upper limit of the loss of accuracy at most {max_loss:g} from layer {accuracy.confirmed} on"
+        return finding("found", [why], accuracy.confirmed)
     against = high[0] < min_gain or low[latest] > max_loss
-    return ExitFinding(STOPS, "not_found" if against else "undetermined", reasons, None, estimates, details)
+    return finding("not_found" if against else "undetermined", reasons)
 
 
 def early_exit_disturbs(
-    entropy: npt.ArrayLike,
-    swapped: npt.ArrayLike,
-    exit_layer: int | None,
-    clusters: Clusters,
-    *,
-    level: float = 0.95,
-    n_boot: int = 1000,
-    seed: int = 0,
+    entropy: Array, swapped: Array, exit_layer: int | None, bootstrap: ImageBootstrap
 ) -> ExitFinding:
     """Finding 2: early exit disturbs the text self-attention entropy, late exit does not (arXiv 2411.19628, Fig. 4).
 
@@ -297,58 +246,46 @@ def early_exit_disturbs(
         swapped: `[n, L]`, of the full model with another image; questions with NaN are left out.
         exit_layer: of finding 1, None if it was not found.
     """
-    details = {"level": level, "boundary": exit_layer}
-
-    def undetermined(why: str) -> ExitFinding:
-        return ExitFinding(DISTURBS, "undetermined", [why], details=details)
-
+    estimates: dict[str, Any] = {}
+    finding = partial(ExitFinding, DISTURBS, estimates=estimates, details={"level": LEVEL, "boundary": exit_layer})
     if exit_layer is None:
-        return undetermined(
-            "not tested: there is no layer from which visual tokens stop contributing, hence no early and late"
-        )
-    entropy, swapped = np.asarray(entropy, dtype=np.float64), np.asarray(swapped, dtype=np.float64)
+        why = "not tested: there is no layer from which visual tokens stop contributing, hence no early and late"
+        return finding("undetermined", [why])
     known = np.isfinite(swapped).all(1)
     if not known.any():
-        return undetermined("not tested: no question could be asked about another image, so there is no floor")
+        why = "not tested: no question could be asked about another image, so there is no floor"
+        return finding("undetermined", [why])
     change, floor = exit_change(entropy[known]), swap_floor(entropy[known], swapped[known])
     if not 0 < exit_layer < change.shape[1]:
-        return undetermined(f"there are no exits on both sides of layer {exit_layer} with a layer after them")
+        why = f"there are no exits on both sides of layer {exit_layer} with a layer after them"
+        return finding("undetermined", [why])
     # question by question: change and floor, of early and of late exits
     parts = [of[:, part].mean(1) for of in (change, floor) for part in (slice(exit_layer), slice(exit_layer, None))]
-    signs = np.sign(cluster_mean(parts[0])), np.sign(cluster_mean(parts[1]))
-    over = [sign * parts[index] - parts[index + 2] for index, sign in enumerate(signs)]
-    values = np.stack([*parts, *over], axis=1)
-    mean, replicates = cluster_mean(values), cluster_bootstrap(values, np.asarray(clusters)[known], n_boot, seed)
-    low, high = np.percentile(replicates, [100 * (1 - level), 100 * level], axis=0)
+    over = [np.sign(cluster_mean(parts[index])) * parts[index] - parts[index + 2] for index in range(2)]
+    mean, replicates = bootstrap[known].mean(np.stack([*parts, *over], axis=1))
+    low, high = np.percentile(replicates, [100 * (1 - LEVEL), 100 * LEVEL], axis=0)
     names = ("early_change", "late_change", "early_floor", "late_floor", "early_over_floor", "late_over_floor")
-    estimates = {name: [float(mean[i]), float(low[i]), float(high[i])] for i, name in enumerate(names)}
+    estimates |= {name: [float(mean[i]), float(low[i]), float(high[i])] for i, name in enumerate(names)}
 
-    def sentence(when: str, index: int, what: str) -> str:
+    def sentence(index: int, what: str) -> str:
         return (
-            f"{when} exits change the entropy by {mean[index]:+.3f} nats, {what} another image ({mean[index + 2]:.3f})"
+            f"{('early', 'late')[index]} exits change the entropy by {mean[index]:+.3f} nats, {what} another image "
+            f"({mean[index + 2]:.3f})"
         )
 
     reasons = []
     if low[4] <= 0:
-        reasons.append(sentence("early", 0, "not clearly more than"))
+        reasons.append(sentence(0, "not clearly more than"))
     if high[5] > 0:
-        reasons.append(sentence("late", 1, "not clearly less than"))
+        reasons.append(sentence(1, "not clearly less than"))
     if not reasons:
-        reasons = [sentence("early", 0, "more than"), sentence("late", 1, "less than")]
-        return ExitFinding(DISTURBS, "found", reasons, exit_layer, estimates, details)
+        return finding("found", [sentence(0, "more than"), sentence(1, "less than")], exit_layer)
     against = high[4] < 0 or low[5] > 0
-    return ExitFinding(DISTURBS, "not_found" if against else "undetermined", reasons, None, estimates, details)
+    return finding("not_found" if against else "undetermined", reasons)
 
 
 def depth_depends_on_kind(
-    depth: npt.ArrayLike,
-    kinds: Sequence[Any] | npt.NDArray[Any],
-    clusters: Clusters,
-    contributes: bool,
-    *,
-    level: float = 0.95,
-    n_perm: int = 1999,
-    seed: int = 0,
+    depth: Array, kinds: npt.NDArray[Any], images: Clusters, contributes: bool, n_perm: int = 1999, seed: int = 0
 ) -> ExitFinding:
     """Finding 3: how long a question needs the visual tokens depends on its kind.
 
@@ -360,20 +297,17 @@ def depth_depends_on_kind(
 
     Args:
         depth: `[n]`, exit depth of each sample in layers.
-        kinds: `[n]`.
-        clusters: `[n]`, the image of each sample.
         contributes: from `details` of finding 1.
     """
-    depth = np.asarray(depth, dtype=np.float64)
-    names, kind = np.unique(np.asarray(kinds).astype(str), return_inverse=True)
-    details = {"level": level, "permutations": n_perm}
-    means = {str(name): float(depth[kind == i].mean()) for i, name in enumerate(names)}
+    finding = partial(ExitFinding, DEPENDS, details={"level": LEVEL, "permutations": n_perm})
     if not contributes:
         why = "not tested: it is not shown that visual tokens contribute to the answers"
-        return ExitFinding(DEPENDS, "undetermined", [why], details=details)
+        return finding("undetermined", [why])
+    names, kind = np.unique(kinds, return_inverse=True)
     if len(names) < 2:
-        return ExitFinding(DEPENDS, "undetermined", ["the questions are of one kind"], details=details)
-    _, image, size = np.unique(np.asarray(clusters).astype(str), return_inverse=True, return_counts=True)
+        return finding("undetermined", ["the questions are of one kind"])
+    means = {str(name): float(depth[kind == i].mean()) for i, name in enumerate(names)}
+    _, image, size = np.unique(np.asarray(images).astype(str), return_inverse=True, return_counts=True)
     stratum = np.where(size[image] > 1, image, -1)
     rng = generator(seed, "kinds")
     order = np.argsort(stratum, kind="stable")
@@ -384,13 +318,10 @@ def depth_depends_on_kind(
     def between(values: Array) -> float:
         return float(((member.T @ values) ** 2 / count).sum())
 
-    observed = between(sorted_depth)
-    exceeding = 0
-    for _ in range(n_perm):
-        shuffled = np.lexsort((rng.random(len(depth)), sorted_stratum))
-        exceeding += between(sorted_depth[shuffled]) >= observed - 1e-9
+    least = between(sorted_depth) - 1e-9
+    shuffled = (np.lexsort((rng.random(len(depth)), sorted_stratum)) for _ in range(n_perm))
+    exceeding = sum(between(sorted_depth[each]) >= least for each in shuffled)
     p_value = (1 + exceeding) / (n_perm + 1)
-    found = p_value <= 1 - level
-    reasons = [f"permutation test: p = {p_value:.4f}"]
+    verdict = "found" if p_value <= 1 - LEVEL else "undetermined"
     estimates = {"p_value": p_value, "mean_depth": means}
-    return ExitFinding(DEPENDS, "found" if found else "undetermined", reasons, None, estimates, details)
+    return finding(verdict, [f"permutation test: p = {p_value:.4f}"], estimates=estimates)

@@ -50,11 +50,7 @@ def published(experiment: DictConfig) -> list[str]:
 
 
 def replace_section(text: str, name: str, content: str) -> str:
-    """A page with the lines between its comments `<!-- name -->` and `<!-- /name -->` replaced.
-
-    Raises:
-        ConfigError: it does not have them.
-    """
+    """A page with the lines between its comments `<!-- name -->` and `<!-- /name -->` replaced."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, found, rest = text.partition(start)
     _, found_end, after = rest.partition(end)

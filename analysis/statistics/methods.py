@@ -17,8 +17,9 @@ from dyvte.policies.registry import labels
 from dyvte.runs.store import RunFolder
 
 from ..measuring.methods import CALIBRATION, UNPUBLISHED_BUDGET, from_reference, plan
+from .bands import Array, Clusters, ImageBootstrap, keyed_array
 from .markdown import heading, markdown_table, percent_with_limits, published
-from .pairwise import Contest, Values, pairs_of, standings
+from .pairwise import Contest, pairs_of, standings
 from .published import beside, published_page
 
 
@@ -27,7 +28,6 @@ class Outcome:
     """What a method came to on n questions.
 
     Attributes:
-        method: its name.
         budget: the cost that it was set to, None for its published setting.
         setting: in a few words.
         correct: [n, seeds] whether each question is answered right.
@@ -41,11 +41,11 @@ class Outcome:
     method: str
     budget: float | None
     setting: str
-    correct: Values
-    agree: Values
-    cost: Values
-    exit_layer: Values
-    tokens: Values
+    correct: Array
+    agree: Array
+    cost: Array
+    exit_layer: Array
+    tokens: Array
     deciding: float = 0.0
 
     def spent(self, counted: str) -> float:
@@ -86,54 +86,44 @@ def _from_runs(
     rows, setting = of_method(answers), of_method(settings)
     if rows.empty:
         return None
-    position = pd.Series(np.arange(len(reference)), index=reference.samples["id"])
-    full_answer = reference.samples["answer"].to_numpy()
-    names = ("correct", "agree", "flops_decoder", "exit_layer", "visual_tokens")
-    by_seed: dict[str, list[Values]] = {name: [] for name in names}
-    for _, one in rows.groupby("seed"):
-        ordered = one.iloc[np.argsort(position.loc[one["id"]].to_numpy())]
-        for name, columns in by_seed.items():
-            values: Any = ordered["answer"] == full_answer if name == "agree" else ordered[name]
-            columns.append(np.asarray(values, dtype=np.float64))
-    stacked = {name: np.stack(columns, axis=1) for name, columns in by_seed.items()}
+    full_answer = reference.samples.set_index("id")["answer"]
+    rows = rows.assign(agree=rows["answer"].to_numpy() == full_answer.loc[rows["id"]].to_numpy())
+
+    def by_seed(name: str) -> Array:
+        return keyed_array(rows, name, reference.samples["id"], "seed")
+
     return Outcome(
         method,
         budget,
         str(setting["setting"].iloc[0]),
-        correct=stacked["correct"],
-        agree=stacked["agree"].mean(1),
-        cost=stacked["flops_decoder"].mean(1) / float(reference.flops[:, -1].double().mean()),
-        exit_layer=stacked["exit_layer"].mean(1),
-        tokens=stacked["visual_tokens"].mean(1),
+        correct=by_seed("correct"),
+        agree=by_seed("agree").mean(1),
+        cost=by_seed("flops_decoder").mean(1) / float(reference.flops[:, -1].double().mean()),
+        exit_layer=by_seed("exit_layer").mean(1),
+        tokens=by_seed("visual_tokens").mean(1),
         deciding=float(setting["deciding"].iloc[0]),
     )
 
 
 def exit_mixture(
-    reference: LabelSet, method: str, budget: float | None, judged: Values | None, counted: str = "flops"
+    reference: LabelSet, method: str, budget: float | None, judged: Array | None, counted: str = "flops"
 ) -> Outcome | None:
-    """Exits after two fixed layers, mixed at random over the questions so that they cost the budget on average.
+    """Exits after two fixed layers, mixed at random over questions to cost the budget on average; None if they cannot.
 
     Of all pairs of layers it is the best on the calibration prompts (`dyvte.gates.metrics.best_mixture`). What layers
     cost is that on the questions that are asked, which the reference holds; their answers play no part in it.
 
     Args:
         reference: answers of every exit.
-        method: its name.
         budget: None: `UNPUBLISHED_BUDGET`.
         judged: [L + 1] what the calibration prompts say of every exit, large where it is good: the share of answers
             that stay for a fixed exit, the negative divergence for VTW. None: the full model.
         counted: what the budget is a share of, see `dyvte.policies.method.Counted`.
-
-    Returns:
-        None if the cheapest exit costs more than the budget.
     """
     costs = reference.cost.numpy()
     last = reference.num_layers
     depth = np.broadcast_to(np.arange(last + 1, dtype=float), costs.shape)
-    tokens = np.where(
-        (costs[:, :1] < costs[:, -1:]), depth / last, np.nan
-    )  # an exit costs all the same without an image
+    has_image = costs[:, :1] < costs[:, -1:]  # without one an exit costs all the same
     mixture: tuple[int, int, float] | None = (last, last, 1.0)
     if judged is not None:
         spent = costs.mean(0) if counted == "flops" else np.arange(last + 1) / last
@@ -142,7 +132,7 @@ def exit_mixture(
         return None
     below, above, share = mixture
 
-    def mixed(table: Values) -> Values:
+    def mixed(table: Array) -> Array:
         return (1 - share) * table[:, below] + share * table[:, above]
 
     which = f"{above}" if below == above else f"{below} or {above} ({share:.0%})"
@@ -155,17 +145,14 @@ def exit_mixture(
         agree=mixed(agree),
         cost=mixed(costs),
         exit_layer=mixed(depth),
-        tokens=mixed(tokens),
+        tokens=mixed(np.where(has_image, depth / last, np.nan)),
     )
 
 
-def accuracy_of(correct: Values, images: Sequence[Any], name: str = "accuracy") -> dict[str, Any]:
+def accuracy_of(correct: Array, images: Clusters, name: str = "accuracy") -> dict[str, Any]:
     """Accuracy over questions and seeds with its interval, which knows of both, and the number of questions.
 
-    Args:
-        correct: [n, seeds] whether each question is answered right; NaN without a reference answer.
-        images: length n.
-        name: of the accuracy; the limits are `<name>_low` and `<name>_high`, the number `<name>_questions`.
+    `correct` [n, seeds] is NaN without a reference answer.
     """
     known = np.isfinite(correct).all(1)
     found = {name: np.nan, f"{name}_low": np.nan, f"{name}_high": np.nan, f"{name}_questions": int(known.sum())}
@@ -180,10 +167,9 @@ def accuracy_of(correct: Values, images: Sequence[Any], name: str = "accuracy") 
 
 def rows_by_kind(found: Sequence[Outcome], kinds: npt.NDArray[Any], images: Sequence[Any]) -> list[dict[str, Any]]:
     """Accuracy of every method on every kind of question, one row each."""
-    about = np.asarray(images)
     return [
         {"method": each.method, "budget": each.budget, "kind": str(kind)}
-        | accuracy_of(each.correct[kinds == kind], about[kinds == kind])
+        | accuracy_of(each.correct[kinds == kind], np.asarray(images)[kinds == kind])
         for each in found
         for kind in sorted(set(kinds))
     ]
@@ -194,9 +180,7 @@ def outcome_row(each: Outcome, subsets: Mapping[str, npt.NDArray[np.bool_]], ima
     row: dict[str, Any] = {"method": each.method, "budget": each.budget, "cost": each.spent("flops")}
     row["tokens"] = each.spent("tokens") if np.isfinite(each.tokens).any() else np.nan
     for name, chosen in subsets.items():
-        row |= accuracy_of(
-            each.correct[chosen], [image for image, kept in zip(images, chosen, strict=True) if kept], name
-        )
+        row |= accuracy_of(each.correct[chosen], np.asarray(images)[chosen], name)
     needed = each.cost[subsets["accuracy_needs_image"]]
     by_seed = np.nanmean(each.correct, axis=0) if np.isfinite(each.correct).any() else np.array([np.nan])
     several = len(by_seed) > 1
@@ -226,8 +210,8 @@ def compare_methods(
     for name, chosen in subsets.items():
         for budget in [each for each in cfg.experiment.budgets if each is not None]:
             rivals = [each for each in found if each.budget == budget and each.method != "none"]
-            off = {each.method: each.spent(counted) for each in rivals}
-            off = {method: cost for method, cost in off.items() if abs(cost - budget) > cfg.experiment.tolerance}
+            spent = {each.method: each.spent(counted) for each in rivals}
+            off = {method: cost for method, cost in spent.items() if abs(cost - budget) > cfg.experiment.tolerance}
             matched = [each for each in rivals if each.method not in off]
             right = [np.where(chosen[:, None], each.correct, np.nan) for each in matched]
             if len(matched) > 1 and np.isfinite(right[0]).any():
@@ -235,7 +219,7 @@ def compare_methods(
                 costs = {each.method: float(each.cost[chosen].mean()) for each in matched if counted == "flops"}
                 about.append({"on": name, "budget": budget, "counted": counted, "costs": costs, "not_matched": off})
     verdicts = []
-    for head, standing in zip(about, standings(contests, images, cfg.bootstrap, cfg.seed), strict=True):
+    for head, standing in zip(about, standings(contests, ImageBootstrap(images, cfg.bootstrap, cfg.seed)), strict=True):
         best, names = standing.best, standing.methods
         leads = {
             names[i]: [float(lead), float(lead - margin), float(lead + margin)]

@@ -9,29 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from .bands import cluster_bootstrap, cluster_mean, generator
+from .bands import LEVEL, Array, ImageBootstrap, cluster_mean, generator
 
-Values = npt.NDArray[np.float64]
-
-LEVEL = 0.95
 LEAST_QUESTIONS = 10
 """Standard errors below those of so many questions answered differently are raised to it: few questions vary by less in
 the bootstrap than among other questions."""
 
 
-def seeded_bootstrap(values: Values, images: Sequence[Any], n_boot: int, seed: int) -> Values:
-    """Bootstrap replicates [n_boot] of the mean of `values` [n, seeds], over images and over seeds.
-
-    NaN entries (questions outside of a subset) are left out. The same `images`, `n_boot` and `seed` draw the same
-    images.
-    """
-    replicates = cluster_bootstrap(values, images, n_boot, seed)
-    drawn = generator(seed, "seeds of methods").integers(values.shape[1], size=replicates.shape)
+def seeded_replicates(values: Array, bootstrap: ImageBootstrap) -> Array:
+    """[B] replicates of the mean of `values` [n, seeds], over images and over seeds; NaN outside of a subset."""
+    replicates = bootstrap.replicates(values)
+    drawn = generator(bootstrap.seed, "seeds of methods").integers(values.shape[1], size=replicates.shape)
     return np.asarray(np.take_along_axis(replicates, drawn, axis=1).mean(1))
 
 
@@ -45,7 +36,7 @@ class Contest:
     """
 
     methods: Sequence[str]
-    right: Sequence[Values]
+    right: Sequence[Array]
 
 
 @dataclass(frozen=True)
@@ -60,9 +51,9 @@ class Standing:
     """
 
     methods: Sequence[str]
-    accuracy: Values
-    lead: Values
-    margin: Values
+    accuracy: Array
+    lead: Array
+    margin: Array
 
     @property
     def best(self) -> int:
@@ -81,7 +72,7 @@ def pairs_of(contests: Sequence[Contest]) -> int:
     return sum(len(each.methods) * (len(each.methods) - 1) // 2 for each in contests)
 
 
-def standings(contests: Sequence[Contest], images: Sequence[Any], n_boot: int, seed: int) -> list[Standing]:
+def standings(contests: Sequence[Contest], bootstrap: ImageBootstrap) -> list[Standing]:
     """Compare the methods of every contest.
 
     The intervals of all differences in all contests hold together with probability `LEVEL` (sup-t band), so a method
@@ -89,14 +80,12 @@ def standings(contests: Sequence[Contest], images: Sequence[Any], n_boot: int, s
 
     Args:
         contests: each of two methods or more, every one with a question that counts.
-        images: [n] image of each question.
-        n_boot: draws of the bootstrap.
     """
-    means, errors, largest = [], [], np.zeros(n_boot)
+    means, errors, largest = [], [], np.zeros(bootstrap.draws)
     for contest in contests:
         first, second = np.triu_indices(len(contest.methods), 1)
         mean = np.array([cluster_mean(values).mean() for values in contest.right])
-        drawn = np.stack([seeded_bootstrap(values, images, n_boot, seed) for values in contest.right], axis=1)
+        drawn = np.stack([seeded_replicates(values, bootstrap) for values in contest.right], axis=1)
         deviation = np.nan_to_num(drawn - mean)  # a draw may hold no question of the subset
         deviation = deviation[:, first] - deviation[:, second]
         count = np.isfinite(contest.right[0]).all(1).sum()

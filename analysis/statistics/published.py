@@ -22,9 +22,6 @@ def published_pruning(tokens: int) -> pd.DataFrame:
 
     Columns are `method` (as the tables here call it), `tokens`, one a benchmark (percent; MME in points, of perception
     alone as MME-P), and `source`.
-
-    Raises:
-        ConfigError: nothing is printed for so many tokens.
     """
     table = pd.read_csv(config_folder() / "published" / "llava15_7b.csv")
     if tokens not in set(table["tokens"]) - {UNPRUNED}:

@@ -37,26 +37,17 @@ def stage_splits(num_layers: int) -> npt.NDArray[np.int64]:
 
 
 def stage_contrasts(curves: Array, splits: npt.NDArray[np.int64]) -> tuple[Array, Array, Array]:
-    """Fall, rise and residual of the three-level fit for every curve and split.
+    """`[B, C]` fall, rise and residual of the three-level fit for every curve `[B, L]` and split `[C, 2]`.
 
-    Args:
-        curves: `[B, L]`.
-        splits: `[C, 2]` from :func:`stage_splits`.
-
-    Returns:
-        `fall = mean(stage 1) - mean(stage 2)`, `rise = mean(stage 3) - mean(stage 2)` and the residual sum of
-        squares, each `[B, C]`.
+    `fall = mean(stage 1) - mean(stage 2)`, `rise = mean(stage 3) - mean(stage 2)`, and the residual sum of squares.
     """
     num_layers = curves.shape[1]
     centred = curves - curves.mean(1, keepdims=True)  # keeps the sum-of-squares difference accurate
     prefix = np.concatenate([np.zeros((len(curves), 1)), centred.cumsum(1)], axis=1)
     first, second = splits.T
     sizes = (first, second - first, num_layers - second)
-    means = (
-        prefix[:, first] / sizes[0],
-        (prefix[:, second] - prefix[:, first]) / sizes[1],
-        (prefix[:, -1:] - prefix[:, second]) / sizes[2],
-    )
+    sums = (prefix[:, first], prefix[:, second] - prefix[:, first], prefix[:, -1:] - prefix[:, second])
+    means = [of_stage / size for of_stage, size in zip(sums, sizes, strict=True)]
     explained = sum(size * mean**2 for size, mean in zip(sizes, means, strict=True))
     residual = np.maximum((centred**2).sum(1)[:, None] - explained, 0.0)
     return means[0] - means[1], means[2] - means[1], residual
@@ -77,9 +68,13 @@ def _bases(num_layers: int) -> dict[str, tuple[Array, int]]:
     def slope_from(at: int) -> Array:
         return np.maximum(layer - layer[at], 0)
 
+    def skewed_u(depth: Array, rate: float, power: float) -> tuple[Array, Array]:
+        return np.exp(-rate * depth), depth**power
+
     rates = np.geomspace(1.0, 4.0 * num_layers, RATES)  # from nearly linear to gone after a quarter of a layer
     knots = [pair for pair in combinations(range(1, num_layers - 1), 2) if pair[1] - pair[0] >= MIN_STAGE_LAYERS]
     steps = range(MIN_STAGE_LAYERS, num_layers - MIN_STAGE_LAYERS + 1)
+    skews = list(product(rates, POWERS))
     return {
         "constant": (orthonormal([[one]]), 1),
         "linear": (orthonormal([[one, layer]]), 2),
@@ -87,21 +82,10 @@ def _bases(num_layers: int) -> dict[str, tuple[Array, int]]:
         "cubic": (orthonormal([[one, layer, layer**2, layer**3]]), 4),
         "exponential": (orthonormal([[one, np.exp(-rate * layer)] for rate in rates]), 3),
         "exponential_rise": (orthonormal([[one, np.exp(-rate * (1 - layer))] for rate in rates]), 3),
-        "skewed_u": (
-            orthonormal([[one, np.exp(-rate * layer), layer**power] for rate, power in product(rates, POWERS)]),
-            5,
-        ),
-        "skewed_u_mirrored": (
-            orthonormal(
-                [[one, np.exp(-rate * (1 - layer)), (1 - layer) ** power] for rate, power in product(rates, POWERS)]
-            ),
-            5,
-        ),
+        "skewed_u": (orthonormal([[one, *skewed_u(layer, *each)] for each in skews]), 5),
+        "skewed_u_mirrored": (orthonormal([[one, *skewed_u(1 - layer, *each)] for each in skews]), 5),
         "step": (orthonormal([[one, level_from(at)] for at in steps]), 3),
-        "three_levels": (
-            orthonormal([[one, *map(level_from, split)] for split in stage_splits(num_layers)]),
-            5,
-        ),
+        "three_levels": (orthonormal([[one, *map(level_from, split)] for split in stage_splits(num_layers)]), 5),
         "three_slopes": (orthonormal([[one, layer, *map(slope_from, pair)] for pair in knots]), 6),
     }
 

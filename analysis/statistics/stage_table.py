@@ -1,8 +1,4 @@
-"""The stage table: each stage confirmed, refuted or undetermined, by attention and by cause (`docs/stage_rules.md`).
-
-Numbers in, verdicts out. `Losses` holds what cutting paths does to the answers of a knock-out run; `contrasts` is what
-`analysis.stages` stores of a split.
-"""
+"""The stage table: each stage confirmed, refuted or undetermined, by attention and by cause (`docs/stage_rules.md`)."""
 
 from __future__ import annotations
 
@@ -118,12 +114,7 @@ def difference_limits(points: Array, images: Clusters) -> tuple[Array, Array, Ar
 
 
 def causal_stages(losses: Losses, split: Sequence[int], images: Clusters) -> list[StageEvidence]:
-    """The three stages by cause.
-
-    Args:
-        losses: of every question.
-        split: (b1, b2) that they were measured for.
-        images: length n.
+    """The three stages by cause, at the split (b1, b2) that the losses of every question were measured for.
 
     Example:
         >>> changed = np.zeros((100, 4)); changed[:, 0] = 1
@@ -200,8 +191,7 @@ def attention_stages(contrasts: Mapping[str, Any] | None) -> list[StageEvidence]
     """The three stages by attention.
 
     Args:
-        contrasts: `SplitContrasts` as stored in a stages run, in log enrichment; None where there are too few layers or
-            images for any.
+        contrasts: `SplitContrasts` as stored in a stages run; None where there are too few layers or images for any.
     """
     if contrasts is None:
         return [StageEvidence(stage, UNDETERMINED, {}, {}, "too few layers or images") for stage in STAGES]
@@ -234,12 +224,7 @@ def losses_of(table: pd.DataFrame, split: Sequence[int], num_layers: int, ids: C
 
     Args:
         table: `id`, `name` (path and what was done to it), `start`, `stop`, `agree`.
-        split: (b1, b2).
-        num_layers: L.
         ids: the questions, in the order wanted.
-
-    Raises:
-        DataError: the run did not cut what the split asks for.
     """
     changed = 1 - table.pivot_table(index="id", columns=["name", "start", "stop"], values="agree").reindex(
         np.asarray(ids)

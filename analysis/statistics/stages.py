@@ -1,8 +1,8 @@
 """The stage finding by attention: valley, stages or a bend, and the recipe over runs (`docs/stage_rules.md`).
 
-Everything here is a pure function of numpy arrays. Layers are not samples: deviations that all questions share at a
-layer belong to the one model at hand, and no amount of data averages them away. A claim about one model therefore has
-images as its units; a claim about a way of training has independently seeded runs.
+Layers are not samples: deviations that all questions share at a layer belong to the one model at hand, and no amount of
+data averages them away. A claim about one model therefore has images as its units; a claim about a way of training has
+independently seeded runs.
 """
 
 from __future__ import annotations
@@ -15,25 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from .bands import (
-    MIN_CLUSTERS,
-    Array,
-    Band,
-    Clusters,
-    cluster_bootstrap,
-    cluster_mean,
-    count_images,
-    generator,
-    one_sided_band,
-)
-from .segments import (
-    THREE_STAGE_FITS,
-    fit_bic,
-    posterior_weights,
-    registered_split,
-    stage_contrasts,
-    stage_splits,
-)
+from .bands import LEVEL, MIN_CLUSTERS, Array, Band, ImageBootstrap, cluster_mean, generator, one_sided_band
+from .segments import THREE_STAGE_FITS, fit_bic, posterior_weights, registered_split, stage_contrasts, stage_splits
 
 MIN_LAYERS = 8
 """Below this depth three stages of two layers leave next to nothing that could be told from a bend."""
@@ -105,31 +88,25 @@ def log_endpoint(values: npt.ArrayLike) -> Array:
 
 
 def split_band(curve: Array, replicates: Array, level: float) -> Band:
-    """Fall and rise of `curve [L]` at every split with simultaneous one-sided limits: `[C, 2]`.
-
-    Args:
-        curve: on the scale on which levels are compared.
-        replicates: `[B, L]` of it.
-        level: of each side.
-    """
+    """`[C, 2]` fall and rise of `curve [L]`, on the scale of levels, at every split: simultaneous one-sided limits."""
     splits = stage_splits(len(curve))
     estimate = np.stack(stage_contrasts(curve[None], splits)[:2], axis=-1)[0]
     return one_sided_band(estimate, np.stack(stage_contrasts(replicates, splits)[:2], axis=-1), level)
 
 
-def valley_claim(band: Band, min_effect: float = MIN_EFFECT) -> str:
+def valley_claim(band: Band) -> str:
     """Claim 1 from the limits of fall and rise `[C, 2]` at every split."""
-    if (band.low > min_effect).all(1).any():
+    if (band.low > MIN_EFFECT).all(1).any():
         return FOUND
-    return UNDETERMINED if (band.high > min_effect).all(1).any() else NOT_FOUND
+    return UNDETERMINED if (band.high > MIN_EFFECT).all(1).any() else NOT_FOUND
 
 
-def shape_claim(bic: dict[str, float], min_gain: float = MIN_BIC_GAIN) -> tuple[str, float, str]:
+def shape_claim(bic: dict[str, float]) -> tuple[str, float, str]:
     """Claim 2 from the BIC of every family: the claim, the gain of three stages over the best rival, and that rival."""
     rivals = {name: value for name, value in bic.items() if name not in THREE_STAGE_FITS}
     rival = min(rivals, key=rivals.__getitem__)
     gain = rivals[rival] - min(bic[name] for name in THREE_STAGE_FITS)
-    return FOUND if gain >= min_gain else NOT_FOUND if gain <= -min_gain else UNDETERMINED, gain, rival
+    return FOUND if gain >= MIN_BIC_GAIN else NOT_FOUND if gain <= -MIN_BIC_GAIN else UNDETERMINED, gain, rival
 
 
 def _in_all_layers(found: StageVerdict, layers: list[int]) -> StageVerdict:
@@ -138,29 +115,17 @@ def _in_all_layers(found: StageVerdict, layers: list[int]) -> StageVerdict:
     def number(places: list[int]) -> list[int]:
         return [layers[min(place, len(layers) - 1)] for place in places]
 
-    contrasts, registered = (
-        None if each is None else replace(each, split=number(each.split))
-        for each in (found.contrasts, found.registered)
-    )
     return replace(
         found,
-        boundaries=None if found.boundaries is None else number(found.boundaries),
-        boundaries_ci=None if found.boundaries_ci is None else [number(each) for each in found.boundaries_ci],
-        contrasts=contrasts,
-        registered=registered,
+        boundaries=found.boundaries and number(found.boundaries),
+        boundaries_ci=found.boundaries_ci and [number(each) for each in found.boundaries_ci],
+        contrasts=found.contrasts and replace(found.contrasts, split=number(found.contrasts.split)),
+        registered=found.registered and replace(found.registered, split=number(found.registered.split)),
     )
 
 
 def stage_verdict(
-    cross: npt.ArrayLike,
-    visual: npt.ArrayLike,
-    clusters: Clusters,
-    *,
-    min_effect: float = MIN_EFFECT,
-    min_bic_gain: float = MIN_BIC_GAIN,
-    level: float = 0.95,
-    n_boot: int = 1000,
-    seed: int = 0,
+    cross: npt.ArrayLike, visual: npt.ArrayLike, bootstrap: ImageBootstrap, level: float = LEVEL
 ) -> StageVerdict:
     """Decide whether the layers of one model show three stages of attention (arXiv 2411.19628, section 3).
 
@@ -169,21 +134,15 @@ def stage_verdict(
 
     Args:
         cross, visual: `[n, L]`, enrichment without the sink (or mass) per sample and layer, averaged over heads:
-            instruction -> visual, visual -> visual. Samples with NaN in `cross` (no image) are left out.
-        clusters: length n, the image of each sample. A layer that is NaN in every sample does not attend: stages are
-            looked for among the others, and numbered as layers of the model.
-        min_effect: smallest change of level that counts, in log enrichment.
-        min_bic_gain: smallest difference in BIC that counts.
+            instruction -> visual, visual -> visual. Samples with NaN in `cross` (no image) are left out. A layer that
+            is NaN in every sample does not attend: stages are looked for among the others, and numbered as layers of
+            the model.
         level: of each one-sided limit.
-        n_boot: draws of images.
-
-    Raises:
-        ValueError: the arrays do not have one shape `[n, L]`.
 
     Example:
         >>> noise = np.random.default_rng(0).lognormal(0, 0.1, (60, 15))
         >>> cross = np.repeat([1.0, 0.3, 0.8], 5) * noise
-        >>> found = stage_verdict(cross, np.ones_like(cross), range(60))
+        >>> found = stage_verdict(cross, np.ones_like(cross), ImageBootstrap(range(60)))
         >>> found.verdict, found.boundaries, found.claims["visual_peak"]
         ('three_stage', [5, 10], 'not_tested_by_attention')
     """
@@ -192,17 +151,14 @@ def stage_verdict(
         raise ValueError(f"stage_verdict: shapes {cross.shape}, {visual.shape}; need one shape [n, L]")
     attending = np.flatnonzero(np.isfinite(cross).any(0))
     if 0 < len(attending) < cross.shape[1]:
-        among = (cross[:, attending], visual[:, attending], clusters)
-        found = stage_verdict(
-            *among, min_effect=min_effect, min_bic_gain=min_bic_gain, level=level, n_boot=n_boot, seed=seed
-        )
+        found = stage_verdict(cross[:, attending], visual[:, attending], bootstrap, level)
         return _in_all_layers(found, attending.tolist())
     usable = np.isfinite(cross).all(1)
-    labels = np.asarray(clusters).astype(str)[usable]
-    cross, visual = cross[usable], visual[usable]
-    num_layers, num_clusters = cross.shape[1], count_images(labels)
-    settings = {"min_effect": min_effect, "min_bic_gain": min_bic_gain, "level": level, "n_boot": n_boot, "seed": seed}
-    settings |= {"num_samples": len(labels), "num_clusters": num_clusters, "num_layers": num_layers}
+    cross, visual, bootstrap = cross[usable], visual[usable], bootstrap[usable]
+    num_layers, num_clusters = cross.shape[1], bootstrap.num_images
+    settings = {"min_effect": MIN_EFFECT, "min_bic_gain": MIN_BIC_GAIN, "level": level}
+    settings |= {"n_boot": bootstrap.draws, "seed": bootstrap.seed}
+    settings |= {"num_samples": len(cross), "num_clusters": num_clusters, "num_layers": num_layers}
     too_little = []
     if num_layers < MIN_LAYERS:
         too_little.append(f"{num_layers} layers; fewer than {MIN_LAYERS} cannot tell stages from a bend")
@@ -211,35 +167,34 @@ def stage_verdict(
     if too_little:
         return StageVerdict(UNDETERMINED, too_little, settings=settings)
 
-    curve, replicates = (log_endpoint(each) for each in _mean_and_draws(cross, labels, n_boot, seed))
+    curve, replicates = map(log_endpoint, bootstrap.mean(cross))
     band = split_band(curve, replicates, level)
     visual_band = None
     if np.isfinite(cluster_mean(visual)).all():
-        visual_curve, visual_draws = (log_endpoint(each) for each in _mean_and_draws(visual, labels, n_boot, seed))
+        visual_curve, visual_draws = map(log_endpoint, bootstrap.mean(visual))
         known = np.isfinite(visual_draws).all(1)
         visual_band = split_band(-visual_curve, -visual_draws[known], level)  # a peak is a valley upside down
-    valley = valley_claim(band, min_effect)
+    valley = valley_claim(band)
     sampling_variance = float(replicates.var(0, ddof=1).mean())
     bic = fit_bic(curve, sampling_variance)
-    shape, gain, rival = shape_claim(bic, min_bic_gain)
+    shape, gain, rival = shape_claim(bic)
     best = int(_best_split(curve[None])[0])
-    contrasts, at_registered = (
-        _contrasts_at(place, num_layers, band, visual_band)
-        for place in (best, _place(registered_split(num_layers), num_layers))
-    )
-    fall, rise, _ = stage_contrasts(log_endpoint(cross), stage_splits(num_layers)[[best]])
-    at_best = bool((band.low[best] > min_effect).all())
+    splits = stage_splits(num_layers)
+    registered = int(np.flatnonzero((splits == registered_split(num_layers)).all(1))[0])
+    contrasts, at_registered = (_contrasts_at(place, splits, band, visual_band) for place in (best, registered))
+    fall, rise, _ = stage_contrasts(log_endpoint(cross), splits[[best]])
+    at_best = bool((band.low[best] > MIN_EFFECT).all())
     three = shape == FOUND and at_best
-    peak = all(part is not None and part[1] > min_effect for part in (contrasts.visual_in, contrasts.visual_out))
+    peak = all(part is not None and part[1] > MIN_EFFECT for part in (contrasts.visual_in, contrasts.visual_out))
     return StageVerdict(
         verdict="three_stage" if three else "other" if NOT_FOUND in (valley, shape) else UNDETERMINED,
         reasons=_reasons(valley, shape, at_best, rival, gain),
         boundaries=contrasts.split if three else None,
-        boundaries_ci=_boundary_intervals(curve, replicates, best, seed) if three else None,
+        boundaries_ci=_boundary_intervals(curve, replicates, splits[best], bootstrap.seed) if three else None,
         claims={"valley": valley, "shape": shape, "visual_peak": FOUND if peak else NOT_TESTED},
         contrasts=contrasts,
         registered=at_registered,
-        prevalence=float(((fall > min_effect) & (rise > min_effect)).mean()),
+        prevalence=float(((fall > MIN_EFFECT) & (rise > MIN_EFFECT)).mean()),
         bic=bic,
         bic_gain=gain,
         rival=rival,
@@ -248,35 +203,26 @@ def stage_verdict(
     )
 
 
-def _mean_and_draws(values: Array, labels: Clusters, n_boot: int, seed: int) -> tuple[Array, Array]:
-    return cluster_mean(values), cluster_bootstrap(values, labels, n_boot, seed)
-
-
-def _place(split: Sequence[int], num_layers: int) -> int:
-    """Row of a split in :func:`stage_splits`."""
-    return int(np.flatnonzero((stage_splits(num_layers) == list(split)).all(1))[0])
-
-
 def _best_split(curves: Array) -> npt.NDArray[np.int64]:
     """For every curve `[B, L]` the row of the split whose three means leave the least squared residual (exact)."""
     return np.asarray(stage_contrasts(curves, stage_splits(curves.shape[1]))[2].argmin(1))
 
 
-def _contrasts_at(place: int, num_layers: int, band: Band, visual_band: Band | None) -> SplitContrasts:
+def _contrasts_at(place: int, splits: npt.NDArray[np.int64], band: Band, visual_band: Band | None) -> SplitContrasts:
     def triples(of: Band) -> list[Triple]:
         return np.stack([of.mean[place], of.low[place], of.high[place]], axis=-1).tolist()
 
     visual = [None, None] if visual_band is None else triples(visual_band)
-    return SplitContrasts(stage_splits(num_layers)[place].tolist(), *triples(band), *visual)
+    return SplitContrasts(splits[place].tolist(), *triples(band), *visual)
 
 
-def _boundary_intervals(curve: Array, replicates: Array, best: int, seed: int) -> list[list[int]]:
+def _boundary_intervals(curve: Array, replicates: Array, split: npt.NDArray[np.int64], seed: int) -> list[list[int]]:
     """95% interval of each boundary: images drawn anew, and the layers' residuals from the three-level fit as well.
 
     Deviations that all images share are invisible to a bootstrap over images.
     """
     num_layers = len(curve)
-    stage = np.searchsorted(stage_splits(num_layers)[best], np.arange(num_layers), side="right")
+    stage = np.searchsorted(split, np.arange(num_layers), side="right")
     fit = np.array([curve[stage == each].mean() for each in range(3)])[stage]
     residuals = (curve - fit) * np.sqrt(num_layers / (num_layers - 3))
     redrawn = fit + generator(seed, "residuals").choice(residuals, size=replicates.shape) + (replicates - curve)
@@ -334,12 +280,8 @@ def recipe_verdict(runs: Sequence[Mapping[str, Any]]) -> RecipeVerdict:
     p_fall = p_rise = None
     levels = UNDETERMINED
     if len(known) >= MIN_RUNS:
-        p_fall, p_rise = (
-            float(
-                stats.ttest_1samp([each["registered"][name][0] for each in known], MIN_EFFECT, alternative="greater")[1]
-            )
-            for name in ("fall", "rise")
-        )
+        changes = [[each["registered"][name][0] for each in known] for name in ("fall", "rise")]
+        p_fall, p_rise = stats.ttest_1samp(changes, MIN_EFFECT, axis=1, alternative="greater").pvalue.tolist()
         levels = FOUND if max(p_fall, p_rise) <= T_TEST_ERROR else NOT_FOUND
     found = [each for each in known if each["boundaries"] is not None]
     agreeing = 0

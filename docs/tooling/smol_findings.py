@@ -21,7 +21,7 @@ from jinja2 import Environment, StrictUndefined
 
 from analysis.lens import outline
 from analysis.plots import style as plots
-from analysis.statistics.bands import Band, cluster_bootstrap
+from analysis.statistics.bands import Band, ImageBootstrap
 from docs.tooling.comparison import comparison_section, record
 from docs.tooling.generated import write_generated
 from docs.tooling.hero import draw_hero
@@ -125,7 +125,7 @@ class Outcome:
 
 def limits(values: np.ndarray, images: np.ndarray, level: float, statistic: Callable[..., Any]) -> tuple[float, float]:
     """Percentile limits of a statistic of the mean over samples, resampling images."""
-    replicates = np.apply_along_axis(statistic, -1, cluster_bootstrap(values, images, n_boot=2000, seed=0))
+    replicates = np.apply_along_axis(statistic, -1, ImageBootstrap(images, 2000).replicates(values))
     low, high = np.quantile(replicates, [1 - level, level])
     return float(low), float(high)
 

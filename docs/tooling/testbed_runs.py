@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from tqdm import tqdm
 
-from analysis.statistics.bands import mean_band, rate_band
+from analysis.statistics.bands import ImageBootstrap, mean_band, rate_band
 from analysis.statistics.stages import stage_verdict
 from benchmarks.common import machine
 from docs.tooling.testbed_probes import probe_report
@@ -95,9 +95,9 @@ def attention_record(mllm: MLLM, records: list[ShapesRecord], batch_size: int, s
     values, clusters = attention_values(mllm, records, batch_size), [r.image_id for r in records]
     record: dict[str, Any] = {measure: {} for measure in MEASURES}
     for (measure, curve), of_questions in values.items():
-        record[measure][curve] = mean_band(of_questions, clusters, seed=seed).to_dict()
+        record[measure][curve] = mean_band(of_questions, ImageBootstrap(clusters, seed=seed)).to_dict()
     cross, visual = (values["enrichment_no_sink", curve] for curve in ("cross", "visual"))
-    record["stages"] = stage_verdict(cross, visual, clusters, seed=seed).to_dict()
+    record["stages"] = stage_verdict(cross, visual, ImageBootstrap(clusters, seed=seed)).to_dict()
     return record
 
 
@@ -117,7 +117,7 @@ def exit_agreement(mllm: MLLM, records: list[ShapesRecord], batch_size: int, see
     kinds = np.array([r.kind for r in records])
     by_kind = {}
     for kind in dict.fromkeys(kinds):
-        mine = mean_band(depth[kinds == kind], np.array(clusters)[kinds == kind], seed=seed)
+        mine = mean_band(depth[kinds == kind], ImageBootstrap(clusters, seed=seed)[kinds == kind])
         by_kind[str(kind)] = mine.to_dict()
     agreement = rate_band(together.double().numpy(), clusters)
     return {"agreement": agreement.to_dict(), "exit_depth": by_kind}

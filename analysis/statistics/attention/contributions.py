@@ -9,43 +9,37 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from ..bands import Array, Clusters, cluster_bootstrap, cluster_mean, percentile_band
+from ..bands import Array, ImageBootstrap, percentile_band
 from ..markdown import with_limits
 
 
 def compare_looking_and_writing(
-    looking: npt.ArrayLike, writing: npt.ArrayLike, images: Clusters, n_boot: int = 1000, seed: int = 0
+    looking: npt.ArrayLike, writing: npt.ArrayLike, bootstrap: ImageBootstrap
 ) -> dict[str, Any]:
     """Whether the layers that look at the image most are those in which it writes most.
 
     Args:
         looking: `[n, L]` attention mass of the question on the image; NaN rows (no image) are left out.
         writing: `[n, L]` the image's share of what attention writes into the question.
-        images: length n.
-        n_boot: draws of images.
 
     Returns:
         `rank_correlation` over layers (Spearman's, of the mean curves) as mean, low, high; `peak_looking` and
         `peak_writing` as layer, share there, and the 95% interval of the layer. Images are drawn together for both.
 
-    Raises:
-        ValueError: the two are not of one shape `[n, L]`.
-
     Example:
-        >>> found = compare_looking_and_writing([[0.1, 0.4, 0.2]] * 3, [[0.3, 0.2, 0.1]] * 3, range(3), 20)
+        >>> three = ImageBootstrap(range(3), 20)
+        >>> found = compare_looking_and_writing([[0.1, 0.4, 0.2]] * 3, [[0.3, 0.2, 0.1]] * 3, three)
         >>> found["peak_looking"]["layer"], found["peak_writing"]["layer"], found["rank_correlation"]["mean"]
         (1, 0, -0.5)
     """
     looking, writing = np.asarray(looking, np.float64), np.asarray(writing, np.float64)
     if looking.ndim != 2 or looking.shape != writing.shape:
         raise ValueError(f"attention is {looking.shape}, contributions are {writing.shape}; need one shape [n, L]")
-    both = np.stack([looking, writing], axis=1)
-    mean, draws = cluster_mean(both), cluster_bootstrap(both, images, n_boot, seed)
+    mean, draws = bootstrap.mean(np.stack([looking, writing], axis=1))
     draws = draws[np.isfinite(draws).all((1, 2))]
     correlation = percentile_band(_rank_correlation(mean[None])[0], _rank_correlation(draws))
-    return {"rank_correlation": correlation.to_dict(), **{
-        f"peak_{name}": _peak(mean[which], draws[:, which]) for which, name in enumerate(("looking", "writing"))
-    }}  # fmt: skip
+    peaks = {f"peak_{name}": _peak(mean[i], draws[:, i]) for i, name in enumerate(("looking", "writing"))}
+    return {"rank_correlation": correlation.to_dict(), **peaks}
 
 
 def _rank_correlation(curves: Array) -> Array:

@@ -7,32 +7,30 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..bands import count_images, keyed_array, mean_band
+from ..bands import ImageBootstrap, keyed_array, mean_band
 
 
-def summarise_frames(table: pd.DataFrame, level: float, n_boot: int, seed: int) -> dict[str, Any]:
+def summarise_frames(table: pd.DataFrame, draws: int, seed: int) -> dict[str, Any]:
     """Mean share of each frame in each layer, over the videos of the most common number of frames.
 
     Args:
         table: a row per sample, layer and frame: `id`, `image_id`, `frames` (how many its video has), `share`.
-        level: of the bands.
-        n_boot: draws of the bootstrap over videos.
+        draws: of the bootstrap over videos.
 
     Returns:
-        `frames` F, `num_samples` and `num_videos` that are counted, `left_out` samples of videos of another length,
-        `share` with `mean`, `low` and `high` [L, F], and `in_words`.
+        `num_samples` and `num_videos` that are counted, `left_out` samples of videos of another length; `share` [L, F].
     """
     samples = table.drop_duplicates("id")
     count = int(samples["frames"].mode().min())
     chosen = samples[samples["frames"] == count]
     shares = keyed_array(table, "share", chosen["id"], "layer", "frame")[:, :, :count]  # [n, L, F]
-    band = mean_band(shares, chosen["image_id"].to_numpy(), level, n_boot, seed)
+    videos = ImageBootstrap(chosen["image_id"].to_numpy(), draws, seed)
     found = {
         "frames": count,
         "num_samples": len(chosen),
-        "num_videos": count_images(chosen["image_id"].to_numpy()),
+        "num_videos": videos.num_images,
         "left_out": len(samples) - len(chosen),
-        "share": band.to_dict(),
+        "share": mean_band(shares, videos).to_dict(),
     }
     return found | {"in_words": frames_in_words(found)}
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from dyvte.gates.metrics import wilson_limits
 
-from ..bands import Array, Band, Clusters, cluster_bootstrap, cluster_mean, count_images, percentile_band
+from ..bands import Array, Band, ImageBootstrap, percentile_band
 from ..markdown import with_limits
 from ..stages import MIN_EFFECT, log_endpoint
 
@@ -19,21 +19,14 @@ CARRIED = 0.5
 
 
 def summarise_heads(
-    mass: npt.ArrayLike,
-    enrichment: npt.ArrayLike,
-    images: Clusters,
-    split: Sequence[int] | None,
-    n_boot: int = 1000,
-    seed: int = 0,
+    mass: npt.ArrayLike, enrichment: npt.ArrayLike, split: Sequence[int] | None, bootstrap: ImageBootstrap
 ) -> dict[str, Any]:
     """What the heads of a model do, with 95% intervals over images; a head's value is its mean over questions.
 
     Args:
         mass: `[n, L, H]` attention of the question on the image; NaN samples (no image) are left out.
         enrichment: `[n, L, H]` the same without the sink over even spread (1).
-        images: length n.
         split: (b1, b2) that cuts the layers into three stages; None for none.
-        n_boot: draws of images.
 
     Returns:
         `mass`, `enrichment`: `[L][H]`. `looking`: by layer, the share of heads that look at the image more than even
@@ -44,20 +37,18 @@ def summarise_heads(
 
     Example:
         >>> heads = np.array([[3.0, 3.0], [0.5, 0.5], [2.0, 0.2]])[None].repeat(4, 0)  # 3 layers of 2 heads
-        >>> found = summarise_heads(heads / 10, heads, range(4), (1, 2), 20)
+        >>> found = summarise_heads(heads / 10, heads, (1, 2), ImageBootstrap(range(4), 20))
         >>> found["looking"]["mean"], found["prevalence"]["fall"]["mean"], found["prevalence"]["rise"]["mean"]
         ([1.0, 0.0, 0.5], 1.0, 0.5)
     """
-    mass, enrichment = np.asarray(mass, np.float64), np.asarray(enrichment, np.float64)
-    means = cluster_mean(mass), cluster_mean(enrichment)
-    draws = cluster_bootstrap(mass, images, n_boot, seed), cluster_bootstrap(enrichment, images, n_boot, seed)
+    means, draws = zip(bootstrap.mean(mass), bootstrap.mean(enrichment), strict=True)
     known = np.isfinite(draws[0]).all((1, 2)) & np.isfinite(draws[1]).all((1, 2))
 
     def band(of: Any, which: int) -> dict[str, Any]:
         found = percentile_band(of(means[which][None])[0], of(draws[which][known]))
         # All heads, or none, in every draw: that shows nothing of how much images vary, so these are counted.
         flat = (found.low == found.high) & np.isin(found.mean, (0.0, 1.0))
-        low, high = wilson_limits(np.where(flat, found.mean, np.nan), count_images(images))
+        low, high = wilson_limits(np.where(flat, found.mean, np.nan), bootstrap.num_images)
         return Band(found.mean, np.where(flat, low, found.low), np.where(flat, high, found.high)).to_dict()
 
     found = {

@@ -1,11 +1,10 @@
 """Do gates read the state of the text, or the question? The four registered tests (docs/hypotheses_gates.md).
 
-Numbers in, numbers out: what gates say and what every exit makes of the answers. n questions, G = L - 1 gates.
+n questions, G = L - 1 gates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,9 +13,8 @@ import numpy.typing as npt
 
 from dyvte.gates.metrics import half_width, mixture_cost, mixture_hull, wilson_limits
 
-from ..bands import Array, Clusters, cluster_bootstrap
+from ..bands import LEVEL, Array, Clusters, ImageBootstrap
 
-LEVEL = 0.95
 PRICES = np.geomspace(1e-2, 1e4, 120)
 """What a changed answer may cost, in full prefills: each price gives one choice of constants."""
 TEXT_WEIGHT = 4.0
@@ -54,9 +52,9 @@ def mean_estimate(values: Array, clusters: Clusters, level: float = LEVEL) -> Es
 
 
 def within_group_auc(
-    scores: Array, labels: npt.NDArray[np.bool_], groups: Sequence[Any], clusters: Clusters
+    scores: Array, labels: npt.NDArray[np.bool_], groups: Clusters, clusters: Clusters
 ) -> tuple[Estimate, int]:
-    """How often a positive outranks a negative of the same group at the same gate.
+    """How often a positive outranks a negative of the same group at the same gate, and the number of pairs.
 
     The pooled two-sample U-statistic over all such pairs, ties half. Its interval is normal, from its projection on
     single questions (DeLong et al., Biometrics 44, 1988), summed over the questions of a cluster, since these are
@@ -67,10 +65,6 @@ def within_group_auc(
         scores: [n, G].
         labels: [n, G].
         groups: length n; pairs are within a group.
-        clusters: length n, the image of each question.
-
-    Returns:
-        The estimate and the number of pairs; NaN without a pair.
     """
     _, group = np.unique(np.asarray(groups).astype(str), return_inverse=True)
     won, pairs = np.zeros(len(scores)), np.zeros(len(scores))  # of every question, over both of its roles
@@ -115,7 +109,6 @@ def dose_response(values: Array, clusters: Clusters) -> dict[str, Any]:
 
     Args:
         values: [n, J] of every question at dose j = 0..J-1.
-        clusters: length n.
     """
     steps = np.diff(values, axis=1)
     simultaneous = 1 - (1 - LEVEL) / steps.shape[1]
@@ -137,14 +130,13 @@ def dose_verdict(response: dict[str, Any]) -> str:
 
 
 def constant_frontier(
-    agree: Array, cost: Array, kinds: Sequence[Any], texts: Sequence[Any] | None, folds: npt.NDArray[np.int64]
+    agree: Array, cost: Array, kinds: Clusters, texts: Clusters | None, folds: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
     """[P, n] exit layer of every question for every price, chosen on the questions of the other folds.
 
     Args:
         agree: [n, L + 1] whether exit k keeps the answer.
         cost: [n, L + 1].
-        kinds: length n.
         texts: length n: one constant a text, its rates shrunk towards its kind's; None: one constant a kind.
         folds: [n] fold of every question; questions about one image share it.
     """
@@ -160,8 +152,7 @@ def constant_frontier(
             number = np.bincount(text[learn], minlength=text.max() + 1)[text[ask], None]
             own = _means(1 - agree[learn], text[learn], text.max() + 1)[text[ask]]
             changed = (number * own + TEXT_WEIGHT * changed) / (number + TEXT_WEIGHT)
-        for index, price in enumerate(PRICES):
-            chosen[index, ask] = (costs + price * changed).argmin(1)
+        chosen[:, ask] = (costs + PRICES[:, None, None] * changed).argmin(2)
     return chosen
 
 
@@ -173,32 +164,21 @@ def _means(values: Array, groups: npt.NDArray[np.int64], number: int) -> Array:
     return means
 
 
-@dataclass(frozen=True)
-class CostComparison:
-    """Gates beside constants at the gates' agreement: the constants' cost there, and the ratio of costs."""
-
-    cost: float
-    ratio: Estimate
-
-
 def compare_with_constants(
     own_agree: Array,
     own_cost: Array,
     agree: Array,
     cost: Array,
     constants: npt.NDArray[np.int64],
-    clusters: Clusters,
-    bootstrap: int = 2000,
-    seed: int = 0,
-) -> CostComparison:
-    """The gates' cost over that of constants mixed so that they agree as often; paired bootstrap over images.
+    bootstrap: ImageBootstrap,
+) -> tuple[float, Estimate]:
+    """Cost of constants mixed so that they agree as often as the gates, and the gates' cost over it.
 
     Args:
         own_agree, own_cost: [n] what the gates' exits come to.
         agree, cost: [n, L + 1] what every exit comes to.
         constants: [P, n] of `constant_frontier`; exit L of every question is added.
-        clusters: length n.
-        bootstrap: draws; hull and agreement are drawn, the constants stay.
+        bootstrap: hull and agreement are drawn, the constants stay.
     """
     everyone = np.arange(len(agree))
     last = np.full((1, len(agree)), agree.shape[1] - 1)
@@ -213,9 +193,9 @@ def compare_with_constants(
         return price, float(costs[0] / price)
 
     price, found = ratio(values.mean(0))
-    draws = [ratio(each)[1] for each in cluster_bootstrap(values, clusters, bootstrap, seed)]
+    draws = [ratio(each)[1] for each in bootstrap.replicates(values)]
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return CostComparison(price, Estimate(found, float(low), float(high)))
+    return price, Estimate(found, float(low), float(high))
 
 
 def frontier_points(agree: Array, cost: Array, constants: npt.NDArray[np.int64]) -> list[tuple[float, float]]:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from dyvte.gates.metrics import mixture_cost
 
-from ..bands import Band, Clusters, cluster_bootstrap, simultaneous_band
+from ..bands import Band, ImageBootstrap, simultaneous_band
 
 Frontier = tuple[npt.ArrayLike, npt.ArrayLike]
 """Costs and kept answers [n, T] of n questions under T thresholds (`dyvte.gates.validation.threshold_frontier`)."""
@@ -21,12 +21,7 @@ def mean_mixture_cost(costs: npt.ArrayLike, agreements: npt.ArrayLike, wanted: S
 
 
 def cost_differences(
-    frontiers: Mapping[str, Frontier],
-    base: str,
-    images: Clusters,
-    wanted: Sequence[float],
-    n_boot: int = 1000,
-    seed: int = 0,
+    frontiers: Mapping[str, Frontier], base: str, bootstrap: ImageBootstrap, wanted: Sequence[float]
 ) -> dict[str, Band]:
     """Mean cost at equal agreement of every recipe less that of one of them, with intervals that hold all at once.
 
@@ -36,15 +31,12 @@ def cost_differences(
     Args:
         frontiers: of every recipe, of the same questions in the same order.
         base: the recipe that the others are compared with.
-        images: length n.
         wanted: agreements that costs are averaged over.
-
-    Returns:
-        Recipe -> band, without the base.
 
     Example:
         >>> costs, kept = np.array([[1.0, 0.5]] * 4), np.ones((4, 2))
-        >>> found = cost_differences({"a": (costs, kept), "b": (costs / 2, kept)}, "a", range(4), [0.99], 20)
+        >>> frontiers = {"a": (costs, kept), "b": (costs / 2, kept)}
+        >>> found = cost_differences(frontiers, "a", ImageBootstrap(range(4), 20), [0.99])
         >>> float(found["b"].mean)
         -0.25
     """
@@ -52,7 +44,7 @@ def cost_differences(
     for name, (costs, kept) in frontiers.items():
         values = np.stack([np.asarray(costs, dtype=np.float64), np.asarray(kept, dtype=np.float64)], axis=1)
         estimates[name] = mean_mixture_cost(values[:, 0].mean(0), values[:, 1].mean(0), wanted)
-        draws = cluster_bootstrap(values, images, n_boot, seed)
+        draws = bootstrap.replicates(values)
         replicates[name] = np.array([mean_mixture_cost(each[0], each[1], wanted) for each in draws])
     others = [name for name in frontiers if name != base]
     if not others:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from analysis.statistics.bands import Array
+from analysis.statistics.bands import Array, ImageBootstrap
 from analysis.statistics.markdown import markdown_table
 from analysis.statistics.segments import stage_contrasts, stage_splits
 from analysis.statistics.stages import FOUND, MIN_EFFECT, StageVerdict, recipe_verdict, stage_verdict
@@ -127,7 +127,7 @@ def samples(curve: Array, rng: np.random.Generator, images: int = NUM_IMAGES) ->
 def judge(curve: Array, rng: np.random.Generator, n_boot: int = N_BOOT) -> StageVerdict:
     """The verdict on data around a curve; visual to visual attention is flat."""
     cross, image = samples(curve, rng)
-    return stage_verdict(cross, np.ones_like(cross), image, n_boot=n_boot, seed=int(rng.integers(2**31)))
+    return stage_verdict(cross, np.ones_like(cross), ImageBootstrap(image, n_boot, int(rng.integers(2**31))))
 
 
 @dataclass(frozen=True)
