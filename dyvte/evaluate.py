@@ -219,7 +219,7 @@ def evaluate_batch(
 def _flat_intervals(found: dict[str, Any]) -> dict[str, Any]:
     """Every `name_ci` as the columns `name_low` and `name_high`."""
     flat = {name: value for name, value in found.items() if not name.endswith("_ci")}
-    for name in found.keys() - flat.keys():
+    for name in [name for name in found if name not in flat]:
         flat[f"{name[:-3]}_low"], flat[f"{name[:-3]}_high"] = found[name] or (None, None)
     return flat
 
