@@ -31,6 +31,7 @@ from docs.tooling import models
 from dyvte.convert import convert
 from dyvte.cost.flops import FlopCount
 from dyvte.errors import ModelError
+from dyvte.gates.every_exit import PromptCosts
 from dyvte.mllm import MLLM
 from dyvte.runs.config import compose, config_folder, load_model
 from tests.zoo.checks import Subject
@@ -340,7 +341,8 @@ def run_every_command(
         return counted[shape]
 
     monkeypatch.setattr("dyvte.loading.load", load)
-    monkeypatch.setattr("dyvte.gates.every_exit.exit_flops", counted_once)
+    for place in ("dyvte.gates.labels", "analysis.measuring.exits"):
+        monkeypatch.setattr(f"{place}.PromptCosts", partial(PromptCosts, count=counted_once))
     if not draws:
         monkeypatch.setattr("dyvte.runs.store.RunFolder.save_figure", lambda self, name, figure: self.path)
         monkeypatch.setattr("analysis.exits.draw", lambda summary: {})
