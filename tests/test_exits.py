@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from counting import costs_of
 from hypothesis import given
 from hypothesis import strategies as st
 from intervals import intervals_of_zero_width
@@ -88,7 +89,12 @@ def config(folder: Path, *overrides: str) -> DictConfig:
 
 
 def execute(mllm: MLLM, dataset: Dataset, folder: Path, *overrides: str) -> dict[str, Any]:
-    with mock.patch.object(exits, "draw", return_value={}):  # figures take most of the time of a small run
+    # figures take most of the time of a small run, and counting operations takes the rest
+    quick = (
+        mock.patch.object(exits, "draw", return_value={}),
+        mock.patch("analysis.measuring.exits.PromptCosts", costs_of),
+    )
+    with quick[0], quick[1]:
         exits.run(config(folder, *overrides), mllm, dataset)
     return json.loads((folder / "summary.json").read_text())
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from counting import costs_of
 from families import EOS, PAD, VISION_END, VISION_START, _merge_images, _num_visual_tokens, _one_image
 from families import FAMILIES as BUILDERS
 from families import _tokenizer as word_tokenizer
@@ -29,9 +30,7 @@ import dyvte
 from benchmarks import architectures
 from docs.tooling import models
 from dyvte.convert import convert
-from dyvte.cost.flops import FlopCount
 from dyvte.errors import ModelError
-from dyvte.gates.every_exit import PromptCosts
 from dyvte.mllm import MLLM
 from dyvte.runs.config import compose, config_folder, load_model
 from tests.zoo.checks import Subject
@@ -332,17 +331,9 @@ def run_every_command(
         assert settings["trust_remote_code"] is False
         return dyvte.wrap(mllm.model, StandInProcessor(mllm, draw))
 
-    counted: dict[tuple[int, int], list[FlopCount]] = {}
-
-    def counted_once(mllm: MLLM, batch: dyvte.Batch) -> list[FlopCount]:
-        shape = int(batch.layout.text.sum()), int(batch.layout.visual.sum())
-        if shape not in counted:
-            counted[shape] = dyvte.exit_flops(mllm, batch)
-        return counted[shape]
-
     monkeypatch.setattr("dyvte.loading.load", load)
     for place in ("dyvte.gates.labels", "analysis.measuring.exits"):
-        monkeypatch.setattr(f"{place}.PromptCosts", partial(PromptCosts, count=counted_once))
+        monkeypatch.setattr(f"{place}.PromptCosts", costs_of)
     if not draws:
         monkeypatch.setattr("dyvte.runs.store.RunFolder.save_figure", lambda self, name, figure: self.path)
         monkeypatch.setattr("analysis.exits.draw", lambda summary: {})
