@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,6 +22,7 @@ from quick_figures import printed
 from dyvte.data.base import Dataset, Sample
 from dyvte.errors import BrokenSample, ConfigError, DataError, ModelError, RunFolderError, UnsupportedError
 from dyvte.runs import runner, store
+from dyvte.runs.locks import write_atomic
 from tests.families import FAMILIES
 
 CONFIG = OmegaConf.create(
@@ -332,6 +333,24 @@ def test_many_processes_share_a_run_folder(tmp_path: Path, expected: dict[str, b
     assert not failed
     for path in paths:
         assert contents(path) == expected, path.name
+
+
+def test_a_file_is_the_old_or_the_new_one_while_it_is_written(tmp_path: Path) -> None:
+    path, seen = tmp_path / "file", []
+    path.write_bytes(b"old")
+
+    def write(out: BinaryIO) -> None:
+        out.write(b"half of the ")
+        out.flush()
+        seen.append(path.read_bytes())
+        out.write(b"new")
+
+    write_atomic(path, write)
+    assert seen == [b"old"]
+    with pytest.raises(ZeroDivisionError):
+        write_atomic(path, lambda out: out.write(b"never" * (1 // 0)))
+    assert path.read_bytes() == b"half of the new"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_overwrite_waits_for_the_process_that_works_there(tmp_path: Path) -> None:
