@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import logging
+import multiprocessing
 import shlex
 import sys
+import threading
+import time
 import types
 import warnings
 from functools import cache
@@ -228,3 +231,24 @@ def test_places_and_times_in_words():
     words = cost_in_words(pd.DataFrame(rows))
     assert words.startswith("1 of 2 methods shorten the prefill of a batch of 8; ToMe most, to 60%")
     assert "name methods" in cost_in_words(pd.DataFrame(rows[1:2]))
+
+
+def test_a_forked_process_that_is_killed_while_it_draws_leaves_no_lock() -> None:
+    context = multiprocessing.get_context("fork")
+    holding = context.Event()
+
+    def hold() -> None:
+        with type(terminal.progress("child", "steps", 1)).get_lock():
+            holding.set()
+            time.sleep(60)
+
+    terminal.progress("parent", "steps", 1).close()
+    process = context.Process(target=hold)
+    process.start()
+    assert holding.wait(30)
+    process.kill()
+    process.join()
+    drawn = threading.Thread(target=lambda: terminal.progress("parent", "steps", 1).close(), daemon=True)
+    drawn.start()
+    drawn.join(10)
+    assert not drawn.is_alive()

@@ -10,6 +10,7 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -143,6 +144,18 @@ def _filled(words: list[str], most: int) -> list[str]:
 BAR = "{desc}: {n_fmt} of {total_fmt} {unit} |{bar:20}| {elapsed} gone, {remaining} left{postfix}"
 
 
+class _Bar(tqdm):
+    """A bar with a lock of its own process.
+
+    Forked processes share the lock of tqdm's bars, and one that is killed while it draws would have the others wait.
+    """
+
+
+_Bar.set_lock(RLock())
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing is forked
+    os.register_at_fork(after_in_child=lambda: _Bar.set_lock(RLock()))
+
+
 def progress(what: str, counted: str, over: Sequence[Any] | int, **settings: Any) -> tqdm[Any]:
     """A progress bar that says what it counts and how long it will take.
 
@@ -150,7 +163,7 @@ def progress(what: str, counted: str, over: Sequence[Any] | int, **settings: Any
     through, or how many there are. Other settings are tqdm's, as `initial` and `disable`.
     """
     items: dict[str, Any] = {"total": over} if isinstance(over, int) else {"iterable": over}
-    return tqdm(**items, desc=what, unit=counted, bar_format=BAR, dynamic_ncols=True, **settings)
+    return _Bar(**items, desc=what, unit=counted, bar_format=BAR, dynamic_ncols=True, **settings)
 
 
 _formatwarning = warnings.formatwarning
