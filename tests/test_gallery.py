@@ -26,6 +26,11 @@ def sources() -> dict[str, Any]:
     return json.loads((IMAGES / gallery.SOURCES).read_text())
 
 
+def test_a_run_that_the_gallery_has_not_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--only entropy: the gallery's runs are stages, exits, "):
+        gallery.gallery(CFG, ["entropy"])
+
+
 # ------------------------------------------------------------------ one rule of staleness
 
 

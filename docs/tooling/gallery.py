@@ -168,7 +168,7 @@ def source_of(name: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
     module = f"{'dyvte' if run.command == 'evaluate' else 'analysis'}.{run.command}"
     return {
         "command": " ".join(["python -m", module, *run.settings]),
-        "caption": " ".join(picture.caption.format_map(summary).split()),
+        "caption": " ".join(picture.caption.format_map(summary).replace("not_found", "not found").split()),
         "numbers": rounded(plain({key: select(summary, key) for key in picture.numbers})),
     }
 
@@ -250,6 +250,8 @@ def gallery(cfg: DictConfig, only: Sequence[str] = ()) -> None:
         cfg: conf/gallery.yaml.
         only: names of runs, beside which everything stays as it is; none for all.
     """
+    if unknown := set(only) - set(cfg.runs):
+        raise ConfigError(f"--only {sorted(unknown)[0]}: the gallery's runs are {', '.join(cfg.runs)}")
     images = Path(cfg.images)
     kept = json.loads((images / SOURCES).read_text()) if only else {}
     runs = {run: finish(run, cfg) for run in cfg.runs if not only or run in only}
