@@ -375,11 +375,9 @@ class Streams:
 
 @contextmanager
 def drive_layers(mllm: MLLM, run: Callable[[LayerCall], Any]) -> Iterator[None]:
-    """Within the block, calling decoder layer i runs `run(call)` instead; `run` must return what the layer would.
+    """Within the block, calling decoder layer i runs `run(call)` instead, which must return what the layer would.
 
-    Args:
-        mllm: the model.
-        run: gets a `LayerCall` with the arguments that the layer got; `call.run()` is the layer itself.
+    The `LayerCall` has the arguments that the layer got; `call.run()` is the layer itself.
     """
     uses_flash = "flash" in (mllm.text_config._attn_implementation or "")
 
@@ -388,11 +386,15 @@ def drive_layers(mllm: MLLM, run: Callable[[LayerCall], Any]) -> Iterator[None]:
         names = list(inspect.signature(forward).parameters)
         own_name = next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
 
-        def layer_itself(states: Tensor, **arguments: Any) -> Any:
+        def under_own_name(states: Tensor, **arguments: Any) -> Any:
             return forward(states, **renamed(arguments, CACHE_NAMES[0], own_name))
 
+        layer_itself = forward if own_name == CACHE_NAMES[0] else under_own_name
+
         def call(*args: Any, **kwargs: Any) -> Any:
-            arguments = renamed(dict(zip(names, args, strict=False)) | kwargs, own_name, CACHE_NAMES[0])
+            arguments = dict(zip(names, args, strict=False)) | kwargs
+            if own_name in arguments:
+                arguments[CACHE_NAMES[0]] = arguments.pop(own_name)
             hidden = arguments.pop(names[0])
             if hidden.ndim == 3:
                 return run(LayerCall(index, layer_itself, hidden, arguments, uses_flash))
@@ -415,11 +417,7 @@ def drive_layers(mllm: MLLM, run: Callable[[LayerCall], Any]) -> Iterator[None]:
 
 
 def check_model(mllm: MLLM) -> None:
-    """Refuse a model whose decoder layers cannot run on some positions only.
-
-    Raises:
-        UnsupportedError: with the kind of layer by name.
-    """
+    """Refuse, with the kind of layer by name, a model whose decoder layers cannot run on some positions only."""
     config = mllm.text_config
     for index, (layer, kind) in enumerate(zip(mllm.layers, layer_kinds(config), strict=True)):
         if (reason := undrivable(layer, kind)) is not None:
